@@ -1,0 +1,220 @@
+"""Raw questions, annotations and images to one h5 file.
+
+1. hash the source files; a finished file made from the same sources and settings is left alone;
+2. read the questions of every split; words and answer classes come from the split `train` only;
+3. write everything but the pixels into `NAME.h5.partial`, or go on with the one that is there;
+4. decode and resize the images in several processes;
+5. list the images that are missing or unreadable, and finish, or stop and keep the work done.
+"""
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data import store
+from data.answers import answer_vocabulary
+from data.errors import InputError
+from data.images import IMAGENET_MEAN, decode_image
+from data.progress import progress
+from data.table import question_table
+from data.tokenizer import train_tokenizer
+from data.vqa_files import Question, SplitFiles, read_questions
+
+TRAINING_SPLIT = "train"
+_CHUNK = 32  # images a task: large enough to hide the cost of handing them over
+_CHUNKS_A_FLUSH = 8
+
+
+def preprocess(
+    splits: Mapping[str, SplitFiles],
+    path: Path,
+    *,
+    image_size: int,
+    min_word_count: int,
+    answers: int,
+    skip_bad_images: bool,
+    processes: int,
+) -> None:
+    """Makes the h5 file `path`; run again, goes on where it stopped; finished, says so and does nothing.
+
+    Args:
+        splits: raw files by split; one must be called `train`.
+        path: the file to make.
+        image_size: side S of the stored images, in pixels.
+        min_word_count: a word is in the vocabulary if the training questions hold it that often.
+        answers: number of answer classes.
+        skip_bad_images: go on without the images that are missing or unreadable: training leaves their questions
+            out, evaluation answers them from an image of the mean colour.
+        processes: decoding processes.
+
+    Raises:
+        InputError: a source is missing or malformed, `path` was made otherwise, or images are bad and not skipped.
+    """
+    if TRAINING_SPLIT not in splits:
+        raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
+    settings = {"image_size": image_size, "min_word_count": min_word_count, "answers": answers}
+    provenance = {"settings": settings, "sources": _sources(splits)}
+    if path.exists():
+        _check_same(path, provenance)
+        print(f"{path}: complete, nothing to do")
+        return
+    partial = store.partial_path(path)
+    if partial.exists() and store.read_provenance(partial) != provenance:
+        print(f"{partial}: begun with other sources or settings; starting again")
+        partial.unlink()
+    if not partial.exists():
+        _begin(partial, splits, provenance, settings)
+    bad = _decode_images(partial, image_size, processes)
+    if bad:
+        _settle_bad_images(partial, bad, image_size, skip_bad_images)
+    store.finish(partial, path)
+    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _sources(splits: Mapping[str, SplitFiles]) -> dict[str, Any]:
+    described = {}
+    for name, files in splits.items():
+        described[name] = {"images": files.images, "files": []}
+        for file in (files.questions, files.annotations):
+            if file is None:
+                continue
+            if not file.is_file():
+                raise InputError(f"{file}: no such file (split {name!r})")
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            described[name]["files"].append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
+    return described
+
+
+def _check_same(path: Path, provenance: Mapping[str, Any]) -> None:
+    made = store.Store(path).provenance
+    for key, value in provenance["settings"].items():
+        if made["settings"].get(key) != value:
+            raise InputError(
+                f"{path}: made with {key} {made['settings'].get(key)}, now {value}; name another data.h5 or remove the file"
+            )
+    for name in made["sources"].keys() | provenance["sources"].keys():
+        if made["sources"].get(name) != provenance["sources"].get(name):
+            raise InputError(
+                f"{path}: split {name!r} was made from other files; name another data.h5 or remove the file"
+            )
+
+
+def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[str, Any], settings: dict) -> None:
+    questions = {name: read_questions(files.questions, files.annotations) for name, files in splits.items()}
+    for name, asked in questions.items():
+        print(f"{name}: {len(asked)} questions about {len({question.image_id for question in asked})} images")
+    training = questions[TRAINING_SPLIT]
+    if not any(question.answers for question in training):
+        raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
+    tokenizer = train_tokenizer((question.text for question in training), settings["min_word_count"])
+    given = [answer for question in training for answer in question.answers]
+    vocabulary = answer_vocabulary(given, settings["answers"])
+    print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from split {TRAINING_SPLIT!r}")
+
+    files, ids, rows = _number_images(splits, questions)
+    tables = {name: question_table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
+    store.create(
+        partial,
+        provenance=provenance,
+        image_size=settings["image_size"],
+        image_ids=ids,
+        image_files=files,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        splits=tables,
+    )
+
+
+def _number_images(
+    splits: Mapping[str, SplitFiles], questions: Mapping[str, Sequence[Question]]
+) -> tuple[list[str], list[int], dict[str, dict[int, int]]]:
+    """Each image file once, in order of first use; refuses a split of which not one image exists."""
+    places: dict[str, int] = {}
+    ids: list[int] = []
+    rows: dict[str, dict[int, int]] = {}
+    for name, asked in questions.items():
+        rows[name] = {}
+        for image_id in dict.fromkeys(question.image_id for question in asked):
+            file = str(splits[name].image(image_id))
+            if file not in places:
+                places[file] = len(places)
+                ids.append(image_id)
+            rows[name][image_id] = places[file]
+        if not any(splits[name].image(image_id).exists() for image_id in rows[name]):
+            first = splits[name].image(next(iter(rows[name])))
+            raise InputError(
+                f"{first}: no such file, nor any other image of split {name!r}; see data.splits.{name}.images"
+            )
+    return list(places), ids, rows
+
+
+def _decode_images(partial: Path, image_size: int, processes: int) -> dict[int, str]:
+    """Fills the rows that are not; returns what is wrong with those that cannot be, by row."""
+    with h5py.File(partial, "r+") as file:
+        pending = np.flatnonzero(~file["images/filled"][:]).tolist()
+        names = file["images/file"].asstr()[:]
+        total = len(names)
+        bad: dict[int, str] = {}
+        rows: list[int] = []
+        pixels: list[np.ndarray] = []
+        decoded = _decoded([(row, names[row]) for row in pending], image_size, processes)
+        for row, image in progress(decoded, total, "images", done=total - len(pending)):
+            if isinstance(image, str):
+                bad[row] = image
+                continue
+            rows.append(row)
+            pixels.append(image)
+            if len(rows) == _CHUNK * _CHUNKS_A_FLUSH:
+                store.fill(file, rows, pixels)
+                rows, pixels = [], []
+        store.fill(file, rows, pixels)
+    return bad
+
+
+def _decoded(files: list[tuple[int, str]], size: int, processes: int) -> Iterator[tuple[int, np.ndarray | str]]:
+    """Decodes in `processes` processes, in order, with a bounded number of images in flight."""
+    chunks = (files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK))
+    if processes == 1 or len(files) <= _CHUNK:
+        for chunk in chunks:
+            yield from _decode_chunk(chunk, size)
+        return
+    # spawned, not forked: the h5 file is open here
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        flying: list[Future] = [pool.submit(_decode_chunk, chunk, size) for chunk in islice(chunks, 2 * processes)]
+        while flying:
+            yield from flying.pop(0).result()
+            flying += [pool.submit(_decode_chunk, chunk, size) for chunk in islice(chunks, 1)]
+
+
+def _decode_chunk(files: Sequence[tuple[int, str]], size: int) -> list[tuple[int, np.ndarray | str]]:
+    decoded: list[tuple[int, np.ndarray | str]] = []
+    for row, name in files:
+        try:
+            decoded.append((row, decode_image(Path(name), size)))
+        except InputError as error:
+            decoded.append((row, str(error)))
+    return decoded
+
+
+def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, skip: bool) -> None:
+    with h5py.File(partial, "r+") as file:
+        ids = file["images/id"][:]
+        print(f"{len(bad)} image(s) missing or unreadable:")
+        for row, reason in bad.items():
+            print(f"  {ids[row]}: {reason}")
+        if not skip:
+            listed = ", ".join(str(ids[row]) for row in islice(bad, 5)) + (", …" if len(bad) > 5 else "")
+            raise InputError(
+                f"{len(bad)} image(s) missing or unreadable, by id: {listed}; mend them, or go on without them with "
+                "data.skip_bad_images=true (the other images are kept)"
+            )
+        neutral = np.full((image_size, image_size, 3), np.round(255 * np.array(IMAGENET_MEAN)), np.uint8)
+        store.fill(file, list(bad), [neutral] * len(bad), usable=False)

@@ -1,0 +1,31 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], total: int | None, what: str, done: int = 0, seconds: float = 20.0) -> Iterator[T]:
+    """Yields `items`, reporting on standard error how many of `total` are done.
+
+    `done` counts items of earlier runs, `total` None says it is not known; in a log, a line is printed every `seconds` seconds and at the end.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, initial=done, desc=what, dynamic_ncols=True, leave=False)
+        return
+    started = last = time.monotonic()
+    count = done
+    of = "" if total is None else f"/{total}"
+    for item in items:
+        yield item
+        count += 1
+        now = time.monotonic()
+        if now - last >= seconds or (count == total and now - started >= seconds):
+            rate = (count - done) / (now - started)
+            print(f"{what}: {count}{of}, {rate:.1f}/s", file=sys.stderr, flush=True)
+            last = now

@@ -1,0 +1,74 @@
+"""Questions to word ids: a word-level `tokenizers` tokenizer in one `tokenizer.json`.
+
+Padding is id 0 and an unknown word id 1, two different words for the model (the LSTM never reads padding).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.trainers import WordLevelTrainer
+
+from data.errors import InputError
+from data.files import write_text
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+PAD_ID, UNKNOWN_ID = 0, 1
+# A word keeps its inner apostrophes ("what's"); any other mark is a word of its own.
+_WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
+
+
+def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
+    """A tokenizer whose vocabulary is every word that `questions` hold at least `min_count` times."""
+    tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    trainer = WordLevelTrainer(
+        vocab_size=2**31 - 1, min_frequency=min_count, special_tokens=[PAD, UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(questions, trainer)
+    return tokenizer
+
+
+def words(tokenizer: Tokenizer, question: str) -> list[str]:
+    """The words the tokenizer sees in a question, unknown ones as they are written."""
+    normal = tokenizer.normalizer.normalize_str(question)
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+
+def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Word ids of all questions, one after the other, and their lengths: int32 [sum of T], int32 [N].
+
+    A question without any word becomes one unknown word, since the LSTM needs one.
+    """
+    ids: list[int] = []
+    lengths = np.empty(len(questions), np.int32)
+    slice_ = 10_000  # encodings are large objects: a slice at a time keeps memory flat
+    for start in range(0, len(questions), slice_):
+        for place, encoding in enumerate(tokenizer.encode_batch(list(questions[start : start + slice_])), start):
+            question = encoding.ids or [UNKNOWN_ID]
+            ids += question
+            lengths[place] = len(question)
+    return np.array(ids, np.int32), lengths
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json`, and the small file with which `transformers` loads it from the same folder."""
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN}
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        return Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except Exception as error:  # `tokenizers` raises plain Exception on malformed files
+        raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error!s:.120}") from None

@@ -1,0 +1,210 @@
+"""The demo: the embedded world, from drawn scenes to a comparison of the baseline with MODERN, by the same code as VQA.
+
+1. draw scenes and ask questions about them (VQA v1 files);
+2. preprocess them into h5;
+3. pretrain a small ResNet to name shapes, then freeze it;
+4. train the baseline and MODERN; 5. evaluate both; 6. inspect one question; write `summary.json` and `report.html`.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.errors import InputError
+from data.files import read_json, write_json
+from data.preprocess import preprocess
+from data.scenes import write_world
+from data.store import Store
+from data.table import QuestionTable
+from vqa.bundle import load_bundle
+from vqa.evaluate import evaluate
+from vqa.inspection import inspect, write_inspection
+from vqa.metrics import Scores, question_accuracies, score
+from vqa.pretrain import pretrain_backbone
+from vqa.report import write_demo
+from vqa.settings import Settings, split_files
+from vqa.train import train
+
+MODELS = ("baseline", "modern")
+EXAMPLES = 12
+
+
+def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
+    """Runs the demo into `runs/NAME`; returns what `summary.json` holds.
+
+    A demo that was interrupted goes on; one that was finished is run again.
+
+    Raises:
+        InputError: the settings describe no embedded world, or something of another run is in the way.
+    """
+    if settings.scenes is None:
+        raise InputError("scenes: the demo draws its own world; use config/demo.yaml or a file over it")
+    started = time.monotonic()
+    out = runs / settings.name
+    if (out / "summary.json").exists():
+        for model in MODELS:
+            shutil.rmtree(out / model, ignore_errors=True)
+        (out / "summary.json").unlink()
+
+    print("1/6  drawing scenes, asking questions", flush=True)
+    scenes, data = settings.scenes, settings.data
+    write_world(
+        Path(data.folder),
+        seed=scenes.seed,
+        images=scenes.images,
+        size=data.image_size,
+        questions_per_image=scenes.questions_per_image,
+        processes=data.processes,
+    )
+    print("2/6  preprocessing into h5", flush=True)
+    preprocess(
+        split_files(settings),
+        Path(data.h5),
+        image_size=data.image_size,
+        min_word_count=data.min_word_count,
+        answers=data.answers,
+        skip_bad_images=data.skip_bad_images,
+        processes=data.processes,
+    )
+    print("3/6  pretraining the backbone to name shapes", flush=True)
+    named = pretrain_backbone(
+        Path(settings.backbone.weights),
+        settings.backbone.name,
+        seed=scenes.seed,
+        image_size=data.image_size,
+        images=scenes.pretrain_images,
+        epochs=scenes.pretrain_epochs,
+    )
+    print(f"the shape of {named:.1f} % of held-out objects is named")
+
+    scores: dict[str, Scores] = {}
+    for step, model in enumerate(MODELS, 4):
+        print(f"{step}/6  training {model}", flush=True)
+        train(_recipe(settings, model), resume=True, runs=runs)
+        scores[model] = evaluate(out / model, "val")
+    store = Store(Path(data.h5))
+    table = store.table("val")
+    blind = score(best_blind_answers(store.table("train"), table), table)
+
+    print("6/6  inspecting one question", flush=True)
+    summary = {
+        "blind": blind,
+        **scores,
+        "difference": round(scores["modern"]["overall"] - scores["baseline"]["overall"], 2),
+        "backbone_shapes": named,
+        "seed": settings.seed,
+        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    image, questions = _write_report(settings, out, summary, table, started)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    write_json(out / "summary.json", summary)
+    print(_comparison(summary))
+    print(f"{out / 'report.html'}  ({summary['seconds']:.0f} s)")
+    print("Ask the model yourself:")
+    print(f'  python main.py ask --run {out / "modern"} --image {image} --question "{questions[0]}"')
+    return summary
+
+
+def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[str]:
+    """For each question the most common training answer to the very same words: no model without the image does better
+    where training is large. A question never met gets the most common answer of its type.
+    """
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in range(len(training)):
+        by_text[training.texts[row]].update(training.answers(row))
+        by_type[training.question_types[row]].update(training.answers(row))
+    known = (by_text.get(text) or by_type[kind] for text, kind in zip(asked.texts, asked.question_types, strict=True))
+    return [counts.most_common(1)[0][0] if counts else "" for counts in known]
+
+
+def _recipe(settings: Settings, model: str) -> Settings:
+    changes: dict[str, Any] = {"name": f"{settings.name}/{model}"}
+    if model == "baseline":
+        changes["cbn"] = settings.cbn.model_copy(update={"stages": []})
+    return settings.model_copy(update=changes)
+
+
+def _write_report(
+    settings: Settings, out: Path, summary: dict[str, Any], table: QuestionTable, started: float
+) -> tuple[Path, list[str]]:
+    """Writes the inspection of one question and the report; returns the image and the questions inspected."""
+    answers = {model: [entry["answer"] for entry in read_json(out / model / "results_val.json")] for model in MODELS}
+    right = {model: [accuracy == 1 for accuracy in question_accuracies(answers[model], table)] for model in MODELS}
+    files = [split_files(settings)["val"].image(id_) for id_ in _image_ids(settings, table)]
+    # most telling where MODERN is right about a colour and the baseline is not; any question does for a tiny world
+    telling = [right["modern"][row] - right["baseline"][row] for row in range(len(table))]
+    chosen = max(range(len(table)), key=lambda row: (telling[row], table.question_types[row] == "what color", -row))
+    others = [row for row in range(len(table)) if table.images[row] == table.images[chosen] and row != chosen]
+    questions = [table.texts[row] for row in (chosen, *others[:1])]
+    inspection = inspect(load_bundle(out / "modern"), files[chosen], questions)
+    write_inspection(inspection, out / "inspect", files[chosen])
+
+    examples = []
+    for row in range(0, len(table), max(len(table) // EXAMPLES, 1)):
+        with Image.open(files[row]) as picture:
+            shown = {"image": picture.convert("RGB"), "question": table.texts[row], "truth": table.answers(row)[0]}
+        examples.append(shown | {model: answers[model][row] for model in MODELS})
+    titles = {"blind": "best answer without the image", "baseline": "frozen ResNet", "modern": "CBN in all stages"}
+    demo = {
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": summary["machine"],
+        "seed": settings.seed,
+        "questions": len(table),
+        "rows": [
+            {
+                "name": name,
+                "title": title,
+                "overall": summary[name]["overall"],
+                "per_question_type": summary[name]["per_question_type"],
+            }
+            for name, title in titles.items()
+        ],
+        "curves": {model: _curve(out / model) for model in MODELS},
+        "settings": {
+            "training questions": len(Store(Path(settings.data.h5)).table("train")),
+            "validation questions": len(table),
+            "image size": settings.data.image_size,
+            "backbone": settings.backbone.name,
+            "epochs": settings.train.epochs,
+            "batch": settings.train.batch_size,
+        },
+        "examples": examples[:EXAMPLES],
+        "commands": [
+            f'python main.py ask --run {out / "modern"} --image {files[chosen]} --question "{questions[0]}"',
+            f"python main.py eval --run {out / 'baseline'}",
+            "python main.py preprocess --config config/daquar.yaml",
+        ],
+    }
+    with Image.open(files[chosen]) as picture:
+        write_demo(out / "report.html", demo, inspection, picture.convert("RGB"))
+    return files[chosen], questions
+
+
+def _image_ids(settings: Settings, table: QuestionTable) -> list[int]:
+    """The official image id of each question of the validation split, in the order of the table."""
+    asked = read_json(split_files(settings)["val"].questions)["questions"]
+    by_question = {entry["question_id"]: entry["image_id"] for entry in asked}
+    return [by_question[id_] for id_ in table.ids.tolist()]
+
+
+def _curve(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["val_overall"] for line in lines]
+
+
+def _comparison(summary: dict[str, Any]) -> str:
+    kinds = list(summary["modern"]["per_question_type"])
+    rows = [["", "overall", *kinds]]
+    for name in ("blind", *MODELS):
+        values = [summary[name]["overall"], *(summary[name]["per_question_type"][kind] for kind in kinds)]
+        rows.append([name, *(f"{value:.1f} %" for value in values)])
+    lines = ["  ".join([f"{row[0]:<10}", *(f"{cell:>11}" for cell in row[1:])]) for row in rows]
+    return "\n".join(["", *lines, f"MODERN is {summary['difference']:+.1f} points from the baseline", ""])

@@ -1,0 +1,175 @@
+"""The commands. Each sets up one job; heavy imports stand inside, so that `--help` answers at once."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import InputError
+
+DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
+    from experiments.demo import run_demo
+
+    from vqa.settings import load_settings
+
+    run_demo(load_settings(arguments.config, arguments.settings))
+
+
+def preprocess(arguments: argparse.Namespace) -> None:
+    """Raw questions, annotations and images to one h5 file; run again, it goes on where it stopped."""
+    from data.preprocess import preprocess as run
+    from vqa.settings import load_settings, split_files
+
+    settings = load_settings(arguments.config, arguments.settings)
+    data = settings.data
+    run(
+        split_files(settings),
+        Path(data.h5),
+        image_size=data.image_size,
+        min_word_count=data.min_word_count,
+        answers=data.answers,
+        skip_bad_images=data.skip_bad_images,
+        processes=data.processes,
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
+    from vqa.settings import load_settings
+    from vqa.train import train as run
+
+    settings = load_settings(arguments.config, arguments.settings)
+    run(settings, resume=arguments.resume)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
+    from vqa.evaluate import evaluate as run
+    from vqa.evaluate import table_of
+
+    scores = run(
+        arguments.run,
+        arguments.split,
+        arguments.out,
+        arguments.settings,
+        allow_trained=arguments.allow_trained,
+    )
+    if scores is None:
+        print(f"split {arguments.split!r} has no annotations: results_{arguments.split}.json written, nothing to score")
+    else:
+        print(f"{arguments.split}: {scores['questions']} questions\n{table_of(scores)}")
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    """The answers to one question about any image, most probable first."""
+    from vqa.bundle import load_bundle
+    from vqa.inspection import ask as run
+    from vqa.inspection import unknown_words
+
+    bundle = load_bundle(arguments.run)
+    answers = run(bundle, arguments.image, arguments.question, arguments.top)
+    if unknown := unknown_words(bundle, arguments.question):
+        print(f"not met in training: {', '.join(unknown)}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"image": str(arguments.image), "question": arguments.question, "answers": answers}))
+        return
+    for entry in answers:
+        print(f"{100 * entry['probability']:6.2f} %  {entry['answer']}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
+    from vqa.bundle import load_bundle
+    from vqa.inspection import inspect as run
+    from vqa.inspection import summary, write_inspection
+
+    questions = [arguments.question] + ([arguments.versus] if arguments.versus is not None else [])
+    out = arguments.out or arguments.run / "inspect"
+    inspection = run(load_bundle(arguments.run), arguments.image, questions)
+    write_inspection(inspection, out, arguments.image)
+    print(summary(inspection))
+    print(f"{out / 'report.html'}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="main.py", description="Conditional batch normalisation for visual question answering.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function, name: str | None = None) -> argparse.ArgumentParser:
+        added = commands.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(function=function)
+        return added
+
+    def takes_settings(added: argparse.ArgumentParser) -> None:
+        added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
+
+    def about_a_question(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+        added.add_argument("--image", type=Path, required=True, metavar="FILE")
+        added.add_argument("--question", required=True, metavar="TEXT")
+
+    added = command(demo)
+    added.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml")
+    takes_settings(added)
+
+    added = command(preprocess)
+    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    takes_settings(added)
+
+    added = command(train)
+    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    added.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    takes_settings(added)
+
+    added = command(evaluate, "eval")
+    added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    added.add_argument("--split", default="val")
+    added.add_argument("--out", type=Path, metavar="DIR", help="where the files are written; by default DIR of --run")
+    added.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
+    takes_settings(added)
+
+    added = command(ask)
+    about_a_question(added)
+    added.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
+    added.add_argument("--json", action="store_true")
+
+    added = command(inspect)
+    about_a_question(added)
+    added.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def main() -> int:
+    """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong."""
+    try:
+        arguments = _parser().parse_args()
+        arguments.function(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on (`train` with --resume)", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

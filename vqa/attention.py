@@ -1,0 +1,63 @@
+"""Attention over the positions of the feature map: the paper's MLP, and the glimpses of MLB (Kim et al. 2017)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Normalisation = Literal["none", "map", "position"]
+
+
+def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0) -> Tensor:
+    """L2-normalises a map [B, C, H, W] over all of it (`map`) or at each position (`position`), then scales it."""
+    if kind == "none":
+        return scale * features
+    return scale * F.normalize(features.float(), dim=(1, 2, 3) if kind == "map" else 1)
+
+
+def attend(features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighs the positions of a map by a softmax over all of them.
+
+    Args:
+        features: F [B, C, H, W].
+        scores: ξ [B, G, H, W].
+
+    Returns:
+        e_v [B, G * C], the glimpses one after the other, and the weights α [B, G, H, W], each glimpse summing to 1.
+    """
+    weights = scores.flatten(2).softmax(dim=2)  # [B, G, HW]
+    seen = weights.to(features.dtype) @ features.flatten(2).transpose(1, 2)  # [B, G, C]
+    return seen.flatten(1), weights.view_as(scores)
+
+
+class SpatialAttention(nn.Module):
+    """ξ = MLP([F_hw ; e_q]) with one hidden layer, shared by all positions (section 4.1)."""
+
+    def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 1) -> None:
+        super().__init__()
+        # The first layer over the concatenation, as the sum of its two blocks: the question's is computed once.
+        self.feature = nn.Conv2d(channels, units, 1)
+        self.question = nn.Linear(question_size, units, bias=False)
+        self.score = nn.Conv2d(units, glimpses, 1)
+
+    def forward(self, features: Tensor, question: Tensor) -> Tensor:
+        """F [B, C, H, W], e_q [B, D] → scores ξ [B, G, H, W]."""
+        return self.score(torch.relu(self.feature(features) + self.question(question)[:, :, None, None]))
+
+
+class MLBAttention(nn.Module):
+    """ξ^g = P_g^T( tanh(U'^T e_q) ∘ tanh(V'^T F_hw) ), U' and V' shared by the G glimpses."""
+
+    def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 2) -> None:
+        super().__init__()
+        self.feature = nn.Conv2d(channels, units, 1)
+        self.question = nn.Linear(question_size, units)
+        self.score = nn.Conv2d(units, glimpses, 1)
+
+    def forward(self, features: Tensor, question: Tensor) -> Tensor:
+        """F [B, C, H, W], e_q [B, D] → scores ξ [B, G, H, W]."""
+        return self.score(torch.tanh(self.feature(features)) * torch.tanh(self.question(question))[:, :, None, None])
+
+
+ATTENTIONS = {"spatial": SpatialAttention, "mlb": MLBAttention}

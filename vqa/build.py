@@ -1,0 +1,89 @@
+"""Settings to a model, to the parameters it trains, and to a device: the one place where this is decided."""
+
+import torch
+from torch import nn
+
+from data.errors import InputError
+from vqa.attention import ATTENTIONS
+from vqa.cbn import ModulationPredictor
+from vqa.model import Fusion, VQAModel
+from vqa.question import QuestionEncoder
+from vqa.resnet import ModulatedResNet
+from vqa.settings import Settings
+
+
+def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool) -> VQAModel:
+    """The model of a recipe, with only the parameters it names trainable.
+
+    Args:
+        settings: the recipe.
+        vocabulary_size: number of known words V, padding and unknown included.
+        answers: number of answer classes A.
+        pretrained: load the backbone's weights; False where all weights are loaded afterwards.
+
+    Raises:
+        InputError: the backbone or its weights cannot be had as named, or conditioned stages predict nothing.
+    """
+    weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
+    cbn, asked, attention, answer = settings.cbn, settings.question, settings.attention, settings.answer
+    try:
+        resnet = ModulatedResNet(settings.backbone.name, weights, cbn.stages, stem=cbn.stem, shortcuts=cbn.shortcuts)
+    except ValueError as error:
+        raise InputError(f"backbone: {error}") from None
+    if resnet.layers and not (cbn.gamma or cbn.beta):
+        raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
+    predictor = None
+    if resnet.layers:
+        names, channels = [layer.name for layer in resnet.layers], [layer.channels for layer in resnet.layers]
+        predictor = ModulationPredictor(
+            asked.hidden_size, names, channels, cbn.hidden_size, gamma=cbn.gamma, beta=cbn.beta
+        )
+    model = VQAModel(
+        QuestionEncoder(
+            vocabulary_size,
+            asked.embedding_size,
+            asked.hidden_size,
+            encoder=asked.encoder,
+            layers=asked.layers,
+            fixed_size=asked.glove_size if asked.glove else 0,
+        ),
+        resnet,
+        predictor,
+        ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
+        Fusion(
+            asked.hidden_size,
+            resnet.channels * attention.glimpses,
+            answer.fusion_size,
+            answer.hidden_size,
+            answers,
+            dropout=answer.dropout,
+        ),
+        normalise=attention.normalise,
+        scale=attention.scale,
+    )
+    for parameter in resnet.trainable(settings.backbone.train):
+        parameter.requires_grad_(True)
+    return model
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes, and only these."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a `device` setting; `auto` takes this process's GPU if there is one.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda":
+        name = f"cuda:{local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); try device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device: mps is not there; try device=cpu")
+    return device

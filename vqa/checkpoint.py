@@ -1,0 +1,76 @@
+"""Checkpoints: everything that decides how a run goes on, written whole or not at all, read without pickle."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import InputError
+from data.files import written_whole
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    epoch: int = 1  # being trained, from 1
+    step: int = 0  # steps done in this epoch
+    loss_sum: float = 0.0  # of those steps, in this process
+    seconds: float = 0.0  # they took
+    best_overall: float | None = None  # percent, on the validation split
+    best_epoch: int = 0
+    finished: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Sets what `random_state` gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def save_checkpoint(
+    file: Path,
+    *,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    progress: Progress,
+    processes: list[dict[str, Any]],
+) -> None:
+    """Writes a checkpoint; `processes` holds each process's random state and loss sum, in order of rank."""
+    with written_whole(file) as aside:
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+                "progress": asdict(progress),
+                "processes": processes,
+            },
+            aside,
+        )
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """Reads a checkpoint.
+
+    Raises:
+        InputError: it is not one, or it is damaged.
+    """
+    try:
+        # nothing but tensors and plain values is unpickled
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises errors of several kinds on a damaged file
+        raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]:.100})") from None

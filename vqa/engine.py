@@ -1,0 +1,100 @@
+"""The loops: one epoch of training, and the answers to all questions of a loader. They see no command line."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.errors import InputError
+from data.images import Preprocessing
+from data.loading import Batch
+from data.table import NO_ANSWER
+
+
+def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
+    """The distribution over answer classes that a model is trained towards.
+
+    Args:
+        labels: classes of the given answers [B, K], NO_ANSWER outside the vocabulary.
+        answers: number of classes A.
+        kind: `soft` (counts clipped at 3, then normalised; the authors' code) or `hard` (all on the most common
+            answer, the lowest class among equals).
+
+    Returns:
+        float32 [B, A]; each row sums to 1 (to 0 if no given answer is in the vocabulary).
+    """
+    known = (labels != NO_ANSWER).float()
+    counts = torch.zeros(len(labels), answers, device=labels.device)
+    counts.scatter_add_(1, labels.clamp(min=0), known)
+    if kind == "hard":
+        return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
+    counts.clamp_(max=3)
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bfloat16 autocast on a device, or nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def train_steps(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    preprocessing: Preprocessing,
+    loss: str,
+    precision: str,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    clip: float,
+    device: torch.device,
+    after_step: Callable[[float], None],
+) -> None:
+    """Trains on batches in their order; `after_step` is called with each step's loss.
+
+    Raises:
+        InputError: a loss is not finite; the model is as it was before that step.
+    """
+    model.train()
+    trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for batch in batches:
+        moved = batch.to(device)
+        with autocast(device, precision):
+            logits = model(preprocessing.normalise(moved.images), moved.tokens, moved.lengths).logits
+        # the loss takes logits: its own softmax is the only one
+        value = F.cross_entropy(logits.float(), answer_targets(moved.labels, logits.shape[1], loss))
+        if not torch.isfinite(value):
+            raise NotFiniteError(float(value), batch.rows.tolist())
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, clip)
+        optimiser.step()
+        schedule.step()
+        after_step(float(value.detach()))
+
+
+class NotFiniteError(InputError):
+    """A loss that is not finite: most often a learning rate that is too high."""
+
+    def __init__(self, loss: float, rows: list[int]) -> None:
+        """`rows` are the rows of the batch in the question table."""
+        super().__init__(f"the loss is {loss}")
+        self.rows = rows
+
+
+@torch.inference_mode()
+def predict_classes(
+    model: nn.Module, batches: Iterable[Batch], *, preprocessing: Preprocessing, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The most probable answer class of every question: rows and classes, int64 [N] each."""
+    model.eval()
+    rows, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for batch in batches:
+        moved = batch.to(device)
+        with autocast(device, precision):
+            logits = model(preprocessing.normalise(moved.images), moved.tokens, moved.lengths).logits
+        rows.append(batch.rows)
+        classes.append(logits.argmax(1).cpu())
+    return torch.cat(rows), torch.cat(classes)

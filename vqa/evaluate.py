@@ -1,0 +1,144 @@
+"""The official accuracy of a trained model on a split, and the file for the challenge server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+from data.files import write_json
+from data.loading import FileImages, InOrderSampler, QuestionDataset, make_loader
+from data.progress import progress
+from data.store import H5Images, Store
+from data.table import question_table
+from data.vqa_files import read_questions
+from vqa.build import choose_device
+from vqa.bundle import Bundle, find_model, load_bundle
+from vqa.engine import predict_classes
+from vqa.metrics import Scores, score
+from vqa.settings import Settings, load_settings, split_files
+
+# A model's settings that say where and how it is evaluated, not what it is.
+_OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision", "workers", "train.batch_size")
+
+
+def evaluate(
+    run: Path, split: str, out: Path | None = None, overrides: Sequence[str] = (), *, allow_trained: bool = False
+) -> Scores | None:
+    """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json`.
+
+    The questions come from the h5 file of the model's settings or, where that is not, from the raw files.
+
+    Args:
+        run: a run directory, or a `model/` directory.
+        split: a split of the data.
+        out: where the two files are written; by default `run`.
+        overrides: `key=value` words over the model's settings: where the data are, and the device.
+        allow_trained: score a split that was trained on; the metrics are marked so.
+
+    Returns:
+        The scores; None for a split without annotations, of which only the results are written.
+
+    Raises:
+        InputError: no model, no such split, no data, or a split that was trained on.
+    """
+    for word in overrides:
+        if not word.startswith(_OVERRIDABLE):
+            raise InputError(
+                f"command line: {word}: a trained model is evaluated as it is; only data, device, precision, "
+                "workers and train.batch_size can be given"
+            )
+    folder = find_model(run)
+    settings = load_settings(folder / "config.yaml", overrides)
+    device = choose_device(settings.device)
+    bundle = load_bundle(folder, device)
+    trained_on = bundle.training.get("trained_on", [])
+    if split in trained_on and not allow_trained:
+        raise InputError(
+            f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
+        )
+    data = split_data(bundle, settings, split)
+    answers = predict_answers(bundle, data, settings, device)
+
+    out = out or run
+    write_json(out / f"results_{split}.json", complete_results(data.table.ids.tolist(), answers), indent=None)
+    if not data.table.given.size:
+        return None
+    scores = score(answers, data.table)
+    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    if split in trained_on:
+        metrics["seen_in_training"] = True
+    write_json(out / f"metrics_{split}.json", metrics)
+    return scores
+
+
+def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDataset:
+    """The questions of a split with their images, in the words of the model's tokenizer.
+
+    Raises:
+        InputError: there are neither an h5 file nor raw files, or they are not of the model's image size.
+    """
+    h5, size = Path(settings.data.h5), bundle.preprocessing.size
+    if h5.exists():
+        store = Store(h5)
+        if store.image_size != size:
+            raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
+        table = store.table(split)
+        if store.tokenizer.to_str() != bundle.tokenizer.to_str():
+            table = table.encoded_with(bundle.tokenizer)
+        return QuestionDataset(table, H5Images(h5))
+    if split not in settings.data.splits:
+        raise InputError(
+            f"{bundle.folder}: no split {split!r} in its settings; they name {', '.join(settings.data.splits) or 'none'}"
+        )
+    files = split_files(settings)[split]
+    if not files.questions.exists():
+        raise InputError(
+            f"{files.questions}: no such file, and no {h5}; say where the data are with data.h5=… or data.folder=…"
+        )
+    questions = read_questions(files.questions, files.annotations)
+    image_ids = list(dict.fromkeys(question.image_id for question in questions))
+    paths = [files.image(image_id) for image_id in image_ids]
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputError(
+            f"{missing[0]}: no such file ({len(missing)} of {len(paths)} images of split {split!r} missing)"
+        )
+    rows = {image_id: row for row, image_id in enumerate(image_ids)}
+    return QuestionDataset(question_table(questions, rows, bundle.tokenizer, bundle.answers), FileImages(paths, size))
+
+
+def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device) -> list[str]:
+    """The model's answer to every question, in the order of the table."""
+    sampler = InOrderSampler(data.table, settings.train.batch_size)
+    loader = make_loader(data, sampler, settings.workers, device)
+    rows, classes = predict_classes(
+        bundle.model,
+        progress(loader, len(sampler), "answering"),
+        preprocessing=bundle.preprocessing,
+        precision=settings.precision,
+        device=device,
+    )
+    answers = [""] * len(data)
+    for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
+        answers[row] = bundle.answers[answer]
+    return answers
+
+
+def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """The challenge server's format, one entry a question.
+
+    Raises:
+        RuntimeError: a question has no answer, or stands twice.
+    """
+    if len(set(question_ids)) != len(question_ids) or len(answers) != len(question_ids) or not all(answers):
+        raise RuntimeError("results are not complete: every question needs exactly one answer")
+    return [{"question_id": id_, "answer": answer} for id_, answer in zip(question_ids, answers, strict=True)]
+
+
+def table_of(scores: Scores) -> str:
+    """The scores as a small table for a terminal."""
+    rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
+    rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)

@@ -1,0 +1,44 @@
+"""The question encoder (section 3.2 of the paper): word embeddings into an LSTM or GRU."""
+
+import torch
+from torch import Tensor, nn
+
+from data.tokenizer import PAD_ID
+
+ENCODERS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class QuestionEncoder(nn.Module):
+    """e_q is the last valid hidden state; a word is a learned embedding, with its fixed GloVe vector appended."""
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        embedding_size: int,
+        hidden_size: int,
+        *,
+        encoder: str,
+        layers: int,
+        fixed_size: int = 0,
+    ) -> None:
+        """`fixed_size` is the length of the fixed vectors (0: none); they are set with `set_fixed`."""
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD_ID)
+        self.fixed = nn.Embedding(vocabulary_size, fixed_size) if fixed_size else None
+        if self.fixed:
+            self.fixed.requires_grad_(False)
+        self.recurrent = ENCODERS[encoder](embedding_size + fixed_size, hidden_size, layers, batch_first=True)
+        self.hidden_size = hidden_size
+
+    def set_fixed(self, vectors: Tensor) -> None:
+        """Sets the fixed vectors [V, fixed_size]."""
+        with torch.no_grad():
+            self.fixed.weight.copy_(vectors)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Word ids [B, T] and lengths [B], each at least 1 → e_q [B, D]; what follows a question's length is not read."""
+        words = self.embedding(tokens)  # [B, T, E]
+        if self.fixed:
+            words = torch.cat([words, self.fixed(tokens)], dim=2)
+        states, _ = self.recurrent(words)  # [B, T, D]; causal, so padding after a question cannot reach its last state
+        return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]

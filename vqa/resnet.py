@@ -1,0 +1,219 @@
+"""torchvision's own ResNet, with batch norms that take a modulation as an argument (section 3.1 of the paper).
+
+The network's forward is traced (`torch.fx`), cut after stage 4, and given one more input: the deltas, which the trace
+hands to each conditioned norm. So the definition stays torchvision's, and nothing is kept between calls.
+"""
+
+import operator
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from vqa.cbn import ModulatedBatchNorm2d, Modulation
+
+
+class ConditionedNorm(NamedTuple):
+    """A norm that takes deltas: its name in torchvision's network, its stage (0 is the stem), its channels."""
+
+    name: str
+    stage: int
+    channels: int
+
+
+class ModulatedResNet(nn.Module):
+    """A frozen ResNet up to stage 4 whose norms can be modulated.
+
+    Its norms always use the pretrained running statistics (statistics policy `population`): `train()` leaves them be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | Path | None = None,
+        stages: Sequence[int] = (1, 2, 3, 4),
+        *,
+        stem: bool = False,
+        shortcuts: bool = False,
+    ) -> None:
+        """
+        Args:
+            name: a ResNet of torchvision, or `resnet10` (torchvision's `ResNet` with one basic block a stage).
+            weights: torchvision's name of the weights, a file (.safetensors or .pth), or None for random ones.
+            stages: stages (1 to 4) whose norms are conditioned: those after the convolutions of every block.
+            stem: condition the stem's norm too.
+            shortcuts: condition the norms on the shortcuts of `stages` too.
+
+        Raises:
+            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys.
+        """
+        super().__init__()
+        if unknown := set(stages) - {1, 2, 3, 4}:
+            raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
+        resnet = build_resnet(name, weights)
+        self.channels: int = resnet.fc.in_features
+        graph = _cut_after_stage4(resnet)
+        self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
+        _hand_deltas_to(graph, [layer.name for layer in self.layers])
+        self.network = fx.GraphModule(resnet, graph)
+        for layer in self.layers:
+            norm = self.network.get_submodule(layer.name)
+            self.network.set_submodule(layer.name, ModulatedBatchNorm2d.from_batch_norm(norm))
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """Normalised images [B, 3, S, S] → the stage-4 map [B, C, S/32, S/32].
+
+        Without a modulation this is the pretrained network.
+        """
+        if modulation is None:
+            return self.network(images, (None,) * len(self.layers))
+        return self.network(images, self._split(modulation))
+
+    def _split(self, modulation: Modulation) -> tuple[Modulation, ...]:
+        """The modulation of each norm. Raises ValueError if the modulation is of another width."""
+        widths = [layer.channels for layer in self.layers]
+        columns = []
+        for part in modulation:
+            if part is not None and (part.ndim != 2 or part.shape[1] != sum(widths)):
+                raise ValueError(f"a modulation must be [B, {sum(widths)}], got {list(part.shape)}")
+            columns.append([None] * len(widths) if part is None else part.split(widths, dim=1))
+        return tuple(map(Modulation, *columns))
+
+    def norm(self, name: str) -> nn.BatchNorm2d:
+        """A norm by its name in torchvision's network."""
+        return self.network.get_submodule(name)
+
+    def trainable(self, what: str) -> list[nn.Parameter]:
+        """Parameters that a recipe may train besides the modulation.
+
+        Args:
+            what: `none`, `stage4` (all weights of stage 4) or `batchnorm` (every γ and β).
+        """
+        if what == "none":
+            return []
+        if what == "stage4":
+            return list(self.network.layer4.parameters())
+        if what == "batchnorm":
+            norms = (module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d))
+            return [parameter for norm in norms for parameter in norm.parameters()]
+        raise ValueError(f"of a ResNet none, stage4 or batchnorm can be trained, not {what!r}")
+
+    def train(self, mode: bool = True) -> "ModulatedResNet":
+        """Sets the mode of everything but the norms, which stay in evaluation mode (policy `population`)."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
+    """torchvision's ResNet by name, with weights by torchvision's name or from a file.
+
+    Raises:
+        ValueError: unknown network or weights, or a file that does not fit the network, naming the keys.
+    """
+    if name == "resnet10":
+        build = _resnet10
+    elif name in torchvision.models.list_models(torchvision.models) and re.match(r"(wide_)?resne(t|xt)", name):
+        build = torchvision.models.get_model_builder(name)
+    else:
+        raise ValueError(
+            f"{name!r} is no ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
+        )
+    resnet = build(num_classes=classes)
+    if weights is None:
+        return resnet
+    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
+        _load_exactly(resnet, _read_weights(Path(weights)), str(weights))
+        return resnet
+    return _with_published_weights(name, str(weights))
+
+
+def _resnet10(num_classes: int) -> ResNet:
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+
+
+def _with_published_weights(name: str, weights: str) -> ResNet:
+    try:
+        known = torchvision.models.get_model_weights(name)
+    except ValueError:
+        raise ValueError(f"{name} has no published weights; give a file or none, not {weights!r}") from None
+    if weights not in known.__members__:
+        raise ValueError(f"{name} has the weights {', '.join(known.__members__)} (or a file, or none), not {weights!r}")
+    try:
+        return torchvision.models.get_model(name, weights=known[weights])
+    except OSError as error:
+        raise ValueError(
+            f"weights {weights} of {name} could not be downloaded ({error}); fetch {known[weights].url} elsewhere and "
+            "give the file"
+        ) from None
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format raises errors of its own kind on a broken file
+        raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from None
+
+
+def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None:
+    """Loads every weight but the classifier's, which is not used."""
+    expected = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    wrong = [f"missing {key}" for key in expected.keys() - state.keys()]
+    wrong += [f"unknown {key}" for key in state.keys() - expected.keys()]
+    wrong += [f"shape of {key}" for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{source}: not the weights of this ResNet: {', '.join(sorted(wrong)[:5])}{more}")
+    resnet.load_state_dict(state | {key: value for key, value in resnet.state_dict().items() if key.startswith("fc.")})
+
+
+def _cut_after_stage4(resnet: ResNet) -> fx.Graph:
+    graph = fx.Tracer().trace(resnet)
+    pooling = next(node for node in graph.nodes if node.target == "avgpool")
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (pooling.args[0],)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return graph
+
+
+def _conditioned_norms(
+    graph: fx.Graph, resnet: ResNet, stages: set[int], stem: bool, shortcuts: bool
+) -> list[ConditionedNorm]:
+    """The chosen norms in the order in which the network computes them."""
+    chosen = []
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(norm := resnet.get_submodule(node.target), nn.BatchNorm2d):
+            continue
+        stage = int(match[1]) if (match := re.match(r"layer(\d)\.", node.target)) else 0
+        if stem if stage == 0 else stage in stages and (shortcuts or ".downsample." not in node.target):
+            chosen.append(ConditionedNorm(node.target, stage, norm.num_features))
+    return chosen
+
+
+def _hand_deltas_to(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Adds the input `deltas` to the graph and passes its i-th entry to the i-th of the named norms."""
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        deltas = graph.placeholder("deltas")
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in names:
+            with graph.inserting_before(node):
+                delta = graph.call_function(operator.getitem, (deltas, names.index(node.target)))
+            node.args = (*node.args, delta)
+    graph.lint()

@@ -1,0 +1,89 @@
+"""The directory of one training run: what is in it, and when it may be written to."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+from data.files import write_json, write_text
+from vqa.settings import Settings, load_settings
+
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
+# Where a run is computed, not what: these may change when it is resumed.
+_MAY_CHANGE = {"device", "workers"}
+
+
+class RunDirectory:
+    """`runs/NAME`: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/, tensorboard/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoints" / "last.pt"
+        self.model = path / "model"
+        self.tensorboard = path / "tensorboard"
+
+    def refuse_unless_usable(self, settings: Settings, resume: bool) -> None:
+        """Raises InputError if training here would overwrite a run, or go on with one of other settings."""
+        config = self.path / "config.yaml"
+        if not config.exists():
+            return
+        if not resume:
+            raise InputError(f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`")
+        ours, theirs = settings.model_dump(), load_settings(config).model_dump()
+        for key in _different_keys(ours, theirs):
+            if key not in _MAY_CHANGE:
+                raise InputError(
+                    f"{config}: this run has another {key} than asked for; choose another `name` for the new settings"
+                )
+
+    def start(self, settings: Settings, device: torch.device, world_size: int) -> None:
+        """Writes what explains the run."""
+        settings.save(self.path / "config.yaml")
+        environment = {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+            "git_commit": _git_commit(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": world_size,
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "seed": settings.seed,
+            "command": sys.argv,
+        }
+        write_json(self.path / "environment.json", environment)
+
+    def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
+        """Writes metrics.jsonl, a line an epoch."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def _different_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in ours.keys() | theirs.keys():
+        one, other = ours.get(key), theirs.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys += _different_keys(one, other, f"{prefix}{key}.")
+        elif one != other:
+            keys.append(prefix + key)
+    return sorted(keys)
+
+
+def _git_commit() -> str | None:
+    """The commit this code is of, marked if files were changed since; None outside a checkout."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or None

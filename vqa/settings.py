@@ -1,0 +1,271 @@
+"""Settings: YAML files with `base:` inheritance and `key.sub=value` overrides, validated strictly.
+
+`config/base.yaml` names and explains every key and is the only place of defaults.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.errors import InputError
+from data.files import write_text
+from data.vqa_files import SplitFiles
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SplitSettings(_Section):
+    """Raw files of a split, relative to `data.folder`."""
+
+    questions: str
+    annotations: str | None = None
+    images: str
+
+
+class DataSettings(_Section):
+    """Raw data and the h5 file made from it."""
+
+    folder: str
+    splits: dict[str, SplitSettings]
+    h5: str
+    image_size: int = Field(ge=32, le=2048)
+    min_word_count: int = Field(ge=1)
+    answers: int = Field(ge=2)
+    skip_bad_images: bool
+    processes: int = Field(ge=1)
+
+
+class BackboneSettings(_Section):
+    """The pretrained ResNet."""
+
+    name: str
+    weights: str
+    train: Literal["none", "stage4", "batchnorm"]
+    statistics: Literal["population"]
+
+
+class CBNSettings(_Section):
+    """Where and how batch norms are conditioned on the question (PAPER, section 2 and 3)."""
+
+    stages: list[Literal[1, 2, 3, 4]]
+    stem: bool
+    shortcuts: bool
+    gamma: bool
+    beta: bool
+    hidden_size: int = Field(ge=1)
+
+
+class QuestionSettings(_Section):
+    """The question encoder."""
+
+    encoder: Literal["lstm", "gru"]
+    embedding_size: int = Field(ge=1)
+    glove: str | None
+    glove_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    layers: int = Field(ge=1, le=8)
+
+
+class AttentionSettings(_Section):
+    """Attention over the positions of the feature map."""
+
+    kind: Literal["spatial", "mlb"]
+    units: int = Field(ge=1)
+    glimpses: int = Field(ge=1)
+    normalise: Literal["none", "map", "position"]
+    scale: float = Field(gt=0)
+
+
+class AnswerSettings(_Section):
+    """Fusion and answer layers."""
+
+    fusion_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=0)
+    dropout: float = Field(ge=0, lt=1)
+
+
+class TrainSettings(_Section):
+    """Training."""
+
+    splits: list[str] = Field(min_length=1)
+    validate_on: str | None
+    loss: Literal["soft", "hard"]
+    optimiser: Literal["adam"]
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "one_cycle"]
+    clip: float = Field(gt=0)
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    patience: int = Field(ge=0)
+    checkpoint_every: int = Field(ge=0)
+    tensorboard: bool
+
+    @model_validator(mode="after")
+    def _validation_is_unseen(self) -> "TrainSettings":
+        if self.validate_on in self.splits:
+            raise ValueError(f"validate_on: split {self.validate_on!r} is trained on; use another split or null")
+        return self
+
+
+class ScenesSettings(_Section):
+    """The embedded world: generated scenes and the backbone pretrained on them."""
+
+    seed: int = Field(ge=0)
+    images: dict[str, int]
+    questions_per_image: int = Field(ge=1)
+    pretrain_images: int = Field(ge=1)
+    pretrain_epochs: int = Field(ge=1)
+
+
+class Settings(_Section):
+    """Every setting of a run."""
+
+    name: str = Field(pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
+    seed: int = Field(ge=0)
+    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    precision: Literal["float32", "bfloat16"]
+    workers: int = Field(ge=0)
+    data: DataSettings
+    backbone: BackboneSettings
+    cbn: CBNSettings
+    question: QuestionSettings
+    attention: AttentionSettings
+    answer: AnswerSettings
+    train: TrainSettings
+    scenes: ScenesSettings | None
+
+    def save(self, file: Path) -> None:
+        """Writes every setting, resolved."""
+        write_text(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `1e-3` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
+    """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
+
+    Raises:
+        InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
+            or a value is of the wrong type or out of range.
+    """
+    merged = _read_with_bases(Path(file), ())
+    sources = [str(file)]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
+            raise InputError(f"command line: {override!r} is no setting; write key.sub=value")
+        value: Any = _parse(text, f"command line: {key}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge(merged, value)
+        sources.append(key)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise InputError(_explain(error, str(file), sources[1:])) from None
+
+
+def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise InputError(f"{file}: its `base:` leads back to itself")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}".lower()) from None
+    content = _parse(text, str(file)) or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold `key: value` lines")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise InputError(f"{file}: `base` must be a file name")
+    return _merge(_read_with_bases(file.parent / base, (*seen, file.resolve())), content)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: malformed YAML") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _explain(error: ValidationError, file: str, overridden: list[str]) -> str:
+    problems = error.errors(include_url=False, include_context=False)
+    # an unknown key is most often why another one is missing
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
+    where = "command line" if any(key.startswith(given) for given in overridden) else file
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key}{_suggestion(key)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing (config/base.yaml names every key: begin with `base: base.yaml`){more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # of our own validators: says all there is to say
+        return f"{where}: {key}.{message}{more}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {str(first['input'])[:60]!r}{more}"
+
+
+def _suggestion(key: str) -> str:
+    known = list(setting_keys())
+    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.75)
+    close = close or [by_last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, 1)]
+    return f"; did you mean {close[0]}?" if close else "; config/base.yaml names every key"
+
+
+def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> Iterable[str]:
+    """Every key in dotted form, sections included."""
+    for name, described in section.model_fields.items():
+        yield prefix + name
+        kinds = [described.annotation, *getattr(described.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, _Section) and kind is not SplitSettings:
+                yield from setting_keys(kind, f"{prefix}{name}.")
+
+
+def split_files(settings: Settings) -> dict[str, SplitFiles]:
+    """The raw files of every split, below `data.folder`."""
+    folder = Path(settings.data.folder)
+    return {
+        name: SplitFiles(
+            folder / files.questions,
+            folder / files.annotations if files.annotations else None,
+            str(folder / files.images),
+        )
+        for name, files in settings.data.splits.items()
+    }

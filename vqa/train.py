@@ -1,0 +1,293 @@
+"""Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.errors import InputError
+from data.glove import read_glove
+from data.images import Preprocessing
+from data.loading import EpochSampler, InOrderSampler, QuestionDataset, make_loader
+from data.progress import progress as shown
+from data.store import H5Images, Store
+from data.table import NO_ANSWER, QuestionTable, joined
+from vqa import bundle
+from vqa.build import build_model, choose_device, trained_parameters
+from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
+from vqa.distributed import Processes
+from vqa.distributed import joined as processes_joined
+from vqa.engine import NotFiniteError, predict_classes, train_steps
+from vqa.metrics import Scores, score
+from vqa.model import VQAModel
+from vqa.run_directory import RunDirectory
+from vqa.settings import Settings
+
+
+def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
+    """Trains a recipe into `runs/NAME`.
+
+    Args:
+        settings: the recipe; its h5 file must be there.
+        resume: go on from the last checkpoint, if there is one.
+        runs: where run directories are.
+
+    Raises:
+        InputError: the data, the backbone or the run directory are not as the recipe needs them, or the loss is not
+            finite.
+    """
+    run = RunDirectory(runs / settings.name)
+    run.refuse_unless_usable(settings, resume)
+    device_type = choose_device(settings.device).type
+    with processes_joined(device_type) as processes:
+        training = Training(settings, run, processes)
+        if resume and run.checkpoint.exists():
+            training.resume()
+        training.run_epochs()
+    return run
+
+
+class Training:
+    """One process's part of a run: its data, model, optimiser, and where it is."""
+
+    def __init__(self, settings: Settings, run: RunDirectory, processes: Processes) -> None:
+        self.settings, self.run, self.processes = settings, run, processes
+        self.device = choose_device(settings.device, processes.local_rank)
+        if settings.train.batch_size % processes.world_size:
+            raise InputError(
+                f"train.batch_size: {settings.train.batch_size} questions cannot be shared equally by "
+                f"{processes.world_size} processes"
+            )
+        store = Store(Path(settings.data.h5))
+        if store.image_size != settings.data.image_size:
+            raise InputError(
+                f"{store.path}: holds images of {store.image_size} px, data.image_size is {settings.data.image_size}"
+            )
+        self.store = store
+        images = H5Images(store.path)
+        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), images)
+        self.validation_set = None
+        if settings.train.validate_on is not None:
+            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), images)
+            if not self.validation_set.labels.size:
+                raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
+        self.preprocessing = Preprocessing(store.image_size)
+
+        torch.manual_seed(settings.seed)  # the same initial weights in every process
+        self.model = self._new_model()
+        torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
+        self.optimiser = torch.optim.Adam(trained_parameters(self.model), lr=settings.train.learning_rate)
+        self.schedule = self._new_schedule()
+        self.progress = Progress()
+        if processes.is_main:
+            run.start(settings, self.device, processes.world_size)
+            bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.preprocessing)
+
+    def _new_model(self) -> VQAModel:
+        vocabulary = self.store.tokenizer.get_vocab()
+        fresh = not self.run.checkpoint.exists()  # else all weights come from the checkpoint
+        model = build_model(self.settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        if self.settings.question.glove and fresh:
+            file = Path(self.settings.question.glove)
+            vectors, found = read_glove(file, vocabulary, self.settings.question.glove_size)
+            self._say(f"{file}: vectors for {found} of {len(vocabulary)} words")
+            model.question.set_fixed(torch.from_numpy(vectors))
+        return model.to(self.device)
+
+    def _new_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        train = self.settings.train
+        if train.schedule == "constant":
+            return torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
+        steps = train.epochs * len(self._sampler(epoch=1))
+        return torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, train.learning_rate, total_steps=steps, cycle_momentum=False
+        )
+
+    def _sampler(self, epoch: int) -> EpochSampler:
+        settings, processes = self.settings, self.processes
+        return EpochSampler(
+            len(self.training_set),
+            settings.train.batch_size,
+            settings.seed,
+            epoch,
+            processes.rank,
+            processes.world_size,
+        )
+
+    def resume(self) -> None:
+        """Takes everything from the last checkpoint.
+
+        Raises:
+            InputError: it is damaged, or of another number of processes.
+        """
+        saved = load_checkpoint(self.run.checkpoint)
+        mine, count = self.processes.rank, len(saved["processes"])
+        if count != self.processes.world_size:
+            raise InputError(f"{self.run.checkpoint}: made by {count} process(es); resume with as many")
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.progress = Progress(**saved["progress"] | {"loss_sum": saved["processes"][mine]["loss_sum"]})
+        set_random_state(saved["processes"][mine]["random"], self.device)
+        self._say(f"{self.run.path}: goes on at epoch {self.progress.epoch}, step {self.progress.step}")
+
+    def run_epochs(self) -> None:
+        """Trains until the last epoch or early stopping; does nothing if that is past."""
+        if self.progress.finished:
+            self._say(f"{self.run.path}: finished, nothing to do")
+            return
+        count = sum(parameter.numel() for parameter in trained_parameters(self.model))
+        self._say(
+            f"{self.run.path}: {len(self.training_set)} questions, {count:,} trained parameters, on {self.device}"
+        )
+        # Wrapped only here and dropped before the processes part: at exit a live wrapper can abort with gloo.
+        wrapped: nn.Module = self.model
+        if self.processes.world_size > 1:
+            wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        while not self.progress.finished:
+            self._train_epoch(wrapped)
+            self._end_epoch()
+
+    def _train_epoch(self, model: nn.Module) -> None:
+        settings, progress = self.settings, self.progress
+        sampler = self._sampler(progress.epoch)
+        sampler.start = progress.step
+        loader = make_loader(self.training_set, sampler, settings.workers, self.device)
+        begun = time.monotonic() - progress.seconds
+
+        def after_step(loss: float) -> None:
+            progress.step += 1
+            progress.loss_sum += loss
+            progress.seconds = time.monotonic() - begun
+            every = settings.train.checkpoint_every
+            if every and progress.step % every == 0 and progress.step < sampler.batches:
+                self._save_checkpoint()
+
+        bar = shown(loader, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
+        try:
+            train_steps(
+                model,
+                bar if self.processes.is_main else loader,
+                preprocessing=self.preprocessing,
+                loss=settings.train.loss,
+                precision=settings.precision,
+                optimiser=self.optimiser,
+                schedule=self.schedule,
+                clip=settings.train.clip,
+                device=self.device,
+                after_step=after_step,
+            )
+        except NotFiniteError as error:
+            ids = ", ".join(str(self.training_set.table.ids[row]) for row in error.rows[:8])
+            raise InputError(
+                f"{self.run.path}: {error} at epoch {progress.epoch}, step {progress.step + 1} (questions {ids}, …); "
+                "a lower train.learning_rate or train.clip may help; the last checkpoint is kept"
+            ) from None
+
+    def _end_epoch(self) -> None:
+        progress, train = self.progress, self.settings.train
+        losses = self.processes.gather(progress.loss_sum)
+        line: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "train_loss": sum(losses) / len(losses) / progress.step,
+            "val_overall": None,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "seconds": round(progress.seconds, 2),
+        }
+        if self.validation_set is not None:
+            scores = self._validate()
+            line |= {"val_overall": scores["overall"], "val_per_answer_type": scores["per_answer_type"]}
+        progress.history.append(line)
+        overall = line["val_overall"]
+        if overall is None or progress.best_overall is None or overall > progress.best_overall:
+            progress.best_overall, progress.best_epoch = overall, progress.epoch
+            if self.processes.is_main:
+                bundle.save_weights(self.run.model, self.model, self._training_facts())
+        stale = train.patience and progress.epoch - progress.best_epoch >= train.patience
+        progress.finished = bool(progress.epoch == train.epochs or stale)
+        self._report(line)
+        progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
+        self._save_checkpoint()
+
+    def _training_facts(self) -> dict[str, Any]:
+        facts = {"trained_on": self.settings.train.splits, "epoch": self.progress.best_epoch}
+        return facts | {"val_overall": self.progress.best_overall}
+
+    def _validate(self) -> Scores:
+        data, processes = self.validation_set, self.processes
+        sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
+        loader = make_loader(data, sampler, self.settings.workers, self.device)
+        rows, classes = predict_classes(
+            self.model,
+            loader,
+            preprocessing=self.preprocessing,
+            precision=self.settings.precision,
+            device=self.device,
+        )
+        everyone = processes.gather((rows.numpy(), classes.numpy()))
+        if not processes.is_main:
+            return processes.gather(None)[0]
+        answers = np.empty(len(data), np.int64)
+        for their_rows, their_classes in everyone:
+            answers[their_rows] = their_classes
+        scores = score([self.store.vocabulary[answer] for answer in answers], data.table)
+        return processes.gather(scores)[0]
+
+    def _report(self, line: dict[str, Any]) -> None:
+        if not self.processes.is_main:
+            return
+        self.run.write_metrics(self.progress.history)
+        if self.settings.train.tensorboard:
+            _write_tensorboard(self.run.tensorboard, line)
+        by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
+        scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
+        epochs = self.settings.train.epochs
+        print(
+            f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def _save_checkpoint(self) -> None:
+        mine = {"random": random_state(self.device), "loss_sum": self.progress.loss_sum}
+        everyone = self.processes.gather(mine)
+        if self.processes.is_main:
+            save_checkpoint(
+                self.run.checkpoint,
+                model=self.model,
+                optimiser=self.optimiser,
+                schedule=self.schedule,
+                progress=self.progress,
+                processes=everyone,
+            )
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
+
+
+def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
+    """The questions that can teach something: their image is there, and an answer to them is a class."""
+    tables = [store.table(split) for split in splits]
+    for split, table in zip(splits, tables, strict=True):
+        if not table.given.size:
+            raise InputError(f"train.splits: split {split!r} has no annotations")
+    table = joined(tables)
+    kept = store.usable[table.images] & (table.labels() != NO_ANSWER).any(1)
+    if not kept.any():
+        raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
+    return table.select(np.flatnonzero(kept))
+
+
+def _write_tensorboard(folder: Path, line: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # opened an epoch at a time, so that a killed run leaves whole files
+    with SummaryWriter(folder) as writer:
+        for key in ("train_loss", "val_overall", "learning_rate"):
+            if line[key] is not None:
+                writer.add_scalar(key, line[key], line["epoch"])
+        for kind, value in line.get("val_per_answer_type", {}).items():
+            writer.add_scalar(f"val/{kind}", value, line["epoch"])

@@ -14,7 +14,6 @@ DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
 def demo(arguments: argparse.Namespace) -> None:
     """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
     from experiments.demo import run_demo
-
     from vqa.settings import load_settings
 
     run_demo(load_settings(arguments.config, arguments.settings))

@@ -54,10 +54,13 @@ class Preprocessing:
         return decode_image(path, self.size)
 
     def normalise(self, images: "torch.Tensor") -> "torch.Tensor":
-        """uint8 [B, S, S, 3] → float32 [B, 3, S, S] with the mean and deviation of each channel taken out."""
+        """uint8 [B, S, S, 3] → float32 [B, 3, S, S] with the mean and deviation of each channel taken out.
+
+        The result stays channels-last in memory, as the images come; convolutions are faster so.
+        """
         mean = images.new_tensor([255 * value for value in self.mean], dtype=_float32())
         scale = images.new_tensor([1 / (255 * value) for value in self.std], dtype=_float32())
-        return ((images - mean) * scale).permute(0, 3, 1, 2).contiguous()
+        return ((images - mean) * scale).permute(0, 3, 1, 2)
 
     def save(self, file: Path) -> None:
         """Writes the preprocessing as JSON."""

@@ -98,13 +98,11 @@ def _check_same(path: Path, provenance: Mapping[str, Any]) -> None:
     for key, value in provenance["settings"].items():
         if made["settings"].get(key) != value:
             raise InputError(
-                f"{path}: made with {key} {made['settings'].get(key)}, now {value}; name another data.h5 or remove the file"
+                f"{path}: made with {key} {made['settings'].get(key)}, now {value}; name another data.h5 or remove it"
             )
     for name in made["sources"].keys() | provenance["sources"].keys():
         if made["sources"].get(name) != provenance["sources"].get(name):
-            raise InputError(
-                f"{path}: split {name!r} was made from other files; name another data.h5 or remove the file"
-            )
+            raise InputError(f"{path}: split {name!r} was made from other files; name another data.h5 or remove it")
 
 
 def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[str, Any], settings: dict) -> None:

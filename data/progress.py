@@ -11,7 +11,8 @@ T = TypeVar("T")
 def progress(items: Iterable[T], total: int | None, what: str, done: int = 0, seconds: float = 20.0) -> Iterator[T]:
     """Yields `items`, reporting on standard error how many of `total` are done.
 
-    `done` counts items of earlier runs, `total` None says it is not known; in a log, a line is printed every `seconds` seconds and at the end.
+    `done` counts items of earlier runs, `total` None says it is not known; in a log, a line is printed every `seconds`
+    seconds and at the end.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

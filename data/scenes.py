@@ -45,10 +45,12 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 SHAPES: tuple[str, ...] = tuple(_OUTLINES)
 
 _ALIKE = (0.0, 0.12, 0.36, 0.34, 0.18)  # probability that 0, 1, ... 4 objects are made alike
+# Higher counts are rarer in the scenes, so they are preferred where they occur; chosen to spread the answers evenly.
+_COUNT_WEIGHTS = (1.0, 1.0, 2.0, 4.0, 20.0)
 _RADIUS = (0.13, 0.19)  # of the image's side
 _COLOUR_JITTER = 20  # at most, for each of R, G, B
 _BACKGROUND = (85.0, 145.0)  # an image's grey level
-_NOISE, _NOISE_ON_OBJECTS = 90.0, 30.0  # from the least to the most, for each of R, G, B
+_NOISE, _NOISE_ON_OBJECTS = 60.0, 20.0  # from the least to the most, for each of R, G, B
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,19 @@ def single_objects(seed: int, count: int, size: int) -> tuple[np.ndarray, np.nda
 
 # What each kind of question can ask about (shape, colour) pairs, the things in a scene: subjects and their answers.
 Things = list[tuple[str, str]]
-Candidates = list[tuple[str, str]]
+Candidates = list[tuple[str, str, float]]  # subject, answer, and how much it is preferred to come first
 
 
 def _colours(things: Things) -> Candidates:
     """Each shape that occurs once, and its colour."""
     number = Counter(shape for shape, _ in things)
-    return [(shape, colour) for shape, colour in things if number[shape] == 1]
+    return [(shape, colour, 1.0) for shape, colour in things if number[shape] == 1]
 
 
 def _shapes(things: Things) -> Candidates:
     """Each colour that occurs once, and its shape."""
     number = Counter(colour for _, colour in things)
-    return [(f"{colour} object", shape) for shape, colour in things if number[colour] == 1]
+    return [(f"{colour} object", shape, 1.0) for shape, colour in things if number[colour] == 1]
 
 
 def _counts(things: Things) -> Candidates:
@@ -156,21 +158,27 @@ def _counts(things: Things) -> Candidates:
     number = Counter(value for thing in things for value in thing)
     plurals = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
     plurals |= {colour: f"{colour} objects" for colour in COLOURS}
-    return [(plural, str(number[value])) for value, plural in plurals.items()]
+    counts = Counter(number[value] for value in plurals)
+    return [
+        (plural, str(number[value]), _COUNT_WEIGHTS[number[value]] / counts[number[value]])
+        for value, plural in plurals.items()
+    ]
 
 
 def _existence(things: Things) -> Candidates:
-    """Combinations that are there and as many that are not, made of the same shapes and the same colours.
+    """Combinations that are there, and three kinds that are not: of a colour and a shape that both occur but not
+    together (in pairs whose mixtures could be exchanged), of a missing colour, of a missing shape.
 
-    Shapes alone or colours alone thus say nothing about the answer. Only where the things are all alike in shape or in
-    colour are there no such combinations; colours that do not occur at all then make the absent ones.
+    The first kind cannot be told from colours alone or shapes alone; the other two make the question learnable step by
+    step.
     """
-    pairs = _exchangeable(things)
-    if not pairs:
-        absent = [colour for colour in COLOURS if colour not in {colour for _, colour in things}]
-        pairs = [((shape, colour), (shape, other)) for shape, colour in things for other in absent]
-    there = [(f"{colour} {shape}", "yes") for (shape, colour), _ in pairs]
-    return there + [(f"{colour} {shape}", "no") for (shape, _), (_, colour) in pairs]
+    colours, shapes = {colour for _, colour in things}, {shape for shape, _ in things}
+    mixed = {(shape, colour) for (shape, _), (_, colour) in _exchangeable(things)}
+    other_colour = {(shape, colour) for shape in shapes for colour in COLOURS if colour not in colours}
+    other_shape = {(shape, colour) for shape in SHAPES if shape not in shapes for colour in colours}
+    absent = [kind for kind in (mixed, other_colour, other_shape) if kind]
+    there = [(f"{colour} {shape}", "yes", len(absent) / len(set(things))) for shape, colour in sorted(set(things))]
+    return there + [(f"{colour} {shape}", "no", 1 / len(kind)) for kind in absent for shape, colour in sorted(kind)]
 
 
 def _exchangeable(things: Things) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -195,8 +203,6 @@ _KINDS = (
     _Kind("how many", "number", ("{} are there?", "{} can you see?"), _counts),
     _Kind("is there", "yes/no", ("a {}?", "any {}?"), _existence),
 )
-# Higher counts are rarer in the scenes, so they are preferred where they occur; chosen to spread the answers evenly.
-_ANSWER_WEIGHTS = {"0": 1.0, "1": 1.0, "2": 2.0, "3": 4.0, "4": 20.0}
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
@@ -218,11 +224,9 @@ def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestio
 
 
 def _spread(candidates: Candidates, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Different candidates in random order; an answer's chance to come first ignores how many candidates share it."""
-    number = Counter(answer for _, answer in candidates)
-    weights = np.array([_ANSWER_WEIGHTS.get(answer, 1.0) / number[answer] for _, answer in candidates])
-    order = np.argsort(rng.exponential(size=len(candidates)) / weights)  # the least comes first ∝ its weight
-    return iter(dict.fromkeys(candidates[place] for place in order))
+    """The candidates in random order; each comes first with a chance proportional to its weight."""
+    order = np.argsort(rng.exponential(size=len(candidates)) / np.array([weight for *_, weight in candidates]))
+    return (candidates[place][:2] for place in order)
 
 
 def write_world(

@@ -34,6 +34,7 @@ from vqa.train import train
 
 MODELS = ("baseline", "modern")
 EXAMPLES = 12
+EXAMPLE = "example.png"  # the image of the inspected question
 
 
 def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
@@ -102,13 +103,13 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         "seed": settings.seed,
         "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    image, questions = _write_report(settings, out, summary, table, started)
+    questions = _write_report(settings, out, summary, table, started)
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_json(out / "summary.json", summary)
     print(_comparison(summary))
     print(f"{out / 'report.html'}  ({summary['seconds']:.0f} s)")
     print("Ask the model yourself:")
-    print(f'  python main.py ask --run {out / "modern"} --image {image} --question "{questions[0]}"')
+    print(f"  {_ask_command(out, questions[0])}")
     return summary
 
 
@@ -134,8 +135,8 @@ def _recipe(settings: Settings, model: str) -> Settings:
 
 def _write_report(
     settings: Settings, out: Path, summary: dict[str, Any], table: QuestionTable, started: float
-) -> tuple[Path, list[str]]:
-    """Writes the inspection of one question and the report; returns the image and the questions inspected."""
+) -> list[str]:
+    """Writes the inspection of one question and the report; returns the questions inspected."""
     answers = {model: [entry["answer"] for entry in read_json(out / model / "results_val.json")] for model in MODELS}
     right = {model: [accuracy == 1 for accuracy in question_accuracies(answers[model], table)] for model in MODELS}
     files = [split_files(settings)["val"].image(id_) for id_ in _image_ids(settings, table)]
@@ -144,8 +145,10 @@ def _write_report(
     chosen = max(range(len(table)), key=lambda row: (telling[row], table.question_types[row] == "what color", -row))
     others = [row for row in range(len(table)) if table.images[row] == table.images[chosen] and row != chosen]
     questions = [table.texts[row] for row in (chosen, *others[:1])]
-    inspection = inspect(load_bundle(out / "modern"), files[chosen], questions)
-    write_inspection(inspection, out / "inspect", files[chosen])
+    example = out / EXAMPLE
+    shutil.copyfile(files[chosen], example)
+    inspection = inspect(load_bundle(out / "modern"), example, questions)
+    write_inspection(inspection, out / "inspect", example)
 
     examples = []
     for row in range(0, len(table), max(len(table) // EXAMPLES, 1)):
@@ -178,14 +181,18 @@ def _write_report(
         },
         "examples": examples[:EXAMPLES],
         "commands": [
-            f'python main.py ask --run {out / "modern"} --image {files[chosen]} --question "{questions[0]}"',
+            _ask_command(out, questions[0]),
             f"python main.py eval --run {out / 'baseline'}",
             "python main.py preprocess --config config/daquar.yaml",
         ],
     }
-    with Image.open(files[chosen]) as picture:
+    with Image.open(example) as picture:
         write_demo(out / "report.html", demo, inspection, picture.convert("RGB"))
-    return files[chosen], questions
+    return questions
+
+
+def _ask_command(out: Path, question: str) -> str:
+    return f'python main.py ask --run {out / "modern"} --image {out / EXAMPLE} --question "{question}"'
 
 
 def _image_ids(settings: Settings, table: QuestionTable) -> list[int]:

@@ -9,7 +9,7 @@ from vqa.cbn import ModulationPredictor
 from vqa.model import Fusion, VQAModel
 from vqa.question import QuestionEncoder
 from vqa.resnet import ModulatedResNet
-from vqa.settings import Settings
+from vqa.settings import Settings, TrainSettings
 
 
 def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool) -> VQAModel:
@@ -66,9 +66,20 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
     return model
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(model: VQAModel) -> list[nn.Parameter]:
     """The parameters that training changes, and only these."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Optimizer:
+    """Adam over what training changes; the MLPs that predict the deltas may have a learning rate of their own."""
+    predicting = list(model.predictor.parameters()) if model.predictor else []
+    others = [parameter for parameter in trained_parameters(model) if all(parameter is not one for one in predicting)]
+    groups = [
+        {"params": others, "lr": settings.learning_rate},
+        {"params": predicting, "lr": settings.predictor_learning_rate or settings.learning_rate},
+    ]
+    return torch.optim.Adam([group for group in groups if group["params"]])
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -98,10 +98,12 @@ class DeltaMLP(nn.Sequential):
     """Condition [B, D] → deltas [B, C] through one hidden layer with ReLU; near zero to begin with."""
 
     def __init__(self, condition_size: int, hidden_size: int, channels: int) -> None:
-        last = nn.Linear(hidden_size, channels)
-        nn.init.normal_(last.weight, std=INITIAL_DEVIATION)
-        nn.init.zeros_(last.bias)
-        super().__init__(nn.Linear(condition_size, hidden_size), nn.ReLU(), last)
+        super().__init__(nn.Linear(condition_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, channels))
+        # Without biases to begin with: a small condition would drown in them, and all samples get the same deltas.
+        nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
+        nn.init.zeros_(self[0].bias)
+        nn.init.normal_(self[2].weight, std=INITIAL_DEVIATION)
+        nn.init.zeros_(self[2].bias)
 
 
 class ConditionalBatchNorm2d(ModulatedBatchNorm2d):

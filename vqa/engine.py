@@ -66,13 +66,13 @@ def train_steps(
         # the loss takes logits: its own softmax is the only one
         value = F.cross_entropy(logits.float(), answer_targets(moved.labels, logits.shape[1], loss))
         if not torch.isfinite(value):
-            raise NotFiniteError(float(value), batch.rows.tolist())
+            raise NotFiniteError(value.item(), batch.rows.tolist())
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(trained, clip)
         optimiser.step()
         schedule.step()
-        after_step(float(value.detach()))
+        after_step(value.item())
 
 
 class NotFiniteError(InputError):

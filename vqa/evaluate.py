@@ -90,7 +90,7 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
         return QuestionDataset(table, H5Images(h5))
     if split not in settings.data.splits:
         raise InputError(
-            f"{bundle.folder}: no split {split!r} in its settings; they name {', '.join(settings.data.splits) or 'none'}"
+            f"{bundle.folder}: its settings know no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
         )
     files = split_files(settings)[split]
     if not files.questions.exists():

@@ -28,7 +28,26 @@ class QuestionEncoder(nn.Module):
         if self.fixed:
             self.fixed.requires_grad_(False)
         self.recurrent = ENCODERS[encoder](embedding_size + fixed_size, hidden_size, layers, batch_first=True)
-        self.hidden_size = hidden_size
+        self._initialise(hidden_size)
+
+    @torch.no_grad()
+    def _initialise(self, hidden_size: int) -> None:
+        """Each gate by itself: input weights Glorot-uniform, recurrent ones orthogonal, biases zero but for the LSTM's
+        forget gates, which begin with 1 so that a question's first words are not lost (TensorFlow's way).
+
+        PyTorch's default is small and alike for all; with it the embeddings of different questions begin nearly equal,
+        and the modulation takes several times as long to learn.
+        """
+        for name, parameter in self.recurrent.named_parameters():
+            if name.startswith("bias"):
+                parameter.zero_()
+                continue
+            for gate in parameter.split(hidden_size):
+                (nn.init.xavier_uniform_ if name.startswith("weight_ih") else nn.init.orthogonal_)(gate)
+        if isinstance(self.recurrent, nn.LSTM):
+            for layer in range(self.recurrent.num_layers):
+                forget = slice(hidden_size, 2 * hidden_size)
+                getattr(self.recurrent, f"bias_ih_l{layer}")[forget] = 1.0
 
     def set_fixed(self, vectors: Tensor) -> None:
         """Sets the fixed vectors [V, fixed_size]."""
@@ -36,7 +55,7 @@ class QuestionEncoder(nn.Module):
             self.fixed.weight.copy_(vectors)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Word ids [B, T] and lengths [B], each at least 1 → e_q [B, D]; what follows a question's length is not read."""
+        """Word ids [B, T] and lengths [B], each at least 1 → e_q [B, D]; what follows a question is not read."""
         words = self.embedding(tokens)  # [B, T, E]
         if self.fixed:
             words = torch.cat([words, self.fixed(tokens)], dim=2)

@@ -79,11 +79,9 @@ def _different_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = 
 
 def _git_commit() -> str | None:
     """The commit this code is of, marked if files were changed since; None outside a checkout."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        asked = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return None
     return asked.stdout.strip() or None

@@ -99,6 +99,7 @@ class TrainSettings(_Section):
     loss: Literal["soft", "hard"]
     optimiser: Literal["adam"]
     learning_rate: float = Field(gt=0)
+    predictor_learning_rate: float | None = Field(gt=0)
     schedule: Literal["constant", "one_cycle"]
     clip: float = Field(gt=0)
     epochs: int = Field(ge=1)
@@ -151,11 +152,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -172,7 +174,7 @@ def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
             or a value is of the wrong type or out of range.
     """
     merged = _read_with_bases(Path(file), ())
-    sources = [str(file)]
+    overridden = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
@@ -181,11 +183,11 @@ def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = _merge(merged, value)
-        sources.append(key)
+        overridden.append(key)
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        raise InputError(_explain(error, str(file), sources[1:])) from None
+        raise InputError(_explain(error, str(file), overridden)) from None
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -228,7 +230,8 @@ def _explain(error: ValidationError, file: str, overridden: list[str]) -> str:
     # an unknown key is most often why another one is missing
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
-    where = "command line" if any(key.startswith(given) for given in overridden) else file
+    given = any(key.startswith(word) or word.startswith(f"{key}.") for word in overridden)
+    where = "command line" if given else file
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {key}{_suggestion(key)}{more}"

@@ -16,7 +16,7 @@ from data.progress import progress as shown
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
 from vqa import bundle
-from vqa.build import build_model, choose_device, trained_parameters
+from vqa.build import build_model, build_optimiser, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vqa.distributed import Processes
 from vqa.distributed import joined as processes_joined
@@ -25,6 +25,8 @@ from vqa.metrics import Scores, score
 from vqa.model import VQAModel
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings
+
+WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
 
 
 def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
@@ -79,7 +81,7 @@ class Training:
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
-        self.optimiser = torch.optim.Adam(trained_parameters(self.model), lr=settings.train.learning_rate)
+        self.optimiser = build_optimiser(settings.train, self.model)
         self.schedule = self._new_schedule()
         self.progress = Progress()
         if processes.is_main:
@@ -102,8 +104,9 @@ class Training:
         if train.schedule == "constant":
             return torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
         steps = train.epochs * len(self._sampler(epoch=1))
+        peaks = [group["lr"] for group in self.optimiser.param_groups]
         return torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, train.learning_rate, total_steps=steps, cycle_momentum=False
+            self.optimiser, peaks, total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
         )
 
     def _sampler(self, epoch: int) -> EpochSampler:

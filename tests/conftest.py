@@ -1,0 +1,109 @@
+"""What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for two steps."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED.name} beside the checkout: its reference data are not tested")
+    return SHARED
+
+
+class Command(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `python main.py …` in this process."""
+    import main
+
+    def run(*arguments: object) -> Command:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = main.main()
+        except SystemExit as stopped:  # argparse's --help
+            code = int(stopped.code or 0)
+        out, err = capsys.readouterr()
+        return Command(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Runs a command that must end with exit code 2 and one line on standard error; returns the line."""
+
+    def run(*arguments: object) -> str:
+        ended = command(*arguments)
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
+        assert ended.err.endswith("\n")
+        return ended.err.strip()
+
+    return run
+
+
+TINY = """\
+base: {root}/config/demo.yaml
+name: tiny
+data: {{folder: {folder}/world, h5: {folder}/world.h5, processes: 1}}
+backbone: {{weights: none}}
+cbn: {{hidden_size: 8}}
+question: {{embedding_size: 8, hidden_size: 16}}
+attention: {{units: 8}}
+answer: {{fusion_size: 16, hidden_size: 8}}
+train: {{epochs: 1, batch_size: 16}}
+scenes: {{images: {{train: 12, val: 6}}, pretrain_images: 64, pretrain_epochs: 1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A recipe over a world of 12 + 6 images with 48 + 24 questions, its h5 file made."""
+    from data.preprocess import preprocess
+    from data.scenes import write_world
+    from vqa.settings import load_settings, split_files
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY.format(root=ROOT, folder=folder))
+    settings = load_settings(config)
+    write_world(folder / "world", seed=7, images=settings.scenes.images, processes=1)
+    preprocess(
+        split_files(settings),
+        folder / "world.h5",
+        image_size=64,
+        min_word_count=1,
+        answers=20,
+        skip_bad_images=False,
+        processes=1,
+    )
+    return config
+
+
+@pytest.fixture(scope="session")
+def trained(tiny) -> Path:
+    """The run directory of a MODERN trained for one tiny epoch."""
+    from vqa.settings import load_settings
+    from vqa.train import train
+
+    return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path

@@ -1,0 +1,149 @@
+"""Conditional batch normalisation against independent statements of its formula, and against `nn.BatchNorm2d`."""
+
+import pytest
+import torch
+from torch import nn
+
+from vqa.cbn import ConditionalBatchNorm2d, ModulatedBatchNorm2d, Modulation, ModulationPredictor
+
+
+def formula(x, mean, var, gamma, beta, eps):
+    """y = γ̂ (x − mean) / sqrt(var + ε) + β̂, one value after the other."""
+    y = torch.empty_like(x)
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            y[b, c] = gamma[b, c] * (x[b, c] - mean[c]) / (var[c] + eps) ** 0.5 + beta[b, c]
+    return y
+
+
+def random_norm(channels=5, kind=ModulatedBatchNorm2d):
+    """A norm with non-trivial γ, β and statistics, in float64."""
+    norm = kind(channels).double()
+    for value in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(value)
+    nn.init.uniform_(norm.running_var, 0.3, 3.0)
+    return norm
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_population_statistics_give_the_formula():
+    norm = random_norm().eval()
+    x, gamma, beta = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    expected = formula(x, norm.running_mean, norm.running_var, norm.weight + gamma, norm.bias + beta, norm.eps)
+    torch.testing.assert_close(norm(x, Modulation(gamma, beta)), expected)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm(x, Modulation(gamma, beta))
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+
+
+def test_batch_statistics_give_the_formula_and_move_the_running_ones_as_batchnorm2d():
+    norm, plain = random_norm().train(), nn.BatchNorm2d(5).double().train()
+    plain.load_state_dict(norm.state_dict())
+    x, gamma, beta = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    expected = formula(x, mean, var, norm.weight + gamma, norm.bias + beta, norm.eps)
+    torch.testing.assert_close(norm(x, Modulation(gamma, beta)), expected)
+    plain(x)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_zero_deltas_and_none_are_batchnorm2d(training):
+    norm, plain = random_norm(), nn.BatchNorm2d(5).double()
+    plain.load_state_dict(norm.state_dict())
+    other = random_norm()
+    other.load_state_dict(norm.state_dict())
+    x, zero = torch.randn(4, 5, 3, 3).double(), torch.zeros(4, 5).double()
+    expected = plain.train(training)(x)
+    assert torch.equal(norm.train(training)(x), expected)
+    torch.testing.assert_close(other.train(training)(x, Modulation(zero, zero)), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_in_float64(training):
+    norm = ConditionalBatchNorm2d(3, condition_size=4, hidden_size=6).double().train(training)
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    condition = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, (x, condition))
+
+
+def test_only_gamma_or_only_beta():
+    norm = random_norm().eval()
+    x, delta, zero = torch.randn(2, 5, 3, 3).double(), torch.randn(2, 5).double(), torch.zeros(2, 5).double()
+    torch.testing.assert_close(norm(x, Modulation(delta, None)), norm(x, Modulation(delta, zero)))
+    torch.testing.assert_close(norm(x, Modulation(None, delta)), norm(x, Modulation(zero, delta)))
+
+
+def test_a_delta_of_another_batch_or_width_is_refused():
+    norm = random_norm().eval()
+    with pytest.raises(ValueError, match=r"\[B, C\] = \[2, 5\]"):
+        norm(torch.randn(2, 5, 3, 3).double(), Modulation(torch.zeros(3, 5), None))
+
+
+def test_a_pretrained_norm_keeps_its_parameters_and_mode():
+    plain = nn.BatchNorm2d(4, eps=1e-3, momentum=0.2).eval()
+    norm = ModulatedBatchNorm2d.from_batch_norm(plain)
+    assert norm.weight is plain.weight
+    assert norm.running_var is plain.running_var
+    assert (norm.eps, norm.momentum, norm.training) == (1e-3, 0.2, False)
+    with pytest.raises(ValueError, match="running statistics"):
+        ModulatedBatchNorm2d.from_batch_norm(nn.BatchNorm2d(4, track_running_stats=False))
+
+
+def test_the_stand_alone_layer_starts_near_batchnorm2d_and_takes_its_state():
+    plain = nn.BatchNorm2d(8).eval()
+    nn.init.normal_(plain.running_mean)
+    norm = ConditionalBatchNorm2d(8, condition_size=16, hidden_size=32).eval()
+    missing = norm.load_state_dict(plain.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert all(key.startswith(("delta_gamma", "delta_beta")) for key in missing.missing_keys)
+    x, condition = torch.randn(4, 8, 5, 5), torch.randn(4, 16)
+    difference = (norm(x, condition) - plain(x)).abs().mean() / plain(x).abs().mean()
+    assert 0 < difference < 0.1
+    assert not torch.equal(norm(x, condition), norm(x, condition + 1))
+
+
+def test_stand_alone_layer_does_not_mix_samples_at_test_time():
+    norm = ConditionalBatchNorm2d(6, 3, 5).eval()
+    x, condition = torch.randn(5, 6, 4, 4), torch.randn(5, 3)
+    together = norm(x, condition)
+    one_by_one = torch.cat([norm(x[i : i + 1], condition[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(together, one_by_one)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(norm(x[order], condition[order]), together[order])
+
+
+def test_bfloat16_maps_are_computed_in_float32():
+    norm = ModulatedBatchNorm2d(16).eval()
+    nn.init.normal_(norm.running_mean, 5.0)
+    x = torch.randn(2, 16, 4, 4).bfloat16()
+    gamma, beta = 0.1 * torch.randn(2, 16), 0.1 * torch.randn(2, 16)
+    exact = norm(x.float(), Modulation(gamma, beta))
+    ours = norm(x, Modulation(gamma, beta))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, exact.bfloat16())
+
+
+def test_initial_deltas_have_zero_mean_and_small_variance():
+    predictor = ModulationPredictor(32, ["a.bn1", "b.bn2"], [200, 300], 64, gamma=True, beta=True)
+    deltas = predictor(torch.randn(64, 32))
+    for part in deltas:
+        assert part.shape == (64, 500)
+        assert abs(part.mean()) < 0.01
+        assert 0 < part.std() < 0.1
+
+
+@pytest.mark.parametrize(("gamma", "beta"), [(True, False), (False, True)])
+def test_a_predictor_of_one_kind_gives_none_for_the_other(gamma, beta):
+    deltas = ModulationPredictor(4, ["bn1"], [7], 5, gamma=gamma, beta=beta)(torch.randn(2, 4))
+    assert (deltas.gamma is not None, deltas.beta is not None) == (gamma, beta)
+
+
+def test_a_predictor_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="γ, β or both"):
+        ModulationPredictor(4, ["bn1"], [7], 5, gamma=False, beta=False)

@@ -1,0 +1,295 @@
+"""The commands as a user types them: what they write, what they say, and how they refuse."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def image(tiny):
+    return next((tiny.parent / "world" / "val").glob("*.png"))
+
+
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch):
+    """A copy of `model/` alone, in another place."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "model", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "torch", "torchvision", "transformers", "h5py", "numpy", "pydantic", "yaml"
+    code = f"import sys, main; main._parser().format_help(); print([m for m in {heavy} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_help_names_every_command(command):
+    ended = command("--help")
+    assert ended.code == 0
+    for name in ("demo", "preprocess", "train", "eval", "ask", "inspect"):
+        assert re.search(rf"^ +{name}\b", ended.out, re.MULTILINE)
+        assert command(name, "--help").code == 0
+
+
+# ---- train, eval
+
+
+def test_preprocess_train_eval(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    h5 = f"data.h5={tmp_path}/new.h5"
+    assert command("preprocess", "--config", tiny, h5).code == 0
+    assert "nothing to do" in command("preprocess", "--config", tiny, h5).out
+    ended = command("train", "--config", tiny, "name=cli", h5)
+    assert ended.code == 0, ended.err
+    assert re.search(r"epoch 1/1  loss \d", ended.out)
+    ended = command("eval", "--run", "runs/cli")
+    assert ended.code == 0, ended.err
+    assert "val: 24 questions" in ended.out
+    for kind in ("overall", "yes/no", "number", "other"):
+        assert re.search(rf"^{kind} +\d+\.\d\d %$", ended.out, re.MULTILINE)
+    metrics = json.loads((tmp_path / "runs/cli/metrics_val.json").read_text())
+    assert {"split", "trained_on", "questions", "overall", "per_answer_type", "per_question_type"} == metrics.keys()
+    assert (metrics["split"], metrics["trained_on"], metrics["questions"]) == ("val", ["train"], 24)
+    logged = json.loads((tmp_path / "runs/cli/metrics.jsonl").read_text())
+    assert metrics["overall"] == logged["val_overall"]
+    assert metrics["per_answer_type"] == logged["val_per_answer_type"]
+    results = json.loads((tmp_path / "runs/cli/results_val.json").read_text())
+    asked = json.loads((tiny.parent / "world/val_questions.json").read_text())["questions"]
+    assert {entry["question_id"] for entry in results} == {entry["question_id"] for entry in asked}
+    assert all(entry.keys() == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in results)
+
+
+def test_a_copied_model_is_evaluated_without_h5(command, trained, copied, tmp_path):
+    expected = command("eval", "--run", trained, "--out", tmp_path / "h5").out
+    ended = command("eval", "--run", copied, "--out", tmp_path / "raw", "data.h5=absent.h5")
+    assert ended.code == 0, ended.err
+    assert ended.out == expected
+    for name in ("metrics_val.json", "results_val.json"):
+        ours, theirs = (json.loads((tmp_path / place / name).read_text()) for place in ("raw", "h5"))
+        assert ours == theirs
+
+
+def test_another_datasets_words_are_read_with_the_models_own(command, tiny, trained, tmp_path):
+    expected = command("eval", "--run", trained, "--out", tmp_path / "a").out
+    other = f"data.h5={tmp_path}/other.h5"
+    assert command("preprocess", "--config", tiny, other, "data.min_word_count=20").code == 0
+    assert command("eval", "--run", trained, "--out", tmp_path / "b", other).out == expected
+
+
+def test_a_split_that_was_trained_on_is_refused_unless_asked_for(command, refused, trained, tmp_path):
+    assert "was trained on split 'train'" in refused("eval", "--run", trained, "--split", "train", "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert command("eval", "--run", trained, "--split", "train", "--out", tmp_path, "--allow-trained").code == 0
+    assert json.loads((tmp_path / "metrics_train.json").read_text())["seen_in_training"] is True
+
+
+def test_a_split_without_annotations_gives_results_only(command, trained, tmp_path):
+    split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
+    words = (f"data.splits.test={split}", "data.h5=absent.h5")
+    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, *words)
+    assert ended.code == 0, ended.err
+    assert "no annotations" in ended.out
+    assert [path.name for path in tmp_path.iterdir()] == ["results_test.json"]
+    assert len(json.loads((tmp_path / "results_test.json").read_text())) == 24
+
+
+def test_incomplete_results_are_never_written():
+    from vqa.evaluate import complete_results
+
+    assert complete_results([1, 2], ["a", "b"]) == [
+        {"question_id": 1, "answer": "a"},
+        {"question_id": 2, "answer": "b"},
+    ]
+    for ids, answers in (([1, 2], ["a"]), ([1, 1], ["a", "b"]), ([1, 2], ["a", ""])):
+        with pytest.raises(RuntimeError, match="not complete"):
+            complete_results(ids, answers)
+
+
+# ---- ask, inspect
+
+
+def test_ask_lists_the_most_probable_answers_first(command, copied, image):
+    ended = command("ask", "--run", copied, "--image", image, "--question", "what color is the circle?", "--top", "3")
+    assert ended.code == 0, ended.err
+    probabilities = [float(line.split("%")[0]) for line in ended.out.splitlines()]
+    assert len(probabilities) == 3
+    assert probabilities == sorted(probabilities, reverse=True)
+    ended = command("ask", "--run", copied, "--image", image, "--question", "what zebra?", "--json", "--top", "99")
+    said = json.loads(ended.out)
+    assert sum(entry["probability"] for entry in said["answers"]) == pytest.approx(1, abs=1e-4)
+    assert said["question"] == "what zebra?"
+    assert "not met in training: zebra" in ended.err
+
+
+def test_ask_answers_as_eval_does(command, trained, tiny, tmp_path):
+    assert command("eval", "--run", trained, "--out", tmp_path).code == 0
+    results = json.loads((tmp_path / "results_val.json").read_text())
+    asked = json.loads((tiny.parent / "world/val_questions.json").read_text())["questions"]
+    answers = {entry["question_id"]: entry["answer"] for entry in results}
+    for entry in asked[:6]:
+        image = tiny.parent / f"world/val/{entry['image_id']:012d}.png"
+        said = json.loads(
+            command("ask", "--run", trained, "--image", image, "--question", entry["question"], "--json").out
+        )
+        assert said["answers"][0]["answer"] == answers[entry["question_id"]]
+
+
+def test_inspect_writes_what_the_question_does_to_every_channel(command, copied, image, tmp_path):
+    out = tmp_path / "seen"
+    questions = ("--question", "what color is the circle?", "--versus", "how many circles are there?")
+    ended = command("inspect", "--run", copied, "--image", image, *questions, "--out", out)
+    assert ended.code == 0, ended.err
+    assert {path.name for path in out.iterdir()} == {"modulation.json", "modulation.csv", "report.html"}
+    seen = json.loads((out / "modulation.json").read_text())
+    first, second = seen["readings"]
+    assert [layer["name"] for layer in first["layers"]] == [f"layer{s}.0.bn{n}" for s in (1, 2, 3, 4) for n in (1, 2)]
+    assert sum(layer["channels"] for layer in first["layers"]) == 1920
+    assert first["layers"][0]["delta_gamma"] != second["layers"][0]["delta_gamma"]
+    assert first["layers"][0]["gamma"] == second["layers"][0]["gamma"]
+    for glimpse in first["attention"]:
+        assert sum(map(sum, glimpse)) == pytest.approx(1, abs=1e-5)
+    with (out / "modulation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 1920
+    row, layer = rows[1920 + 64], second["layers"][1]
+    assert (row["question"], row["layer"], row["channel"]) == (second["question"], layer["name"], "0")
+    assert float(row["delta_beta"]) == layer["delta_beta"][0]
+    page = (out / "report.html").read_text()
+    HTMLParser().feed(page)
+    assert "layer4.0.bn2" in page
+
+
+def test_the_numbers_are_the_networks_own(trained, image):
+    import torch
+
+    from vqa.bundle import load_bundle
+    from vqa.cbn import Modulation
+    from vqa.inspection import inspect, run_question
+
+    bundle = load_bundle(trained)
+    layers = inspect(bundle, image, ["is there a red circle?"])["readings"][0]["layers"]
+    output = run_question(bundle, image, "is there a red circle?")
+    joined = [value for layer in layers for value in layer["delta_gamma"]]
+    torch.testing.assert_close(torch.tensor(joined), output.modulation.gamma[0], rtol=1e-5, atol=1e-7)
+    # written into the norms themselves, the deltas make the unmodulated network the modulated one
+    pixels = torch.from_numpy(bundle.preprocessing.decode(image).copy())[None]
+    images = bundle.preprocessing.normalise(pixels)
+    with torch.inference_mode():
+        expected = bundle.model.resnet(images, Modulation(output.modulation.gamma, output.modulation.beta))
+        for layer in layers:
+            norm = bundle.model.resnet.norm(layer["name"])
+            norm.weight.data += torch.tensor(layer["delta_gamma"])
+            norm.bias.data += torch.tensor(layer["delta_beta"])
+        torch.testing.assert_close(bundle.model.resnet(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gain_flips_and_shut_channels():
+    import numpy as np
+
+    from vqa.inspection import describe_channels
+
+    gamma = np.array([1.0, 2.0, -1.0, 0.5, 0.0], np.float32)
+    delta = np.array([-0.95, -3.0, 0.5, 0.5, 1.0], np.float32)
+    told = describe_channels(gamma, np.zeros(5, np.float32), delta, np.zeros(5, np.float32))
+    assert told["gain"] == pytest.approx([0.05, -0.5, 0.5, 2.0, None])
+    assert (told["sign_flips"], told["nearly_shut"]) == (1, 1)
+
+
+def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("train", "--config", tiny, "name=plain", "cbn.stages=[]").code == 0
+    ended = command("inspect", "--run", "runs/plain", "--image", image, "--question", "what shape is the red object?")
+    assert ended.code == 0, ended.err
+    assert "conditions no norm" in ended.out
+    assert (tmp_path / "runs/plain/inspect/report.html").exists()
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: --config"),
+        (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
+        (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
+        (["train", "--config", "{tiny}", "cbn.stages=[5]"], "cbn.stages"),
+        (["train", "--config", "{tiny}", "train.epochs=many"], "train.epochs"),
+        (["train", "--config", "{tiny}", "data.h5=absent.h5"], "absent.h5: no such file"),
+        (
+            ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"],
+            "absent/train_questions.json: no such",
+        ),
+        (["eval", "--run", "absent"], "absent: no model here"),
+        (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
+        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model is evaluated as it is"),
+        (
+            ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
+            "b/val_questions.json: no such file, and no a.h5",
+        ),
+        (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
+        (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", ""], "holds no word"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "  \t "], "holds no word"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "positive"),
+        (
+            ["inspect", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--versus", ""],
+            "holds no word",
+        ),
+        (["demo", "scenes=null"], "scenes"),
+    ],
+)
+def test_bad_input_is_one_clear_line(refused, tiny, trained, image, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"tiny": tiny, "trained": trained, "image": image}
+    words = [word.format(**names) if word.startswith("{") else word for word in arguments]
+    assert message in refused(*words)
+    assert not [path for path in tmp_path.iterdir() if path.name != "runs"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"no weights", "model.safetensors: cannot be read as weights"),
+        ("answers.json", b"[1]", "answers.json: must be a list"),
+        ("answers.json", b"[", "answers.json: line 1"),
+        ("tokenizer.json", b"{}", "tokenizer.json: cannot be read"),
+        ("preprocessing.json", b"{}", "preprocessing.json"),
+        ("config.yaml", b"a: [", "config.yaml: line"),
+    ],
+)
+def test_a_broken_model_directory_is_named(refused, copied, image, file, content, message):
+    (copied / file).write_bytes(content)
+    assert message in refused("ask", "--run", copied, "--image", image, "--question", "what?")
+
+
+def test_weights_of_another_model_are_refused(refused, copied, image):
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace("hidden_size: 16", "hidden_size: 24"))
+    assert "not the weights of this folder's config.yaml" in refused(
+        "ask", "--run", copied, "--image", image, "--question", "what?"
+    )
+
+
+def test_progress_is_lines_in_a_log(capsys, monkeypatch):
+    from data.progress import progress
+
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert list(progress(range(6), 8, "images", done=2)) == list(range(6))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "images: 4/8, 0.1/s"
+    assert lines[-1] == "images: 8/8, 0.1/s"

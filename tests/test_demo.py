@@ -1,0 +1,73 @@
+"""The demo on a world of a few images: the same code, the same files; and its blind reference."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from data.store import Store
+from experiments.demo import best_blind_answers, run_demo
+from vqa.metrics import score
+from vqa.settings import load_settings
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    places = [f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/w.h5", f"backbone.weights={tmp_path}/b.safetensors"]
+    return load_settings(tiny, ["name=demo", *places])
+
+
+def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys):
+    summary = run_demo(settings, runs=tmp_path / "runs")
+    out = tmp_path / "runs" / "demo"
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for model in ("baseline", "modern"):
+        metrics = json.loads((out / model / "metrics_val.json").read_text())
+        assert summary[model]["overall"] == metrics["overall"]
+    assert summary["difference"] == pytest.approx(
+        summary["modern"]["overall"] - summary["baseline"]["overall"], abs=0.01
+    )
+    assert summary["seconds"] > 0
+    assert {path.name for path in (out / "inspect").iterdir()} == {"modulation.json", "modulation.csv", "report.html"}
+    assert (out / "example.png").exists()
+    page = (out / "report.html").read_text()
+    assert "says nothing about VQA" in page
+    assert "blind" in capsys.readouterr().out
+    # run again, it is made anew, and the same
+    again = run_demo(settings, runs=tmp_path / "runs")
+    for model in ("blind", "baseline", "modern"):
+        assert again[model] == summary[model]
+
+
+def test_both_models_differ_in_their_conditioned_stages_only(settings, tmp_path):
+    run_demo(settings, runs=tmp_path / "runs")
+    one, other = (
+        load_settings(tmp_path / "runs/demo" / model / "config.yaml").model_dump() for model in ("baseline", "modern")
+    )
+    assert one.pop("name") != other.pop("name")
+    assert (one["cbn"].pop("stages"), other["cbn"].pop("stages")) == ([], [1, 2, 3, 4])
+    assert one == other
+
+
+def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):
+    store = Store(tiny.parent / "world.h5")
+    train = store.table("train")
+    answers = best_blind_answers(train, train)
+    by_text = {}
+    for row, text in enumerate(train.texts):
+        by_text.setdefault(text, Counter()).update(train.answers(row))
+    best = sum(max(counts.values()) for counts in by_text.values()) / sum(c.total() for c in by_text.values())
+    assert score(answers, train)["overall"] == pytest.approx(100 * best)
+
+
+def test_a_pretrained_backbone_is_kept_only_if_made_the_same_way(tmp_path):
+    from vqa.pretrain import pretrain_backbone
+
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    file = tmp_path / "backbone.safetensors"
+    accuracy = pretrain_backbone(file, "resnet10", **made)
+    before = file.read_bytes()
+    assert pretrain_backbone(file, "resnet10", **made) == accuracy
+    assert file.read_bytes() == before
+    pretrain_backbone(file, "resnet10", **made | {"seed": 2})
+    assert file.read_bytes() != before

@@ -1,0 +1,217 @@
+"""The question encoder, attention, fusion and the whole model: padding, conditioning, weights that sum to one."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from data.table import NO_ANSWER
+from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
+from vqa.build import build_model, trained_parameters
+from vqa.engine import answer_targets
+from vqa.question import QuestionEncoder
+from vqa.settings import load_settings
+
+
+@pytest.fixture
+def settings(tiny):
+    return load_settings(tiny)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def example(batch=3, words=5, vocabulary=20):
+    images = torch.randn(batch, 3, 64, 64)
+    tokens = torch.randint(2, vocabulary, (batch, words))
+    return images, tokens, torch.full((batch,), words)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_padding_changes_nothing(encoder, layers):
+    model = QuestionEncoder(20, 8, 16, encoder=encoder, layers=layers, fixed_size=4)
+    tokens = torch.randint(2, 20, (1, 4))
+    expected = model(tokens, torch.tensor([4]))
+    for junk in (0, 1, 7):
+        padded = F.pad(tokens, (0, 3), value=junk)
+        torch.testing.assert_close(model(padded, torch.tensor([4])), expected)
+    assert not torch.allclose(model(tokens, torch.tensor([3])), expected)
+
+
+def test_the_embedding_is_the_last_valid_state_of_packed_sequences():
+    model = QuestionEncoder(20, 8, 16, encoder="lstm", layers=2)
+    tokens, lengths = torch.randint(2, 20, (4, 6)), torch.tensor([6, 1, 3, 5])
+    packed = nn.utils.rnn.pack_padded_sequence(model.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
+    _, (state, _) = model.recurrent(packed)
+    torch.testing.assert_close(model(tokens, lengths), state[-1])
+
+
+def test_fixed_vectors_are_read_and_never_trained():
+    model = QuestionEncoder(6, 3, 4, encoder="lstm", layers=1, fixed_size=2)
+    tokens, lengths = torch.tensor([[2, 3]]), torch.tensor([2])
+    before = model(tokens, lengths)
+    model.set_fixed(torch.randn(6, 2))
+    assert not torch.allclose(model(tokens, lengths), before)
+    model(tokens, lengths).sum().backward()
+    assert model.fixed.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", [SpatialAttention, MLBAttention])
+@pytest.mark.parametrize("glimpses", [1, 3])
+def test_attention_weights_sum_to_one_over_positions_and_differ(kind, glimpses):
+    attention = kind(6, 4, 8, glimpses)
+    features, question = torch.randn(2, 6, 3, 5), torch.randn(2, 4)
+    seen, weights = attend(features, attention(features, question))
+    assert seen.shape == (2, glimpses * 6)
+    assert weights.shape == (2, glimpses, 3, 5)
+    torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, glimpses))
+    assert weights.std((2, 3)).min() > 1e-4
+    expected = torch.einsum("bghw,bchw->bgc", weights, features).flatten(1)
+    torch.testing.assert_close(seen, expected)
+    assert not torch.allclose(attention(features, question + 1), attention(features, question))
+
+
+def test_spatial_attention_is_an_mlp_over_the_concatenation():
+    attention = SpatialAttention(6, 4, 8)
+    features, question = torch.randn(2, 6, 3, 3), torch.randn(2, 4)
+    weight = torch.cat([attention.feature.weight[:, :, 0, 0], attention.question.weight], dim=1)
+    for h in range(3):
+        joined = torch.cat([features[:, :, h, 0], question], dim=1)
+        hidden = F.relu(F.linear(joined, weight, attention.feature.bias))
+        score = F.linear(hidden, attention.score.weight[:, :, 0, 0], attention.score.bias)
+        torch.testing.assert_close(attention(features, question)[:, :, h, 0], score)
+
+
+def test_feature_normalisation():
+    features = torch.randn(2, 6, 3, 3)
+    torch.testing.assert_close(normalise_features(features, "map", 2.0).flatten(1).norm(dim=1), torch.full((2,), 2.0))
+    torch.testing.assert_close(normalise_features(features, "position", 8.0).norm(dim=1), torch.full((2, 3, 3), 8.0))
+    assert torch.equal(normalise_features(features, "none", 1.0), features)
+
+
+def test_the_feature_map_moves_when_only_the_question_changes(settings):
+    model = build_model(settings, 20, 10, pretrained=False).eval()
+    images, tokens, lengths = example()
+    seen = []
+    model.resnet.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model(images, tokens, lengths)
+    model(images, tokens.flip(1), lengths)
+    assert not torch.allclose(seen[0], seen[1])
+    plain = model(images, tokens, lengths, modulate=False)
+    assert plain.modulation is None
+    torch.testing.assert_close(seen[2], model.resnet(images))
+
+
+def test_the_baseline_hears_the_question_only_after_the_resnet(tiny):
+    model = build_model(load_settings(tiny, ["cbn.stages=[]"]), 20, 10, pretrained=False).eval()
+    assert model.predictor is None
+    images, tokens, lengths = example()
+    seen = []
+    model.resnet.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    one, other = model(images, tokens, lengths), model(images, tokens.flip(1), lengths)
+    assert torch.equal(seen[0], seen[1])
+    assert one.modulation is None
+    assert not torch.allclose(one.logits, other.logits)
+
+
+def test_a_batch_is_its_samples_in_any_order(settings):
+    model = build_model(settings, 20, 10, pretrained=False).eval()
+    images, tokens, lengths = example(batch=4)
+    together = model(images, tokens, lengths).logits
+    for i in range(4):
+        alone = model(images[i : i + 1], tokens[i : i + 1], lengths[i : i + 1]).logits
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-3, atol=1e-4)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(
+        model(images[order], tokens[order], lengths).logits, together[order], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_padding_does_not_change_the_answer(settings):
+    model = build_model(settings, 20, 10, pretrained=False).eval()
+    images, tokens, lengths = example()
+    padded = F.pad(tokens, (0, 4), value=0)
+    torch.testing.assert_close(model(images, padded, lengths).logits, model(images, tokens, lengths).logits)
+
+
+@pytest.mark.parametrize("attention", ["spatial", "mlb"])
+def test_the_loss_at_the_start_is_near_log_a(tiny, attention):
+    model = build_model(load_settings(tiny, [f"attention.kind={attention}"]), 20, 50, pretrained=False)
+    images, tokens, lengths = example(batch=16)
+    loss = F.cross_entropy(model(images, tokens, lengths).logits, torch.randint(50, (16,)))
+    assert float(loss) == pytest.approx(math.log(50), rel=0.1)
+
+
+def test_dropout_is_the_probability_of_dropping(tiny):
+    model = build_model(load_settings(tiny, ["answer.dropout=0.9"]), 20, 10, pretrained=False)
+    dropped = [F.dropout(torch.ones(10_000), layer.p) for layer in model.modules() if isinstance(layer, nn.Dropout)]
+    assert len(dropped) == 2
+    assert all(float((part == 0).float().mean()) == pytest.approx(0.9, abs=0.02) for part in dropped)
+
+
+RECIPES = {
+    "cbn.stages=[]": set(),
+    "cbn.stages=[4]": {"predictor"},
+    "backbone.train=stage4": {"predictor", "layer4"},
+    "backbone.train=batchnorm": {"predictor", "norms"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_what_the_recipe_names_changes(tiny, recipe):
+    model = build_model(load_settings(tiny, [recipe]), 20, 10, pretrained=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.Adam(trained_parameters(model), lr=0.01)
+    for _ in range(2):
+        model.train()
+        logits = model(*example()).logits
+        optimiser.zero_grad()
+        F.cross_entropy(logits, torch.tensor([1, 2, 3])).backward()
+        optimiser.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    in_resnet = {name for name in changed if name.startswith("resnet.")}
+    expected = set()
+    for name, _ in model.resnet.named_parameters():
+        stage4 = "layer4" in RECIPES[recipe] and "layer4" in name
+        norm = "norms" in RECIPES[recipe] and (".bn" in name or ".downsample.1." in name)
+        if stage4 or norm:
+            expected.add(f"resnet.{name}")
+    assert in_resnet == expected
+    assert any(name.startswith("predictor.") for name in changed) == ("predictor" in RECIPES[recipe])
+    assert "question.embedding.weight" in changed
+    assert "fusion.answer.1.weight" in changed
+
+
+def test_a_conditioned_network_must_predict_something(tiny):
+    from data.errors import InputError
+
+    with pytest.raises(InputError, match="cbn"):
+        build_model(load_settings(tiny, ["cbn.gamma=false", "cbn.beta=false"]), 20, 10, pretrained=False)
+
+
+def test_soft_targets_clip_counts_at_three():
+    labels = torch.tensor([[0] * 8 + [1] * 2, [2] * 10, [0] + [NO_ANSWER] * 9, [NO_ANSWER] * 10])
+    targets = answer_targets(labels, 4, "soft")
+    torch.testing.assert_close(targets, torch.tensor([[0.6, 0.4, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0.0]]))
+
+
+def test_hard_targets_are_the_most_common_answer():
+    labels = torch.tensor([[0] * 4 + [1] * 6, [NO_ANSWER] * 9 + [3], [NO_ANSWER] * 10])
+    assert answer_targets(labels, 4, "hard").tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def test_bfloat16_on_a_cpu_stays_near_float32(settings):
+    from vqa.engine import autocast
+
+    model = build_model(settings, 20, 10, pretrained=False).eval()
+    batch = example()
+    with autocast(torch.device("cpu"), "bfloat16"):
+        low = model(*batch)
+    exact = model(*batch)
+    torch.testing.assert_close(low.logits.float(), exact.logits, rtol=0.1, atol=0.05)
+    torch.testing.assert_close(low.attention.float().sum((2, 3)), torch.ones(3, 1), rtol=0.02, atol=0.02)

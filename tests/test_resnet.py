@@ -1,0 +1,209 @@
+"""The modulated ResNet is torchvision's: equal to it with no or zero deltas, moved by every other one."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from vqa.cbn import Modulation
+from vqa.resnet import ModulatedResNet, build_resnet
+
+
+def with_statistics(resnet):
+    """Gives a random network non-trivial norms, as a pretrained one has."""
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return resnet.eval()
+
+
+def stage4_map(resnet, x):
+    """torchvision's own modules, called by hand."""
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
+    return resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
+
+
+def pair(name, stages=(1, 2, 3, 4), **where):
+    """torchvision's network, and ours with its weights."""
+    torch.manual_seed(0)
+    plain = with_statistics(build_resnet(name))
+    net = ModulatedResNet(name, None, stages, **where)
+    state = {f"network.{key}": value for key, value in plain.state_dict().items() if not key.startswith("fc.")}
+    net.load_state_dict(state)
+    return plain, net
+
+
+def random_modulation(net, batch, size=0.1):
+    width = sum(layer.channels for layer in net.layers)
+    return Modulation(size * torch.randn(batch, width), size * torch.randn(batch, width))
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("stages", [(1, 2, 3, 4), (2, 3, 4), (3, 4), (4,), (1, 3), ()])
+@torch.inference_mode()
+def test_zero_deltas_equal_torchvision(name, stages):
+    plain, net = pair(name, stages)
+    x = torch.randn(2, 3, 64, 64)
+    expected = stage4_map(plain, x)
+    assert torch.equal(net(x), expected)
+    zero = torch.zeros(2, sum(layer.channels for layer in net.layers))
+    torch.testing.assert_close(
+        net(x, Modulation(zero, zero)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+    )
+
+
+@torch.inference_mode()
+def test_zero_deltas_equal_torchvision_with_stem_and_shortcuts():
+    plain, net = pair("resnet18", stem=True, shortcuts=True)
+    names = [layer.name for layer in net.layers]
+    assert names[0] == "bn1"
+    assert "layer2.0.downsample.1" in names
+    assert len(names) == 1 + 16 + 3
+    x, zero = torch.randn(2, 3, 64, 64), torch.zeros(2, sum(layer.channels for layer in net.layers))
+    torch.testing.assert_close(net(x, Modulation(zero, zero)), stage4_map(plain, x), rtol=1e-4, atol=1e-4)
+
+
+def test_resnet50_has_the_papers_counts():
+    net = ModulatedResNet("resnet50")
+    assert len(net.layers) == 48
+    assert sum(layer.channels for layer in net.layers) == 22_656
+    assert net.layers[0][:3] == ("layer1.0.bn1", 1, 64)
+    assert net.layers[-1].name == "layer4.2.bn3"
+    assert [layer.stage for layer in net.layers] == sorted(layer.stage for layer in net.layers)
+    norms = sum(p.numel() for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert norms < 0.01 * sum(p.numel() for p in net.parameters())
+
+
+def test_every_resnet_of_torchvision_can_be_modulated():
+    for name in ("resnext50_32x4d", "wide_resnet50_2"):
+        net = ModulatedResNet(name, stages=(4,))
+        assert net(torch.randn(1, 3, 32, 32), random_modulation(net, 1)).shape == (1, net.channels, 1, 1)
+
+
+def test_deltas_reach_their_layer_and_sample_only():
+    _, net = pair("resnet18")
+    x = torch.randn(3, 3, 64, 64)
+    still = net(x)
+    start = 0
+    for layer in net.layers:
+        gamma = torch.zeros(3, sum(other.channels for other in net.layers))
+        gamma[1, start : start + layer.channels] = 0.5
+        start += layer.channels
+        moved = (net(x, Modulation(gamma, None)) - still).abs().amax((1, 2, 3))
+        assert moved[1] > 1e-3, layer.name
+        assert moved[[0, 2]].max() < 1e-4, layer.name
+
+
+def test_a_layers_slice_is_the_named_norms_delta():
+    plain, net = pair("resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    place = [layer.name for layer in net.layers].index("layer3.1.bn2")
+    start = sum(layer.channels for layer in net.layers[:place])
+    change = torch.randn(256) * 0.3
+    gamma = torch.zeros(2, sum(layer.channels for layer in net.layers))
+    gamma[:, start : start + 256] = change
+    with torch.no_grad():
+        plain.get_submodule("layer3.1.bn2").weight += change
+    torch.testing.assert_close(net(x, Modulation(gamma, None)), stage4_map(plain, x), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_batch_is_its_samples_in_any_order():
+    _, net = pair("resnet50")
+    x, modulation = torch.randn(4, 3, 64, 64), random_modulation(net, 4)
+    together = net(x, modulation)
+    scale = together.abs().max().item()
+    for i in range(4):
+        alone = net(x[i : i + 1], Modulation(modulation.gamma[i : i + 1], modulation.beta[i : i + 1]))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-3, atol=1e-4 * scale)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = net(x[order], Modulation(modulation.gamma[order], modulation.beta[order]))
+    torch.testing.assert_close(permuted, together[order], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_nothing_is_kept_between_calls():
+    _, net = pair("resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    before = net(x)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    net(x, random_modulation(net, 2))
+    assert torch.equal(net(x), before)
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+
+
+def test_training_mode_thaws_nothing():
+    _, net = pair("resnet18")
+    net.train()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    net(torch.randn(2, 3, 64, 64), random_modulation(net, 2)).sum()
+    net(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_what_can_be_trained():
+    _, net = pair("resnet18")
+    assert net.trainable("none") == []
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    stage4 = {names[id(parameter)] for parameter in net.trainable("stage4")}
+    assert stage4 == {name for name in names.values() if name.startswith("network.layer4.")}
+    norms = {names[id(parameter)] for parameter in net.trainable("batchnorm")}
+    assert norms == {name for name in names.values() if ".bn" in name or ".downsample.1." in name}
+    with pytest.raises(ValueError, match="stage4"):
+        net.trainable("stage3")
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 3)])
+def test_a_modulation_of_another_width_is_refused(shape):
+    net = ModulatedResNet("resnet18")
+    with pytest.raises(ValueError, match="3840"):
+        net(torch.randn(2, 3, 32, 32), Modulation(torch.zeros(shape), None))
+
+
+def test_unknown_stages_and_networks_are_refused():
+    with pytest.raises(ValueError, match="stages are 1, 2, 3 and 4, got 5"):
+        ModulatedResNet("resnet18", stages=(4, 5))
+    with pytest.raises(ValueError, match="no ResNet"):
+        ModulatedResNet("vgg16")
+    with pytest.raises(ValueError, match="IMAGENET1K_V1"):
+        ModulatedResNet("resnet18", "IMAGENET1K_V7")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    plain = with_statistics(torchvision.models.resnet18(num_classes=7))
+    file = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(plain.state_dict(), file)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ModulatedResNet("resnet18", file)(x), stage4_map(plain, x))
+
+
+def test_weights_that_do_not_fit_name_their_keys(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer1.0.bn1.running_var"]
+    state["layer1.0.bn9.weight"] = torch.zeros(1)
+    state["conv1.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth") as caught:
+        ModulatedResNet("resnet18", tmp_path / "other.pth")
+    for key in ("missing layer1.0.bn1.running_var", "unknown layer1.0.bn9.weight", "shape of conv1.weight"):
+        assert key in str(caught.value)
+
+
+def test_a_file_that_is_no_weights_runs_nothing(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    for name in ("evil.pth", "absent.pth"):
+        with pytest.raises(ValueError, match=name):
+            ModulatedResNet("resnet18", tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_compiles_without_graph_breaks():
+    _, net = pair("resnet10")
+    explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32), random_modulation(net, 2))
+    assert explained.graph_break_count == 0

@@ -1,0 +1,291 @@
+"""Runs: what a run directory holds, exact resume after a kill, several processes, early stopping, bad losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from data.errors import InputError
+from tests.conftest import ROOT
+from vqa import engine
+from vqa.settings import load_settings
+from vqa.train import train
+
+PYTHON = [sys.executable, str(ROOT / "main.py")]
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same_weights(one, other) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def lines(run, without=("seconds",)):
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in without} for line in read]
+
+
+def start(config, folder, *words, resume=False):
+    """A training process of its own in `folder`."""
+    arguments = ["train", "--config", str(config), *(["--resume"] if resume else []), *words]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*PYTHON, *arguments], cwd=folder, text=True, **quiet)
+
+
+def test_a_run_directory_explains_itself(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "model"}
+    assert {path.name for path in (trained / "model").iterdir()} == {
+        "model.safetensors",
+        "config.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "answers.json",
+        "preprocessing.json",
+    }
+    line = json.loads((trained / "metrics.jsonl").read_text())
+    assert {"epoch", "train_loss", "val_overall"} <= line.keys()
+    assert 0 <= line["val_overall"] <= 100
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
+    assert {"git_commit", "device", "seed"} <= environment.keys()
+    assert yaml.safe_load((trained / "config.yaml").read_text())["train"]["epochs"] == 1
+
+
+def test_the_same_seed_gives_the_same_weights(tiny, tmp_path):
+    one, other, third = (
+        train(load_settings(tiny, [f"name={name}", f"seed={seed}"]), runs=tmp_path).path
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert same_weights(one, other)
+    assert lines(one) == lines(other)
+    assert not same_weights(one, third)
+
+
+def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=frozen", "train.learning_rate=0.01"])
+    torch.manual_seed(settings.seed)
+    from vqa.build import build_model
+
+    before = build_model(settings, 5, 5, pretrained=True).resnet.state_dict()
+    # the backbone is drawn first, so it is the same whatever follows it
+    after = weights(train(settings, runs=tmp_path).path)
+    for name, value in before.items():
+        assert torch.equal(after[f"resnet.{name}"], value), name
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(tiny, tmp_path):
+    words = ["train.epochs=3", "train.checkpoint_every=2", "answer.dropout=0.3", "train.batch_size=4"]
+    whole = start(tiny, tmp_path, "name=whole", *words)
+    assert whole.wait() == 0, whole.stderr.read()
+
+    killed = start(tiny, tmp_path, "name=killed", *words)
+    checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:  # kill it in the middle of an epoch, after a checkpoint within one
+        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["progress"]["step"] > 0:
+            break
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    progress = torch.load(checkpoint, weights_only=True)["progress"]
+    assert not progress["finished"], "too fast to be killed in time"
+
+    resumed = start(tiny, tmp_path, "name=killed", *words, resume=True)
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
+    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
+
+
+@pytest.mark.parametrize("words", [["train.schedule=constant"], ["backbone.train=stage4", "cbn.stages=[4]"]])
+def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words):
+    words = [*words, "train.epochs=2", "train.checkpoint_every=1", "answer.dropout=0.3", "train.batch_size=16"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    real = engine.nn.utils.clip_grad_norm_
+    for stop in (2, 4, 6):  # within the first epoch, at the second's first step, within the second
+        steps = []
+
+        def stopping(*arguments, steps=steps, stop=stop):
+            steps.append(1)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        settings = load_settings(tiny, [f"name=stopped{stop}", *words])
+        monkeypatch.setattr(engine.nn.utils, "clip_grad_norm_", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, runs=tmp_path)
+        monkeypatch.setattr(engine.nn.utils, "clip_grad_norm_", real)
+        resumed = train(settings, resume=True, runs=tmp_path).path
+        assert same_weights(whole, resumed), stop
+        assert lines(whole) == lines(resumed), stop
+
+
+def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
+    run = train(load_settings(tiny, ["name=done"]), runs=tmp_path).path
+    before = (run / "checkpoints/last.pt").read_bytes()
+    train(load_settings(tiny, ["name=done"]), resume=True, runs=tmp_path)
+    assert "finished, nothing to do" in capsys.readouterr().out
+    assert (run / "checkpoints/last.pt").read_bytes() == before
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=mine"])
+    train(settings, runs=tmp_path)
+    with pytest.raises(InputError, match="--resume"):
+        train(settings, runs=tmp_path)
+    with pytest.raises(InputError, match="another train.learning_rate"):
+        train(load_settings(tiny, ["name=mine", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=mine"])
+    run = train(settings, runs=tmp_path).path
+    (run / "checkpoints/last.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="last.pt: cannot be read"):
+        train(settings, resume=True, runs=tmp_path)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    settings = load_settings(tiny, ["name=mine", "train.epochs=2"])
+    real, saves = torch.save, []
+
+    def failing(value, file):
+        saves.append(file)
+        if len(saves) == 2:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(value, file)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="space"):
+        train(settings, runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert saved["progress"]["epoch"] == 2
+    assert [path.name for path in (tmp_path / "mine/checkpoints").iterdir()] == ["last.pt"]
+
+
+def test_the_best_epochs_model_is_kept_and_training_stops_early(tiny, tmp_path, monkeypatch):
+    import vqa.train
+
+    scores = iter([30.0, 50.0, 40.0, 45.0, 99.0])
+    real = vqa.train.score
+    monkeypatch.setattr(vqa.train, "score", lambda *given: real(*given) | {"overall": next(scores)})
+    settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2"])
+    run = train(settings, runs=tmp_path).path
+    assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
+    from vqa.bundle import load_bundle
+
+    assert load_bundle(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
+
+
+def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
+    from vqa.bundle import load_bundle
+
+    words = ["name=both", "train.splits=[train, val]", "train.validate_on=null", "train.epochs=2"]
+    run = train(load_settings(tiny, words), runs=tmp_path).path
+    assert [line["val_overall"] for line in lines(run)] == [None, None]
+    assert load_bundle(run).training == {"trained_on": ["train", "val"], "epoch": 2, "val_overall": None}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=wild", "train.learning_rate=1e30", "train.clip=1e30", "train.epochs=2"])
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at epoch \d, step \d+ \(questions \d+, "):
+        train(settings, runs=tmp_path)
+
+
+def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy.h5"
+    shutil.copy(tiny.parent / "world.h5", copy)
+    with h5py.File(copy, "r+") as file:
+        file["images/usable"][0] = False
+        lost = int((file["splits/train/images"][:] == 0).sum())
+        count = len(file["splits/train/ids"])
+    train(load_settings(tiny, ["name=fewer", f"data.h5={copy}"]), runs=tmp_path)
+    assert f"{count - lost} questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.h5=nowhere.h5"], "nowhere.h5: no such file; `preprocess` makes it"),
+        (["data.image_size=128"], "holds images of 64 px, data.image_size is 128"),
+        (["train.splits=[dev]"], "no split 'dev'"),
+        (["train.validate_on=dev"], "no split 'dev'"),
+        (["backbone.name=resnet19"], "backbone: 'resnet19' is no ResNet"),
+        (["backbone.weights=nowhere.pth"], "backbone: nowhere.pth: no such file"),
+        (["question.glove=nowhere.txt"], "nowhere.txt: no such file"),
+        (["device=cuda:7"], "device: cuda:7 is not there"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_first_step(tiny, tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        train(load_settings(tiny, ["name=bad", *words]), runs=tmp_path)
+
+
+def test_glove_vectors_are_used_and_stored_with_the_model(tiny, tmp_path):
+    glove = tmp_path / "glove.txt"
+    glove.write_text("circle 1 2 3\nred 4 5 6\n")
+    words = ["name=glove", f"question.glove={glove}", "question.glove_size=3"]
+    run = train(load_settings(tiny, words), runs=tmp_path).path
+    glove.unlink()
+    from vqa.bundle import load_bundle
+
+    loaded = load_bundle(run)
+    row = loaded.tokenizer.token_to_id("red")
+    assert loaded.model.question.fixed.weight[row].tolist() == [4, 5, 6]
+
+
+def test_tensorboard_files_are_written(tiny, tmp_path):
+    run = train(load_settings(tiny, ["name=board", "train.tensorboard=true"]), runs=tmp_path).path
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_two_processes_train_as_one(tiny, tmp_path):
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "main.py"),
+    ]
+    arguments = ["train", "--config", str(tiny), "name=two", *words]
+    done = subprocess.run(
+        [*torchrun, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
+    ours, theirs = weights(one), weights(tmp_path / "runs/two")
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    for a, b in zip(lines(one), lines(tmp_path / "runs/two"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):
+    from vqa.distributed import Processes
+    from vqa.run_directory import RunDirectory
+    from vqa.train import Training
+
+    with pytest.raises(InputError, match="cannot be shared equally by 3 processes"):
+        Training(load_settings(tiny), RunDirectory(tmp_path), Processes(0, 0, 3))

@@ -89,6 +89,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     questions = [arguments.question] + ([arguments.versus] if arguments.versus is not None else [])
     out = arguments.out or arguments.run / "inspect"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
     inspection = run(load_bundle(arguments.run), arguments.image, questions)
     write_inspection(inspection, out, arguments.image)
     print(summary(inspection))

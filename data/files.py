@@ -14,7 +14,7 @@ from data.errors import InputError
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; it takes the place of `path` only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.unfinished")  # one name, so that a killed run leaves at most one behind
     try:
         yield aside
         with aside.open("rb+") as file:
@@ -49,5 +49,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}: {str(error).split(';')[0]}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be a question file") from None

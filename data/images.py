@@ -29,7 +29,10 @@ def decode_image(path: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image = opened
+            if opened.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip to white
+                image = Image.fromarray((np.asarray(opened) // 256).clip(0, 255).astype(np.uint8))
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -75,9 +78,12 @@ class Preprocessing:
         """
         content: dict[str, Any] = read_json(file)
         try:
-            loaded = cls(**{**content, "mean": tuple(content["mean"]), "std": tuple(content["std"])})
-        except (TypeError, KeyError):
-            raise InputError(f"{file}: not an image preprocessing: needs size, mean, std, resize") from None
+            mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+            loaded = cls(int(content["size"]), mean, std, content["resize"])
+        except (TypeError, KeyError, ValueError):
+            loaded = None
+        if loaded is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0 or loaded.size < 1:
+            raise InputError(f"{file}: not an image preprocessing: needs size, 3 means, 3 positive stds, resize")
         if loaded.resize != "bilinear":
             raise InputError(f"{file}: resize must be bilinear, got {loaded.resize!r}")
         return loaded

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from data import store
@@ -62,14 +61,13 @@ def preprocess(
     settings = {"image_size": image_size, "min_word_count": min_word_count, "answers": answers}
     provenance = {"settings": settings, "sources": _sources(splits)}
     if path.exists():
-        _check_same(path, provenance)
+        _check_same(path, store.Store(path).provenance, provenance)
         print(f"{path}: complete, nothing to do")
         return
     partial = store.partial_path(path)
-    if partial.exists() and store.read_provenance(partial) != provenance:
-        print(f"{partial}: begun with other sources or settings; starting again")
-        partial.unlink()
-    if not partial.exists():
+    if partial.exists():
+        _check_same(partial, store.read_provenance(partial), provenance)
+    else:
         _begin(partial, splits, provenance, settings)
     bad = _decode_images(partial, image_size, processes)
     if bad:
@@ -81,7 +79,8 @@ def preprocess(
 def _sources(splits: Mapping[str, SplitFiles]) -> dict[str, Any]:
     described = {}
     for name, files in splits.items():
-        described[name] = {"images": files.images, "files": []}
+        # without the folder, which may move
+        described[name] = {"images": "/".join(Path(files.images).parts[-2:]), "files": []}
         for file in (files.questions, files.annotations):
             if file is None:
                 continue
@@ -93,8 +92,8 @@ def _sources(splits: Mapping[str, SplitFiles]) -> dict[str, Any]:
     return described
 
 
-def _check_same(path: Path, provenance: Mapping[str, Any]) -> None:
-    made = store.Store(path).provenance
+def _check_same(path: Path, made: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Refuses to touch a file, finished or begun, that was made from other sources or with other settings."""
     for key, value in provenance["settings"].items():
         if made["settings"].get(key) != value:
             raise InputError(
@@ -114,6 +113,11 @@ def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[
         raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
     tokenizer = train_tokenizer((question.text for question in training), settings["min_word_count"])
     given = [answer for question in training for answer in question.answers]
+    if few := sum(0 < len(question.answers) < 4 for asked in questions.values() for question in asked):
+        print(
+            f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "
+            "than 100 %. Where there is one true answer, repeat it ten times."
+        )
     vocabulary = answer_vocabulary(given, settings["answers"])
     print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from split {TRAINING_SPLIT!r}")
 
@@ -156,7 +160,7 @@ def _number_images(
 
 def _decode_images(partial: Path, image_size: int, processes: int) -> dict[int, str]:
     """Fills the rows that are not; returns what is wrong with those that cannot be, by row."""
-    with h5py.File(partial, "r+") as file:
+    with store.opened_for_writing(partial) as file:
         pending = np.flatnonzero(~file["images/filled"][:]).tolist()
         names = file["images/file"].asstr()[:]
         total = len(names)
@@ -203,7 +207,7 @@ def _decode_chunk(files: Sequence[tuple[int, str]], size: int) -> list[tuple[int
 
 
 def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, skip: bool) -> None:
-    with h5py.File(partial, "r+") as file:
+    with store.opened_for_writing(partial) as file:
         ids = file["images/id"][:]
         print(f"{len(bad)} image(s) missing or unreadable:")
         for row, reason in bad.items():

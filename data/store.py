@@ -9,6 +9,7 @@ Work is done in `NAME.h5.partial`. A row of `pixels` is marked in `filled` only 
 killed run loses at most the rows of one flush; the file takes its final name when every row is filled.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ def create(
 ) -> None:
     """Writes a partial file at `path` with everything but the pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.unfinished")
     count = len(image_ids)
     try:
         with h5py.File(aside, "w") as file:
@@ -88,13 +89,23 @@ def fill(file: h5py.File, rows: Sequence[int], pixels: Iterable[np.ndarray], usa
     _to_disk(file)
 
 
+def opened_for_writing(partial: Path) -> h5py.File:
+    """A partial file to fill. Raises InputError if another process holds it, or it is damaged."""
+    try:
+        return h5py.File(partial, "r+")
+    except BlockingIOError:
+        raise InputError(f"{partial}: another process is working on it") from None
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
+
+
 def finish(partial: Path, path: Path) -> None:
     """Gives a partial file its final name.
 
     Raises:
         RuntimeError: a row was never filled.
     """
-    with h5py.File(partial, "r+") as file:
+    with opened_for_writing(partial) as file:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
         file.attrs["complete"] = True
@@ -131,6 +142,12 @@ class Store:
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
             self.usable: np.ndarray = file["images/usable"][:]
             self.splits = list(file["splits"])
+
+    @property
+    def identity(self) -> str:
+        """A digest of what a model learns from: sources, settings, words and answer classes."""
+        parts = json.dumps([self.provenance, self.tokenizer.to_str(), self.vocabulary], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def table(self, split: str) -> QuestionTable:
         """The questions of a split.

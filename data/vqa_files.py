@@ -32,7 +32,7 @@ class SplitFiles:
         """The file of an image. Raises InputError if the pattern is no pattern of `image_id`."""
         try:
             path = Path(self.images.format(image_id=image_id))
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
             path = None
         if path is None or self.images.format(image_id=1) == self.images.format(image_id=2):
             raise InputError(
@@ -72,8 +72,8 @@ def _joined(question_id: int, entry: dict[str, Any], annotation: dict[str, Any],
         answers = tuple(given["answer"] for given in annotation["answers"])
     except (TypeError, KeyError):
         raise InputError(f"{where}: 'answers' must be a list of {{'answer': text}}") from None
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{where}: 'answers' must hold at least one text")
+    if not answers or not all(isinstance(answer, str) and _storable(answer) for answer in answers):
+        raise InputError(f"{where}: 'answers' must hold at least one answer, each a text without null characters")
     return Question(
         question_id,
         entry["image_id"],
@@ -100,7 +100,18 @@ def _by_id(file: Path, key: str, fields: dict[str, type]) -> dict[int, dict[str,
                 raise InputError(
                     f"{file}: {key}[{place}] needs '{field}' ({kind.__name__}), got {entry.get(field)!r:.60}"
                 )
+            if not _storable(entry[field]):
+                raise InputError(f"{file}: {key}[{place}] has a {field} that cannot be stored: {entry[field]!r:.60}")
         if entry["question_id"] in entries:
             raise InputError(f"{file}: question_id {entry['question_id']} occurs twice")
         entries[entry["question_id"]] = entry
     return entries
+
+
+def _storable(value: Any) -> bool:
+    """Whether an h5 file can hold a value: integers of 64 bits, texts without null characters and lone surrogates."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return True

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for two steps."""
+"""What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for three steps."""
 
 import sys
 from pathlib import Path
@@ -88,12 +88,13 @@ def tiny(tmp_path_factory) -> Path:
     config.write_text(TINY.format(root=ROOT, folder=folder))
     settings = load_settings(config)
     write_world(folder / "world", seed=7, images=settings.scenes.images, processes=1)
+    data = settings.data
     preprocess(
         split_files(settings),
         folder / "world.h5",
-        image_size=64,
-        min_word_count=1,
-        answers=20,
+        image_size=data.image_size,
+        min_word_count=data.min_word_count,
+        answers=data.answers,
         skip_bad_images=False,
         processes=1,
     )

@@ -104,6 +104,21 @@ def test_a_split_without_annotations_gives_results_only(command, trained, tmp_pa
     assert len(json.loads((tmp_path / "results_test.json").read_text())) == 24
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_split_that_the_h5_does_not_hold_is_read_from_its_files(command, refused, tiny, trained, tmp_path, workers):
+    split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
+    words = (f"data.splits.test={split}", f"workers={workers}")
+    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, *words)
+    assert ended.code == 0, ended.err
+    bad = tmp_path / "world"
+    shutil.copytree(tiny.parent / "world", bad)
+    next((bad / "val").glob("*.png")).write_bytes(b"no image")
+    words = (*words, f"data.folder={bad}")
+    assert "cannot be read as an image" in refused(
+        "eval", "--run", trained, "--split", "test", "--out", tmp_path, *words
+    )
+
+
 def test_incomplete_results_are_never_written():
     from vqa.evaluate import complete_results
 
@@ -243,6 +258,14 @@ def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image
         (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
         (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),
         (["ask", "--run", "{trained}", "--image", "{image}", "--question", ""], "holds no word"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "caf\udce9"], "not UTF-8"),
+        (
+            ["inspect", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--out", "{tiny}"],
+            "directory",
+        ),
+        (["eval", "--run", "{trained}", "--out", "{tiny}"], "must be a directory"),
+        (["train", "--config", "{tiny}", "seed=99999999999999999999999"], "seed"),
+        (["train", "--config", "Absent.YAML"], "Absent.YAML: no such file"),
         (["ask", "--run", "{trained}", "--image", "{image}", "--question", "  \t "], "holds no word"),
         (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "positive"),
         (

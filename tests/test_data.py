@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from data.store import H5Images, Store
 from data.table import NO_ANSWER, joined, question_table
 from data.tokenizer import PAD_ID, UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer, words
 from data.vqa_files import Question, SplitFiles, read_questions
+from tests.conftest import ROOT
 
 # ---- official files
 
@@ -87,6 +90,9 @@ def change(file: Path, edit):
         (lambda c: c["questions"][1].pop("question"), r"questions\[1\] needs 'question' \(str\), got None"),
         (lambda c: c["questions"][1].update(image_id="1"), r"questions\[1\] needs 'image_id' \(int\)"),
         (lambda c: c["questions"][0].update(image_id=7), "annotation of question 10: image_id 1"),
+        (lambda c: c["questions"][0].update(question="a\0b"), "has a question that cannot be stored"),
+        (lambda c: c["questions"][0].update(question="\ud800"), "has a question that cannot be stored"),
+        (lambda c: c["questions"][0].update(image_id=10**30), "has a image_id that cannot be stored"),
         (lambda c: c["questions"].clear(), "the list 'questions' is empty"),
         (lambda c: c.pop("questions"), "not an official VQA file"),
     ],
@@ -110,6 +116,9 @@ def test_a_pattern_without_an_image_id_is_refused():
         SplitFiles(Path("q"), None, "images/{id}.jpg").image(3)
     with pytest.raises(InputError, match="image_id"):
         SplitFiles(Path("q"), None, "images/one.jpg").image(3)
+    for pattern in ("{image_id.x}", "{image_id[0]}", "{image_id:x y}", "{"):
+        with pytest.raises(InputError, match="image_id"):
+            SplitFiles(Path("q"), None, pattern).image(3)
     files = SplitFiles(Path("q"), None, "val2014/COCO_val2014_{image_id:012d}.jpg")
     assert files.image(42) == Path("val2014/COCO_val2014_000000000042.jpg")
 
@@ -222,6 +231,13 @@ def test_images_are_plainly_resized_rgb(tmp_path):
         assert decode_image(next(tmp_path.glob(f"{mode}.*")), 16).shape == (16, 16, 3)
 
 
+def test_sixteen_bits_a_pixel_keep_their_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = decode_image(tmp_path / "deep.png", 64)
+    assert abs(pixels.mean() - 127.5) < 2
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_files_that_are_no_images_are_named(tmp_path, content):
     (tmp_path / "bad.jpg").write_bytes(content)
@@ -238,9 +254,11 @@ def test_normalisation_is_torchvisions(tmp_path):
     torch.testing.assert_close(preprocessing.normalise(images), expected, rtol=1e-5, atol=1e-5)
     preprocessing.save(tmp_path / "p.json")
     assert Preprocessing.load(tmp_path / "p.json") == preprocessing
-    (tmp_path / "p.json").write_text('{"size": 8}')
-    with pytest.raises(InputError, match="p.json"):
-        Preprocessing.load(tmp_path / "p.json")
+    good = {"size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "resize": "bilinear"}
+    for wrong in ({"size": "big"}, {"mean": [0, 0]}, {"std": [1, 0, 1]}, {"resize": "nearest"}, {"std": None}):
+        (tmp_path / "p.json").write_text(json.dumps(good | wrong))
+        with pytest.raises(InputError, match="p.json"):
+            Preprocessing.load(tmp_path / "p.json")
 
 
 # ---- the h5 file
@@ -336,6 +354,94 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     make(splits, whole)
     with h5py.File(path) as one, h5py.File(whole) as other:
         assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
+
+
+KILLED_IN_A_FLUSH = """
+import os, sys
+from pathlib import Path
+from data import store
+from data.preprocess import preprocess
+from data.vqa_files import SplitFiles
+import data.preprocess
+data.preprocess._CHUNKS_A_FLUSH = 1
+real, flushes = store._to_disk, []
+def killed(file):
+    flushes.append(1)
+    if len(flushes) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    real(file)
+store._to_disk = killed
+folder = Path(sys.argv[1])
+images = str(folder / "train_{image_id:012d}.png")
+splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
+preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, processes=1)
+"""
+
+
+def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
+    splits = many(tmp_path, 100)
+    whole = tmp_path / "whole.h5"
+    make(splits, whole)
+    with h5py.File(whole) as file:
+        expected = file["images/pixels"][:]
+    partial = store.partial_path(tmp_path / "data.h5")
+    # the first flush ends the creation; then two for every 32 images: of the pixels, and of the marks
+    for flush in (1, 2, 3, 4):
+        arguments = [sys.executable, "-c", KILLED_IN_A_FLUSH, str(tmp_path), str(flush)]
+        ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, check=False)
+        assert ended.returncode == -9
+        assert not (tmp_path / "data.h5").exists()
+        if partial.exists():
+            with h5py.File(partial) as file:
+                filled = file["images/filled"][:]
+                assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
+    make(splits, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert np.array_equal(file["images/pixels"][:], expected)
+    assert not partial.exists()
+
+
+def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
+    raw["train"].image(1).unlink()
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="missing or unreadable"):
+        make(raw, path)
+    before = store.partial_path(path).read_bytes()
+    with pytest.raises(InputError, match="made with answers 10, now 3"):
+        make(raw, path, answers=3)
+    assert store.partial_path(path).read_bytes() == before
+
+
+def test_a_file_that_another_process_fills_is_left_to_it(raw, tmp_path):
+    raw["train"].image(1).unlink()
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="missing"):
+        make(raw, path)
+    hold = "import h5py, sys, time; f = h5py.File(sys.argv[1], 'r+'); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, store.partial_path(path)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match="another process is working on it"):
+        make(raw, path)
+    holder.kill()
+    holder.wait()
+
+
+def test_the_folder_of_the_sources_may_move(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    again = {"train": write_split(moved, "train", TRAIN), "val": write_split(moved, "val", VAL)}
+    with pytest.raises(InputError, match="other files"):  # other bytes: the patterns' last folder is another one
+        make(again, tmp_path / "data.h5")
+    same = {
+        name: SplitFiles(f.questions, f.annotations, f"{tmp_path}/./{Path(f.images).name}") for name, f in raw.items()
+    }
+    make(same, tmp_path / "data.h5")
+
+
+def test_few_answers_are_warned_of(tmp_path, capsys):
+    make({"train": write_split(tmp_path, "train", [(1, 1, "is it?", ["yes"])])}, tmp_path / "data.h5")
+    assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
 
 
 def test_several_processes_give_the_same_file(tmp_path):
@@ -460,6 +566,12 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
     expected = [dataset.__getitems__(rows) for rows in EpochSampler(len(dataset), 8, 0, 1)]
     for batch, true in zip(make_loader(dataset, sampler, workers, torch.device("cpu")), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
+
+
+def test_a_dataset_holds_no_pixels(dataset):
+    dataset.__getitems__([0, 1, 2])
+    assert Store(dataset.images.path).usable.size * 64 * 64 * 3 > 200_000
+    assert len(pickle.dumps(dataset)) < 30_000
 
 
 def test_a_handle_is_not_handed_to_another_process(dataset):

@@ -60,6 +60,18 @@ def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):
     assert score(answers, train)["overall"] == pytest.approx(100 * best)
 
 
+def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
+    from data.errors import InputError
+    from vqa.pretrain import pretrain_backbone
+
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    for name in ("mine.safetensors", "mine.pth", "none"):
+        with pytest.raises(InputError, match=name):
+            pretrain_backbone(tmp_path / name, "resnet10", **made)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+
+
 def test_a_pretrained_backbone_is_kept_only_if_made_the_same_way(tmp_path):
     from vqa.pretrain import pretrain_backbone
 

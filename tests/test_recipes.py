@@ -11,7 +11,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from vqa.settings import load_settings, split_files
 
-RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "config").rglob("*.yaml"))
+# base.yaml is no recipe: it names no data
+RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "config").rglob("*.yaml") if path.stem != "base")
 SMALL_MODEL = [
     "backbone.name=resnet10",
     "backbone.weights=none",
@@ -72,8 +73,6 @@ def write_split(files, ids):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains(command, project, recipe):
     settings = load_settings(recipe)
-    if recipe.name == "base.yaml":
-        pytest.skip("base.yaml names no data of its own")
     if settings.scenes is not None:
         ended = command("demo", "--config", recipe, *SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD)
         assert ended.code == 0, ended.err

@@ -58,6 +58,7 @@ def test_the_papers_hyper_parameters():
     assert (modern.cbn.hidden_size, modern.cbn.stem, modern.cbn.shortcuts) == (512, False, False)
     assert (modern.question.embedding_size, modern.question.glove_size, modern.question.hidden_size) == (300, 300, 1024)
     assert modern.question.glove
+    assert modern.question.layers == 2
     assert (modern.attention.units, modern.answer.fusion_size, modern.answer.hidden_size) == (512, 1024, 512)
     assert (modern.train.learning_rate, modern.train.clip, modern.train.batch_size) == (2e-4, 5, 32)
     assert (modern.train.epochs, modern.data.answers, modern.data.image_size) == (20, 2000, 224)

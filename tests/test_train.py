@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,6 +158,57 @@ def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
         train(settings, resume=True, runs=tmp_path)
 
 
+def test_a_run_is_not_resumed_on_other_data(tiny, tmp_path):
+    from data.preprocess import preprocess
+    from data.scenes import write_world
+    from vqa.settings import split_files
+
+    settings = load_settings(tiny, ["name=mine"])
+    run = train(settings, runs=tmp_path).path
+    answers = (run / "model" / "answers.json").read_bytes()
+    other = load_settings(tiny, ["name=mine", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
+    write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)
+    made = {"image_size": 64, "min_word_count": 2, "answers": 20, "skip_bad_images": False, "processes": 1}
+    preprocess(split_files(other), tmp_path / "other.h5", **made)
+    with pytest.raises(InputError, match="not the data that"):
+        train(other, resume=True, runs=tmp_path)
+    assert (run / "model" / "answers.json").read_bytes() == answers
+
+
+def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=mine"])
+    run = train(settings, runs=tmp_path).path
+    (run / "config.yaml").unlink()
+    for resume in (False, True):
+        with pytest.raises(InputError, match="mine"):
+            train(settings, resume=resume, runs=tmp_path)
+
+
+def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
+    from vqa.build import build_model, build_optimiser, trained_parameters
+
+    settings = load_settings(tiny, ["train.learning_rate=0.5", "train.predictor_learning_rate=0.25"])
+    model = build_model(settings, 20, 10, pretrained=False)
+    optimiser = build_optimiser(settings.train, model)
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {rates[key] for key in rates if names[key].startswith("predictor.")} == {0.25}
+    assert {rates[key] for key in rates if not names[key].startswith("predictor.")} == {0.5}
+    assert rates.keys() == {id(p) for p in trained_parameters(model)}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 1000])
+def test_one_cycle_rises_then_falls_to_zero(steps):
+    from vqa.train import one_cycle
+
+    factors = [one_cycle(step, steps) for step in range(steps)]
+    assert max(factors) == 1.0
+    peak = factors.index(1.0)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert 0 <= one_cycle(steps, steps) < 1e-9 or steps == 1
+
+
 def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     settings = load_settings(tiny, ["name=mine", "train.epochs=2"])
     real, saves = torch.save, []
@@ -222,7 +274,9 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
     ("words", "message"),
     [
         (["data.h5=nowhere.h5"], "nowhere.h5: no such file; `preprocess` makes it"),
-        (["data.image_size=128"], "holds images of 64 px, data.image_size is 128"),
+        (["data.image_size=128"], "made with image_size 64, but data.image_size is 128"),
+        (["data.answers=3"], "made with answers 20, but data.answers is 3"),
+        (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),
         (["train.splits=[dev]"], "no split 'dev'"),
         (["train.validate_on=dev"], "no split 'dev'"),
         (["backbone.name=resnet19"], "backbone: 'resnet19' is no ResNet"),
@@ -254,19 +308,56 @@ def test_tensorboard_files_are_written(tiny, tmp_path):
     assert list((run / "tensorboard").glob("events.*"))
 
 
+def start_ranks(config, folder, *words, resume=False):
+    """Two training processes in `folder`, with what torchrun would tell them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["train", "--config", str(config), *(["--resume"] if resume else []), "device=cpu", *words]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [*PYTHON, *arguments],
+            cwd=folder,
+            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def test_two_processes_killed_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=2", "answer.dropout=0.3"]
+    for rank in start_ranks(tiny, tmp_path, "name=whole", *words):
+        assert rank.wait() == 0, rank.stderr.read()[-3000:]
+    killed = start_ranks(tiny, tmp_path, "name=killed", *words)
+    checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not checkpoint.exists():
+        time.sleep(0.005)
+    for rank in killed:
+        rank.kill()
+        rank.wait()
+    assert not torch.load(checkpoint, weights_only=True)["progress"]["finished"], "too fast to be killed in time"
+    for rank in start_ranks(tiny, tmp_path, "name=killed", *words, resume=True):
+        assert rank.wait() == 0, rank.stderr.read()[-3000:]
+    assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
+    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
+
+
+def test_processes_that_may_not_train_all_say_so(tiny, tmp_path):
+    train(load_settings(tiny, ["name=mine"]), runs=tmp_path / "runs")
+    for rank in start_ranks(tiny, tmp_path, "name=mine"):
+        assert rank.wait() == 2
+        assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: holds a run already")
+
+
 def test_two_processes_train_as_one(tiny, tmp_path):
     words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(ROOT / "main.py"),
-    ]
-    arguments = ["train", "--config", str(tiny), "name=two", *words]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, *arguments],
+        [*torchrun, str(ROOT / "main.py"), "train", "--config", str(tiny), "name=two", *words],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -6,6 +6,7 @@ from torch import nn
 from data.errors import InputError
 from vqa.attention import ATTENTIONS
 from vqa.cbn import ModulationPredictor
+from vqa.distributed import Processes
 from vqa.model import Fusion, VQAModel
 from vqa.question import QuestionEncoder
 from vqa.resnet import ModulatedResNet
@@ -82,16 +83,21 @@ def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Opt
     return torch.optim.Adam([group for group in groups if group["params"]])
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a `device` setting; `auto` takes this process's GPU if there is one.
+def choose_device(name: str, processes: Processes | None = None) -> torch.device:
+    """The device of a `device` setting; `auto` and `cuda` take this process's GPU (`auto` only if there is one).
 
     Raises:
         InputError: the device is not there.
     """
+    processes = processes or Processes()
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and processes.world_size > 1:
+        raise InputError(
+            f"device: {name} cannot serve {processes.world_size} processes; device=cuda gives each its own"
+        )
+    if name == "cuda":
+        name = f"cuda:{processes.local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); try device=cpu")

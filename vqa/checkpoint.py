@@ -36,7 +36,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     """Sets what `random_state` gave."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in states:  # not where the run was on a CPU before
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
@@ -48,8 +48,11 @@ def save_checkpoint(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
     processes: list[dict[str, Any]],
+    data: str,
 ) -> None:
-    """Writes a checkpoint; `processes` holds each process's random state and loss sum, in order of rank."""
+    """Writes a checkpoint; `processes` holds each process's random state and loss sum, in order of rank, and `data` the
+    identity of the h5 file.
+    """
     with written_whole(file) as aside:
         torch.save(
             {
@@ -58,6 +61,7 @@ def save_checkpoint(
                 "schedule": schedule.state_dict(),
                 "progress": asdict(progress),
                 "processes": processes,
+                "data": data,
             },
             aside,
         )

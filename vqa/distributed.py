@@ -31,23 +31,24 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
+
+def this_process() -> Processes:
+    """What torchrun says of this process; without torchrun it is alone."""
+    names = ("RANK", "LOCAL_RANK")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Processes(*(int(os.environ.get(name, "0")) for name in names), world_size)
 
 
 @contextmanager
-def joined(device_type: str) -> Iterator[Processes]:
-    """Joins the processes that torchrun started (none: this one alone) and leaves them at the end."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield Processes()
+def together(processes: Processes, device: torch.device) -> Iterator[None]:
+    """Joins the other processes, if there are any, and leaves them at the end."""
+    if processes.world_size == 1:
+        yield
         return
-    if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), world_size)
+        yield
     finally:
         dist.destroy_process_group()

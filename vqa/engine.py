@@ -55,7 +55,7 @@ def train_steps(
     """Trains on batches in their order; `after_step` is called with each step's loss.
 
     Raises:
-        InputError: a loss is not finite; the model is as it was before that step.
+        NotFiniteError: a loss or gradient is not finite; the model is as it was before that step.
     """
     model.train()
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
@@ -66,21 +66,23 @@ def train_steps(
         # the loss takes logits: its own softmax is the only one
         value = F.cross_entropy(logits.float(), answer_targets(moved.labels, logits.shape[1], loss))
         if not torch.isfinite(value):
-            raise NotFiniteError(value.item(), batch.rows.tolist())
+            raise NotFiniteError(f"the loss is {value.item()}", batch.rows.tolist())
         optimiser.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(trained, clip)
+        norm = nn.utils.clip_grad_norm_(trained, clip)
+        if not torch.isfinite(norm):
+            raise NotFiniteError(f"the norm of the gradient is {norm.item()}", batch.rows.tolist())
         optimiser.step()
         schedule.step()
         after_step(value.item())
 
 
 class NotFiniteError(InputError):
-    """A loss that is not finite: most often a learning rate that is too high."""
+    """A loss or gradient that is not finite: most often a learning rate that is too high."""
 
-    def __init__(self, loss: float, rows: list[int]) -> None:
+    def __init__(self, what: str, rows: list[int]) -> None:
         """`rows` are the rows of the batch in the question table."""
-        super().__init__(f"the loss is {loss}")
+        super().__init__(what)
         self.rows = rows
 
 

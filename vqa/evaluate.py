@@ -49,6 +49,9 @@ def evaluate(
                 f"command line: {word}: a trained model is evaluated as it is; only data, device, precision, "
                 "workers and train.batch_size can be given"
             )
+    out = out or run
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
     folder = find_model(run)
     settings = load_settings(folder / "config.yaml", overrides)
     device = choose_device(settings.device)
@@ -61,7 +64,6 @@ def evaluate(
     data = split_data(bundle, settings, split)
     answers = predict_answers(bundle, data, settings, device)
 
-    out = out or run
     write_json(out / f"results_{split}.json", complete_results(data.table.ids.tolist(), answers), indent=None)
     if not data.table.given.size:
         return None
@@ -80,8 +82,8 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
         InputError: there are neither an h5 file nor raw files, or they are not of the model's image size.
     """
     h5, size = Path(settings.data.h5), bundle.preprocessing.size
-    if h5.exists():
-        store = Store(h5)
+    store = Store(h5) if h5.exists() else None
+    if store is not None and (split in store.splits or split not in settings.data.splits):
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
         table = store.table(split)
@@ -112,13 +114,16 @@ def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, d
     """The model's answer to every question, in the order of the table."""
     sampler = InOrderSampler(data.table, settings.train.batch_size)
     loader = make_loader(data, sampler, settings.workers, device)
-    rows, classes = predict_classes(
-        bundle.model,
-        progress(loader, len(sampler), "answering"),
-        preprocessing=bundle.preprocessing,
-        precision=settings.precision,
-        device=device,
-    )
+    try:
+        rows, classes = predict_classes(
+            bundle.model,
+            progress(loader, len(sampler), "answering"),
+            preprocessing=bundle.preprocessing,
+            precision=settings.precision,
+            device=device,
+        )
+    except InputError as error:  # from a worker process it comes with that process's traceback as its text
+        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
     answers = [""] * len(data)
     for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
         answers[row] = bundle.answers[answer]

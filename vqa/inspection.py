@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.errors import InputError
@@ -15,8 +16,8 @@ from data.tokenizer import UNKNOWN_ID, encode, words
 from vqa.bundle import Bundle
 from vqa.cbn import Modulation
 from vqa.model import Output
-
-NEARLY_SHUT = 0.1  # |gain| below which a channel counts as shut
+from vqa.report import NEARLY_SHUT
+from vqa.report import write_inspection as write_report
 
 
 def ask(bundle: Bundle, image: Path, question: str, top: int = 5) -> list[dict[str, Any]]:
@@ -31,6 +32,8 @@ def ask(bundle: Bundle, image: Path, question: str, top: int = 5) -> list[dict[s
 @torch.inference_mode()
 def run_question(bundle: Bundle, image: Path, question: str, *, modulate: bool = True) -> Output:
     """The model's output for one question on one image (B = 1). Raises InputError as `ask` does."""
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise InputError("question: not UTF-8 text")
     if not words(bundle.tokenizer, question):
         raise InputError(f"question: {question!r} holds no word")
     device = next(bundle.model.parameters()).device
@@ -58,7 +61,7 @@ def inspect(bundle: Bundle, image: Path, questions: Sequence[str], top: int = 5)
         InputError: as `ask`.
     """
     return {
-        "image": image.name,
+        "image": image.name.encode("utf-8", "replace").decode(),  # a file's name may be of any bytes
         "model": {
             "backbone": bundle.settings.backbone.name,
             "stages": list(bundle.settings.cbn.stages),
@@ -71,10 +74,6 @@ def inspect(bundle: Bundle, image: Path, questions: Sequence[str], top: int = 5)
 
 def write_inspection(inspection: dict[str, Any], folder: Path, image: Path) -> None:
     """Writes `modulation.json`, `modulation.csv` and `report.html`."""
-    from PIL import Image
-
-    from vqa.report import write_inspection as write_report
-
     write_json(folder / "modulation.json", inspection, indent=None)
     _write_csv(folder / "modulation.csv", inspection["readings"])
     with Image.open(image) as opened:

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from data.errors import InputError
 from data.files import written_whole
 from data.images import Preprocessing
 from data.progress import progress
@@ -32,13 +34,15 @@ def pretrain_backbone(
     Returns:
         How often the shape of a held-out object is named, in percent. A file that was made with the same arguments is
         kept, and what it says of itself returned.
+
+    Raises:
+        InputError: `file` is no .safetensors file of this function's making, which it would overwrite.
     """
     made = {"name": name, "seed": seed, "image_size": image_size, "images": images, "epochs": epochs}
     made |= {"batch_size": batch_size}
-    if file.exists():
-        with safe_open(file, framework="pt") as opened:
-            found = json.loads((opened.metadata() or {}).get("pretrained", "{}"))
-        accuracy = found.pop("held_out_accuracy", None)
+    found = _made_before(file)
+    if found is not None:
+        accuracy = found.pop("held_out_accuracy")
         if found == made:
             return accuracy
     torch.manual_seed(seed)
@@ -66,3 +70,18 @@ def pretrain_backbone(
     with written_whole(file) as aside:
         save_file(resnet.state_dict(), aside, {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})})
     return accuracy
+
+
+def _made_before(file: Path) -> dict[str, Any] | None:
+    """What a file that `pretrain_backbone` wrote says of itself; None if there is no file."""
+    if file.suffix != ".safetensors":
+        raise InputError(f"backbone.weights: {file} must be a .safetensors file, which the demo makes")
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {})["pretrained"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise InputError(
+            f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
+        ) from None

@@ -59,5 +59,7 @@ class QuestionEncoder(nn.Module):
         words = self.embedding(tokens)  # [B, T, E]
         if self.fixed:
             words = torch.cat([words, self.fixed(tokens)], dim=2)
-        states, _ = self.recurrent(words)  # [B, T, D]; causal, so padding after a question cannot reach its last state
+        # In full precision: under autocast cuDNN's recurrent layers would run in float16, whose gradients underflow.
+        with torch.autocast(tokens.device.type, enabled=False):
+            states, _ = self.recurrent(words)  # [B, T, D]; causal: padding after a question cannot reach its last state
         return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]

@@ -13,9 +13,12 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageColor
 
+from data.files import write_text
+
 STRIP_COLUMNS = 256  # a strip of more channels goes on in further rows, so that every channel stays visible
 STRONGEST = 20
 PHOTO_SIZE = 480
+NEARLY_SHUT = 0.1  # |gain| below which a channel counts as shut
 
 # Safe for colour-blind readers: FLIPPED and SHUT are far from every gain colour under each of the three deficiencies.
 LEVELS = 81
@@ -67,9 +70,7 @@ def _write(path: Path, template: str, **content: Any) -> None:
     )
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "grouped": grouped}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(environment.get_template(template).render(content), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, environment.get_template(template).render(content))
 
 
 def number(value: float, decimals: int = 3) -> str:
@@ -217,7 +218,7 @@ def _levels(values: np.ndarray, centre: float, span: float) -> np.ndarray:
 def _gain_levels(gain: np.ndarray, span: float) -> np.ndarray:
     levels = _levels(gain, 1, span)
     levels[gain < 0] = FLIPPED
-    levels[np.abs(gain) < 0.1] = SHUT
+    levels[np.abs(gain) < NEARLY_SHUT] = SHUT
     levels[np.isnan(gain)] = UNDEFINED
     return levels
 

@@ -18,7 +18,16 @@ from vqa.settings import Settings, load_settings
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
 # Where a run is computed, not what: these may change when it is resumed.
-_MAY_CHANGE = {"device", "workers"}
+_MAY_CHANGE = {
+    "device",
+    "workers",
+    "data.folder",
+    "data.h5",  # the checkpoint knows which data these have to be
+    "data.processes",
+    "data.skip_bad_images",
+    "train.checkpoint_every",
+    "train.tensorboard",
+}
 
 
 class RunDirectory:
@@ -30,19 +39,23 @@ class RunDirectory:
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
 
-    def refuse_unless_usable(self, settings: Settings, resume: bool) -> None:
-        """Raises InputError if training here would overwrite a run, or go on with one of other settings."""
+    def refusal(self, settings: Settings, resume: bool) -> str | None:
+        """Why training here would overwrite a run, or go on with one of other settings; None if it would not."""
         config = self.path / "config.yaml"
-        if not config.exists():
-            return
+        if not config.exists() and not self.checkpoint.exists():
+            return None
         if not resume:
-            raise InputError(f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`")
-        ours, theirs = settings.model_dump(), load_settings(config).model_dump()
-        for key in _different_keys(ours, theirs):
+            return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
+        try:
+            theirs = load_settings(config).model_dump()
+        except InputError as error:
+            return str(error)
+        for key in _different_keys(settings.model_dump(), theirs):
             if key not in _MAY_CHANGE:
-                raise InputError(
+                return (
                     f"{config}: this run has another {key} than asked for; choose another `name` for the new settings"
                 )
+        return None
 
     def start(self, settings: Settings, device: torch.device, world_size: int) -> None:
         """Writes what explains the run."""

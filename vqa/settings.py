@@ -118,10 +118,10 @@ class TrainSettings(_Section):
 class ScenesSettings(_Section):
     """The embedded world: generated scenes and the backbone pretrained on them."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     images: dict[str, int]
     questions_per_image: int = Field(ge=1)
-    pretrain_images: int = Field(ge=1)
+    pretrain_images: int = Field(ge=64)
     pretrain_epochs: int = Field(ge=1)
 
 
@@ -129,8 +129,8 @@ class Settings(_Section):
     """Every setting of a run."""
 
     name: str = Field(pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
-    seed: int = Field(ge=0)
-    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    seed: int = Field(ge=0, lt=2**63)
+    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
     precision: Literal["float32", "bfloat16"]
     workers: int = Field(ge=0)
     data: DataSettings
@@ -196,7 +196,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}".lower()) from None
+        raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8 text').lower()}") from None
     content = _parse(text, str(file)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold `key: value` lines")

@@ -1,5 +1,6 @@
 """Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from data.table import NO_ANSWER, QuestionTable, joined
 from vqa import bundle
 from vqa.build import build_model, build_optimiser, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
-from vqa.distributed import Processes
-from vqa.distributed import joined as processes_joined
+from vqa.distributed import Processes, this_process, together
 from vqa.engine import NotFiniteError, predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
@@ -42,33 +42,34 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
             finite.
     """
     run = RunDirectory(runs / settings.name)
-    run.refuse_unless_usable(settings, resume)
-    device_type = choose_device(settings.device).type
-    with processes_joined(device_type) as processes:
+    processes = this_process()
+    with together(processes, choose_device(settings.device, processes)):
+        # Every process decides from what all of them see, and none writes before all have looked.
+        seen = processes.gather((run.refusal(settings, resume), run.checkpoint.exists()))
+        if refusals := [refusal for refusal, _ in seen if refusal]:
+            raise InputError(refusals[0])
+        if len({exists for _, exists in seen}) > 1:
+            raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
         training = Training(settings, run, processes)
-        if resume and run.checkpoint.exists():
-            training.resume()
         training.run_epochs()
     return run
 
 
 class Training:
-    """One process's part of a run: its data, model, optimiser, and where it is."""
+    """One process's part of a run: its data, model, optimiser, and where it is: at the last checkpoint, if any."""
 
     def __init__(self, settings: Settings, run: RunDirectory, processes: Processes) -> None:
         self.settings, self.run, self.processes = settings, run, processes
-        self.device = choose_device(settings.device, processes.local_rank)
+        self.device = choose_device(settings.device, processes)
         if settings.train.batch_size % processes.world_size:
             raise InputError(
                 f"train.batch_size: {settings.train.batch_size} questions cannot be shared equally by "
                 f"{processes.world_size} processes"
             )
-        store = Store(Path(settings.data.h5))
-        if store.image_size != settings.data.image_size:
-            raise InputError(
-                f"{store.path}: holds images of {store.image_size} px, data.image_size is {settings.data.image_size}"
-            )
-        self.store = store
+        self.store = store = Store(Path(settings.data.h5))
+        for key, made in store.provenance["settings"].items():
+            if made != (asked := getattr(settings.data, key)):
+                raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
         images = H5Images(store.path)
         self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), images)
         self.validation_set = None
@@ -84,7 +85,9 @@ class Training:
         self.optimiser = build_optimiser(settings.train, self.model)
         self.schedule = self._new_schedule()
         self.progress = Progress()
-        if processes.is_main:
+        if run.checkpoint.exists():
+            self._resume()
+        if processes.is_main and not self.progress.finished:
             run.start(settings, self.device, processes.world_size)
             bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.preprocessing)
 
@@ -104,10 +107,7 @@ class Training:
         if train.schedule == "constant":
             return torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
         steps = train.epochs * len(self._sampler(epoch=1))
-        peaks = [group["lr"] for group in self.optimiser.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, peaks, total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
-        )
+        return torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: one_cycle(step, steps))
 
     def _sampler(self, epoch: int) -> EpochSampler:
         settings, processes = self.settings, self.processes
@@ -120,13 +120,15 @@ class Training:
             processes.world_size,
         )
 
-    def resume(self) -> None:
+    def _resume(self) -> None:
         """Takes everything from the last checkpoint.
 
         Raises:
-            InputError: it is damaged, or of another number of processes.
+            InputError: it is damaged, or of other data or another number of processes.
         """
         saved = load_checkpoint(self.run.checkpoint)
+        if saved["data"] != self.store.identity:
+            raise InputError(f"{self.store.path}: not the data that {self.run.path} was trained on")
         mine, count = self.processes.rank, len(saved["processes"])
         if count != self.processes.world_size:
             raise InputError(f"{self.run.checkpoint}: made by {count} process(es); resume with as many")
@@ -146,7 +148,7 @@ class Training:
         self._say(
             f"{self.run.path}: {len(self.training_set)} questions, {count:,} trained parameters, on {self.device}"
         )
-        # Wrapped only here and dropped before the processes part: at exit a live wrapper can abort with gloo.
+        # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
             wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -187,7 +189,7 @@ class Training:
             ids = ", ".join(str(self.training_set.table.ids[row]) for row in error.rows[:8])
             raise InputError(
                 f"{self.run.path}: {error} at epoch {progress.epoch}, step {progress.step + 1} (questions {ids}, …); "
-                "a lower train.learning_rate or train.clip may help; the last checkpoint is kept"
+                "a lower train.learning_rate or train.clip under another `name` may help; the last checkpoint is kept"
             ) from None
 
     def _end_epoch(self) -> None:
@@ -223,9 +225,10 @@ class Training:
         data, processes = self.validation_set, self.processes
         sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
         loader = make_loader(data, sampler, self.settings.workers, self.device)
+        bar = shown(loader, len(sampler), f"validation {self.progress.epoch}")
         rows, classes = predict_classes(
             self.model,
-            loader,
+            bar if processes.is_main else loader,
             preprocessing=self.preprocessing,
             precision=self.settings.precision,
             device=self.device,
@@ -264,11 +267,22 @@ class Training:
                 schedule=self.schedule,
                 progress=self.progress,
                 processes=everyone,
+                data=self.store.identity,
             )
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Share of the largest learning rate at a step (from 0): rises linearly in the first tenth, then falls to 0 as a
+    cosine (Smith and Topin 2018).
+    """
+    warm = math.ceil(WARM_UP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2
 
 
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:

@@ -14,7 +14,7 @@ DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
 def demo(arguments: argparse.Namespace) -> None:
     """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
     from experiments.demo import run_demo
-    from vqa.settings import load_settings
+    from vqa.recipes import load_settings
 
     run_demo(load_settings(arguments.config, arguments.settings))
 
@@ -22,24 +22,15 @@ def demo(arguments: argparse.Namespace) -> None:
 def preprocess(arguments: argparse.Namespace) -> None:
     """Raw questions, annotations and images to one h5 file; run again, it goes on where it stopped."""
     from data.preprocess import preprocess as run
-    from vqa.settings import load_settings, split_files
+    from vqa.recipes import load_settings
+    from vqa.settings import preprocessing_of
 
-    settings = load_settings(arguments.config, arguments.settings)
-    data = settings.data
-    run(
-        split_files(settings),
-        Path(data.h5),
-        image_size=data.image_size,
-        min_word_count=data.min_word_count,
-        answers=data.answers,
-        skip_bad_images=data.skip_bad_images,
-        processes=data.processes,
-    )
+    run(**preprocessing_of(load_settings(arguments.config, arguments.settings)))
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
-    from vqa.settings import load_settings
+    from vqa.recipes import load_settings
     from vqa.train import train as run
 
     settings = load_settings(arguments.config, arguments.settings)

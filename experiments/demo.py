@@ -20,16 +20,16 @@ from PIL import Image
 from data.errors import InputError
 from data.files import read_json, write_json
 from data.preprocess import preprocess
-from data.scenes import write_world
 from data.store import Store
 from data.table import QuestionTable
+from data.world import write_world
 from vqa.bundle import load_bundle
 from vqa.evaluate import evaluate
 from vqa.inspection import inspect, write_inspection
 from vqa.metrics import Scores, question_accuracies, score
 from vqa.pretrain import pretrain_backbone
 from vqa.report import write_demo
-from vqa.settings import Settings, split_files
+from vqa.settings import Settings, preprocessing_of, split_files
 from vqa.train import train
 
 MODELS = ("baseline", "modern")
@@ -65,15 +65,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         processes=data.processes,
     )
     print("2/6  preprocessing into h5", flush=True)
-    preprocess(
-        split_files(settings),
-        Path(data.h5),
-        image_size=data.image_size,
-        min_word_count=data.min_word_count,
-        answers=data.answers,
-        skip_bad_images=data.skip_bad_images,
-        processes=data.processes,
-    )
+    preprocess(**preprocessing_of(settings))
     print("3/6  pretraining the backbone to name shapes", flush=True)
     named = pretrain_backbone(
         Path(settings.backbone.weights),

@@ -80,31 +80,23 @@ scenes: {{images: {{train: 12, val: 6}}, pretrain_images: 64, pretrain_epochs: 1
 def tiny(tmp_path_factory) -> Path:
     """A recipe over a world of 12 + 6 images with 48 + 24 questions, its h5 file made."""
     from data.preprocess import preprocess
-    from data.scenes import write_world
-    from vqa.settings import load_settings, split_files
+    from data.world import write_world
+    from vqa.recipes import load_settings
+    from vqa.settings import preprocessing_of
 
     folder = tmp_path_factory.mktemp("tiny")
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(root=ROOT, folder=folder))
     settings = load_settings(config)
     write_world(folder / "world", seed=7, images=settings.scenes.images, processes=1)
-    data = settings.data
-    preprocess(
-        split_files(settings),
-        folder / "world.h5",
-        image_size=data.image_size,
-        min_word_count=data.min_word_count,
-        answers=data.answers,
-        skip_bad_images=False,
-        processes=1,
-    )
+    preprocess(**preprocessing_of(settings))
     return config
 
 
 @pytest.fixture(scope="session")
 def trained(tiny) -> Path:
     """The run directory of a MODERN trained for one tiny epoch."""
-    from vqa.settings import load_settings
+    from vqa.recipes import load_settings
     from vqa.train import train
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path

@@ -41,6 +41,6 @@ def test_decoding_processes_do_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, data.preprocess, data.scenes; print('torch' in sys.modules)"
+    code = "import sys, data.preprocess, data.world; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"

@@ -8,7 +8,7 @@ import pytest
 from data.store import Store
 from experiments.demo import best_blind_answers, run_demo
 from vqa.metrics import score
-from vqa.settings import load_settings
+from vqa.recipes import load_settings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_feat
 from vqa.build import build_model, build_optimiser
 from vqa.engine import answer_targets
 from vqa.question import QuestionEncoder
-from vqa.settings import load_settings
+from vqa.recipes import load_settings
 
 
 @pytest.fixture

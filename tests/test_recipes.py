@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from vqa.settings import load_settings, split_files
+from vqa.recipes import load_settings
+from vqa.settings import split_files
 
 # base.yaml is no recipe: it names no data
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "config").rglob("*.yaml") if path.stem != "base")

@@ -8,20 +8,10 @@ import pytest
 
 from data.errors import InputError
 from data.images import decode_image
-from data.scenes import (
-    COLOURS,
-    MAX_QUESTIONS,
-    SHAPES,
-    Scene,
-    SceneObject,
-    SceneQuestion,
-    ask,
-    draw_scene,
-    sample_scene,
-    single_objects,
-    write_world,
-)
+from data.scene_questions import MAX_QUESTIONS, SceneQuestion, ask, sample_scene
+from data.scenes import COLOURS, SHAPES, Scene, SceneObject, draw_scene, single_objects
 from data.vqa_files import read_questions
+from data.world import write_world
 
 IMAGES = {"train": 60, "val": 20}
 Asked = list[tuple[Scene, SceneQuestion]]

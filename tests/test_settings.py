@@ -5,7 +5,8 @@ import yaml
 
 from data.errors import InputError
 from tests.conftest import ROOT
-from vqa.settings import SplitSettings, load_settings, setting_keys
+from vqa.recipes import load_settings
+from vqa.settings import SplitSettings, setting_keys
 
 RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml"))
 PAPER = {"baseline", "finetune_stage4", "finetune_bn", "modern", "modern_448", "modern_mlb_448"}

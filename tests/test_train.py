@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data.errors import InputError
 from tests.conftest import ROOT
 from vqa import engine
-from vqa.settings import load_settings
+from vqa.recipes import load_settings
 from vqa.train import train
 
 PYTHON = [sys.executable, str(ROOT / "main.py")]
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
 
 def test_a_run_is_not_resumed_on_other_data(tiny, tmp_path):
     from data.preprocess import preprocess
-    from data.scenes import write_world
+    from data.world import write_world
     from vqa.settings import split_files
 
     settings = load_settings(tiny, ["name=mine"])
@@ -199,7 +199,7 @@ def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 1000])
 def test_one_cycle_rises_then_falls_to_zero(steps):
-    from vqa.train import one_cycle
+    from vqa.build import one_cycle
 
     factors = [one_cycle(step, steps) for step in range(steps)]
     assert max(factors) == 1.0

@@ -1,5 +1,7 @@
 """Settings to a model, to the parameters it trains, and to a device: the one place where this is decided."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -11,6 +13,8 @@ from vqa.model import Fusion, VQAModel
 from vqa.question import QuestionEncoder
 from vqa.resnet import ModulatedResNet
 from vqa.settings import Settings, TrainSettings
+
+WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
 
 
 def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool) -> VQAModel:
@@ -81,6 +85,25 @@ def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Opt
         {"params": predicting, "lr": settings.predictor_learning_rate or settings.learning_rate},
     ]
     return torch.optim.Adam([group for group in groups if group["params"]])
+
+
+def build_schedule(
+    settings: TrainSettings, optimiser: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over the `steps` of a whole run."""
+    if settings.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, steps))
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Share of the largest learning rate at a step (from 0): rises linearly in the first tenth, then falls to 0 as a
+    cosine (Smith and Topin 2018).
+    """
+    warm = math.ceil(WARM_UP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2
 
 
 def choose_device(name: str, processes: Processes | None = None) -> torch.device:

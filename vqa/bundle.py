@@ -23,7 +23,8 @@ from data.images import Preprocessing
 from data.tokenizer import load_tokenizer, save_tokenizer
 from vqa.build import build_model
 from vqa.model import VQAModel
-from vqa.settings import Settings, load_settings
+from vqa.recipes import load_settings
+from vqa.settings import Settings
 
 WEIGHTS = "model.safetensors"
 

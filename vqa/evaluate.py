@@ -17,7 +17,8 @@ from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
 from vqa.engine import predict_classes
 from vqa.metrics import Scores, score
-from vqa.settings import Settings, load_settings, split_files
+from vqa.recipes import load_settings
+from vqa.settings import Settings, split_files
 
 # A model's settings that say where and how it is evaluated, not what it is.
 _OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision", "workers", "train.batch_size")

@@ -14,7 +14,8 @@ import torch
 
 from data.errors import InputError
 from data.files import write_json, write_text
-from vqa.settings import Settings, load_settings
+from vqa.recipes import load_settings
+from vqa.settings import Settings
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
 # Where a run is computed, not what: these may change when it is resumed.
@@ -77,6 +78,18 @@ class RunDirectory:
     def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
         """Writes metrics.jsonl, a line an epoch."""
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+    def write_tensorboard(self, line: dict[str, Any]) -> None:
+        """Adds an epoch's line to `tensorboard/`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        # opened an epoch at a time, so that a killed run leaves whole files
+        with SummaryWriter(self.tensorboard) as writer:
+            for key in ("train_loss", "val_overall", "learning_rate"):
+                if line[key] is not None:
+                    writer.add_scalar(key, line[key], line["epoch"])
+            for kind, value in line.get("val_per_answer_type", {}).items():
+                writer.add_scalar(f"val/{kind}", value, line["epoch"])
 
 
 def _different_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:

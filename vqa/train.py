@@ -1,6 +1,5 @@
 """Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from data.progress import progress as shown
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
 from vqa import bundle
-from vqa.build import build_model, build_optimiser, choose_device, trained_parameters
+from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vqa.distributed import Processes, this_process, together
 from vqa.engine import NotFiniteError, predict_classes, train_steps
@@ -25,8 +24,6 @@ from vqa.metrics import Scores, score
 from vqa.model import VQAModel
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings
-
-WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
 
 
 def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
@@ -83,7 +80,8 @@ class Training:
         self.model = self._new_model()
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
         self.optimiser = build_optimiser(settings.train, self.model)
-        self.schedule = self._new_schedule()
+        steps = settings.train.epochs * len(self._sampler(epoch=1))
+        self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
         if run.checkpoint.exists():
             self._resume()
@@ -101,13 +99,6 @@ class Training:
             self._say(f"{file}: vectors for {found} of {len(vocabulary)} words")
             model.question.set_fixed(torch.from_numpy(vectors))
         return model.to(self.device)
-
-    def _new_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
-        train = self.settings.train
-        if train.schedule == "constant":
-            return torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
-        steps = train.epochs * len(self._sampler(epoch=1))
-        return torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: one_cycle(step, steps))
 
     def _sampler(self, epoch: int) -> EpochSampler:
         settings, processes = self.settings, self.processes
@@ -247,7 +238,7 @@ class Training:
             return
         self.run.write_metrics(self.progress.history)
         if self.settings.train.tensorboard:
-            _write_tensorboard(self.run.tensorboard, line)
+            self.run.write_tensorboard(line)
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
         epochs = self.settings.train.epochs
@@ -275,16 +266,6 @@ class Training:
             print(text, flush=True)
 
 
-def one_cycle(step: int, steps: int) -> float:
-    """Share of the largest learning rate at a step (from 0): rises linearly in the first tenth, then falls to 0 as a
-    cosine (Smith and Topin 2018).
-    """
-    warm = math.ceil(WARM_UP * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2
-
-
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
     """The questions that can teach something: their image is there, and an answer to them is a class."""
     tables = [store.table(split) for split in splits]
@@ -296,15 +277,3 @@ def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
     if not kept.any():
         raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
     return table.select(np.flatnonzero(kept))
-
-
-def _write_tensorboard(folder: Path, line: dict[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # opened an epoch at a time, so that a killed run leaves whole files
-    with SummaryWriter(folder) as writer:
-        for key in ("train_loss", "val_overall", "learning_rate"):
-            if line[key] is not None:
-                writer.add_scalar(key, line[key], line["epoch"])
-        for kind, value in line.get("val_per_answer_type", {}).items():
-            writer.add_scalar(f"val/{kind}", value, line["epoch"])

@@ -1,0 +1,106 @@
+"""The embedded world as files: pictures and questions in the VQA v1 format; nothing is downloaded."""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.errors import InputError
+from data.files import read_json, write_json
+from data.progress import progress
+from data.scene_questions import MAX_QUESTIONS, SceneQuestion, ask, sample_scene
+from data.scenes import draw_scene
+
+WORLD_VERSION = 1  # raise it when the same arguments give other files
+
+
+def write_world(
+    folder: Path, *, seed: int, images: dict[str, int], size: int = 64, questions_per_image: int = 4, processes: int = 2
+) -> None:
+    """Writes scenes and questions in the VQA v1 format: for each split in `images`, that many pictures of size x size.
+
+    Files: `SPLIT_questions.json`, `SPLIT_annotations.json`, `SPLIT/%012d.png` by image id, and `world.json`, written
+    last, which says what was made. They do not depend on `processes`. A folder that holds this world is left as it is.
+
+    Raises:
+        InputError: the folder holds another world, or `questions_per_image` is not within 1 ... MAX_QUESTIONS.
+    """
+    if not 1 <= questions_per_image <= MAX_QUESTIONS:
+        raise InputError(f"questions_per_image must be 1 to {MAX_QUESTIONS}, got {questions_per_image}")
+    world = {
+        "version": WORLD_VERSION,
+        "seed": seed,
+        "images": images,
+        "size": size,
+        "questions_per_image": questions_per_image,
+    }
+    if (folder / "world.json").exists():
+        found = read_json(folder / "world.json")
+        differing = [f"{key} {found.get(key)}, not {value}" for key, value in world.items() if found.get(key) != value]
+        if differing:
+            raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")
+        return
+    first_id = 1
+    for split, number in sorted(images.items()):
+        seeds = (seed, zlib.crc32(split.encode()))  # Python's hash() of a text differs from run to run
+        make = partial(
+            _make_image, folder=folder / split, first_id=first_id, seeds=seeds, size=size, count=questions_per_image
+        )
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        asked = progress(_in_order(make, range(number), processes), number, f"{split} scenes")
+        _write_split(folder, split, first_id, asked)
+        first_id += number
+    write_json(folder / "world.json", world)
+
+
+def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Iterator[Any]:
+    """`map`, in as many processes as asked for."""
+    if processes == 1:
+        yield from map(make, indices)
+        return
+    # Spawned, not forked: the caller may run threads (torch's), which a fork would leave locked.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(make, indices, chunksize=50)
+
+
+def _make_image(
+    index: int, *, folder: Path, first_id: int, seeds: tuple[int, int], size: int, count: int
+) -> list[SceneQuestion]:
+    """Writes one image of a split and returns its questions; each image has a random stream of its own."""
+    rng = np.random.default_rng([*seeds, index])
+    scene = sample_scene(rng)
+    image = Image.fromarray(draw_scene(scene, size, rng))
+    image.save(folder / f"{first_id + index:012d}.png", compress_level=0)  # noise hardly compresses: be quick
+    return ask(scene, rng, count)
+
+
+@cache
+def _ten_answers(answer: str) -> list[dict[str, Any]]:
+    return [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
+
+
+def _write_split(folder: Path, split: str, first_id: int, asked: Iterable[list[SceneQuestion]]) -> None:
+    """Writes the two official files of a split; ten answers a question, all the same."""
+    header = {
+        "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
+        "data_type": "scenes",
+        "data_subtype": split,
+        "license": {"url": "", "name": ""},
+    }
+    questions, annotations = [], []
+    for image_id, image_questions in enumerate(asked, start=first_id):
+        for place, (question_type, answer_type, text, answer) in enumerate(image_questions):
+            ids = {"image_id": image_id, "question_id": 10 * image_id + place}
+            types = {"question_type": question_type, "answer_type": answer_type}
+            answers = {"multiple_choice_answer": answer, "answers": _ten_answers(answer)}
+            questions.append({**ids, "question": text})
+            annotations.append({**ids, **types, **answers})
+    content = {**header, "task_type": "Open-Ended", "questions": questions}
+    write_json(folder / f"{split}_questions.json", content, indent=None)
+    write_json(folder / f"{split}_annotations.json", {**header, "annotations": annotations}, indent=None)

@@ -1,0 +1,117 @@
+"""Recipes: YAML files with `base:` inheritance and `key.sub=value` overrides, read into strict settings."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from data.errors import InputError
+from vqa.settings import Settings, setting_keys
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `1e-3` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
+    """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
+
+    Raises:
+        InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
+            or a value is of the wrong type or out of range.
+    """
+    merged = _read_with_bases(Path(file), ())
+    overridden = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
+            raise InputError(f"command line: {override!r} is no setting; write key.sub=value")
+        value: Any = _parse(text, f"command line: {key}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge(merged, value)
+        overridden.append(key)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise InputError(_explain(error, str(file), overridden)) from None
+
+
+def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if file.resolve() in seen:
+        raise InputError(f"{file}: its `base:` leads back to itself")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8 text').lower()}") from None
+    content = _parse(text, str(file)) or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold `key: value` lines")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise InputError(f"{file}: `base` must be a file name")
+    return _merge(_read_with_bases(file.parent / base, (*seen, file.resolve())), content)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: malformed YAML") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _explain(error: ValidationError, file: str, overridden: list[str]) -> str:
+    problems = error.errors(include_url=False, include_context=False)
+    # an unknown key is most often why another one is missing
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
+    given = any(key.startswith(word) or word.startswith(f"{key}.") for word in overridden)
+    where = "command line" if given else file
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key}{_suggestion(key)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing (config/base.yaml names every key: begin with `base: base.yaml`){more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # of our own validators: says all there is to say
+        return f"{where}: {key}.{message}{more}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {str(first['input'])[:60]!r}{more}"
+
+
+def _suggestion(key: str) -> str:
+    known = list(setting_keys())
+    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.75)
+    close = close or [by_last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, 1)]
+    return f"; did you mean {close[0]}?" if close else "; config/base.yaml names every key"

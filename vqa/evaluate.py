@@ -20,6 +20,7 @@ from vqa.metrics import Scores, score
 from vqa.recipes import load_settings
 from vqa.settings import Settings, split_files
 
+MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
 # A model's settings that say where and how it is evaluated, not what it is.
 _OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision", "workers", "train.batch_size")
 
@@ -143,8 +144,9 @@ def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> lis
 
 
 def table_of(scores: Scores) -> str:
-    """The scores as a small table for a terminal."""
+    """The scores as a small table for a terminal; question types only where they are few."""
     rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
-    rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
+    if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
+        rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)

@@ -100,3 +100,11 @@ def trained(tiny) -> Path:
     from vqa.train import train
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Raw files of a split `train` (3 questions, 2 images) and a split `val` (2 questions, 1 image)."""
+    from tests.raw_files import TRAIN, VAL, write_split
+
+    return {"train": write_split(tmp_path, "train", TRAIN), "val": write_split(tmp_path, "val", VAL)}

@@ -1,0 +1,86 @@
+"""Batches: their content, their order, and one handle a process."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from data.loading import EpochSampler, FileImages, InOrderSampler, QuestionDataset, make_loader
+from data.store import H5Images, Store
+from data.tokenizer import PAD_ID
+
+
+@pytest.fixture
+def dataset(tiny):
+    opened = Store(tiny.parent / "world.h5")
+    return QuestionDataset(opened.table("train"), H5Images(opened.path))
+
+
+def test_a_batch_is_its_questions(dataset):
+    batch = dataset.__getitems__([5, 0, 17])
+    assert batch.images.shape == (3, 64, 64, 3)
+    assert batch.images.dtype == torch.uint8
+    assert batch.labels.shape == (3, 10)
+    for place, row in enumerate([5, 0, 17]):
+        length = int(batch.lengths[place])
+        assert batch.tokens[place, :length].tolist() == dataset.table.words(row).tolist()
+        assert (batch.tokens[place, length:] == PAD_ID).all()
+        assert np.array_equal(batch.images[place], dataset.images[dataset.table.images[row]])
+
+
+def test_the_order_is_a_formula_of_seed_and_epoch():
+    def order(**changed):
+        return list(EpochSampler(**({"size": 50, "batch_size": 8, "seed": 1, "epoch": 1} | changed)))
+
+    assert order() == order()
+    assert order() != order(seed=2) != order(epoch=2)
+    assert len(order()) == 6
+    assert len({row for batch in order() for row in batch}) == 48
+    late = EpochSampler(50, 8, 1, 1)
+    late.start = 4
+    assert list(late) == order()[4:]
+    assert len(late) == 2
+    parts = [list(EpochSampler(50, 8, 1, 1, rank, 2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in order()]
+    assert len(list(EpochSampler(5, 8, 1, 1))) == 1
+
+
+def test_evaluation_meets_every_question_once(dataset):
+    for world in (1, 3):
+        met = [r for rank in range(world) for batch in InOrderSampler(dataset.table, 7, rank, world) for r in batch]
+        assert sorted(met) == list(range(len(dataset)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_processes_open_the_file_themselves(dataset, workers):
+    dataset.images[0]  # the parent's handle is open when the workers start
+    sampler = EpochSampler(len(dataset), 8, 0, 1)
+    expected = [dataset.__getitems__(rows) for rows in EpochSampler(len(dataset), 8, 0, 1)]
+    for batch, true in zip(make_loader(dataset, sampler, workers, torch.device("cpu")), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
+
+
+def test_a_dataset_holds_no_pixels(dataset):
+    dataset.__getitems__([0, 1, 2])
+    assert Store(dataset.images.path).usable.size * 64 * 64 * 3 > 200_000
+    assert len(pickle.dumps(dataset)) < 30_000
+
+
+def test_a_handle_is_not_handed_to_another_process(dataset):
+    images = dataset.images
+    images[0]
+    copy = pickle.loads(pickle.dumps(images))
+    assert copy._file is None
+    assert np.array_equal(copy[0], images[0])
+    images._process = -5  # as after a fork
+    before = images._file
+    images[0]
+    assert images._file is not before
+
+
+def test_images_from_files_equal_those_of_the_h5(tiny, dataset):
+    files = [
+        tiny.parent / "world" / "train" / name.name for name in sorted((tiny.parent / "world/train").glob("*.png"))
+    ]
+    assert np.array_equal(FileImages(files, 64)[3], dataset.images[3])

@@ -1,0 +1,270 @@
+"""The h5 file: what it holds, where it came from, and that no kill makes it lie."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data import store
+from data.errors import InputError
+from data.images import decode_image
+from data.store import H5Images, Store
+from data.table import NO_ANSWER
+from data.tokenizer import UNKNOWN_ID
+from data.vqa_files import SplitFiles
+from tests.conftest import ROOT
+from tests.raw_files import TRAIN, VAL, change, make, write_split
+
+
+def test_the_file_holds_everything_and_where_it_came_from(raw, tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    make(raw, path)
+    with h5py.File(path) as file:
+        assert file.attrs["complete"]
+        assert file["images/pixels"].dtype == np.uint8
+        assert file["images/pixels"].shape == (3, 32, 32, 3)
+        assert file["images/pixels"].chunks is None
+    opened = Store(path)
+    assert opened.splits == ["train", "val"]
+    train, val = opened.table("train"), opened.table("val")
+    assert train.ids.tolist() == [10, 11, 12]
+    assert train.images.tolist() == [0, 0, 1]
+    assert val.texts == ["What zebra is the cat?", ""]
+    assert val.lengths.tolist() == [6, 1]
+    assert train.question_types == ["What", "How", "Is"]
+    assert opened.vocabulary == ["2", "black", "yes", "no"]
+    sources = opened.provenance["sources"]["train"]["files"]
+    assert sources[0]["name"] == "train_q.json"
+    assert sources[0]["bytes"] == raw["train"].questions.stat().st_size
+    assert len(sources[1]["sha256"]) == 64
+    image = H5Images(path)[1]
+    assert np.array_equal(image, decode_image(raw["train"].image(2), 32))
+    capsys.readouterr()
+    make(raw, path)
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+def test_vocabularies_are_of_the_training_split_only(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    opened = Store(tmp_path / "data.h5")
+    assert "zebra" not in opened.tokenizer.get_vocab()
+    assert UNKNOWN_ID in opened.table("val").words(0)
+    assert "lilac" not in opened.vocabulary
+    assert (opened.table("val").labels()[0] == NO_ANSWER).all()
+
+
+def test_an_image_two_splits_share_is_stored_once(raw, tmp_path):
+    make(
+        raw | {"dev": raw["val"], "test": SplitFiles(raw["val"].questions, None, raw["val"].images)}, tmp_path / "d.h5"
+    )
+    opened = Store(tmp_path / "d.h5")
+    assert len(opened.usable) == 3
+    assert opened.table("test").images.tolist() == opened.table("val").images.tolist()
+    assert opened.table("test").given.shape == (2, 0)
+
+
+@pytest.mark.parametrize("changed", [{"image_size": 48}, {"answers": 2}, {"min_word_count": 2}])
+def test_a_finished_file_of_other_settings_is_not_touched(raw, tmp_path, changed):
+    make(raw, tmp_path / "data.h5")
+    before = (tmp_path / "data.h5").read_bytes()
+    with pytest.raises(InputError, match=f"made with {next(iter(changed))}"):
+        make(raw, tmp_path / "data.h5", **changed)
+    change(raw["val"].questions, lambda c: c["questions"][0].update(question="Other?"))
+    with pytest.raises(InputError, match="split 'val' was made from other files"):
+        make(raw, tmp_path / "data.h5")
+    assert (tmp_path / "data.h5").read_bytes() == before
+
+
+def many(folder, count):
+    entries = [(n, n, f"what is {n}", ["yes"] * 10) for n in range(count)]
+    return {"train": write_split(folder, "train", entries)}
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    splits, path = many(tmp_path, 600), tmp_path / "data.h5"
+    real, decoded = store.fill, []
+
+    def stopping(file, rows, pixels, usable=True):
+        decoded.extend(rows)
+        if len(decoded) > 300:
+            raise KeyboardInterrupt
+        real(file, rows, pixels, usable)
+
+    monkeypatch.setattr(store, "fill", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(splits, path)
+    assert not path.exists()
+    with pytest.raises(InputError, match="not finished"):
+        Store(path)
+    monkeypatch.setattr(
+        store, "fill", lambda file, rows, pixels, usable=True: (again.extend(rows), real(file, rows, pixels, usable))
+    )
+    again = []
+    make(splits, path)
+    assert sorted(again) == list(range(256, 600))
+    whole = tmp_path / "whole.h5"
+    make(splits, whole)
+    with h5py.File(path) as one, h5py.File(whole) as other:
+        assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
+
+
+KILLED_IN_A_FLUSH = """
+import os, sys
+from pathlib import Path
+from data import store
+from data.preprocess import preprocess
+from data.vqa_files import SplitFiles
+import data.preprocess
+data.preprocess._CHUNKS_A_FLUSH = 1
+real, flushes = store._to_disk, []
+def killed(file):
+    flushes.append(1)
+    if len(flushes) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    real(file)
+store._to_disk = killed
+folder = Path(sys.argv[1])
+images = str(folder / "train_{image_id:012d}.png")
+splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
+preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, processes=1)
+"""
+
+
+def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
+    splits = many(tmp_path, 100)
+    whole = tmp_path / "whole.h5"
+    make(splits, whole)
+    with h5py.File(whole) as file:
+        expected = file["images/pixels"][:]
+    partial = store.partial_path(tmp_path / "data.h5")
+    # the first flush ends the creation; then two for every 32 images: of the pixels, and of the marks
+    for flush in (1, 2, 3, 4):
+        arguments = [sys.executable, "-c", KILLED_IN_A_FLUSH, str(tmp_path), str(flush)]
+        ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, check=False)
+        assert ended.returncode == -9
+        assert not (tmp_path / "data.h5").exists()
+        if partial.exists():
+            with h5py.File(partial) as file:
+                filled = file["images/filled"][:]
+                assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
+    make(splits, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert np.array_equal(file["images/pixels"][:], expected)
+    assert not partial.exists()
+
+
+def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
+    raw["train"].image(1).unlink()
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="missing or unreadable"):
+        make(raw, path)
+    before = store.partial_path(path).read_bytes()
+    with pytest.raises(InputError, match="made with answers 10, now 3"):
+        make(raw, path, answers=3)
+    assert store.partial_path(path).read_bytes() == before
+
+
+def test_a_file_that_another_process_fills_is_left_to_it(raw, tmp_path):
+    raw["train"].image(1).unlink()
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="missing"):
+        make(raw, path)
+    hold = "import h5py, sys, time; f = h5py.File(sys.argv[1], 'r+'); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, store.partial_path(path)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match="another process is working on it"):
+        make(raw, path)
+    holder.kill()
+    holder.wait()
+
+
+def test_the_folder_of_the_sources_may_move(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    again = {"train": write_split(moved, "train", TRAIN), "val": write_split(moved, "val", VAL)}
+    with pytest.raises(InputError, match="other files"):  # other bytes: the patterns' last folder is another one
+        make(again, tmp_path / "data.h5")
+    same = {
+        name: SplitFiles(f.questions, f.annotations, f"{tmp_path}/./{Path(f.images).name}") for name, f in raw.items()
+    }
+    make(same, tmp_path / "data.h5")
+
+
+def test_few_answers_are_warned_of(tmp_path, capsys):
+    make({"train": write_split(tmp_path, "train", [(1, 1, "is it?", ["yes"])])}, tmp_path / "data.h5")
+    assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
+
+
+def test_several_processes_give_the_same_file(tmp_path):
+    splits = many(tmp_path, 80)
+    make(splits, tmp_path / "one.h5")
+    make(splits, tmp_path / "three.h5", processes=3)
+    with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "three.h5") as other:
+        assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
+
+
+def test_bad_images_are_all_listed_and_can_be_left_out(raw, tmp_path, capsys):
+    raw["train"].image(1).unlink()
+    raw["val"].image(3).write_bytes(b"no image")
+    path = tmp_path / "data.h5"
+    write_split(tmp_path, "val", [*VAL, (22, 4, "Is it?", ["yes"] * 10)])
+    raw["val"].image(3).write_bytes(b"no image")
+    with pytest.raises(InputError, match="2 image.*by id: 1, 3; .*data.skip_bad_images=true"):
+        make(raw, path)
+    out = capsys.readouterr().out
+    assert f"1: {raw['train'].image(1)}: no such file" in out
+    assert f"3: {raw['val'].image(3)}: cannot be read" in out
+    assert not path.exists()
+    make(raw, path, skip_bad_images=True)
+    opened = Store(path)
+    assert opened.usable.tolist() == [False, True, False, True]
+    assert len(opened.table("train")) == 3
+    assert np.ptp(H5Images(path)[0], axis=(0, 1)).tolist() == [0, 0, 0]
+
+
+def test_a_split_without_any_image_is_refused_before_the_work(raw, tmp_path):
+    wrong = SplitFiles(raw["val"].questions, raw["val"].annotations, str(tmp_path / "test2015/{image_id}.jpg"))
+    with pytest.raises(InputError, match="test2015/3.jpg: no such file, nor any other image of split 'val'"):
+        make(raw | {"val": wrong}, tmp_path / "data.h5")
+    assert not store.partial_path(tmp_path / "data.h5").exists()
+
+
+def test_a_training_split_is_needed(raw, tmp_path):
+    with pytest.raises(InputError, match="'train'"):
+        make({"val": raw["val"]}, tmp_path / "data.h5")
+    blank = SplitFiles(raw["train"].questions, None, raw["train"].images)
+    with pytest.raises(InputError, match="needs annotations"):
+        make({"train": blank}, tmp_path / "data.h5")
+
+
+def test_other_files_are_refused(raw, tmp_path):
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="no such file"):
+        Store(path)
+    path.write_bytes(b"no h5")
+    with pytest.raises(InputError, match="cannot be read as an h5 file"):
+        Store(path)
+    path.unlink()
+    make(raw, path)
+    with pytest.raises(InputError, match="no split 'test'; it holds train, val"):
+        Store(path).table("test")
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 99
+    with pytest.raises(InputError, match="version 99"):
+        Store(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs.update(version=store.VERSION, complete=False)
+    with pytest.raises(InputError, match="not complete"):
+        Store(path)
+
+
+def test_a_file_with_an_empty_row_is_never_finished(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        file["images/filled"][1] = False
+    with pytest.raises(RuntimeError, match="not every image"):
+        store.finish(tmp_path / "data.h5", tmp_path / "final.h5")

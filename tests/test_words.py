@@ -1,0 +1,101 @@
+"""Words and answers: tokenizer, answer classes, tables of questions, GloVe vectors."""
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from data.answers import answer_vocabulary
+from data.errors import InputError
+from data.glove import read_glove
+from data.table import NO_ANSWER, joined, question_table
+from data.tokenizer import PAD_ID, UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer, words
+from data.vqa_files import read_questions
+from tests.raw_files import TRAIN
+
+
+def test_padding_and_unknown_are_different_words(tmp_path):
+    tokenizer = train_tokenizer(["what's the colour?", "the cat", "the cat"], 2)
+    assert tokenizer.token_to_id("<pad>") == PAD_ID == 0
+    assert tokenizer.token_to_id("<unk>") == UNKNOWN_ID == 1
+    assert set(tokenizer.get_vocab()) == {"<pad>", "<unk>", "the", "cat"}
+    tokens, lengths = encode(tokenizer, ["The cat barks", "", "?", "CAT"])
+    assert lengths.tolist() == [3, 1, 1, 1]
+    the, cat = tokenizer.token_to_id("the"), tokenizer.token_to_id("cat")
+    assert tokens.tolist() == [the, cat, UNKNOWN_ID, UNKNOWN_ID, UNKNOWN_ID, cat]
+    assert words(tokenizer, "What’s THE cat's-paw?") == ["what’s", "the", "cat's", "-", "paw", "?"]
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
+
+
+def test_transformers_loads_the_tokenizer(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = train_tokenizer(["what colour is the cat?"], 1)
+    save_tokenizer(tokenizer, tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    asked = "What colour is the dog?"
+    assert theirs(asked)["input_ids"] == tokenizer.encode(asked).ids
+    assert (theirs.pad_token_id, theirs.unk_token_id) == (PAD_ID, UNKNOWN_ID)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_answer_classes_are_normal_forms_in_their_commonest_spelling():
+    answers = ["lamp, chair"] * 3 + ["lamp chair"] + ["2"] * 2 + ["two"] * 3 + ["b"] * 2 + ["a dog"] * 2 + [" ", ""]
+    assert answer_vocabulary(answers, 3) == ["two", "lamp, chair", "b"]
+    assert answer_vocabulary(answers, 100) == ["two", "lamp, chair", "b", "a dog"]
+
+
+def test_a_table_keeps_what_was_asked_and_answered(raw):
+    tokenizer = train_tokenizer([text for _, _, text, _ in TRAIN], 1)
+    train = question_table(
+        read_questions(raw["train"].questions, raw["train"].annotations), {1: 0, 2: 1}, tokenizer, ["2", "yes"]
+    )
+    assert train.labels().tolist() == [[NO_ANSWER] * 10, [0] * 10, [1] * 7 + [NO_ANSWER] * 3]
+    assert train.answers(1) == ["2"] * 6 + ["two"] * 4
+    assert tokenizer.decode(train.words(2).tolist()) == "is it day ?"
+    unanswered = question_table(read_questions(raw["val"].questions, None), {3: 5}, tokenizer, ["2", "yes"])
+    both = joined([train, unanswered, train])
+    assert both.ids.tolist() == [10, 11, 12, 20, 21, 10, 11, 12]
+    assert both.images.tolist() == [0, 0, 1, 5, 5, 0, 0, 1]
+    assert [both.answers(row) for row in (0, 3, 7)] == [["black"] * 10, [], ["yes"] * 7 + ["no"] * 3]
+    assert both.labels()[6].tolist() == [0] * 10
+    picked = both.select(np.array([7, 3]))
+    assert picked.ids.tolist() == [12, 20]
+    assert picked.words(0).tolist() == train.words(2).tolist()
+    assert picked.answers(0) == train.answers(2)
+
+
+def test_glove_rows_of_known_words_only(tmp_path):
+    text = "the 1 2 3\ncat 4 5 6\n. . . 7 8 9\nunknown 0 0 0\n"
+    (tmp_path / "glove.txt").write_text(text)
+    with zipfile.ZipFile(tmp_path / "glove.zip", "w") as archive:
+        archive.writestr("glove.txt", text)
+    for name in ("glove.txt", "glove.zip"):
+        vectors, found = read_glove(tmp_path / name, {"<pad>": 0, "cat": 1, ". . .": 2}, 3)
+        assert found == 2
+        assert vectors.tolist() == [[0, 0, 0], [4, 5, 6], [7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"cat 1 2\n", "line 1: expected a word and 3 numbers"),
+        ("b.txt", b"the 1 2 3\ncat 1 x 3\n", "line 2"),
+        ("c.txt", b"dog 1 2 3\n", "holds none of the 1 known words"),
+        ("d.zip", b"no zip", "not a zip file"),
+    ],
+)
+def test_wrong_glove_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_glove(tmp_path / name, {"cat": 0}, 3)
+    with pytest.raises(InputError, match="no such file"):
+        read_glove(tmp_path / "absent.txt", {"cat": 0}, 3)

@@ -6,6 +6,7 @@ Everything is drawn from seeds: the same arguments give the same pictures.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,23 @@ SHAPES: tuple[str, ...] = tuple(_OUTLINES)
 
 _RADIUS = (0.13, 0.19)  # of the image's side
 _COLOUR_JITTER = 20  # at most, for each of R, G, B
-_BACKGROUND = (85.0, 145.0)  # an image's grey level
-_NOISE, _NOISE_ON_OBJECTS = 60.0, 20.0  # from the least to the most, for each of R, G, B
+
+
+class Look(NamedTuple):
+    """How pictures are taken; noise from the least to the most, for each of R, G, B."""
+
+    background: tuple[float, float] = (85.0, 145.0)  # an image's grey level
+    noise: float = 60.0
+    noise_on_objects: float = 20.0
+    light: float = 1.0  # everything is multiplied by it in the end
+
+
+LOOKS: dict[str, Look] = {
+    "plain": Look(),
+    "dark": Look(light=0.4),
+    "noisy": Look(noise=150.0, noise_on_objects=80.0),
+    "bright": Look(background=(175.0, 235.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -61,18 +77,18 @@ def place_object(
     return SceneObject(shape, colour, (x, y), radius, (red, green, blue))
 
 
-def draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+def draw_scene(scene: Scene, size: int, rng: np.random.Generator, look: Look = LOOKS["plain"]) -> np.ndarray:
     """The scene as uint8 [size, size, 3] (height, width, RGB); `rng` draws the background and the noise."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # [S], the pixels' centres
     noise = rng.random((3, size, size), dtype=np.float32) - 0.5
-    image = rng.uniform(*_BACKGROUND) + _NOISE * noise  # [3, S, S]
+    image = rng.uniform(*look.background) + look.noise * noise  # [3, S, S]
     for item in scene.objects:
         x = (axis[None, :] - item.centre[0]) / item.radius
         y = (axis[:, None] - item.centre[1]) / item.radius
         distance = _OUTLINES[item.shape](x, y) * item.radius * size  # [S, S], in pixels
         coverage = np.clip(0.5 - distance, 0, 1)  # smooths the edge over one pixel
-        image += coverage * (np.float32(item.rgb)[:, None, None] + _NOISE_ON_OBJECTS * noise - image)
-    return np.clip(image, 0, 255).transpose(1, 2, 0).astype(np.uint8, order="C")
+        image += coverage * (np.float32(item.rgb)[:, None, None] + look.noise_on_objects * noise - image)
+    return np.clip(look.light * image, 0, 255).transpose(1, 2, 0).astype(np.uint8, order="C")
 
 
 def single_objects(seed: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,18 +15,26 @@ from data.errors import InputError
 from data.files import read_json, write_json
 from data.progress import progress
 from data.scene_questions import MAX_QUESTIONS, SceneQuestion, ask, sample_scene
-from data.scenes import draw_scene
+from data.scenes import LOOKS, draw_scene
 
-WORLD_VERSION = 1  # raise it when the same arguments give other files
+WORLD_VERSION = 2  # raise it when the same arguments give other files
 
 
 def write_world(
-    folder: Path, *, seed: int, images: dict[str, int], size: int = 64, questions_per_image: int = 4, processes: int = 2
+    folder: Path,
+    *,
+    seed: int,
+    images: dict[str, int],
+    size: int = 64,
+    look: str = "plain",
+    questions_per_image: int = 4,
+    processes: int = 2,
 ) -> None:
     """Writes scenes and questions in the VQA v1 format: for each split in `images`, that many pictures of size x size.
 
     Files: `SPLIT_questions.json`, `SPLIT_annotations.json`, `SPLIT/%012d.png` by image id, and `world.json`, written
-    last, which says what was made. They do not depend on `processes`. A folder that holds this world is left as it is.
+    last, which says what was made. They do not depend on `processes`; scenes and questions do not depend on `size` and
+    `look` (one of LOOKS). A folder that holds this world is left as it is.
 
     Raises:
         InputError: the folder holds another world, or `questions_per_image` is not within 1 ... MAX_QUESTIONS.
@@ -38,6 +46,7 @@ def write_world(
         "seed": seed,
         "images": images,
         "size": size,
+        "look": look,
         "questions_per_image": questions_per_image,
     }
     if (folder / "world.json").exists():
@@ -50,7 +59,13 @@ def write_world(
     for split, number in sorted(images.items()):
         seeds = (seed, zlib.crc32(split.encode()))  # Python's hash() of a text differs from run to run
         make = partial(
-            _make_image, folder=folder / split, first_id=first_id, seeds=seeds, size=size, count=questions_per_image
+            _make_image,
+            folder=folder / split,
+            first_id=first_id,
+            seeds=seeds,
+            size=size,
+            look=look,
+            count=questions_per_image,
         )
         (folder / split).mkdir(parents=True, exist_ok=True)
         asked = progress(_in_order(make, range(number), processes), number, f"{split} scenes")
@@ -70,12 +85,12 @@ def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Ite
 
 
 def _make_image(
-    index: int, *, folder: Path, first_id: int, seeds: tuple[int, int], size: int, count: int
+    index: int, *, folder: Path, first_id: int, seeds: tuple[int, int], size: int, look: str, count: int
 ) -> list[SceneQuestion]:
-    """Writes one image of a split and returns its questions; each image has a random stream of its own."""
-    rng = np.random.default_rng([*seeds, index])
+    """Writes one image of a split and returns its questions; each image has random streams of its own."""
+    rng, drawing = (np.random.default_rng([*seeds, index, stream]) for stream in range(2))
     scene = sample_scene(rng)
-    image = Image.fromarray(draw_scene(scene, size, rng))
+    image = Image.fromarray(draw_scene(scene, size, drawing, LOOKS[look]))
     image.save(folder / f"{first_id + index:012d}.png", compress_level=0)  # noise hardly compresses: be quick
     return ask(scene, rng, count)
 

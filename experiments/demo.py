@@ -22,12 +22,11 @@ from data.files import read_json, write_json
 from data.preprocess import preprocess
 from data.store import Store
 from data.table import QuestionTable
-from data.world import write_world
+from experiments.preparation import prepare_backbone, prepare_world
 from vqa.bundle import load_bundle
 from vqa.evaluate import evaluate
 from vqa.inspection import inspect, write_inspection
 from vqa.metrics import Scores, question_accuracies, score
-from vqa.pretrain import pretrain_backbone
 from vqa.report import write_demo
 from vqa.settings import Settings, preprocessing_of, split_files
 from vqa.train import train
@@ -55,26 +54,11 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         (out / "summary.json").unlink()
 
     print("1/6  drawing scenes, asking questions", flush=True)
-    scenes, data = settings.scenes, settings.data
-    write_world(
-        Path(data.folder),
-        seed=scenes.seed,
-        images=scenes.images,
-        size=data.image_size,
-        questions_per_image=scenes.questions_per_image,
-        processes=data.processes,
-    )
+    prepare_world(settings)
     print("2/6  preprocessing into h5", flush=True)
     preprocess(**preprocessing_of(settings))
     print("3/6  pretraining the backbone to name shapes", flush=True)
-    named = pretrain_backbone(
-        Path(settings.backbone.weights),
-        settings.backbone.name,
-        seed=scenes.seed,
-        image_size=data.image_size,
-        images=scenes.pretrain_images,
-        epochs=scenes.pretrain_epochs,
-    )
+    named = prepare_backbone(settings)
     print(f"the shape of {named:.1f} % of held-out objects is named")
 
     scores: dict[str, Scores] = {}
@@ -82,7 +66,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         print(f"{step}/6  training {model}", flush=True)
         train(_recipe(settings, model), resume=True, runs=runs)
         scores[model] = evaluate(out / model, "val")
-    store = Store(Path(data.h5))
+    store = Store(Path(settings.data.h5))
     table = store.table("val")
     blind = score(best_blind_answers(store.table("train"), table), table)
 

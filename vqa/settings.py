@@ -42,12 +42,14 @@ class BackboneSettings(_Section):
     name: str
     weights: str
     train: Literal["none", "stage4", "batchnorm"]
-    statistics: Literal["population"]
+    statistics: Literal["population", "batch"]
 
 
 class CBNSettings(_Section):
     """Where and how batch norms are conditioned on the question (PAPER, section 2 and 3)."""
 
+    condition: Literal["question", "kind", "constant", "shuffled"]
+    normaliser: Literal["batch", "instance", "group", "layer"]
     stages: list[Literal[1, 2, 3, 4]]
     stem: bool
     shortcuts: bool
@@ -59,7 +61,7 @@ class CBNSettings(_Section):
 class QuestionSettings(_Section):
     """The question encoder."""
 
-    encoder: Literal["lstm", "gru"]
+    encoder: Literal["lstm", "gru", "bag_of_words"]
     embedding_size: int = Field(ge=1)
     glove: str | None
     glove_size: int = Field(ge=1)
@@ -112,9 +114,12 @@ class TrainSettings(_Section):
 class ScenesSettings(_Section):
     """The embedded world: generated scenes and the backbone pretrained on them."""
 
+    world: Literal["small", "large"]
+    look: Literal["plain", "dark", "noisy", "bright"]
     seed: int = Field(ge=0, lt=2**63)
     images: dict[str, int]
     questions_per_image: int = Field(ge=1)
+    pretrain_size: int = Field(ge=32, le=2048)
     pretrain_images: int = Field(ge=64)
     pretrain_epochs: int = Field(ge=1)
 
@@ -127,6 +132,7 @@ class Settings(_Section):
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
     precision: Literal["float32", "bfloat16"]
     workers: int = Field(ge=0)
+    inputs: list[Literal["image", "question"]] = Field(min_length=1)
     data: DataSettings
     backbone: BackboneSettings
     cbn: CBNSettings

@@ -1,0 +1,49 @@
+"""What training needs before it can begin: an embedded world drawn, its backbone pretrained, an h5 file made."""
+
+from pathlib import Path
+
+from data.preprocess import preprocess
+from data.world import write_world
+from vqa.pretrain import pretrain_backbone
+from vqa.settings import Settings, preprocessing_of
+
+
+def prepare_world(settings: Settings) -> None:
+    """Draws the scenes of an embedded world and asks about them; what is there already is kept."""
+    scenes, data = settings.scenes, settings.data
+    write_world(
+        Path(data.folder),
+        seed=scenes.seed,
+        images=scenes.images,
+        size=data.image_size,
+        look=scenes.look,
+        questions_per_image=scenes.questions_per_image,
+        processes=data.processes,
+    )
+
+
+def prepare_backbone(settings: Settings) -> float:
+    """Pretrains an embedded world's backbone, or keeps the one that is there; returns its held-out accuracy in %."""
+    scenes = settings.scenes
+    return pretrain_backbone(
+        Path(settings.backbone.weights),
+        settings.backbone.name,
+        seed=scenes.seed,
+        image_size=scenes.pretrain_size,
+        images=scenes.pretrain_images,
+        epochs=scenes.pretrain_epochs,
+    )
+
+
+def prepare(settings: Settings) -> None:
+    """Makes everything that the training of a recipe reads and that can be made here.
+
+    Raises:
+        InputError: raw files are missing, or something of other settings is in the way.
+    """
+    if settings.scenes is not None:
+        prepare_world(settings)
+        if settings.backbone.weights != "none":
+            prepare_backbone(settings)
+    if settings.data.splits:
+        preprocess(**preprocessing_of(settings))

@@ -88,7 +88,31 @@ def inspect(arguments: argparse.Namespace) -> None:
     print(f"{out / 'report.html'}")
 
 
+def experiment(arguments: argparse.Namespace) -> None:
+    """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
+    from experiments.runner import job_named, prepare_suite, run_job, run_suite
+    from experiments.suite import load_suite
+
+    suite, runs = load_suite(arguments.suite, tuple(arguments.settings)), Path("runs")
+    if arguments.only is not None:
+        job = job_named(suite, arguments.only, arguments.seed)
+        prepare_suite(suite, runs)
+        run_job(job, suite.tests, runs)
+        return
+    if not arguments.report:
+        run_suite(suite, runs, arguments.settings, arguments.at_once)
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
+        """As usual, but settings may also stand after options that follow a positional argument."""
+        arguments, rest = self.parse_known_args(words, namespace)
+        if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            arguments.settings = [*arguments.settings, *rest]
+        return arguments
+
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -140,6 +164,14 @@ def _parser() -> argparse.ArgumentParser:
     about_a_question(added)
     added.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
+
+    added = command(experiment)
+    added.add_argument("suite", type=Path, metavar="SUITE.yaml")
+    added.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
+    added.add_argument("--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU")
+    added.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
+    added.add_argument("--seed", type=int, metavar="N")
+    takes_settings(added)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Files written whole or not at all, and read with errors that name them."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -53,3 +54,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: {str(error).split(';')[0]}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be a question file") from None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it: another process that asks for it waits until this one has ended, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: held by another process; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.errors import InputError
-from data.files import write_json
+from data.files import write_json, written_whole
 from data.loading import FileImages, InOrderSampler, QuestionDataset, make_loader
 from data.progress import progress
 from data.store import H5Images, Store
@@ -16,7 +17,7 @@ from data.vqa_files import read_questions
 from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
 from vqa.engine import predict_classes
-from vqa.metrics import Scores, score
+from vqa.metrics import Scores, question_accuracies, summary
 from vqa.recipes import load_settings
 from vqa.settings import Settings, split_files
 
@@ -26,7 +27,13 @@ _OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision",
 
 
 def evaluate(
-    run: Path, split: str, out: Path | None = None, overrides: Sequence[str] = (), *, allow_trained: bool = False
+    run: Path,
+    split: str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow_trained: bool = False,
+    per_question: bool = False,
 ) -> Scores | None:
     """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json`.
 
@@ -38,6 +45,7 @@ def evaluate(
         out: where the two files are written; by default `run`.
         overrides: `key=value` words over the model's settings: where the data are, and the device.
         allow_trained: score a split that was trained on; the metrics are marked so.
+        per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids.
 
     Returns:
         The scores; None for a split without annotations, of which only the results are written.
@@ -69,7 +77,12 @@ def evaluate(
     write_json(out / f"results_{split}.json", complete_results(data.table.ids.tolist(), answers), indent=None)
     if not data.table.given.size:
         return None
-    scores = score(answers, data.table)
+    accuracies = question_accuracies(answers, data.table)
+    if per_question:
+        order = np.argsort(data.table.ids)
+        with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, ids=data.table.ids[order], accuracies=np.asarray(accuracies)[order])
+    scores = summary(accuracies, data.table)
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if split in trained_on:
         metrics["seen_in_training"] = True

@@ -7,7 +7,7 @@ from typing import TypedDict
 from data.answers import normalise_answer, strip_answer
 from data.table import QuestionTable
 
-__all__ = ["Scores", "normalise_answer", "question_accuracies", "question_accuracy", "score"]
+__all__ = ["Scores", "normalise_answer", "question_accuracies", "question_accuracy", "score", "summary"]
 
 
 class Scores(TypedDict):
@@ -44,7 +44,11 @@ def question_accuracies(predictions: Sequence[str], table: QuestionTable) -> lis
 
 def score(predictions: Sequence[str], table: QuestionTable) -> Scores:
     """The official summary of one prediction for each question of the table, in its order."""
-    accuracies = question_accuracies(predictions, table)
+    return summary(question_accuracies(predictions, table), table)
+
+
+def summary(accuracies: Sequence[float], table: QuestionTable) -> Scores:
+    """The official summary of the accuracy (0 to 1) of each question of the table, in its order."""
     return {
         "questions": len(accuracies),
         "overall": _percent(accuracies),

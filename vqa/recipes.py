@@ -32,8 +32,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
+def load_settings(file: Path, overrides: Iterable[str] = (), *, where: str = "command line") -> Settings:
     """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
+
+    Args:
+        file: the recipe.
+        overrides: the words, the later ones over the earlier.
+        where: where the words stand, for error messages.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
@@ -44,8 +49,8 @@ def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
-            raise InputError(f"command line: {override!r} is no setting; write key.sub=value")
-        value: Any = _parse(text, f"command line: {key}")
+            raise InputError(f"{where}: {override!r} is no setting; write key.sub=value")
+        value: Any = _parse(text, f"{where}: {key}")
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = _merge(merged, value)
@@ -53,12 +58,27 @@ def load_settings(file: Path, overrides: Iterable[str] = ()) -> Settings:
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        raise InputError(_explain(error, str(file), overridden)) from None
+        raise InputError(_explain(error, str(file), overridden, where)) from None
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in seen:
         raise InputError(f"{file}: its `base:` leads back to itself")
+    content = read_yaml(file)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise InputError(f"{file}: `base` must be a file name")
+    return _merge(_read_with_bases(file.parent / base, (*seen, file.resolve())), content)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; its tags construct nothing.
+
+    Raises:
+        InputError: the file is missing, malformed, or holds something else.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -66,12 +86,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     content = _parse(text, str(file)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold `key: value` lines")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise InputError(f"{file}: `base` must be a file name")
-    return _merge(_read_with_bases(file.parent / base, (*seen, file.resolve())), content)
+    return content
 
 
 def _parse(text: str, where: str) -> Any:
@@ -91,13 +106,13 @@ def _merge(base: Any, over: Any) -> Any:
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
 
 
-def _explain(error: ValidationError, file: str, overridden: list[str]) -> str:
+def _explain(error: ValidationError, file: str, overridden: list[str], words: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     # an unknown key is most often why another one is missing
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     given = any(key.startswith(word) or word.startswith(f"{key}.") for word in overridden)
-    where = "command line" if given else file
+    where = words if given else file
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {key}{_suggestion(key)}{more}"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from data.errors import InputError
 from data.files import write_json, write_text
 from vqa.recipes import load_settings
-from vqa.settings import Settings
+from vqa.settings import Settings, different_keys
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
 # Where a run is computed, not what: these may change when it is resumed.
@@ -48,17 +49,17 @@ class RunDirectory:
         if not resume:
             return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
         try:
-            theirs = load_settings(config).model_dump()
+            theirs = load_settings(config)
         except InputError as error:
             return str(error)
-        for key in _different_keys(settings.model_dump(), theirs):
+        for key in different_keys(settings, theirs):
             if key not in _MAY_CHANGE:
                 return (
                     f"{config}: this run has another {key} than asked for; choose another `name` for the new settings"
                 )
         return None
 
-    def start(self, settings: Settings, device: torch.device, world_size: int) -> None:
+    def start(self, settings: Settings, device: torch.device, world_size: int, trained_parameters: int) -> None:
         """Writes what explains the run."""
         settings.save(self.path / "config.yaml")
         environment = {
@@ -71,6 +72,7 @@ class RunDirectory:
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "seed": settings.seed,
+            "trained_parameters": trained_parameters,
             "command": sys.argv,
         }
         write_json(self.path / "environment.json", environment)
@@ -92,15 +94,12 @@ class RunDirectory:
                 writer.add_scalar(f"val/{kind}", value, line["epoch"])
 
 
-def _different_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key in ours.keys() | theirs.keys():
-        one, other = ours.get(key), theirs.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            keys += _different_keys(one, other, f"{prefix}{key}.")
-        elif one != other:
-            keys.append(prefix + key)
-    return sorted(keys)
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MiB: on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _git_commit() -> str | None:

@@ -175,3 +175,23 @@ def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> Itera
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, _Section) and kind is not SplitSettings:
                 yield from setting_keys(kind, f"{prefix}{name}.")
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every setting by its dotted key; the splits are one value."""
+
+    def walk(content: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in content.items():
+            name = prefix + key
+            found |= walk(value, f"{name}.") if isinstance(value, dict) and name != "data.splits" else {name: value}
+        return found
+
+    return walk(settings.model_dump(), "")
+
+
+def different_keys(one: Settings, other: Settings) -> list[str]:
+    """Keys whose values differ, dotted and sorted."""
+    ours, theirs = flat(one), flat(other)
+    missing = object()
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key, missing) != theirs.get(key, missing))

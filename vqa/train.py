@@ -22,7 +22,7 @@ from vqa.distributed import Processes, this_process, together
 from vqa.engine import NotFiniteError, predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
-from vqa.run_directory import RunDirectory
+from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
 
 
@@ -79,6 +79,7 @@ class Training:
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
+        self.trained_count = sum(parameter.numel() for parameter in trained_parameters(self.model))
         self.optimiser = build_optimiser(settings.train, self.model)
         steps = settings.train.epochs * len(self._sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
@@ -86,7 +87,7 @@ class Training:
         if run.checkpoint.exists():
             self._resume()
         if processes.is_main and not self.progress.finished:
-            run.start(settings, self.device, processes.world_size)
+            run.start(settings, self.device, processes.world_size, self.trained_count)
             bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.preprocessing)
 
     def _new_model(self) -> VQAModel:
@@ -135,9 +136,9 @@ class Training:
         if self.progress.finished:
             self._say(f"{self.run.path}: finished, nothing to do")
             return
-        count = sum(parameter.numel() for parameter in trained_parameters(self.model))
         self._say(
-            f"{self.run.path}: {len(self.training_set)} questions, {count:,} trained parameters, on {self.device}"
+            f"{self.run.path}: {len(self.training_set)} questions, {self.trained_count:,} trained parameters, "
+            f"on {self.device}"
         )
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         wrapped: nn.Module = self.model
@@ -192,6 +193,7 @@ class Training:
             "val_overall": None,
             "learning_rate": self.schedule.get_last_lr()[0],
             "seconds": round(progress.seconds, 2),
+            "peak_memory_mib": peak_memory_mib(self.device),
         }
         if self.validation_set is not None:
             scores = self._validate()

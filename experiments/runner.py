@@ -1,0 +1,179 @@
+"""Runs what is missing of a suite: each run and seed in a process of its own, several at once where there are GPUs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.errors import InputError
+from data.files import held, read_json
+from experiments.preparation import prepare
+from experiments.suite import Run, Suite, Test
+from vqa.evaluate import evaluate
+from vqa.settings import Settings
+from vqa.train import train
+
+MAIN = Path(__file__).parent.parent / "main.py"
+# glibc gives large arrays back to the system and faults them in anew at each step; kept, a step is a fifth shorter
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with all its tests."""
+
+    run: Run
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        return f"{self.run.name}, seed {self.seed}"
+
+    @property
+    def settings(self) -> Settings:
+        """Its settings."""
+        return self.run.seeded(self.seed)
+
+    def folder(self, runs: Path) -> Path:
+        """Its run directory."""
+        return runs / self.settings.name
+
+    def is_finished(self, runs: Path, tests: Sequence[Test]) -> bool:
+        """Whether it is trained and tested."""
+        return all((test_folder(self.folder(runs), test) / "metrics_val.json").exists() for test in tests)
+
+
+def jobs_of(suite: Suite) -> list[Job]:
+    """Every run with every seed; seed by seed, so that an unfinished suite can be compared."""
+    return [Job(run, seed) for seed in suite.seeds for run in suite.runs]
+
+
+def job_named(suite: Suite, name: str, seed: int | None) -> Job:
+    """A job of the suite. Raises InputError if it has no such run or seed."""
+    for job in jobs_of(suite):
+        if job.run.name == name and job.seed == seed:
+            return job
+    known = ", ".join(run.name for run in suite.runs)
+    raise InputError(f"{suite.file}: no run {name!r} with seed {seed}; runs are {known}; seeds {suite.seeds}")
+
+
+def test_folder(folder: Path, test: Test) -> Path:
+    """Where a test of a run is written: the run directory itself for the plain one."""
+    return folder if test.label == "plain" else folder / "tests" / test.label
+
+
+def prepare_suite(suite: Suite, runs: Path) -> None:
+    """Makes the data and backbones that the suite's runs share.
+
+    Raises:
+        InputError: something that is needed is not there.
+    """
+    with held(runs / "experiments"):
+        prepared: list[object] = []
+        for run in suite.runs:
+            needs = (run.settings.data, run.settings.backbone.weights, run.settings.scenes)
+            if needs not in prepared:
+                prepare(run.settings)
+                prepared.append(needs)
+
+
+def run_job(job: Job, tests: Sequence[Test], runs: Path) -> None:
+    """Trains and tests one run with one seed, as far as that is not done, in this process."""
+    folder = job.folder(runs)
+    with held(folder):
+        train(job.settings, resume=True, runs=runs)
+        for test in tests:
+            out = test_folder(folder, test)
+            if (out / "metrics_val.json").exists():
+                continue
+            evaluate(folder, "val", out, test.words, per_question=True)
+
+
+def run_suite(suite: Suite, runs: Path, words: Sequence[str], at_once: int | None = None) -> None:
+    """Runs what is missing of a suite; a run that fails does not stop the others.
+
+    Args:
+        suite: what to run.
+        runs: where run directories are.
+        words: the `key.sub=value` words that the suite was loaded with.
+        at_once: trainings at the same time; by default one a GPU, or one.
+
+    Raises:
+        InputError: data are missing, or runs failed (at the end, naming the first one's log).
+    """
+    prepare_suite(suite, runs)
+    jobs = jobs_of(suite)
+    missing = [job for job in jobs if not job.is_finished(runs, suite.tests)]
+    print(f"{suite.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them finished", flush=True)
+    failed = []
+    for number, (job, code, seconds) in enumerate(_run_all(suite, missing, runs, words, at_once), 1):
+        said = _last_line(job.folder(runs) / "log.txt")
+        if code == 0:
+            overall = read_json(job.folder(runs) / "metrics_val.json")["overall"]
+            said = f"{overall:.2f} %"
+        else:
+            failed.append(job)
+        print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}")
+
+
+def _run_all(
+    suite: Suite, jobs: Sequence[Job], runs: Path, words: Sequence[str], at_once: int | None
+) -> Iterator[tuple[Job, int, float]]:
+    """Starts jobs as places become free; gives each with its exit code and seconds when it ends."""
+    gpus = torch.cuda.device_count()
+    places = list(range(at_once or max(gpus, 1)))
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and places:
+                place, job = places.pop(0), waiting.pop(0)
+                running[place] = (
+                    job,
+                    _start(suite, job, runs, words, _surroundings(place, at_once, gpus)),
+                    time.monotonic(),
+                )
+            time.sleep(0.2)
+            for place, (job, process, begun) in list(running.items()):
+                if process.poll() is not None:
+                    del running[place]
+                    places.append(place)
+                    yield job, process.returncode, time.monotonic() - begun
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+
+
+def _start(suite: Suite, job: Job, runs: Path, words: Sequence[str], surroundings: dict[str, str]) -> subprocess.Popen:
+    log = job.folder(runs) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command_of(suite, job, words), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
+        )
+
+
+def command_of(suite: Suite, job: Job, words: Sequence[str]) -> list[str]:
+    """The command that runs one job alone."""
+    only = ["--only", job.run.name, "--seed", str(job.seed)]
+    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *words]
+
+
+def _surroundings(place: int, at_once: int | None, gpus: int) -> dict[str, str]:
+    """Environment variables of a job: its GPU, or its share of the cores."""
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return {"CUDA_VISIBLE_DEVICES": visible[place % gpus]}
+    return _KEEP_MEMORY | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // (at_once or 1), 1))}
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no word"

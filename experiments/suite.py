@@ -1,0 +1,202 @@
+"""Suites: which runs an experiment compares, as short deltas over a recipe, and how each is tested.
+
+A suite file (`experiments/suites/*.yaml`) holds
+
+    title:     what is asked
+    recipe:    the recipe that runs are deltas over, relative to the suite file
+    seeds:     seeds each run is trained with
+    baseline:  the row that others are compared with
+    runs:      NAME: {settings: "key.sub=value …", paper: {column: number}}
+    tests:     (may be absent) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of
+               these ways: on other data, or with the norms' statistics re-estimated on a split's images
+    order:     (may be absent) rows whose accuracies are claimed to rise in this order
+    paper:     (may be absent) what the paper's numbers are of
+    not_run:   (may be absent) NAME: {column: number} of the paper that have no run here
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.errors import InputError
+from vqa.recipes import load_settings, read_yaml
+from vqa.settings import Settings, different_keys, flat
+
+COLUMNS = ("overall", "yes/no", "number", "other")
+# Do not belong to what is trained; runs that differ in nothing else are one run.
+_NOT_TRAINED = (
+    "name",
+    "seed",
+    "device",
+    "workers",
+    "scenes",
+    "data.processes",
+    "train.checkpoint_every",
+    "train.tensorb",
+)
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _RunForm(_Form):
+    settings: str = ""
+    paper: dict[str, float] = {}
+
+
+class _TestForm(_Form):
+    settings: str = ""
+    recalibrate: str | None = None
+
+
+class _SuiteForm(_Form):
+    title: str
+    recipe: str
+    seeds: list[int] = Field(min_length=1)
+    baseline: str
+    runs: dict[str, _RunForm] = Field(min_length=1)
+    tests: dict[str, _TestForm] = {"": _TestForm()}
+    order: list[str] = []
+    paper: str = ""
+    not_run: dict[str, dict[str, float]] = {}
+
+
+@dataclass(frozen=True)
+class Test:
+    """A way in which every run is tested; `name` is empty where there is only the plain one."""
+
+    name: str
+    words: tuple[str, ...]  # `key.sub=value` over the run's settings: where other data are
+    recalibrate: str | None  # the split on whose images the norms' statistics are re-estimated first
+
+    @property
+    def label(self) -> str:
+        """A name for files: of the same test the same in every suite."""
+        parts = [*self.words, *([f"recalibrated={self.recalibrate}"] if self.recalibrate else [])]
+        return slug(" ".join(parts)) if parts else "plain"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained with each seed."""
+
+    name: str
+    words: tuple[str, ...]  # its delta over the recipe
+    settings: Settings  # resolved; `name` is the directory that holds one run directory a seed
+    paper: dict[str, float]
+
+    def seeded(self, seed: int) -> Settings:
+        """The settings of one training: `name` says where it is, below runs/."""
+        return self.settings.model_copy(update={"seed": seed, "name": f"{self.settings.name}/seed_{seed}"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a run, tested in one way."""
+
+    name: str
+    run: Run
+    test: Test
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite, expanded."""
+
+    file: Path
+    title: str
+    recipe: Path
+    seeds: tuple[int, ...]
+    baseline: str
+    runs: tuple[Run, ...]
+    tests: tuple[Test, ...]
+    order: tuple[str, ...]
+    paper: str
+    not_run: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every run in every test, in the order of the file."""
+        return [
+            Row(", ".join(part for part in (run.name, test.name) if part), run, test)
+            for run in self.runs
+            for test in self.tests
+        ]
+
+
+def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
+    """Reads a suite; `words` (`key.sub=value`) change the recipe of all its runs.
+
+    Raises:
+        InputError: the file is missing or malformed, or a run's settings are wrong.
+    """
+    try:
+        form = _SuiteForm.model_validate(read_yaml(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    recipe = file.parent / form.recipe
+    plain = load_settings(recipe)
+    runs = []
+    for name, run in form.runs.items():
+        delta = tuple(shlex.split(run.settings))
+        settings = load_settings(recipe, (*delta, *words), where=f"{file}: {name}")
+        directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
+        runs.append(Run(name, delta, settings.model_copy(update={"name": directory}), run.paper))
+        _check_columns(file, name, run.paper)
+    for name, numbers in form.not_run.items():
+        _check_columns(file, name, numbers)
+    tests = tuple(Test(name, tuple(shlex.split(test.settings)), test.recalibrate) for name, test in form.tests.items())
+    suite = Suite(
+        file,
+        form.title,
+        recipe,
+        tuple(form.seeds),
+        form.baseline,
+        tuple(runs),
+        tests,
+        tuple(form.order),
+        form.paper,
+        form.not_run,
+    )
+    rows = [row.name for row in suite.rows]
+    for named in (form.baseline, *form.order):
+        if named not in rows:
+            raise InputError(f"{file}: no row {named!r}; rows are {', '.join(rows)}")
+    return suite
+
+
+def _check_columns(file: Path, name: str, numbers: dict[str, float]) -> None:
+    if unknown := numbers.keys() - set(COLUMNS):
+        raise InputError(f"{file}: {name}: no column {min(unknown)!r}; columns are {', '.join(COLUMNS)}")
+
+
+def slug(text: str) -> str:
+    """A text as a directory's name."""
+    return re.sub(r"[^\w.\-]+", "_", text).strip("_.-")
+
+
+def _directory(settings: Settings, recipe: Settings) -> str:
+    """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks."""
+    trained = {key: value for key, value in flat(settings).items() if not key.startswith(_NOT_TRAINED)}
+    changed = [key for key in different_keys(settings, recipe) if key in trained]
+    told = "_".join(slug(f"{key.rpartition('.')[2]}-{_brief(trained[key])}") for key in changed)
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
+    return f"{told[:60] or 'recipe'}-{digest[:6]}"
+
+
+def _brief(value: Any) -> str:
+    return "-".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

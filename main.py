@@ -97,10 +97,25 @@ def experiment(arguments: argparse.Namespace) -> None:
     if arguments.only is not None:
         job = job_named(suite, arguments.only, arguments.seed)
         prepare_suite(suite, runs)
-        run_job(job, suite.tests, runs)
+        run_job(job, suite, runs)
         return
     if not arguments.report:
-        run_suite(suite, runs, arguments.settings, arguments.at_once)
+        run_suite(suite, runs, arguments.at_once)
+
+
+def recalibrate(arguments: argparse.Namespace) -> None:
+    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
+    from vqa.recalibrate import recalibrate as run
+
+    words = arguments.settings
+    if arguments.config is not None:
+        from vqa.recipes import load_settings
+
+        data = load_settings(arguments.config).data
+        words = [f"data.folder={data.folder}", f"data.h5={data.h5}", *words]
+    out = arguments.out or arguments.run / "recalibrated"
+    questions = run(arguments.run, out, arguments.split, words, batches=arguments.batches)
+    print(f"statistics of {questions} questions' images; python main.py eval --run {out}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,6 +179,14 @@ def _parser() -> argparse.ArgumentParser:
     about_a_question(added)
     added.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
+
+    added = command(recalibrate)
+    added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    added.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
+    added.add_argument("--split", default="train", help="the split whose images are taken (train)")
+    added.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
+    takes_settings(added)
 
     added = command(experiment)
     added.add_argument("suite", type=Path, metavar="SUITE.yaml")

@@ -15,6 +15,8 @@ from data.files import held, read_json
 from experiments.preparation import prepare
 from experiments.suite import Run, Suite, Test
 from vqa.evaluate import evaluate
+from vqa.recalibrate import recalibrate
+from vqa.recipes import load_settings
 from vqa.settings import Settings
 from vqa.train import train
 
@@ -46,7 +48,7 @@ class Job:
 
     def is_finished(self, runs: Path, tests: Sequence[Test]) -> bool:
         """Whether it is trained and tested."""
-        return all((test_folder(self.folder(runs), test) / "metrics_val.json").exists() for test in tests)
+        return all((folder_of(self.folder(runs), test) / "metrics_val.json").exists() for test in tests)
 
 
 def jobs_of(suite: Suite) -> list[Job]:
@@ -63,45 +65,53 @@ def job_named(suite: Suite, name: str, seed: int | None) -> Job:
     raise InputError(f"{suite.file}: no run {name!r} with seed {seed}; runs are {known}; seeds {suite.seeds}")
 
 
-def test_folder(folder: Path, test: Test) -> Path:
+def folder_of(folder: Path, test: Test) -> Path:
     """Where a test of a run is written: the run directory itself for the plain one."""
     return folder if test.label == "plain" else folder / "tests" / test.label
 
 
 def prepare_suite(suite: Suite, runs: Path) -> None:
-    """Makes the data and backbones that the suite's runs share.
+    """Makes the data and backbones that the suite's runs and tests share.
 
     Raises:
         InputError: something that is needed is not there.
     """
+    recipes = [run.settings for run in suite.runs]
+    recipes += [load_settings(suite.recipe, (*test.words, *suite.words), where=suite.file) for test in suite.tests]
+    prepared: list[object] = []
     with held(runs / "experiments"):
-        prepared: list[object] = []
-        for run in suite.runs:
-            needs = (run.settings.data, run.settings.backbone.weights, run.settings.scenes)
+        for settings in recipes:
+            needs = (settings.data, settings.backbone.name, settings.backbone.weights, settings.scenes)
             if needs not in prepared:
-                prepare(run.settings)
+                prepare(settings)
                 prepared.append(needs)
 
 
-def run_job(job: Job, tests: Sequence[Test], runs: Path) -> None:
-    """Trains and tests one run with one seed, as far as that is not done, in this process."""
+def run_job(job: Job, suite: Suite, runs: Path) -> None:
+    """Trains and tests one run with one seed, as far as that is not done, in this process.
+
+    Raises:
+        InputError: as `train` and `evaluate`.
+    """
     folder = job.folder(runs)
     with held(folder):
         train(job.settings, resume=True, runs=runs)
-        for test in tests:
-            out = test_folder(folder, test)
+        for test in suite.tests:
+            out = folder_of(folder, test)
             if (out / "metrics_val.json").exists():
                 continue
-            evaluate(folder, "val", out, test.words, per_question=True)
+            words = [word for word in (*test.words, *suite.words) if word.startswith("data.")]
+            if test.recalibrate:
+                recalibrate(folder, out, test.recalibrate, words)
+            evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)
 
 
-def run_suite(suite: Suite, runs: Path, words: Sequence[str], at_once: int | None = None) -> None:
+def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> None:
     """Runs what is missing of a suite; a run that fails does not stop the others.
 
     Args:
         suite: what to run.
         runs: where run directories are.
-        words: the `key.sub=value` words that the suite was loaded with.
         at_once: trainings at the same time; by default one a GPU, or one.
 
     Raises:
@@ -112,11 +122,11 @@ def run_suite(suite: Suite, runs: Path, words: Sequence[str], at_once: int | Non
     missing = [job for job in jobs if not job.is_finished(runs, suite.tests)]
     print(f"{suite.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them finished", flush=True)
     failed = []
-    for number, (job, code, seconds) in enumerate(_run_all(suite, missing, runs, words, at_once), 1):
+    for number, (job, code, seconds) in enumerate(_run_all(suite, missing, runs, at_once), 1):
         said = _last_line(job.folder(runs) / "log.txt")
         if code == 0:
-            overall = read_json(job.folder(runs) / "metrics_val.json")["overall"]
-            said = f"{overall:.2f} %"
+            scores = [read_json(folder_of(job.folder(runs), test) / "metrics_val.json") for test in suite.tests]
+            said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
         else:
             failed.append(job)
         print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
@@ -124,9 +134,7 @@ def run_suite(suite: Suite, runs: Path, words: Sequence[str], at_once: int | Non
         raise InputError(f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}")
 
 
-def _run_all(
-    suite: Suite, jobs: Sequence[Job], runs: Path, words: Sequence[str], at_once: int | None
-) -> Iterator[tuple[Job, int, float]]:
+def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None) -> Iterator[tuple[Job, int, float]]:
     """Starts jobs as places become free; gives each with its exit code and seconds when it ends."""
     gpus = torch.cuda.device_count()
     places = list(range(at_once or max(gpus, 1)))
@@ -137,7 +145,7 @@ def _run_all(
                 place, job = places.pop(0), waiting.pop(0)
                 running[place] = (
                     job,
-                    _start(suite, job, runs, words, _surroundings(place, at_once, gpus)),
+                    _start(suite, job, runs, _surroundings(place, at_once, gpus)),
                     time.monotonic(),
                 )
             time.sleep(0.2)
@@ -151,19 +159,19 @@ def _run_all(
             process.terminate()
 
 
-def _start(suite: Suite, job: Job, runs: Path, words: Sequence[str], surroundings: dict[str, str]) -> subprocess.Popen:
+def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> subprocess.Popen:
     log = job.folder(runs) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
-            command_of(suite, job, words), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
+            command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
         )
 
 
-def command_of(suite: Suite, job: Job, words: Sequence[str]) -> list[str]:
+def command_of(suite: Suite, job: Job) -> list[str]:
     """The command that runs one job alone."""
     only = ["--only", job.run.name, "--seed", str(job.seed)]
-    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *words]
+    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *suite.words]
 
 
 def _surroundings(place: int, at_once: int | None, gpus: int) -> dict[str, str]:

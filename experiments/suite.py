@@ -78,9 +78,11 @@ class Test:
 
     @property
     def label(self) -> str:
-        """A name for files: of the same test the same in every suite."""
-        parts = [*self.words, *([f"recalibrated={self.recalibrate}"] if self.recalibrate else [])]
-        return slug(" ".join(parts)) if parts else "plain"
+        """A name for files: the same for the same test, whatever suite asks."""
+        parts = [f"recalibrated-{self.recalibrate}"] if self.recalibrate else []
+        if self.words:
+            parts.append(f"{slug(self.words[0].rpartition('.')[2])}-{_digest(sorted(self.words))}")
+        return "_".join(reversed(parts)) or "plain"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Suite:
     order: tuple[str, ...]
     paper: str
     not_run: dict[str, dict[str, float]] = field(default_factory=dict)
+    words: tuple[str, ...] = ()  # over the settings of every run and test
 
     @property
     def name(self) -> str:
@@ -152,14 +155,16 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     plain = load_settings(recipe)
     runs = []
     for name, run in form.runs.items():
-        delta = tuple(shlex.split(run.settings))
+        delta = _words(file, name, run.settings)
         settings = load_settings(recipe, (*delta, *words), where=f"{file}: {name}")
         directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
         runs.append(Run(name, delta, settings.model_copy(update={"name": directory}), run.paper))
         _check_columns(file, name, run.paper)
     for name, numbers in form.not_run.items():
         _check_columns(file, name, numbers)
-    tests = tuple(Test(name, tuple(shlex.split(test.settings)), test.recalibrate) for name, test in form.tests.items())
+    tests = tuple(Test(name, _words(file, name, test.settings), test.recalibrate) for name, test in form.tests.items())
+    if len(set(form.seeds)) < len(form.seeds):
+        raise InputError(f"{file}: seeds: one stands twice")
     suite = Suite(
         file,
         form.title,
@@ -171,12 +176,20 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         tuple(form.order),
         form.paper,
         form.not_run,
+        words,
     )
     rows = [row.name for row in suite.rows]
     for named in (form.baseline, *form.order):
         if named not in rows:
             raise InputError(f"{file}: no row {named!r}; rows are {', '.join(rows)}")
     return suite
+
+
+def _words(file: Path, name: str, settings: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(settings))
+    except ValueError as error:
+        raise InputError(f"{file}: {name}: {str(error).lower()} in its settings") from None
 
 
 def _check_columns(file: Path, name: str, numbers: dict[str, float]) -> None:
@@ -194,9 +207,12 @@ def _directory(settings: Settings, recipe: Settings) -> str:
     trained = {key: value for key, value in flat(settings).items() if not key.startswith(_NOT_TRAINED)}
     changed = [key for key in different_keys(settings, recipe) if key in trained]
     told = "_".join(slug(f"{key.rpartition('.')[2]}-{_brief(trained[key])}") for key in changed)
-    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
-    return f"{told[:60] or 'recipe'}-{digest[:6]}"
+    return f"{told[:60] or 'recipe'}-{_digest(trained)}"
 
 
 def _brief(value: Any) -> str:
     return "-".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]

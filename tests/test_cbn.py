@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vqa.cbn import ConditionalBatchNorm2d, ModulatedBatchNorm2d, Modulation, ModulationPredictor
+from vqa.cbn import ConditionalBatchNorm2d, Modulation, ModulationPredictor
+from vqa.norms import ModulatedBatchNorm2d
 
 
 def formula(x, mean, var, gamma, beta, eps):

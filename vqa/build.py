@@ -1,17 +1,18 @@
 """Settings to a model, to the parameters it trains, and to a device: the one place where this is decided."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from data.errors import InputError
 from vqa.attention import ATTENTIONS
-from vqa.cbn import ModulationPredictor
+from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.distributed import Processes
 from vqa.model import Fusion, VQAModel
-from vqa.question import QuestionEncoder
-from vqa.resnet import ModulatedResNet
+from vqa.question import KINDS, QuestionEncoder
+from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings import Settings, TrainSettings
 
 WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
@@ -32,28 +33,31 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
     weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
     cbn, asked, attention, answer = settings.cbn, settings.question, settings.attention, settings.answer
     try:
-        resnet = ModulatedResNet(settings.backbone.name, weights, cbn.stages, stem=cbn.stem, shortcuts=cbn.shortcuts)
+        resnet = ModulatedResNet(
+            settings.backbone.name,
+            weights,
+            cbn.stages,
+            stem=cbn.stem,
+            shortcuts=cbn.shortcuts,
+            statistics=settings.backbone.statistics,
+            normaliser=cbn.normaliser,
+        )
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
-    if resnet.layers and not (cbn.gamma or cbn.beta):
-        raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
-    predictor = None
-    if resnet.layers:
-        names, channels = [layer.name for layer in resnet.layers], [layer.channels for layer in resnet.layers]
-        predictor = ModulationPredictor(
-            asked.hidden_size, names, channels, cbn.hidden_size, gamma=cbn.gamma, beta=cbn.beta
-        )
-    model = VQAModel(
-        QuestionEncoder(
+    question = None
+    if "question" in settings.inputs:
+        question = QuestionEncoder(
             vocabulary_size,
             asked.embedding_size,
             asked.hidden_size,
             encoder=asked.encoder,
             layers=asked.layers,
             fixed_size=asked.glove_size if asked.glove else 0,
-        ),
+        )
+    model = VQAModel(
+        question,
         resnet,
-        predictor,
+        _build_predictor(settings, resnet.layers),
         ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
         Fusion(
             asked.hidden_size,
@@ -63,12 +67,31 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
             answers,
             dropout=answer.dropout,
         ),
+        condition=cbn.condition,
         normalise=attention.normalise,
         scale=attention.scale,
+        sees_image="image" in settings.inputs,
     )
     for parameter in resnet.trainable(settings.backbone.train):
         parameter.requires_grad_(True)
     return model
+
+
+def _build_predictor(
+    settings: Settings, layers: Sequence[ConditionedNorm]
+) -> ModulationPredictor | CategoricalPredictor | None:
+    cbn = settings.cbn
+    if not layers:
+        return None
+    if set(settings.inputs) != {"image", "question"}:
+        raise InputError(f"inputs: a model of {settings.inputs[0]}s alone has nothing to condition; set cbn.stages=[]")
+    if not (cbn.gamma or cbn.beta):
+        raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
+    names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]
+    if cbn.condition == "kind":
+        return CategoricalPredictor(KINDS + 1, channels, gamma=cbn.gamma, beta=cbn.beta)
+    size = settings.question.hidden_size
+    return ModulationPredictor(size, names, channels, cbn.hidden_size, gamma=cbn.gamma, beta=cbn.beta)
 
 
 def trained_parameters(model: VQAModel) -> list[nn.Parameter]:

@@ -1,97 +1,33 @@
-"""Conditional batch normalisation (section 3 of the paper).
+"""Conditional batch normalisation (section 3 of the paper), its kin, and what predicts the deltas of a whole network.
 
-For a batch norm with affine parameters γ, β and a condition e (here: the question's embedding),
+For a norm with affine parameters γ, β and a condition e (in the paper: the question's embedding),
 
     Δγ = MLP_γ(e),  Δβ = MLP_β(e)                                one hidden layer with ReLU each
     y  = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)        one pair (Δγ, Δβ) a sample and channel
 
-The layer is computed as y = scale · x + shift with scale = (γ + Δγ) / sqrt(var + ε) and
-shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two.
+The layers stand alone: each takes the place of a norm in any network. `vqa.norms` computes the second line.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vqa.norms import NO_MODULATION, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of, modulated_norm
+
+__all__ = [
+    "CategoricalConditionalBatchNorm2d",
+    "CategoricalPredictor",
+    "ConditionalBatchNorm2d",
+    "ConditionalGroupNorm",
+    "ConditionalInstanceNorm2d",
+    "ConditionalLayerNorm2d",
+    "Modulation",
+    "ModulationPredictor",
+]
+
 # Standard deviation of the last layer's initial weights: deltas begin near zero, so the network begins as pretrained.
 INITIAL_DEVIATION = 0.01
-
-
-class Modulation(NamedTuple):
-    """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth. None adds nothing.
-    """
-
-    gamma: Tensor | None
-    beta: Tensor | None
-
-
-def modulated_batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float
-) -> Tensor:
-    """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ).
-
-    Args:
-        x: map [B, C, H, W]; the result has its type (under autocast it is computed in the type of γ).
-        mean, var, gamma, beta: [C].
-        delta: Δγ and Δβ, each [B, C] or None.
-        eps: ε.
-    """
-    if delta.gamma is not None:
-        gamma = gamma + delta.gamma.to(gamma.dtype)
-    if delta.beta is not None:
-        beta = beta + delta.beta.to(beta.dtype)
-    scale = gamma * torch.rsqrt(var + eps)
-    shift = beta - mean * scale
-    scale, shift = (part.expand(len(x), -1)[:, :, None, None] for part in (scale, shift))
-    return torch.addcmul(shift, x, scale).to(x.dtype)
-
-
-class ModulatedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`, by the same names of parameters and buffers, whose γ and β take a delta a sample.
-
-    As there, the statistics are the batch's in training mode (and move the running ones), the running ones otherwise.
-    """
-
-    def forward(self, x: Tensor, delta: Modulation | None = None) -> Tensor:
-        """x [B, C, H, W] → [B, C, H, W]; without a delta exactly what `nn.BatchNorm2d` gives."""
-        if delta is None or (delta.gamma is None and delta.beta is None):
-            return super().forward(x)
-        for part in delta:
-            if part is not None and part.shape != x.shape[:2]:
-                raise ValueError(f"a delta must be [B, C] = {list(x.shape[:2])}, got {list(part.shape)}")
-        if not self.training:
-            return modulated_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, delta, self.eps)
-        var, mean = torch.var_mean(x.to(self.weight.dtype), dim=(0, 2, 3), correction=0)
-        self._move_running_statistics(mean.detach(), var.detach(), x.numel() // x.shape[1])
-        return modulated_batch_norm(x, mean, var, self.weight, self.bias, delta, self.eps)
-
-    @torch.no_grad()
-    def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if count < 2:
-            raise ValueError("batch statistics need more than one value a channel")
-        self.num_batches_tracked += 1
-        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
-
-    @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "ModulatedBatchNorm2d":
-        """The same norm, sharing its parameters and buffers, able to take deltas.
-
-        Raises:
-            ValueError: `norm` has no γ and β, or no running statistics.
-        """
-        if not (norm.affine and norm.track_running_stats):
-            raise ValueError("a modulated norm needs γ, β and running statistics")
-        modulated = cls(norm.num_features, norm.eps, norm.momentum)
-        for name, parameter in norm.named_parameters():
-            modulated.register_parameter(name, parameter)
-        for name, buffer in norm.named_buffers():
-            modulated.register_buffer(name, buffer)
-        return modulated.train(norm.training)
 
 
 class DeltaMLP(nn.Sequential):
@@ -136,6 +72,52 @@ class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
         return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
 
 
+class ConditionalGroupNorm(ModulatedGroupNorm):
+    """A group norm whose γ and β are moved by a condition."""
+
+    def __init__(
+        self, num_groups: int, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5
+    ) -> None:
+        super().__init__(num_groups, num_features, eps)
+        self.delta_gamma = DeltaMLP(condition_size, hidden_size, num_features)
+        self.delta_beta = DeltaMLP(condition_size, hidden_size, num_features)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
+        return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
+
+
+class ConditionalInstanceNorm2d(ConditionalGroupNorm):
+    """An instance norm whose γ and β are moved by a condition (the kin of Dumoulin et al. 2017 and of AdaIN)."""
+
+    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
+        super().__init__(groups_of("instance", num_features), num_features, condition_size, hidden_size, eps=eps)
+
+
+class ConditionalLayerNorm2d(ConditionalGroupNorm):
+    """A layer norm (over channels, height and width) whose γ and β are moved by a condition."""
+
+    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
+        super().__init__(groups_of("layer", num_features), num_features, condition_size, hidden_size, eps=eps)
+
+
+class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
+    """A batch norm with a γ and a β of its own for each class, as conditional GANs have it (Miyato and Koyama 2018).
+
+    `weight` (ones to begin with) and `bias` (zeros) are [K, C].
+    """
+
+    def __init__(self, num_features: int, num_classes: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.weight = nn.Parameter(torch.ones(num_classes, num_features))
+        self.bias = nn.Parameter(torch.zeros(num_classes, num_features))
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        """x [B, C, H, W], classes int64 [B] → [B, C, H, W]."""
+        mean, var = self.statistics(x)
+        return modulated_norm(x, mean, var, self.weight[classes], self.bias[classes], NO_MODULATION, self.eps)
+
+
 class ModulationPredictor(nn.Module):
     """The deltas of all conditioned norms of a network from one condition: two MLPs a norm."""
 
@@ -155,8 +137,7 @@ class ModulationPredictor(nn.Module):
             ValueError: neither γ nor β is predicted.
         """
         super().__init__()
-        if not (gamma or beta):
-            raise ValueError("a modulation predicts γ, β or both")
+        _check_something_is_predicted(gamma, beta)
 
         def mlps() -> nn.ModuleDict:
             # a module's name cannot hold a dot
@@ -173,3 +154,34 @@ class ModulationPredictor(nn.Module):
             return None if mlps is None else torch.cat([mlp(condition) for mlp in mlps.values()], dim=1)
 
         return Modulation(deltas(self.gamma), deltas(self.beta))
+
+
+class CategoricalPredictor(nn.Module):
+    """The deltas of all conditioned norms of a network from a class: a table, with zeros to begin with.
+
+    γ + Δγ and β + Δβ are then what `CategoricalConditionalBatchNorm2d` has, beginning at the pretrained γ and β.
+    """
+
+    def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
+        """`channels` are those of the norms in order of depth; `gamma` and `beta` say what is predicted.
+
+        Raises:
+            ValueError: neither γ nor β is predicted.
+        """
+        super().__init__()
+        _check_something_is_predicted(gamma, beta)
+
+        def table() -> nn.Embedding:
+            return nn.Embedding.from_pretrained(torch.zeros(num_classes, sum(channels)), freeze=False)
+
+        self.gamma = table() if gamma else None
+        self.beta = table() if beta else None
+
+    def forward(self, classes: Tensor) -> Modulation:
+        """Classes int64 [B] → Δγ, Δβ, each [B, sum of C] or None where it is not predicted."""
+        return Modulation(*(None if table is None else table(classes) for table in (self.gamma, self.beta)))
+
+
+def _check_something_is_predicted(gamma: bool, beta: bool) -> None:
+    if not (gamma or beta):
+        raise ValueError("a modulation predicts γ, β or both")

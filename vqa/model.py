@@ -1,14 +1,16 @@
 """MODERN: a ResNet modulated by the question, attention, fusion, answers (section 3 of the paper)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqa.attention import Normalisation, attend, normalise_features
-from vqa.cbn import Modulation, ModulationPredictor
-from vqa.question import QuestionEncoder
+from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
+from vqa.question import QuestionEncoder, QuestionKinds
 from vqa.resnet import ModulatedResNet
+
+Condition = Literal["question", "kind", "constant", "shuffled"]
 
 
 class Output(NamedTuple):
@@ -42,28 +44,63 @@ class VQAModel(nn.Module):
 
     def __init__(
         self,
-        question: QuestionEncoder,
+        question: QuestionEncoder | None,
         resnet: ModulatedResNet,
-        predictor: ModulationPredictor | None,
+        predictor: ModulationPredictor | CategoricalPredictor | None,
         attention: nn.Module,
         fusion: Fusion,
         *,
+        condition: Condition,
         normalise: Normalisation,
         scale: float,
+        sees_image: bool = True,
     ) -> None:
-        """`normalise` and `scale` say what is done to the feature map before attention (`normalise_features`)."""
+        """
+        Args:
+            question: None for the control that does not hear the question: ones stand for its embedding.
+            resnet: the network.
+            predictor: what predicts the deltas, of embeddings [B, D] or (for the condition `kind`) of kinds [B].
+            attention: scores of positions.
+            fusion: e_q and e_v to answers.
+            condition: what the predictor is given: the `question`, its `kind`, or for controls a `constant` (ones) or
+                another question of the batch (`shuffled`; ones where there is no other).
+            normalise: what is done to the feature map before attention (`normalise_features`).
+            scale: likewise.
+            sees_image: False for the control that does not see the image: a map of ones stands for its features.
+        """
         super().__init__()
         self.question, self.resnet, self.predictor = question, resnet, predictor
         self.attention, self.fusion = attention, fusion
-        self.normalise, self.scale = normalise, scale
+        self.condition, self.normalise, self.scale = condition, normalise, scale
+        self.kinds = QuestionKinds() if condition == "kind" else None
+        self.sees_image = sees_image
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, *, modulate: bool = True) -> Output:
         """Normalised images [B, 3, S, S], word ids [B, T], lengths [B] → logits, attention and modulation.
 
         With `modulate` False all deltas are zero: what the same model answers if its ResNet does not hear the question.
         """
-        question = self.question(tokens, lengths)  # [B, D]
-        modulation = self.predictor(question) if self.predictor and modulate else None
-        features = normalise_features(self.resnet(images, modulation), self.normalise, self.scale)  # [B, C, H, W]
+        if self.question is not None:
+            question = self.question(tokens, lengths)  # [B, D]
+        else:
+            question = images.new_ones(len(images), self.fusion.question.in_features)
+        modulation = None
+        if self.predictor is not None and modulate:
+            modulation = self.predictor(self._condition_of(question, tokens))
+        if self.sees_image:
+            features = self.resnet(images, modulation)  # [B, C, H, W]
+        else:
+            features = images.new_ones(len(images), self.resnet.channels, 1, 1)
+        features = normalise_features(features, self.normalise, self.scale)
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)
+
+    def _condition_of(self, question: Tensor, tokens: Tensor) -> Tensor:
+        if self.kinds is not None:
+            return self.kinds(tokens)
+        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
+            return torch.ones_like(question)
+        if self.condition == "shuffled":
+            # from half a batch away: in evaluation, where questions come image by image, one about another image
+            return question.roll(len(question) // 2, dims=0)
+        return question

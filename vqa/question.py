@@ -1,15 +1,21 @@
-"""The question encoder (section 3.2 of the paper): word embeddings into an LSTM or GRU."""
+"""The question encoder (section 3.2 of the paper): word embeddings into an LSTM or GRU; and kinds of questions."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.tokenizer import PAD_ID
 
-ENCODERS = {"lstm": nn.LSTM, "gru": nn.GRU}
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
+KIND_WORDS = 2  # as many first words of a question are its kind: "what color", "how many", "is there"
+KINDS = 64  # kinds that are told apart, the most common ones; all others are one more
 
 
 class QuestionEncoder(nn.Module):
-    """e_q is the last valid hidden state; a word is a learned embedding, with its fixed GloVe vector appended."""
+    """e_q is the last valid hidden state; a word is a learned embedding, with its fixed GloVe vector appended.
+
+    As a `bag_of_words`, e_q is the tanh of a linear layer over the words' mean instead.
+    """
 
     def __init__(
         self,
@@ -27,8 +33,12 @@ class QuestionEncoder(nn.Module):
         self.fixed = nn.Embedding(vocabulary_size, fixed_size) if fixed_size else None
         if self.fixed:
             self.fixed.requires_grad_(False)
-        self.recurrent = ENCODERS[encoder](embedding_size + fixed_size, hidden_size, layers, batch_first=True)
-        self._initialise(hidden_size)
+        self.recurrent = self.bag = None
+        if encoder == "bag_of_words":
+            self.bag = nn.Linear(embedding_size + fixed_size, hidden_size)
+        else:
+            self.recurrent = RECURRENT[encoder](embedding_size + fixed_size, hidden_size, layers, batch_first=True)
+            self._initialise(hidden_size)
 
     @torch.no_grad()
     def _initialise(self, hidden_size: int) -> None:
@@ -59,7 +69,32 @@ class QuestionEncoder(nn.Module):
         words = self.embedding(tokens)  # [B, T, E]
         if self.fixed:
             words = torch.cat([words, self.fixed(tokens)], dim=2)
+        if self.bag:
+            valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
+            return torch.tanh(self.bag((words * valid[:, :, None]).sum(1) / lengths[:, None]))
         # In full precision: under autocast cuDNN's recurrent layers would run in float16, whose gradients underflow.
         with torch.autocast(tokens.device.type, enabled=False):
             states, _ = self.recurrent(words)  # [B, T, D]; causal: padding after a question cannot reach its last state
         return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+
+
+class QuestionKinds(nn.Module):
+    """The kind of a question: which of the most common pairs of first words it begins with, or none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first_words", torch.full((KINDS, KIND_WORDS), PAD_ID))
+
+    def set_from(self, tokens: Tensor) -> None:
+        """Takes the most common pairs among the first words of training questions, word ids [N, 2] (PAD_ID where a
+        question has but one).
+        """
+        pairs, counts = tokens.unique(dim=0, return_counts=True)
+        chosen = pairs[counts.argsort(descending=True, stable=True)[:KINDS]]
+        self.first_words.fill_(PAD_ID)[: len(chosen)] = chosen
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS is any other beginning."""
+        first = F.pad(tokens[:, :KIND_WORDS], (0, max(KIND_WORDS - tokens.shape[1], 0)), value=PAD_ID)
+        same = (first[:, None] == self.first_words).all(2)  # [B, KINDS]
+        return torch.where(same.any(1), same.int().argmax(1), KINDS)

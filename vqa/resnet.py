@@ -6,16 +6,22 @@ hands to each conditioned norm. So the definition stays torchvision's, and nothi
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from vqa.cbn import ModulatedBatchNorm2d, Modulation
+from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
+
+Statistics = Literal["population", "batch"]
+Normaliser = Literal["batch", "instance", "group", "layer"]
+
+DECAY = 0.99  # of the moving averages of the policy `batch`, as in the authors' code
 
 
 class ConditionedNorm(NamedTuple):
@@ -29,7 +35,9 @@ class ConditionedNorm(NamedTuple):
 class ModulatedResNet(nn.Module):
     """A frozen ResNet up to stage 4 whose norms can be modulated.
 
-    Its norms always use the pretrained running statistics (statistics policy `population`): `train()` leaves them be.
+    What its norms normalise with is the statistics policy:
+    `population`: the pretrained running mean and variance, always; the network begins as exactly the pretrained one.
+    `batch`: in training the batch's (of all processes), in evaluation moving averages of decay 0.99 that begin afresh.
     """
 
     def __init__(
@@ -40,6 +48,8 @@ class ModulatedResNet(nn.Module):
         *,
         stem: bool = False,
         shortcuts: bool = False,
+        statistics: Statistics = "population",
+        normaliser: Normaliser = "batch",
     ) -> None:
         """
         Args:
@@ -48,6 +58,9 @@ class ModulatedResNet(nn.Module):
             stages: stages (1 to 4) whose norms are conditioned: those after the convolutions of every block.
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.
+            statistics: the policy.
+            normaliser: what the conditioned norms are; all but `batch` take a sample's own statistics and keep only the
+                pretrained γ and β.
 
         Raises:
             ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys.
@@ -61,16 +74,38 @@ class ModulatedResNet(nn.Module):
         self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
         _hand_deltas_to(graph, [layer.name for layer in self.layers])
         self.network = fx.GraphModule(resnet, graph)
-        for layer in self.layers:
-            norm = self.network.get_submodule(layer.name)
-            self.network.set_submodule(layer.name, ModulatedBatchNorm2d.from_batch_norm(norm))
+        conditioned = {layer.name for layer in self.layers}
+        for place, norm in list(self.network.named_modules()):
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue
+            replaced: nn.Module = ModulatedBatchNorm2d.from_batch_norm(norm)
+            if place in conditioned and normaliser != "batch":
+                replaced = ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
+            self.network.set_submodule(place, replaced)
         self.requires_grad_(False)
+        self.set_statistics(statistics)
         self.eval()
+
+    def set_statistics(self, policy: Statistics) -> None:
+        """Converts to a statistics policy: to `batch` with averages that begin afresh (mean 0, variance 1), to
+        `population` with whatever the running statistics are now.
+        """
+        self.statistics = policy
+        for norm in self.batch_norms():
+            norm.synchronised = policy == "batch"
+            if policy == "batch":
+                norm.reset_running_stats()
+                norm.momentum = 1 - DECAY
+        self.train(self.training)
+
+    def batch_norms(self) -> list[ModulatedBatchNorm2d]:
+        """Every batch norm, conditioned or not."""
+        return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
     def forward(self, images: Tensor, modulation: Modulation | None = None) -> Tensor:
         """Normalised images [B, 3, S, S] → the stage-4 map [B, C, S/32, S/32].
 
-        Without a modulation this is the pretrained network.
+        Without a modulation (and under `population`) this is the pretrained network.
         """
         if modulation is None:
             return self.network(images, (None,) * len(self.layers))
@@ -86,7 +121,7 @@ class ModulatedResNet(nn.Module):
             columns.append([None] * len(widths) if part is None else part.split(widths, dim=1))
         return tuple(map(Modulation, *columns))
 
-    def norm(self, name: str) -> nn.BatchNorm2d:
+    def norm(self, name: str) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
         """A norm by its name in torchvision's network."""
         return self.network.get_submodule(name)
 
@@ -101,17 +136,40 @@ class ModulatedResNet(nn.Module):
         if what == "stage4":
             return list(self.network.layer4.parameters())
         if what == "batchnorm":
-            norms = (module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d))
+            kinds = (ModulatedBatchNorm2d, ModulatedGroupNorm)
+            norms = (module for module in self.network.modules() if isinstance(module, kinds))
             return [parameter for norm in norms for parameter in norm.parameters()]
         raise ValueError(f"of a ResNet none, stage4 or batchnorm can be trained, not {what!r}")
 
     def train(self, mode: bool = True) -> "ModulatedResNet":
-        """Sets the mode of everything but the norms, which stay in evaluation mode (policy `population`)."""
+        """Sets the mode of everything; under the policy `population` the batch norms stay in evaluation mode."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        for norm in self.batch_norms():
+            norm.train(mode and self.statistics == "batch")
         return self
+
+    @contextmanager
+    def estimating_statistics(self) -> Iterator[None]:
+        """Within it the batch norms normalise with each batch's statistics, and at the end their running statistics are
+        the means over all batches that went through (AdaBN, Li et al. 2016).
+
+        Raises:
+            ValueError: no batch went through.
+        """
+        norms = self.batch_norms()
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean
+                norm.train()
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            self.train(self.training)
+        if any(not norm.num_batches_tracked for norm in norms):
+            raise ValueError("statistics need at least one batch")
 
 
 def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:

@@ -15,6 +15,7 @@ from data.loading import EpochSampler, InOrderSampler, QuestionDataset, make_loa
 from data.progress import progress as shown
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
+from data.tokenizer import PAD_ID
 from vqa import bundle
 from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -22,6 +23,7 @@ from vqa.distributed import Processes, this_process, together
 from vqa.engine import NotFiniteError, predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
+from vqa.question import KIND_WORDS
 from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
 
@@ -94,11 +96,13 @@ class Training:
         vocabulary = self.store.tokenizer.get_vocab()
         fresh = not self.run.checkpoint.exists()  # else all weights come from the checkpoint
         model = build_model(self.settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
-        if self.settings.question.glove and fresh:
+        if model.question is not None and model.question.fixed is not None and fresh:
             file = Path(self.settings.question.glove)
             vectors, found = read_glove(file, vocabulary, self.settings.question.glove_size)
             self._say(f"{file}: vectors for {found} of {len(vocabulary)} words")
             model.question.set_fixed(torch.from_numpy(vectors))
+        if model.kinds is not None and fresh:
+            model.kinds.set_from(torch.from_numpy(_first_words(self.training_set.table)))
         return model.to(self.device)
 
     def _sampler(self, epoch: int) -> EpochSampler:
@@ -266,6 +270,15 @@ class Training:
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
+
+
+def _first_words(table: QuestionTable) -> np.ndarray:
+    """The first two word ids of every question, int64 [N, 2], PAD_ID where there is no second."""
+    first = np.full((len(table), KIND_WORDS), PAD_ID, np.int64)
+    for place in range(KIND_WORDS):
+        rows = np.flatnonzero(table.lengths > place)
+        first[rows, place] = table.tokens[table.offsets[rows] + place]
+    return first
 
 
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:

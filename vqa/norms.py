@@ -1,0 +1,161 @@
+"""Norms whose γ and β take a delta a sample: batch, instance, group and layer normalisation, in one formula.
+
+    y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) a sample and channel
+
+They differ only in what mean and variance are taken over. All are computed as y = scale · x + shift with
+scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two.
+
+Legend: B samples, C channels, H and W map size, G groups of channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class Modulation(NamedTuple):
+    """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
+    in order of depth. None adds nothing.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+NO_MODULATION = Modulation(None, None)
+
+
+def modulated_norm(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float
+) -> Tensor:
+    """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ).
+
+    Args:
+        x: map [B, C, H, W]; the result has its type (under autocast it is computed in the type of γ).
+        mean, var, gamma, beta: [C], or [B, C] where they differ from sample to sample.
+        delta: Δγ and Δβ, each [B, C] or None.
+        eps: ε.
+    """
+    if delta.gamma is not None:
+        gamma = gamma + delta.gamma.to(gamma.dtype)
+    if delta.beta is not None:
+        beta = beta + delta.beta.to(beta.dtype)
+    scale = gamma * torch.rsqrt(var + eps)
+    shift = beta - mean * scale
+    scale, shift = (part.expand(len(x), -1)[:, :, None, None] for part in (scale, shift))
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
+    if delta is None or (delta.gamma is None and delta.beta is None):
+        return NO_MODULATION
+    for part in delta:
+        if part is not None and part.shape != x.shape[:2]:
+            raise ValueError(f"a delta must be [B, C] = {list(x.shape[:2])}, got {list(part.shape)}")
+    return delta
+
+
+class ModulatedBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`, by the same names of parameters and buffers, whose γ and β take a delta a sample.
+
+    As there, the statistics are the batch's in training mode (and move the running ones), the running ones otherwise.
+    With `synchronised` set the batch is that of all processes, as in `nn.SyncBatchNorm`, on any device.
+    """
+
+    synchronised = False
+
+    def forward(self, x: Tensor, delta: Modulation | None = None) -> Tensor:
+        """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.BatchNorm2d` gives.
+
+        Raises:
+            ValueError: a delta is not [B, C], or in training mode there is but one value a channel.
+        """
+        delta = _checked(delta, x)
+        if delta is NO_MODULATION and not (self.training and self.synchronised):
+            return super().forward(x)
+        mean, var = self.statistics(x)
+        return modulated_norm(x, mean, var, self.weight, self.bias, delta, self.eps)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
+        if not self.training:
+            return self.running_mean, self.running_var
+        var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
+        count = x.numel() // x.shape[1]
+        if self.synchronised and dist.is_initialized():
+            mean, var, count = _over_processes(mean, var, count)
+        self._move_running_statistics(mean.detach(), var.detach(), count)
+        return mean, var
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
+        if count < 2:
+            raise ValueError("batch statistics need more than one value a channel")
+        self.num_batches_tracked += 1
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "ModulatedBatchNorm2d":
+        """The same norm, sharing its parameters and buffers, able to take deltas.
+
+        Raises:
+            ValueError: `norm` has no γ and β, or no running statistics.
+        """
+        if not (norm.affine and norm.track_running_stats):
+            raise ValueError("a modulated norm needs γ, β and running statistics")
+        modulated = cls(norm.num_features, norm.eps, norm.momentum)
+        for name, parameter in norm.named_parameters():
+            modulated.register_parameter(name, parameter)
+        for name, buffer in norm.named_buffers():
+            modulated.register_buffer(name, buffer)
+        return modulated.train(norm.training)
+
+
+def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """The statistics of all processes' values together from those of each; gradients flow through all of them."""
+    counts = mean.new_tensor(count)
+    dist.all_reduce(counts)
+    share = count / counts
+    everyones = all_reduce(share * mean)
+    return everyones, all_reduce(share * (var + (mean - everyones) ** 2)), int(counts)
+
+
+class ModulatedGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` whose γ and β take a delta a sample: instance norm with as many groups as channels, layer norm
+    (over channels, height and width) with one. The statistics are the sample's own, in training and evaluation.
+    """
+
+    def forward(self, x: Tensor, delta: Modulation | None = None) -> Tensor:
+        """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.GroupNorm` gives.
+
+        Raises:
+            ValueError: a delta is not [B, C], or a group holds but one value.
+        """
+        delta = _checked(delta, x)
+        grouped = x.to(self.weight.dtype).reshape(len(x), self.num_groups, -1)  # [B, G, C / G * H * W]
+        if grouped.shape[2] < 2:
+            raise ValueError("the statistics of a group need more than one value")
+        var, mean = torch.var_mean(grouped, dim=2, correction=0)
+        mean, var = (part.repeat_interleave(self.num_channels // self.num_groups, dim=1) for part in (mean, var))
+        return modulated_norm(x, mean, var, self.weight, self.bias, delta, self.eps)
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int) -> "ModulatedGroupNorm":
+        """A group norm with the γ and β (shared) and the ε of a batch norm."""
+        modulated = cls(groups, norm.num_features, norm.eps)
+        for name, parameter in norm.named_parameters():
+            modulated.register_parameter(name, parameter)
+        return modulated
+
+
+GROUPS = 32  # of group normalisation (Wu and He 2018)
+
+
+def groups_of(normaliser: str, channels: int) -> int:
+    """Groups G of an `instance`, `group` or `layer` normaliser of so many channels."""
+    return {"instance": channels, "group": min(GROUPS, channels), "layer": 1}[normaliser]

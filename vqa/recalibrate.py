@@ -1,0 +1,55 @@
+"""Re-estimates the statistics of a trained model's norms on images it is to be tested on (AdaBN; Li et al. 2016)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.errors import InputError
+from data.loading import EpochSampler, make_loader
+from data.progress import progress
+from vqa.build import choose_device
+from vqa.bundle import find_model, load_bundle, save_companions, save_weights
+from vqa.engine import autocast
+from vqa.evaluate import split_data
+from vqa.recipes import load_settings
+
+
+def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
+    """Writes `out/model`: the model of `run` with the running statistics of its batch norms taken from other images.
+
+    Images go through with the questions asked about them (the statistics of a modulated network depend on them) but
+    without answers, in random order.
+
+    Args:
+        run: a run directory, or a `model/` directory.
+        out: where the new model is written.
+        split: the split whose images and questions are taken.
+        overrides: `key=value` words over the model's settings: where the data are, the device, the batch size.
+        batches: how many batches at most.
+
+    Returns:
+        The number of questions that went through.
+
+    Raises:
+        InputError: no model, no data, or a model without batch norms' statistics.
+    """
+    folder = find_model(run)
+    settings = load_settings(folder / "config.yaml", overrides)
+    if out.resolve() in (run.resolve(), folder.resolve(), folder.parent.resolve()):
+        raise InputError(f"{out}: holds the model that is re-estimated; --out must name another directory")
+    device = choose_device(settings.device)
+    bundle = load_bundle(folder, device)
+    data = split_data(bundle, settings, split)
+    sampler = EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1)
+    sampler.batches = min(sampler.batches, batches)
+    loader = make_loader(data, sampler, settings.workers, device)
+    model = bundle.model
+    with torch.inference_mode(), model.resnet.estimating_statistics():
+        for batch in progress(loader, len(sampler), "re-estimating"):
+            moved = batch.to(device)
+            with autocast(device, settings.precision):
+                model(bundle.preprocessing.normalise(moved.images), moved.tokens, moved.lengths)
+    save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
+    save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
+    return len(sampler) * sampler.batch_size

@@ -3,12 +3,15 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from data.errors import InputError
 
 DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
+RESULTS = Path(__file__).parent / "experiments" / "results"
+README = Path(__file__).parent / "README.md"
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -90,6 +93,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
+    from experiments.readme import update_readme
+    from experiments.report import write_report
     from experiments.runner import job_named, prepare_suite, run_job, run_suite
     from experiments.suite import load_suite
 
@@ -101,6 +106,10 @@ def experiment(arguments: argparse.Namespace) -> None:
         return
     if not arguments.report:
         run_suite(suite, runs, arguments.at_once)
+    out = RESULTS if arguments.publish else runs / "experiments" / "reports"
+    print(write_report(suite, runs, out))
+    if arguments.publish:
+        update_readme(README, out)
 
 
 def recalibrate(arguments: argparse.Namespace) -> None:
@@ -145,8 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     def takes_settings(added: argparse.ArgumentParser) -> None:
         added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
 
-    def about_a_question(added: argparse.ArgumentParser) -> None:
+    def of_a_run(added: argparse.ArgumentParser) -> None:
         added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+
+    def about_a_question(added: argparse.ArgumentParser) -> None:
+        of_a_run(added)
         added.add_argument("--image", type=Path, required=True, metavar="FILE")
         added.add_argument("--question", required=True, metavar="TEXT")
 
@@ -164,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_settings(added)
 
     added = command(evaluate, "eval")
-    added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    of_a_run(added)
     added.add_argument("--split", default="val")
     added.add_argument("--out", type=Path, metavar="DIR", help="where the files are written; by default DIR of --run")
     added.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
@@ -181,21 +193,26 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
 
     added = command(recalibrate)
-    added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    of_a_run(added)
     added.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
     added.add_argument("--split", default="train", help="the split whose images are taken (train)")
     added.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
     takes_settings(added)
 
-    added = command(experiment)
+    _experiment_options(command(experiment), takes_settings)
+    return parser
+
+
+def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
     added.add_argument("suite", type=Path, metavar="SUITE.yaml")
     added.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
     added.add_argument("--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU")
-    added.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
+    either = added.add_mutually_exclusive_group()
+    either.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
+    either.add_argument("--publish", action="store_true", help="report into experiments/results and README.md")
     added.add_argument("--seed", type=int, metavar="N")
     takes_settings(added)
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.errors import InputError
-from experiments.runner import Job, prepare_suite, run_job, folder_of
+from experiments.runner import Job, folder_of, prepare_suite, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from vqa.recipes import load_settings

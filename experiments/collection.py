@@ -1,0 +1,192 @@
+"""What is there of a suite, as the lines of its two CSV files: one for each row and seed, and one for each row."""
+
+import json
+import shlex
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import InputError
+from data.files import read_json
+from experiments.runner import folder_of
+from experiments.statistics import Answered, Difference, compare, mean_and_deviation
+from experiments.suite import COLUMNS, Row, Suite
+from vqa.evaluate import MOST_TYPES_SHOWN
+
+KIND = "type: "  # what the columns of question types begin with
+_MACHINE = ("git_commit", "device", "processes", "cpus", "threads", "torch", "python")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training, as one row tests it."""
+
+    row: Row
+    seed: int
+    scores: dict[str, float]  # percent, by column
+    facts: Line
+    answered: Answered
+
+
+def collect(suite: Suite, runs: Path) -> list[Result]:
+    """Every row and seed that is finished, in the order of the suite.
+
+    Raises:
+        InputError: a file of a finished run is missing or damaged.
+    """
+    results = [_read(row, seed, runs) for row in suite.rows for seed in suite.seeds]
+    return [result for result in results if result is not None]
+
+
+def _read(row: Row, seed: int, runs: Path) -> Result | None:
+    name = row.run.seeded(seed).name
+    folder = runs / name
+    tested = folder_of(folder, row.test)
+    if not (tested / "metrics_val.json").exists():
+        return None
+    metrics, environment = read_json(tested / "metrics_val.json"), read_json(folder / "environment.json")
+    kinds = {KIND + kind: score for kind, score in metrics["per_question_type"].items()}
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = {
+        "questions": metrics["questions"],
+        "epochs": len(epochs),
+        "best_epoch": _best(epochs),
+        "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
+        "peak_memory_mib": round(max(epoch["peak_memory_mib"] for epoch in epochs), 1),
+        "trained_parameters": environment["trained_parameters"],
+        **{key: environment.get(key) for key in _MACHINE},
+        "folder": name,
+    }
+    scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds
+    return Result(row, seed, scores, facts, _answered(tested / "accuracies_val.npz"))
+
+
+def _best(epochs: Sequence[Line]) -> int:
+    """The epoch whose model was kept: the first of those that scored highest, or the last if none was scored."""
+    if epochs[-1]["val_overall"] is None:
+        return epochs[-1]["epoch"]
+    return max(epochs, key=lambda epoch: epoch["val_overall"])["epoch"]
+
+
+def _answered(file: Path) -> Answered:
+    try:
+        with np.load(file) as arrays:
+            return Answered(arrays["ids"], arrays["accuracies"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise InputError(f"{file}: missing or damaged; remove metrics_val.json beside it and run again") from None
+
+
+def run_lines(results: Sequence[Result]) -> list[Line]:
+    """A line for each row and seed."""
+    columns = [*COLUMNS, *_kinds(results)]
+    return [
+        {
+            **_names(result.row),
+            "seed": result.seed,
+            **{column: _rounded(result.scores.get(column)) for column in columns},
+            **result.facts,
+        }
+        for result in results
+    ]
+
+
+def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+    """A line for each row of the suite, then one for each row that only the paper has."""
+    by_row = {row.name: [result for result in results if result.row.name == row.name] for row in suite.rows}
+    after = dict(zip(suite.order[1:], suite.order, strict=False))
+    kinds = _kinds(results)
+    lines = []
+    for row in suite.rows:
+        own = by_row[row.name]
+        baseline = [] if row.name == suite.baseline else by_row[suite.baseline]
+        paper = row.run.paper if row.test.label == "plain" else {}
+        lines.append(
+            {
+                **_names(row),
+                "settings": shlex.join(row.run.words),
+                "seeds": " ".join(str(result.seed) for result in own),
+                "questions": own[0].facts["questions"] if own else None,
+                **_means(own, kinds),
+                "baseline": suite.baseline,
+                **_difference(own, baseline),
+                **_paper(paper),
+                **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
+                "trained_parameters": own[0].facts["trained_parameters"] if own else None,
+                **_claim(own, after.get(row.name), by_row),
+            }
+        )
+    return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
+
+
+def _names(row: Row) -> Line:
+    return {"row": row.name, "run": row.run.name, "test": row.test.label}
+
+
+def _kinds(results: Sequence[Result]) -> list[str]:
+    """The columns of question types; none where they are many."""
+    kinds = sorted({column for result in results for column in result.scores if column.startswith(KIND)})
+    return kinds if len(kinds) <= MOST_TYPES_SHOWN else []
+
+
+def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
+    line: Line = {}
+    for column in [*COLUMNS, *kinds]:
+        scores = [result.scores[column] for result in results if column in result.scores]
+        mean, deviation = mean_and_deviation(scores) if scores else (None, None)
+        if column in COLUMNS:
+            line |= {f"{column}_mean": _rounded(mean), f"{column}_std": _rounded(deviation)}
+        else:
+            line[column] = _rounded(mean)
+    return line
+
+
+def _difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Line:
+    """How a row compares with the baseline."""
+    found = _compared(ours, theirs)
+    return _interval(found) | {
+        "difference_std": _rounded(found.deviation) if found else None,
+        "compared": found.questions if found else None,
+    }
+
+
+def _claim(ours: Sequence[Result], below: str | None, by_row: dict[str, list[Result]]) -> Line:
+    """How a row compares with the one that is claimed to be next below it."""
+    found = _compared(ours, by_row[below]) if below is not None else None
+    return {
+        "order_above": below,
+        **{f"order_{key}": value for key, value in _interval(found).items()},
+        "order_verdict": found.verdict if found else None,
+        "order_seeds_above": found.seeds_above if found else None,
+        "order_seeds": len(found.per_seed) if found else None,
+    }
+
+
+def _interval(found: Difference | None) -> Line:
+    points, low, high = (found.points, found.low, found.high) if found else (None, None, None)
+    return {"difference": _rounded(points), "ci_low": _rounded(low), "ci_high": _rounded(high)}
+
+
+def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
+    if not ours or not theirs:
+        return None
+    try:
+        return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
+    except ValueError:  # tested on other data: nothing to compare question by question
+        return None
+
+
+def _paper(numbers: dict[str, float]) -> Line:
+    return {f"paper_{column}": numbers.get(column) for column in COLUMNS}
+
+
+def _mean(results: Sequence[Result], key: str) -> float | None:
+    return round(float(np.mean([result.facts[key] for result in results])), 1) if results else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4) + 0.0  # + 0.0, as there is a −0.0

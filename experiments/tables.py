@@ -1,0 +1,169 @@
+"""The CSV file of a suite and the tables made from its lines alone."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from data.files import write_text
+from experiments.collection import KIND
+from experiments.suite import COLUMNS
+
+NOT_RUN = "not run"
+Line = dict[str, str]  # of a CSV file; empty where there is nothing
+_Column = tuple[str, Callable[[Line], str]]  # a heading, and what stands below it in a line
+
+
+def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes lines as CSV; the first one's keys are the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(file, text.getvalue())
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The lines of a CSV file.
+
+    Raises:
+        InputError: no such file.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            return list(csv.DictReader(opened))
+    except OSError as error:
+        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+
+
+def markdown_table(lines: Sequence[Line]) -> str:
+    """Rows as a table: every column beside the paper's, the difference to the baseline, and what a training costs."""
+    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
+    for column in COLUMNS:
+        columns += [(column, _spread(column)), ("paper", _paper(column))]
+    columns += [
+        _difference(lines, _with_spread),
+        ("seeds", _seeds),
+        ("training", lambda line: duration(line["seconds"])),
+        ("memory, GiB", lambda line: _number(line["peak_memory_mib"], "{:.2f}", 1 / 1024)),
+        ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
+    ]
+    return _markdown(lines, columns)
+
+
+def markdown_kinds(lines: Sequence[Line]) -> str:
+    """Mean accuracies by question type; empty where the types are many, or nothing was run."""
+    kinds = [key for key in lines[0] if key.startswith(KIND)]
+    if not kinds:
+        return ""
+    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
+    columns += [(key.removeprefix(KIND), _mean(key)) for key in kinds]
+    return _markdown([line for line in lines if line["seeds"]], columns)
+
+
+def terminal_table(lines: Sequence[Line]) -> str:
+    """Rows as aligned text, narrower: spreads stand only beside the overall accuracy."""
+    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
+    columns += [("overall", _spread("overall")), ("paper", _paper("overall"))]
+    columns += [(column, _mean(f"{column}_mean")) for column in COLUMNS[1:]]
+    columns += [
+        _difference(lines, _without_spread),
+        ("seeds", _seeds),
+        ("training", lambda line: duration(line["seconds"])),
+    ]
+    rows = _cells(lines, columns)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def claims(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each pair of rows whose order is claimed."""
+    return [_claim(line) for line in lines if line["order_above"]]
+
+
+def _claim(line: Line) -> str:
+    pair = f"{line['row']} above {line['order_above']}"
+    if not line["order_difference"]:
+        return f"{pair}: not compared, as one of them was not run"
+    points, low, high = (signed(line[f"order_{key}"]) for key in ("difference", "ci_low", "ci_high"))
+    seeds = f"above in {line['order_seeds_above']} of {line['order_seeds']} seeds"
+    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval [{low}, {high}], {seeds}"
+
+
+def _difference(lines: Sequence[Line], shown: Callable[[Line], str]) -> _Column:
+    """The column of differences: the baseline stands in its heading if it is the same in all lines, else in each."""
+    baselines = {line["baseline"] for line in lines if line["difference"]}
+    if len(baselines) <= 1:
+        return (f"difference to {''.join(baselines)}", shown)
+    return ("difference", lambda line: line["difference"] and f"{shown(line)} to {line['baseline']}")
+
+
+def _without_spread(line: Line) -> str:
+    return line["difference"] and f"{signed(line['difference'])} {_interval(line)}"
+
+
+def _with_spread(line: Line) -> str:
+    spread = f" ± {_number(line['difference_std'])}" if line["difference_std"] else ""
+    return line["difference"] and f"{signed(line['difference'])}{spread} {_interval(line)}"
+
+
+def _interval(line: Line) -> str:
+    return f"[{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
+
+
+def _spread(column: str) -> Callable[[Line], str]:
+    """A column's mean ± standard deviation over seeds."""
+
+    def shown(line: Line) -> str:
+        if not line["seeds"]:
+            return NOT_RUN if column == "overall" else ""
+        deviation = line[f"{column}_std"]
+        return _number(line[f"{column}_mean"]) + (f" ± {_number(deviation)}" if deviation else "")
+
+    return shown
+
+
+def _mean(key: str) -> Callable[[Line], str]:
+    return lambda line: _number(line[key])
+
+
+def _paper(column: str) -> Callable[[Line], str]:
+    return lambda line: _number(line[f"paper_{column}"])
+
+
+def _seeds(line: Line) -> str:
+    return str(len(line["seeds"].split()) or "")
+
+
+def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]:
+    """Headings and rows; a column that is empty in every line is left away."""
+    filled = [(heading, cells) for heading, shown in columns if any(cells := [shown(line) for line in lines])]
+    return [[heading for heading, _ in filled], *map(list, zip(*(cells for _, cells in filled), strict=True))]
+
+
+def _markdown(lines: Sequence[Line], columns: Sequence[_Column]) -> str:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in _cells(lines, columns)]
+    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _number(text: str, form: str = "{:.2f}", unit: float = 1.0) -> str:
+    return form.format(unit * float(text)).replace("-", "−") if text else ""
+
+
+def signed(text: str) -> str:
+    """A number of a CSV file with two decimals and its sign; what rounds to 0 has none."""
+    return _number(text, "{:+.2f}") if round(float(text), 2) else "0.00"
+
+
+def duration(seconds: str) -> str:
+    """Seconds of a CSV file, as one reads them."""
+    if not seconds:
+        return ""
+    value = float(seconds)
+    if value < 600:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -100,7 +100,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
             out = folder_of(folder, test)
             if (out / "metrics_val.json").exists():
                 continue
-            words = [word for word in (*test.words, *suite.words) if word.startswith("data.")]
+            words = [word for word in (*test.words, *suite.words) if word.startswith(("data.folder=", "data.h5="))]
             if test.recalibrate:
                 recalibrate(folder, out, test.recalibrate, words)
             evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)

@@ -250,7 +250,7 @@ def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image
         ),
         (["eval", "--run", "absent"], "absent: no model here"),
         (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
-        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model is evaluated as it is"),
+        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model is taken as it is"),
         (
             ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
             "b/val_questions.json: no such file, and no a.h5",

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_the_page(suite, tmp_path):
     for seed in (1, 2):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, OFTEN_RIGHT)
-    told = write_report(suite, tmp_path, tmp_path / "out", ["train.epochs=2", "cbn.stages=[4]"])
+    told = write_report(replace(suite, words=("train.epochs=2", "cbn.stages=[4]")), tmp_path, tmp_path / "out")
     page = (tmp_path / "out/stages.md").read_text()
     assert page.startswith("# Which stages, by how much\n")
     assert f"python main.py experiment {tmp_path}/stages.yaml train.epochs=2 'cbn.stages=[4]'\n" in page

@@ -53,12 +53,7 @@ def evaluate(
     Raises:
         InputError: no model, no such split, no data, or a split that was trained on.
     """
-    for word in overrides:
-        if not word.startswith(_OVERRIDABLE):
-            raise InputError(
-                f"command line: {word}: a trained model is evaluated as it is; only data, device, precision, "
-                "workers and train.batch_size can be given"
-            )
+    check_overrides(overrides)
     out = out or run
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
@@ -88,6 +83,16 @@ def evaluate(
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)
     return scores
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises InputError if a `key=value` word would change what a trained model is."""
+    for word in overrides:
+        if not word.startswith(_OVERRIDABLE):
+            raise InputError(
+                f"command line: {word}: a trained model is taken as it is; only where the data are, device, precision, "
+                "workers and train.batch_size can be given"
+            )
 
 
 def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDataset:

@@ -11,7 +11,7 @@ from data.progress import progress
 from vqa.build import choose_device
 from vqa.bundle import find_model, load_bundle, save_companions, save_weights
 from vqa.engine import autocast
-from vqa.evaluate import split_data
+from vqa.evaluate import check_overrides, split_data
 from vqa.recipes import load_settings
 
 
@@ -34,6 +34,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     Raises:
         InputError: no model, no data, or a model without batch norms' statistics.
     """
+    check_overrides(overrides)
     folder = find_model(run)
     settings = load_settings(folder / "config.yaml", overrides)
     if out.resolve() in (run.resolve(), folder.resolve(), folder.parent.resolve()):

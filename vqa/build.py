@@ -44,6 +44,7 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
         )
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
+    predictor = _build_predictor(settings, resnet.layers)
     question = None
     if "question" in settings.inputs:
         question = QuestionEncoder(
@@ -57,7 +58,7 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
     model = VQAModel(
         question,
         resnet,
-        _build_predictor(settings, resnet.layers),
+        predictor,
         ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
         Fusion(
             asked.hidden_size,

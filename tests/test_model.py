@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.errors import InputError
 from data.table import NO_ANSWER
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model, build_optimiser
 from vqa.engine import answer_targets
-from vqa.question import QuestionEncoder
+from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.recipes import load_settings
 
 
@@ -31,7 +32,7 @@ def example(batch=3, words=5, vocabulary=20):
     return images, tokens, torch.full((batch,), words)
 
 
-@pytest.mark.parametrize("encoder", ["lstm", "gru"])
+@pytest.mark.parametrize("encoder", ["lstm", "gru", "bag_of_words"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_padding_changes_nothing(encoder, layers):
     model = QuestionEncoder(20, 8, 16, encoder=encoder, layers=layers, fixed_size=4)
@@ -215,3 +216,73 @@ def test_bfloat16_on_a_cpu_stays_near_float32(settings):
     exact = model(*batch)
     torch.testing.assert_close(low.logits.float(), exact.logits, rtol=0.1, atol=0.05)
     torch.testing.assert_close(low.attention.float().sum((2, 3)), torch.ones(3, 1), rtol=0.02, atol=0.02)
+
+
+def model_of(tiny, *words):
+    torch.manual_seed(0)
+    model = build_model(load_settings(tiny, words), 20, 5, pretrained=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_a_bag_of_words_knows_no_order():
+    model = QuestionEncoder(20, 8, 16, encoder="bag_of_words", layers=1)
+    tokens = torch.randint(2, 20, (1, 4))
+    lengths = torch.tensor([4])
+    torch.testing.assert_close(model(tokens.flip(1), lengths), model(tokens, lengths))
+    expected = torch.tanh(model.bag(model.embedding(tokens).mean(1)))
+    torch.testing.assert_close(model(tokens, lengths), expected)
+
+
+def test_a_kind_is_the_first_two_words():
+    kinds = QuestionKinds()
+    kinds.set_from(torch.tensor([[5, 6], [5, 6], [5, 6], [7, 0], [7, 0], [8, 9]]))
+    asked = torch.tensor([[5, 6, 2], [8, 9, 3], [7, 0, 0], [5, 7, 2], [6, 5, 2]])
+    assert kinds(asked).tolist() == [0, 2, 1, KINDS, KINDS]
+    assert kinds(torch.tensor([[7]])).tolist() == [1]
+    assert kinds(torch.tensor([[4]])).tolist() == [KINDS]
+
+
+def test_the_kind_of_a_question_alone_moves_the_feature_map(tiny):
+    model = model_of(tiny, "cbn.condition=kind")
+    model.kinds.set_from(torch.tensor([[5, 6], [7, 8]]))
+    images = torch.randn(1, 3, 64, 64).expand(3, -1, -1, -1)
+    tokens = torch.tensor([[5, 6, 2], [5, 6, 3], [7, 8, 2]])
+    deltas = model(images, tokens, torch.full((3,), 3)).modulation
+    torch.testing.assert_close(deltas.gamma[0], deltas.gamma[1])
+    assert not torch.allclose(deltas.gamma[0], deltas.gamma[2])
+
+
+def test_a_constant_condition_gives_every_question_the_same_deltas(tiny):
+    images, tokens, lengths = example()
+    deltas = model_of(tiny, "cbn.condition=constant")(images, tokens, lengths).modulation
+    assert deltas.gamma.abs().max() > 0
+    torch.testing.assert_close(deltas.gamma[:1].expand(3, -1), deltas.gamma)
+
+
+def test_a_shuffled_condition_gives_a_sample_the_deltas_of_another(tiny):
+    images, tokens, lengths = example(batch=4)
+    model, own = model_of(tiny, "cbn.condition=shuffled"), model_of(tiny)
+    own.load_state_dict(model.state_dict())
+    shuffled, straight = (m(images, tokens, lengths).modulation.gamma for m in (model, own))
+    torch.testing.assert_close(shuffled, straight[[2, 3, 0, 1]])
+    alone = [model(images[:1], some, lengths[:1]).modulation.gamma for some in (tokens[:1], tokens[1:2])]
+    torch.testing.assert_close(*alone)  # no other question: not its own either
+
+
+def test_a_model_without_image_or_question_does_not_depend_on_it(tiny):
+    images, tokens, lengths = example()
+    others, reworded = images.flip(0), tokens.flip(1)
+    blind = model_of(tiny, "inputs=[question]", "cbn.stages=[]")
+    torch.testing.assert_close(blind(images, tokens, lengths).logits, blind(others, tokens, lengths).logits)
+    assert not torch.allclose(blind(images, tokens, lengths).logits, blind(images, reworded, lengths).logits)
+    deaf = model_of(tiny, "inputs=[image]", "cbn.stages=[]")
+    torch.testing.assert_close(deaf(images, tokens, lengths).logits, deaf(images, reworded, lengths).logits)
+    assert not torch.allclose(deaf(images, tokens, lengths).logits, deaf(others, tokens, lengths).logits)
+
+
+def test_controls_have_nothing_to_condition(tiny):
+    with pytest.raises(InputError, match="set cbn.stages="):
+        build_model(load_settings(tiny, ["inputs=[image]"]), 20, 5, pretrained=False)

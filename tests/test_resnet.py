@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from vqa.cbn import Modulation
+from vqa.norms import ModulatedGroupNorm
 from vqa.resnet import ModulatedResNet, build_resnet
 
 
@@ -207,3 +208,84 @@ def test_compiles_without_graph_breaks():
     _, net = pair("resnet10")
     explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32), random_modulation(net, 2))
     assert explained.graph_break_count == 0
+
+
+def test_batch_statistics_are_those_of_a_network_in_training_mode():
+    torch.manual_seed(0)
+    plain = build_resnet("resnet10")
+    net = ModulatedResNet("resnet10", statistics="batch")
+    net.load_state_dict({f"network.{k}": v for k, v in plain.state_dict().items() if not k.startswith("fc.")})
+    net.set_statistics("batch")
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = 0.01  # decay 0.99
+    features = nn.Sequential(*list(plain.children())[:-2])
+    x = torch.randn(6, 3, 64, 64)
+    for _ in range(3):
+        torch.testing.assert_close(net.train()(x), features.train()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.eval()(x), features.eval()(x), rtol=1e-4, atol=1e-4)
+    with_zeros = Modulation(*(torch.zeros(6, sum(layer.channels for layer in net.layers)) for _ in range(2)))
+    torch.testing.assert_close(net.train()(x, with_zeros), features.train()(x), rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_population_statistics_are_those_of_a_network_in_evaluation_mode():
+    net = ModulatedResNet("resnet10", statistics="population").train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(net(x)[:1], net(x[:1]))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_conversions_between_the_policies():
+    net = ModulatedResNet("resnet10", statistics="batch")
+    x = torch.randn(4, 3, 64, 64)
+    net.train()(x)
+    running = net.network.get_submodule("bn1").running_mean.clone()
+    assert running.abs().max() > 0
+    evaluated = net.eval()(x)
+    net.set_statistics("population")
+    torch.testing.assert_close(net.train()(x), evaluated)  # the averages it had are its statistics from now on
+    assert torch.equal(net.network.get_submodule("bn1").running_mean, running)
+    net.set_statistics("batch")
+    assert torch.equal(net.network.get_submodule("bn1").running_mean, torch.zeros(64))  # fresh
+    assert torch.equal(net.network.get_submodule("bn1").running_var, torch.ones(64))
+
+
+def test_estimated_statistics_are_the_means_over_the_batches():
+    net = ModulatedResNet("resnet10").eval()
+    batches = [5 * torch.randn(4, 3, 64, 64) + 2 for _ in range(3)]
+    stem = [net.network.conv1(batch) for batch in batches]
+    with net.estimating_statistics():
+        for batch in batches:
+            net(batch)
+    bn1 = net.network.get_submodule("bn1")
+    torch.testing.assert_close(bn1.running_mean, torch.stack([s.mean((0, 2, 3)) for s in stem]).mean(0))
+    torch.testing.assert_close(bn1.running_var, torch.stack([s.var((0, 2, 3)) for s in stem]).mean(0))
+    assert not bn1.training
+    assert bn1.momentum == 0.1
+    torch.testing.assert_close(net(batches[0])[:1], net(batches[0][:1]), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="at least one batch"), net.estimating_statistics():
+        pass
+
+
+@pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])
+def test_other_normalisers_keep_the_pretrained_gamma_and_beta(normaliser):
+    torch.manual_seed(0)
+    batch = ModulatedResNet("resnet10", stages=(3, 4))
+    for layer in batch.layers:
+        nn.init.normal_(batch.norm(layer.name).weight)
+    other = ModulatedResNet("resnet10", stages=(3, 4), normaliser=normaliser)
+    kept = other.load_state_dict(batch.state_dict(), strict=False)
+    assert not kept.missing_keys
+    conditioned = [layer.name for layer in other.layers]
+    assert {key.removeprefix("network.").rsplit(".", 1)[0] for key in kept.unexpected_keys} == set(conditioned)
+    for name in conditioned:
+        assert isinstance(other.norm(name), ModulatedGroupNorm)
+        assert torch.equal(other.norm(name).weight, batch.norm(name).weight)
+    x = torch.randn(3, 3, 64, 64)
+    together = other(x)
+    assert not torch.allclose(together, batch(x))
+    torch.testing.assert_close(together[1:2], other(x[1:2]), rtol=1e-4, atol=1e-4)
+    assert len(other.trainable("batchnorm")) == len(batch.trainable("batchnorm"))

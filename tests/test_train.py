@@ -353,8 +353,10 @@ def test_processes_that_may_not_train_all_say_so(tiny, tmp_path):
         assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: holds a run already")
 
 
-def test_two_processes_train_as_one(tiny, tmp_path):
+@pytest.mark.parametrize("statistics", ["population", "batch"])
+def test_two_processes_train_as_one(tiny, tmp_path, statistics):
     words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
+    words.append(f"backbone.statistics={statistics}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, str(ROOT / "main.py"), "train", "--config", str(tiny), "name=two", *words],

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.suite import Suite
 
 DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
 RESULTS = Path(__file__).parent / "experiments" / "results"
@@ -93,23 +97,39 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
-    from experiments.readme import update_readme
     from experiments.report import write_report
-    from experiments.runner import job_named, prepare_suite, run_job, run_suite
+    from experiments.runner import command_of, job_named, missing_jobs, prepare_suite, run_job, run_suite
     from experiments.suite import load_suite
 
     suite, runs = load_suite(arguments.suite, tuple(arguments.settings)), Path("runs")
-    if arguments.only is not None:
+    if arguments.list:
+        print("\n".join(shlex.join(command_of(suite, job)) for job in missing_jobs(suite, runs)))
+    elif arguments.only is not None:
         job = job_named(suite, arguments.only, arguments.seed)
         prepare_suite(suite, runs)
         run_job(job, suite, runs)
-        return
-    if not arguments.report:
-        run_suite(suite, runs, arguments.at_once)
-    out = RESULTS if arguments.publish else runs / "experiments" / "reports"
-    print(write_report(suite, runs, out))
-    if arguments.publish:
-        update_readme(README, out)
+    elif arguments.submit is not None:
+        from experiments.cluster import submit
+
+        tasks = submit(suite, runs, arguments.submit, arguments.resources)
+        print(f"{len(tasks)} runs submitted; --report shows what is finished")
+    else:
+        failed = None if arguments.report or arguments.publish else run_suite(suite, runs, arguments.at_once)
+        print(write_report(suite, runs, runs / "experiments" / "reports"))
+        if arguments.publish:
+            _publish(suite, runs)
+        if failed:
+            raise InputError(failed)
+
+
+def _publish(suite: "Suite", runs: Path) -> None:
+    from experiments.evidence import keep_evidence
+    from experiments.readme import update_readme
+    from experiments.report import write_report
+
+    write_report(suite, runs, RESULTS)
+    keep_evidence(suite, runs, RESULTS / "runs.zip")
+    update_readme(README, RESULTS)
 
 
 def recalibrate(arguments: argparse.Namespace) -> None:
@@ -206,12 +226,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
     added.add_argument("suite", type=Path, metavar="SUITE.yaml")
-    added.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
     added.add_argument("--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU")
-    either = added.add_mutually_exclusive_group()
-    either.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
-    either.add_argument("--publish", action="store_true", help="report into experiments/results and README.md")
     added.add_argument("--seed", type=int, metavar="N")
+    added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
+    instead = added.add_mutually_exclusive_group()
+    instead.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
+    instead.add_argument("--publish", action="store_true", help="that, and into experiments/results and README.md")
+    instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
+    instead.add_argument("--list", action="store_true", help="the commands of the runs that are missing")
+    instead.add_argument("--submit", choices=("slurm", "local"), help="hand them to a cluster as one array job")
     takes_settings(added)
 
 

@@ -56,6 +56,11 @@ def jobs_of(suite: Suite) -> list[Job]:
     return [Job(run, seed) for seed in suite.seeds for run in suite.runs]
 
 
+def missing_jobs(suite: Suite, runs: Path) -> list[Job]:
+    """The jobs that are not finished."""
+    return [job for job in jobs_of(suite) if not job.is_finished(runs, suite.tests)]
+
+
 def job_named(suite: Suite, name: str, seed: int | None) -> Job:
     """A job of the suite. Raises InputError if it has no such run or seed."""
     for job in jobs_of(suite):
@@ -106,7 +111,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
             evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)
 
 
-def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> None:
+def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | None:
     """Runs what is missing of a suite; a run that fails does not stop the others.
 
     Args:
@@ -114,13 +119,16 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> None:
         runs: where run directories are.
         at_once: trainings at the same time; by default one a GPU, or one.
 
+    Returns:
+        How many failed, and where the first one's log is; None if none did.
+
     Raises:
-        InputError: data are missing, or runs failed (at the end, naming the first one's log).
+        InputError: data are missing.
     """
     prepare_suite(suite, runs)
-    jobs = jobs_of(suite)
-    missing = [job for job in jobs if not job.is_finished(runs, suite.tests)]
-    print(f"{suite.name}: {len(jobs)} runs, {len(jobs) - len(missing)} of them finished", flush=True)
+    missing = missing_jobs(suite, runs)
+    count = len(jobs_of(suite))
+    print(f"{suite.name}: {count} runs, {count - len(missing)} of them finished", flush=True)
     failed = []
     for number, (job, code, seconds) in enumerate(_run_all(suite, missing, runs, at_once), 1):
         said = _last_line(job.folder(runs) / "log.txt")
@@ -131,7 +139,8 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> None:
             failed.append(job)
         print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
     if failed:
-        raise InputError(f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}")
+        return f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}"
+    return None
 
 
 def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None) -> Iterator[tuple[Job, int, float]]:
@@ -143,11 +152,8 @@ def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None)
         while waiting or running:
             while waiting and places:
                 place, job = places.pop(0), waiting.pop(0)
-                running[place] = (
-                    job,
-                    _start(suite, job, runs, _surroundings(place, at_once, gpus)),
-                    time.monotonic(),
-                )
+                process = _start(suite, job, runs, _surroundings(place, at_once, gpus))
+                running[place] = (job, process, time.monotonic())
             time.sleep(0.2)
             for place, (job, process, begun) in list(running.items()):
                 if process.poll() is not None:

@@ -95,6 +95,20 @@ def inspect(arguments: argparse.Namespace) -> None:
     print(f"{out / 'report.html'}")
 
 
+def features(arguments: argparse.Namespace) -> None:
+    """What the stages of trained networks hold of the question: t-SNE pictures, neighbours.json, points.csv."""
+    from vqa.comparison import compare_features, table_of
+
+    out = arguments.out or arguments.run[0] / "features"
+    comparison = compare_features(
+        arguments.run, arguments.split, out, arguments.settings, pairs=arguments.pairs, seed=arguments.seed
+    )
+    print(table_of(comparison))
+    if comparison["pairs"] < arguments.pairs:
+        print(f"split {arguments.split!r} has no more than these {comparison['pairs']} pairs")
+    print(f"{out}")
+
+
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
     from experiments.report import write_report
@@ -220,8 +234,18 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
     takes_settings(added)
 
+    _features_options(command(features), takes_settings)
     _experiment_options(command(experiment), takes_settings)
     return parser
+
+
+def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
+    added.add_argument("--run", type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
+    added.add_argument("--split", default="val")
+    added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
+    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
+    takes_settings(added)
 
 
 def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
@@ -241,6 +265,12 @@ def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {2**32 - 1}")
     return int(text)
 
 

@@ -104,7 +104,7 @@ def test_every_command_of_the_readme(command):
         ended = command(*words, *small.get(words[0], []))
         assert ended.code == 0, (words, ended.err)
     named = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
-    assert named >= {"demo", "preprocess", "train", "eval", "ask", "inspect"}
+    assert named >= {"demo", "preprocess", "train", "eval", "ask", "inspect", "features"}
 
 
 def test_files_named_in_the_readme_exist():

@@ -1,6 +1,6 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from data.errors import InputError
 from data.files import write_json, written_whole
-from data.loading import FileImages, InOrderSampler, QuestionDataset, make_loader
+from data.loading import Batch, FileImages, InOrderSampler, QuestionDataset, make_loader
 from data.progress import progress
 from data.store import H5Images, Store
 from data.table import question_table
@@ -132,22 +132,30 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
 
 def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device) -> list[str]:
     """The model's answer to every question, in the order of the table."""
-    sampler = InOrderSampler(data.table, settings.train.batch_size)
-    loader = make_loader(data, sampler, settings.workers, device)
-    try:
-        rows, classes = predict_classes(
-            bundle.model,
-            progress(loader, len(sampler), "answering"),
-            preprocessing=bundle.preprocessing,
-            precision=settings.precision,
-            device=device,
-        )
-    except InputError as error:  # from a worker process it comes with that process's traceback as its text
-        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
+    rows, classes = predict_classes(
+        bundle.model,
+        batches_in_order(data, settings, device, "answering"),
+        preprocessing=bundle.preprocessing,
+        precision=settings.precision,
+        device=device,
+    )
     answers = [""] * len(data)
     for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
         answers[row] = bundle.answers[answer]
     return answers
+
+
+def batches_in_order(data: QuestionDataset, settings: Settings, device: torch.device, what: str) -> Iterator[Batch]:
+    """Every question once, in order of the images, with the progress of `what`.
+
+    Raises:
+        InputError: an image is missing or cannot be read.
+    """
+    sampler = InOrderSampler(data.table, settings.train.batch_size)
+    try:
+        yield from progress(make_loader(data, sampler, settings.workers, device), len(sampler), what)
+    except InputError as error:  # from a worker process it comes with that process's traceback as its text
+        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
 
 
 def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ class ModulatedResNet(nn.Module):
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
         resnet = build_resnet(name, weights)
         self.channels: int = resnet.fc.in_features
-        graph = _cut_after_stage4(resnet)
+        graph = _stages_of(resnet)
         self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
         _hand_deltas_to(graph, [layer.name for layer in self.layers])
         self.network = fx.GraphModule(resnet, graph)
@@ -107,9 +107,12 @@ class ModulatedResNet(nn.Module):
 
         Without a modulation (and under `population`) this is the pretrained network.
         """
-        if modulation is None:
-            return self.network(images, (None,) * len(self.layers))
-        return self.network(images, self._split(modulation))
+        return self.stage_maps(images, modulation)[-1]
+
+    def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
+        """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
+        deltas = (None,) * len(self.layers) if modulation is None else self._split(modulation)
+        return self.network(images, deltas)
 
     def _split(self, modulation: Modulation) -> tuple[Modulation, ...]:
         """The modulation of each norm. Raises ValueError if the modulation is of another width."""
@@ -241,11 +244,12 @@ def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None
     resnet.load_state_dict(state | {key: value for key, value in resnet.state_dict().items() if key.startswith("fc.")})
 
 
-def _cut_after_stage4(resnet: ResNet) -> fx.Graph:
+def _stages_of(resnet: ResNet) -> fx.Graph:
+    """torchvision's forward up to stage 4; its output is the last map of each stage."""
     graph = fx.Tracer().trace(resnet)
-    pooling = next(node for node in graph.nodes if node.target == "avgpool")
+    ends = {str(node.target).split(".")[0]: node for node in graph.nodes if node.op == "call_module"}
     output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (pooling.args[0],)
+    output.args = (tuple(ends[f"layer{stage}"] for stage in (1, 2, 3, 4)),)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return graph
 

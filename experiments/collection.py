@@ -57,13 +57,19 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
         "epochs": len(epochs),
         "best_epoch": _best(epochs),
         "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
-        "peak_memory_mib": round(max(epoch["peak_memory_mib"] for epoch in epochs), 1),
+        "peak_memory_mib": _peak(epochs),
         "trained_parameters": environment["trained_parameters"],
         **{key: environment.get(key) for key in _MACHINE},
         "folder": name,
     }
     scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds
     return Result(row, seed, scores, facts, _answered(tested / "accuracies_val.npz"))
+
+
+def _peak(epochs: Sequence[Line]) -> float | None:
+    """The most memory of all epochs; None if it was not measured in some."""
+    peaks = [epoch["peak_memory_mib"] for epoch in epochs]
+    return None if None in peaks else round(max(peaks), 1)
 
 
 def _best(epochs: Sequence[Line]) -> int:
@@ -185,7 +191,8 @@ def _paper(numbers: dict[str, float]) -> Line:
 
 
 def _mean(results: Sequence[Result], key: str) -> float | None:
-    return round(float(np.mean([result.facts[key] for result in results])), 1) if results else None
+    known = [result.facts[key] for result in results if result.facts[key] is not None]
+    return round(float(np.mean(known)), 1) if known else None
 
 
 def _rounded(value: float | None) -> float | None:

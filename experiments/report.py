@@ -111,7 +111,7 @@ def _trainings(count: int) -> str:
 
 def _machine(line: Line) -> str:
     processes = f"{line['processes']} processes, " if line["processes"] != "1" else ""
-    cores = f"{line['cpus']} CPU cores, {line['threads']} threads"
+    cores = f"{line['cpus']} CPU cores, {line['threads']} thread{'s' if line['threads'] != '1' else ''}"
     return f"{line['device']} ({processes}{cores}), torch {line['torch']}, Python {line['python']}"
 
 

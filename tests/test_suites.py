@@ -44,9 +44,8 @@ OF_PHOTOGRAPHS = ("backbone.weights=none", "question.glove=null", "question.laye
 def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
     monkeypatch.chdir(runs)
     recipe = load_suite(file).runs[0].settings
-    suite = load_suite(
-        file, TINY if recipe.scenes else tuple(word for word in TINY if "scenes" not in word) + OF_PHOTOGRAPHS
-    )
+    drawn = recipe.scenes is not None
+    suite = load_suite(file, TINY if drawn else OF_PHOTOGRAPHS + tuple(word for word in TINY if "scenes" not in word))
     if not drawn:
         for first, (name, files) in enumerate(split_files(recipe).items()):
             write_split(files, range(100 * first, 100 * first + (32 if name == "train" else 4)))

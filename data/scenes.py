@@ -1,11 +1,8 @@
-"""The embedded world's pictures: two to four objects in the cells of a 2 x 2 grid, on a noisy background.
+"""The embedded worlds' pictures: flat shapes on a noisy background. Everything is drawn from seeds."""
 
-Everything is drawn from seeds: the same arguments give the same pictures.
-"""
-
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import cos, pi, sin
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +15,38 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (235, 215, 45),
     "purple": (165, 50, 185),
     "cyan": (60, 215, 220),
+    "orange": (235, 125, 25),
+    "pink": (235, 150, 195),
 }
+_COLOUR_JITTER = 20  # at most, for each of R, G, B
+
+
+def _folded(x: np.ndarray, y: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
+    """A figure that looks the same in `times` directions, folded onto half of the one that points up: along, across."""
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    step = 2 * pi / times
+    angle = abs(angle - step * np.round(angle / step))
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    along, across = _folded(x, y, 5)  # a point, and the edge from it (1, 0) to the notch beside it
+    notch = (0.45 * cos(pi / 5), 0.45 * sin(pi / 5))
+    return ((along - 1) * notch[1] + across * (1 - notch[0])) / np.hypot(1 - notch[0], notch[1]).item()
+
+
 # Signed distance to the outline, negative inside, at (x, y) from the centre; y points down, the object's radius is 1.
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.95,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
     "triangle": lambda x, y: np.maximum(y - 0.75, 0.868 * abs(x) - 0.496 * (y + 1)),
     "cross": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 1, np.minimum(abs(x), abs(y)) - 0.32),
+    "star": _star,
+    "pentagon": lambda x, y: _folded(x, -y, 5)[0] - 0.8,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.22,
+    "diamond": lambda x, y: 0.857 * abs(x) + 0.514 * abs(y) - 0.514,
 }
 SHAPES: tuple[str, ...] = tuple(_OUTLINES)
-
-_RADIUS = (0.13, 0.19)  # of the image's side
-_COLOUR_JITTER = 20  # at most, for each of R, G, B
 
 
 class Look(NamedTuple):
@@ -58,23 +75,21 @@ class SceneObject:
     centre: tuple[float, float]  # x, y
     radius: float
     rgb: tuple[int, int, int]  # its colour as drawn, jittered
+    size: str = ""  # what its radius is called, where a world asks for it
+    tilt: float = 0.0  # clockwise, in radians
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Two to four objects, each inside its own cell of the 2 x 2 grid."""
+    """Objects that do not overlap."""
 
     objects: tuple[SceneObject, ...]
 
 
-def place_object(
-    rng: np.random.Generator, shape: str, colour: str, corner: tuple[float, float], side: float
-) -> SceneObject:
-    """An object anywhere inside the square of that side whose top left corner is `corner`."""
-    radius = rng.uniform(*_RADIUS)
-    x, y = (start + rng.uniform(radius, side - radius) for start in corner)
+def jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
+    """A colour as it is drawn: R, G, B, each a little off."""
     red, green, blue = (COLOURS[colour] + rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)).tolist()
-    return SceneObject(shape, colour, (x, y), radius, (red, green, blue))
+    return red, green, blue
 
 
 def draw_scene(scene: Scene, size: int, rng: np.random.Generator, look: Look = LOOKS["plain"]) -> np.ndarray:
@@ -83,24 +98,11 @@ def draw_scene(scene: Scene, size: int, rng: np.random.Generator, look: Look = L
     noise = rng.random((3, size, size), dtype=np.float32) - 0.5
     image = rng.uniform(*look.background) + look.noise * noise  # [3, S, S]
     for item in scene.objects:
-        x = (axis[None, :] - item.centre[0]) / item.radius
-        y = (axis[:, None] - item.centre[1]) / item.radius
+        right = (axis[None, :] - item.centre[0]) / item.radius
+        down = (axis[:, None] - item.centre[1]) / item.radius
+        x = cos(item.tilt) * right + sin(item.tilt) * down  # [S, S], as the object itself sees it
+        y = cos(item.tilt) * down - sin(item.tilt) * right
         distance = _OUTLINES[item.shape](x, y) * item.radius * size  # [S, S], in pixels
         coverage = np.clip(0.5 - distance, 0, 1)  # smooths the edge over one pixel
         image += coverage * (np.float32(item.rgb)[:, None, None] + look.noise_on_objects * noise - image)
     return np.clip(look.light * image, 0, 255).transpose(1, 2, 0).astype(np.uint8, order="C")
-
-
-def single_objects(seed: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of one object anywhere, for learning to name its shape: uint8 [N, S, S, 3] and int64 [N].
-
-    Labels are places in SHAPES, equally many of each as far as `count` divides; sizes, colours and background are those
-    of the scenes.
-    """
-    rng = np.random.default_rng([seed, zlib.crc32(b"single objects")])
-    labels = rng.permutation(np.arange(count) % len(SHAPES))
-    images = np.empty((count, size, size, 3), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        item = place_object(rng, SHAPES[label], rng.choice(tuple(COLOURS)).item(), corner=(0.0, 0.0), side=1.0)
-        image[:] = draw_scene(Scene((item,)), size, rng)
-    return images, labels

@@ -1,4 +1,4 @@
-"""The embedded world as files: pictures and questions in the VQA v1 format; nothing is downloaded."""
+"""An embedded world as files: pictures and questions in the VQA v1 format; nothing is downloaded."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,9 @@ from PIL import Image
 from data.errors import InputError
 from data.files import read_json, write_json
 from data.progress import progress
-from data.scene_questions import MAX_QUESTIONS, SceneQuestion, ask, sample_scene
+from data.scene_questions import MAX_QUESTIONS, SceneQuestion
 from data.scenes import LOOKS, draw_scene
+from data.worlds import WORLDS
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
 
@@ -25,6 +26,7 @@ def write_world(
     *,
     seed: int,
     images: dict[str, int],
+    world: str = "small",
     size: int = 64,
     look: str = "plain",
     questions_per_image: int = 4,
@@ -34,15 +36,26 @@ def write_world(
 
     Files: `SPLIT_questions.json`, `SPLIT_annotations.json`, `SPLIT/%012d.png` by image id, and `world.json`, written
     last, which says what was made. They do not depend on `processes`; scenes and questions do not depend on `size` and
-    `look` (one of LOOKS). A folder that holds this world is left as it is.
+    `look`. A folder that holds this world is left as it is.
+
+    Args:
+        folder: where to.
+        seed: of everything.
+        images: how many of each split.
+        world: one of WORLDS.
+        size: pictures' side in pixels.
+        look: how they are taken, one of LOOKS.
+        questions_per_image: 1 to MAX_QUESTIONS.
+        processes: that draw.
 
     Raises:
         InputError: the folder holds another world, or `questions_per_image` is not within 1 ... MAX_QUESTIONS.
     """
     if not 1 <= questions_per_image <= MAX_QUESTIONS:
         raise InputError(f"questions_per_image must be 1 to {MAX_QUESTIONS}, got {questions_per_image}")
-    world = {
+    made = {
         "version": WORLD_VERSION,
+        "world": world,
         "seed": seed,
         "images": images,
         "size": size,
@@ -50,8 +63,8 @@ def write_world(
         "questions_per_image": questions_per_image,
     }
     if (folder / "world.json").exists():
-        found = read_json(folder / "world.json")
-        differing = [f"{key} {found.get(key)}, not {value}" for key, value in world.items() if found.get(key) != value]
+        found = {"world": "small"} | read_json(folder / "world.json")  # the only one, before worlds had names
+        differing = [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]
         if differing:
             raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")
         return
@@ -63,6 +76,7 @@ def write_world(
             folder=folder / split,
             first_id=first_id,
             seeds=seeds,
+            world=world,
             size=size,
             look=look,
             count=questions_per_image,
@@ -71,7 +85,7 @@ def write_world(
         asked = progress(_in_order(make, range(number), processes), number, f"{split} scenes")
         _write_split(folder, split, first_id, asked)
         first_id += number
-    write_json(folder / "world.json", world)
+    write_json(folder / "world.json", made)
 
 
 def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Iterator[Any]:
@@ -85,14 +99,14 @@ def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Ite
 
 
 def _make_image(
-    index: int, *, folder: Path, first_id: int, seeds: tuple[int, int], size: int, look: str, count: int
+    index: int, *, folder: Path, first_id: int, seeds: tuple[int, int], world: str, size: int, look: str, count: int
 ) -> list[SceneQuestion]:
     """Writes one image of a split and returns its questions; each image has random streams of its own."""
     rng, drawing = (np.random.default_rng([*seeds, index, stream]) for stream in range(2))
-    scene = sample_scene(rng)
+    scene = WORLDS[world].sample_scene(rng)
     image = Image.fromarray(draw_scene(scene, size, drawing, LOOKS[look]))
     image.save(folder / f"{first_id + index:012d}.png", compress_level=0)  # noise hardly compresses: be quick
-    return ask(scene, rng, count)
+    return WORLDS[world].ask(scene, rng, count)
 
 
 @cache

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from data.preprocess import preprocess
 from data.world import write_world
+from vqa.build import choose_device
 from vqa.pretrain import pretrain_backbone
 from vqa.settings import Settings, preprocessing_of
 
@@ -15,6 +16,7 @@ def prepare_world(settings: Settings) -> None:
         Path(data.folder),
         seed=scenes.seed,
         images=scenes.images,
+        world=scenes.world,
         size=data.image_size,
         look=scenes.look,
         questions_per_image=scenes.questions_per_image,
@@ -28,10 +30,13 @@ def prepare_backbone(settings: Settings) -> float:
     return pretrain_backbone(
         Path(settings.backbone.weights),
         settings.backbone.name,
+        world=scenes.world,
         seed=scenes.seed,
         image_size=scenes.pretrain_size,
         images=scenes.pretrain_images,
         epochs=scenes.pretrain_epochs,
+        precision=settings.precision,
+        device=str(choose_device(settings.device)),
     )
 
 

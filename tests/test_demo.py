@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from data.store import Store
 from experiments.demo import best_blind_answers, run_demo
@@ -81,5 +83,25 @@ def test_a_pretrained_backbone_is_kept_only_if_made_the_same_way(tmp_path):
     before = file.read_bytes()
     assert pretrain_backbone(file, "resnet10", **made) == accuracy
     assert file.read_bytes() == before
-    pretrain_backbone(file, "resnet10", **made | {"seed": 2})
-    assert file.read_bytes() != before
+    for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
+        pretrain_backbone(file, "resnet10", **made | other)
+        assert file.read_bytes() != before
+        file.write_bytes(before)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name}
+
+
+def test_a_backbone_of_the_large_world_names_its_shapes(tmp_path):
+    from vqa.pretrain import pretrain_backbone
+
+    file = tmp_path / "new" / "backbone.safetensors"
+    pretrain_backbone(file, "resnet10", world="large", seed=1, image_size=64, images=64, epochs=1)
+    assert load_file(file)["fc.weight"].shape[0] == 8
+
+
+def test_a_backbone_made_before_worlds_had_names_is_kept(tmp_path):
+    from vqa.pretrain import pretrain_backbone
+
+    file = tmp_path / "backbone.safetensors"
+    said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
+    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
+    assert pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1) == 12.5

@@ -27,7 +27,12 @@ SMALL_MODEL = [
     "data.image_size=64",
     "workers=0",
 ]
-SMALL_WORLD = ["scenes.images={train: 8, val: 4}", "scenes.pretrain_images=64", "scenes.pretrain_epochs=1"]
+SMALL_WORLD = [
+    "scenes.images={train: 8, val: 4}",
+    "scenes.pretrain_size=64",
+    "scenes.pretrain_images=64",
+    "scenes.pretrain_epochs=1",
+]
 
 
 @pytest.fixture

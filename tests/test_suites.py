@@ -22,6 +22,7 @@ TINY = (
     "question.embedding_size=8",
     "question.hidden_size=16",
     "scenes.images={train: 8, val: 4}",
+    "scenes.pretrain_size=64",
     "scenes.pretrain_images=64",
     "scenes.pretrain_epochs=1",
     "train.epochs=1",
@@ -45,7 +46,10 @@ def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
     monkeypatch.chdir(runs)
     recipe = load_suite(file).runs[0].settings
     drawn = recipe.scenes is not None
-    suite = load_suite(file, TINY if drawn else OF_PHOTOGRAPHS + tuple(word for word in TINY if "scenes" not in word))
+    words = TINY if drawn else OF_PHOTOGRAPHS + tuple(word for word in TINY if "scenes" not in word)
+    if drawn and recipe.data.image_size == 224:
+        words += ("data.image_size=64",)
+    suite = load_suite(file, words)
     if not drawn:
         for first, (name, files) in enumerate(split_files(recipe).items()):
             write_split(files, range(100 * first, 100 * first + (32 if name == "train" else 4)))

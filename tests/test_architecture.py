@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 BELOW = {"data": {"data"}, "vqa": {"data", "vqa"}, "experiments": {"data", "vqa", "experiments"}}
-MODEL = ("norms", "cbn", "resnet", "question", "attention", "model")
+MODEL = ("backbone", "norms", "cbn", "resnet", "question", "attention", "model")
 
 
 def imported(path) -> set[str]:

@@ -5,9 +5,10 @@ import torch
 import torchvision
 from torch import nn
 
+from vqa.backbone import build_resnet
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
-from vqa.resnet import ModulatedResNet, build_resnet
+from vqa.resnet import ModulatedResNet
 
 
 def with_statistics(resnet):

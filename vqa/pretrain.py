@@ -18,8 +18,8 @@ from data.files import written_whole
 from data.images import Preprocessing
 from data.progress import progress
 from data.worlds import WORLDS, draw_single_objects
+from vqa.backbone import build_resnet
 from vqa.engine import autocast
-from vqa.resnet import build_resnet
 
 
 def pretrain_backbone(

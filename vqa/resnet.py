@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-import torchvision
 from torch import Tensor, fx, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import ResNet
 
+from vqa.backbone import build_resnet
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
 
 Statistics = Literal["population", "batch"]
@@ -173,75 +172,6 @@ class ModulatedResNet(nn.Module):
             self.train(self.training)
         if any(not norm.num_batches_tracked for norm in norms):
             raise ValueError("statistics need at least one batch")
-
-
-def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
-    """torchvision's ResNet by name, with weights by torchvision's name or from a file.
-
-    Raises:
-        ValueError: unknown network or weights, or a file that does not fit the network, naming the keys.
-    """
-    if name == "resnet10":
-        build = _resnet10
-    elif name in torchvision.models.list_models(torchvision.models) and re.match(r"(wide_)?resne(t|xt)", name):
-        build = torchvision.models.get_model_builder(name)
-    else:
-        raise ValueError(
-            f"{name!r} is no ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
-        )
-    resnet = build(num_classes=classes)
-    if weights is None:
-        return resnet
-    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
-        _load_exactly(resnet, _read_weights(Path(weights)), str(weights))
-        return resnet
-    return _with_published_weights(name, str(weights))
-
-
-def _resnet10(num_classes: int) -> ResNet:
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
-
-
-def _with_published_weights(name: str, weights: str) -> ResNet:
-    try:
-        known = torchvision.models.get_model_weights(name)
-    except ValueError:
-        raise ValueError(f"{name} has no published weights; give a file or none, not {weights!r}") from None
-    if weights not in known.__members__:
-        raise ValueError(f"{name} has the weights {', '.join(known.__members__)} (or a file, or none), not {weights!r}")
-    try:
-        return torchvision.models.get_model(name, weights=known[weights])
-    except OSError as error:
-        raise ValueError(
-            f"weights {weights} of {name} could not be downloaded ({error}); fetch {known[weights].url} elsewhere and "
-            "give the file"
-        ) from None
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format raises errors of its own kind on a broken file
-        raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from None
-
-
-def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None:
-    """Loads every weight but the classifier's, which is not used."""
-    expected = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    wrong = [f"missing {key}" for key in expected.keys() - state.keys()]
-    wrong += [f"unknown {key}" for key in state.keys() - expected.keys()]
-    wrong += [f"shape of {key}" for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source}: not the weights of this ResNet: {', '.join(sorted(wrong)[:5])}{more}")
-    resnet.load_state_dict(state | {key: value for key, value in resnet.state_dict().items() if key.startswith("fc.")})
 
 
 def _stages_of(resnet: ResNet) -> fx.Graph:

@@ -71,7 +71,7 @@ def create(
                     group.create_dataset(
                         text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),)
                     )
-            _to_disk(file)
+            to_disk(file)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -82,11 +82,11 @@ def fill(file: h5py.File, rows: Sequence[int], pixels: Iterable[np.ndarray], usa
     images = file["images"]
     for row, image in zip(rows, pixels, strict=True):
         images["pixels"][row] = image
-    _to_disk(file)
+    to_disk(file)
     for row in rows:
         images["usable"][row] = usable
         images["filled"][row] = True
-    _to_disk(file)
+    to_disk(file)
 
 
 def opened_for_writing(partial: Path) -> h5py.File:
@@ -109,7 +109,7 @@ def finish(partial: Path, path: Path) -> None:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
         file.attrs["complete"] = True
-        _to_disk(file)
+        to_disk(file)
     partial.replace(path)
 
 
@@ -164,24 +164,31 @@ class Store:
         return QuestionTable(**arrays, **texts)
 
 
-class H5Images:
-    """Random access to the images of a store; safe to hand to worker processes."""
+class H5Rows:
+    """Random access to the rows of an array in an h5 file; safe to hand to worker processes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, array: str) -> None:
+        self.path, self.array = path, array
         self._process = -1
         self._file: h5py.File | None = None
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """One image, uint8 [S, S, 3]."""
+        """One row."""
         if self._process != os.getpid():  # a handle inherited through a fork would share its file position
             self._file = h5py.File(self.path, "r", locking=False)
-            self._pixels = self._file["images/pixels"]
+            self._rows = self._file[self.array]
             self._process = os.getpid()
-        return self._pixels[row]
+        return self._rows[row]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_process": -1, "_file": None}
+        return {"path": self.path, "array": self.array, "_process": -1, "_file": None}
+
+
+class H5Images(H5Rows):
+    """The images of a store: uint8 [S, S, 3] each."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "images/pixels")
 
 
 def _opened(path: Path) -> h5py.File:
@@ -198,6 +205,7 @@ def _opened(path: Path) -> h5py.File:
     return file
 
 
-def _to_disk(file: h5py.File) -> None:
+def to_disk(file: h5py.File) -> None:
+    """Waits until everything written is on the disk."""
     file.flush()
     os.fsync(file.id.get_vfd_handle())

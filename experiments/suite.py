@@ -37,6 +37,7 @@ _NOT_TRAINED = (
     "workers",
     "scenes",
     "data.processes",
+    "data.cache_gib",
     "train.checkpoint_every",
     "train.tensorb",
 )

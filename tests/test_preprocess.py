@@ -119,13 +119,13 @@ from data.preprocess import preprocess
 from data.vqa_files import SplitFiles
 import data.preprocess
 data.preprocess._CHUNKS_A_FLUSH = 1
-real, flushes = store._to_disk, []
+real, flushes = store.to_disk, []
 def killed(file):
     flushes.append(1)
     if len(flushes) == int(sys.argv[2]):
         os.kill(os.getpid(), 9)
     real(file)
-store._to_disk = killed
+store.to_disk = killed
 folder = Path(sys.argv[1])
 images = str(folder / "train_{image_id:012d}.png")
 splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}

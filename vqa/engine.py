@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.errors import InputError
-from data.images import Preprocessing
 from data.loading import Batch
 from data.table import NO_ANSWER
+from vqa.resnet import StageMap
 
 
 def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
@@ -43,7 +43,7 @@ def train_steps(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    preprocessing: Preprocessing,
+    see: Callable[[Tensor], Tensor | StageMap],
     loss: str,
     precision: str,
     optimiser: torch.optim.Optimizer,
@@ -52,7 +52,8 @@ def train_steps(
     device: torch.device,
     after_step: Callable[[float], None],
 ) -> None:
-    """Trains on batches in their order; `after_step` is called with each step's loss.
+    """Trains on batches in their order; `see` makes of a batch's images what the model takes, and `after_step` is
+    called with each step's loss.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; the model is as it was before that step.
@@ -62,7 +63,7 @@ def train_steps(
     for batch in batches:
         moved = batch.to(device)
         with autocast(device, precision):
-            logits = model(preprocessing.normalise(moved.images), moved.tokens, moved.lengths).logits
+            logits = model(see(moved.images), moved.tokens, moved.lengths).logits
         # the loss takes logits: its own softmax is the only one
         value = F.cross_entropy(logits.float(), answer_targets(moved.labels, logits.shape[1], loss))
         if not torch.isfinite(value):
@@ -88,15 +89,20 @@ class NotFiniteError(InputError):
 
 @torch.inference_mode()
 def predict_classes(
-    model: nn.Module, batches: Iterable[Batch], *, preprocessing: Preprocessing, precision: str, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    see: Callable[[Tensor], Tensor | StageMap],
+    precision: str,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable answer class of every question: rows and classes, int64 [N] each."""
+    """The most probable answer class of every question: rows and classes, int64 [N] each; `see` as in `train_steps`."""
     model.eval()
     rows, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
         moved = batch.to(device)
         with autocast(device, precision):
-            logits = model(preprocessing.normalise(moved.images), moved.tokens, moved.lengths).logits
+            logits = model(see(moved.images), moved.tokens, moved.lengths).logits
         rows.append(batch.rows)
         classes.append(logits.argmax(1).cpu())
     return torch.cat(rows), torch.cat(classes)

@@ -135,7 +135,7 @@ def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, d
     rows, classes = predict_classes(
         bundle.model,
         batches_in_order(data, settings, device, "answering"),
-        preprocessing=bundle.preprocessing,
+        see=bundle.preprocessing.normalise,
         precision=settings.precision,
         device=device,
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vqa.attention import Normalisation, attend, normalise_features
 from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
 from vqa.question import QuestionEncoder, QuestionKinds
-from vqa.resnet import ModulatedResNet
+from vqa.resnet import ModulatedResNet, StageMap
 
 Condition = Literal["question", "kind", "constant", "shuffled"]
 
@@ -75,22 +75,23 @@ class VQAModel(nn.Module):
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.sees_image = sees_image
 
-    def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, *, modulate: bool = True) -> Output:
-        """Normalised images [B, 3, S, S], word ids [B, T], lengths [B] → logits, attention and modulation.
+    def forward(self, images: Tensor | StageMap, tokens: Tensor, lengths: Tensor, *, modulate: bool = True) -> Output:
+        """Normalised images [B, 3, S, S] or a map made of them, word ids [B, T], lengths [B] → logits, attention and
+        modulation.
 
         With `modulate` False all deltas are zero: what the same model answers if its ResNet does not hear the question.
         """
         if self.question is not None:
             question = self.question(tokens, lengths)  # [B, D]
         else:
-            question = images.new_ones(len(images), self.fusion.question.in_features)
+            question = torch.ones(len(tokens), self.fusion.question.in_features, device=tokens.device)
         modulation = None
         if self.predictor is not None and modulate:
             modulation = self.predictor(self._condition_of(question, tokens))
         if self.sees_image:
             features = self.resnet(images, modulation)  # [B, C, H, W]
         else:
-            features = images.new_ones(len(images), self.resnet.channels, 1, 1)
+            features = torch.ones(len(tokens), self.resnet.channels, 1, 1, device=tokens.device)
         features = normalise_features(features, self.normalise, self.scale)
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)

@@ -6,7 +6,7 @@ hands to each conditioned norm. So the definition stays torchvision's, and nothi
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,6 +29,13 @@ class ConditionedNorm(NamedTuple):
     name: str
     stage: int
     channels: int
+
+
+class StageMap(NamedTuple):
+    """The map after a stage, standing for the images it was made from."""
+
+    stage: int  # 0 is the stem
+    map: Tensor  # [B, C, H, W]
 
 
 class ModulatedResNet(nn.Module):
@@ -73,6 +80,7 @@ class ModulatedResNet(nn.Module):
         self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
         _hand_deltas_to(graph, [layer.name for layer in self.layers])
         self.network = fx.GraphModule(resnet, graph)
+        self._parts: dict[tuple, fx.GraphModule] = {}  # of the network, whose modules they share
         conditioned = {layer.name for layer in self.layers}
         for place, norm in list(self.network.named_modules()):
             if not isinstance(norm, nn.BatchNorm2d):
@@ -101,20 +109,49 @@ class ModulatedResNet(nn.Module):
         """Every batch norm, conditioned or not."""
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
-    def forward(self, images: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """Normalised images [B, 3, S, S] → the stage-4 map [B, C, S/32, S/32].
+    def forward(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> Tensor:
+        """Normalised images [B, 3, S, S], or what `prefix` made of them → the stage-4 map [B, C, S/32, S/32].
 
         Without a modulation (and under `population`) this is the pretrained network.
         """
-        return self.stage_maps(images, modulation)[-1]
+        if not isinstance(images, StageMap):
+            return self.stage_maps(images, modulation)[-1]
+        if images.stage == 4:
+            return images.map
+        return self._part(_from, images.stage)(images.map, self._deltas(modulation))
+
+    def prefix(self, images: Tensor, stage: int) -> StageMap:
+        """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
+        return StageMap(stage, self._part(_up_to, stage)(images, self._deltas(None)))
+
+    def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
+        """Names and values of all that the map after a stage depends on."""
+        return [(name, value) for name, value in self.network.state_dict().items() if _stage_of(name) <= stage]
+
+    def _part(self, cut: Callable[[fx.Graph, int], fx.Graph], stage: int) -> fx.GraphModule:
+        if (cut, stage) not in self._parts:
+            self._parts[cut, stage] = fx.GraphModule(self.network, cut(self.network.graph, stage))
+        return self._parts[cut, stage]
+
+    def fixed_stage(self) -> int | None:
+        """The last stage (0 is the stem) whose map depends on the image alone, because nothing up to it is conditioned
+        or trained and its statistics are the pretrained ones; None if not even the stem's does.
+        """
+        if self.statistics == "batch":
+            return None
+        moving = [layer.stage for layer in self.layers]
+        moving += [_stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
+        last = min(moving, default=5) - 1
+        return last if last >= 0 else None
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        deltas = (None,) * len(self.layers) if modulation is None else self._split(modulation)
-        return self.network(images, deltas)
+        return self.network(images, self._deltas(modulation))
 
-    def _split(self, modulation: Modulation) -> tuple[Modulation, ...]:
+    def _deltas(self, modulation: Modulation | None) -> tuple[Modulation | None, ...]:
         """The modulation of each norm. Raises ValueError if the modulation is of another width."""
+        if modulation is None:
+            return (None,) * len(self.layers)
         widths = [layer.channels for layer in self.layers]
         columns = []
         for part in modulation:
@@ -180,8 +217,45 @@ def _stages_of(resnet: ResNet) -> fx.Graph:
     ends = {str(node.target).split(".")[0]: node for node in graph.nodes if node.op == "call_module"}
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (tuple(ends[f"layer{stage}"] for stage in (1, 2, 3, 4)),)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    _without_dead_code(graph)
     return graph
+
+
+def _stage_of(name: str) -> int:
+    """The stage of a part of torchvision's network by its name; 0 is the stem."""
+    return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
+
+
+def _up_to(graph: fx.Graph, stage: int) -> fx.Graph:
+    """(images, deltas) → the map after a stage."""
+    part, ends = _copied(graph)
+    part.output(ends[stage])
+    _without_dead_code(part)
+    return part
+
+
+def _from(graph: fx.Graph, stage: int) -> fx.Graph:
+    """(the map after a stage, deltas) → the map after stage 4."""
+    part, ends = _copied(graph)
+    images = next(node for node in part.nodes if node.op == "placeholder")
+    with part.inserting_before(images):
+        map_ = part.placeholder("map_")
+    ends[stage].replace_all_uses_with(map_)
+    part.output(ends[4])
+    _without_dead_code(part)
+    part.erase_node(images)
+    return part
+
+
+def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[int, fx.Node]]:
+    """A copy without its output, and the last node of each stage."""
+    part, copies = fx.Graph(), {}
+    part.graph_copy(graph, copies)
+    return part, {_stage_of(node.target): copies[node] for node in graph.nodes if node.op == "call_module"}
+
+
+def _without_dead_code(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
 def _conditioned_norms(
@@ -192,7 +266,7 @@ def _conditioned_norms(
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(norm := resnet.get_submodule(node.target), nn.BatchNorm2d):
             continue
-        stage = int(match[1]) if (match := re.match(r"layer(\d)\.", node.target)) else 0
+        stage = _stage_of(node.target)
         if stem if stage == 0 else stage in stages and (shortcuts or ".downsample." not in node.target):
             chosen.append(ConditionedNorm(node.target, stage, norm.num_features))
     return chosen

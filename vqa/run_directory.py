@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     "data.folder",
     "data.h5",  # the checkpoint knows which data these have to be
     "data.processes",
+    "data.cache_gib",
     "data.skip_bad_images",
     "train.checkpoint_every",
     "train.tensorboard",

@@ -34,6 +34,7 @@ class DataSettings(_Section):
     answers: int = Field(ge=2)
     skip_bad_images: bool
     processes: int = Field(ge=1)
+    cache_gib: float = Field(ge=0)
 
 
 class BackboneSettings(_Section):

@@ -1,12 +1,14 @@
 """Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import InputError
 from data.glove import read_glove
@@ -23,7 +25,9 @@ from vqa.distributed import Processes, this_process, together
 from vqa.engine import NotFiniteError, predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
+from vqa.prefix import as_stage_map, prefix_maps
 from vqa.question import KIND_WORDS
+from vqa.resnet import StageMap
 from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
 
@@ -69,14 +73,14 @@ class Training:
         for key, made in store.provenance["settings"].items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
-        images = H5Images(store.path)
-        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), images)
+        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), H5Images(store.path))
         self.validation_set = None
         if settings.train.validate_on is not None:
-            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), images)
+            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), H5Images(store.path))
             if not self.validation_set.labels.size:
                 raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
         self.preprocessing = Preprocessing(store.image_size)
+        self.see: Callable[[Tensor], Tensor | StageMap] = self.preprocessing.normalise
 
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
@@ -88,6 +92,8 @@ class Training:
         self.progress = Progress()
         if run.checkpoint.exists():
             self._resume()
+        if not self.progress.finished:
+            self._read_stored_maps()
         if processes.is_main and not self.progress.finished:
             run.start(settings, self.device, processes.world_size, self.trained_count)
             bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.preprocessing)
@@ -104,6 +110,22 @@ class Training:
         if model.kinds is not None and fresh:
             model.kinds.set_from(torch.from_numpy(_first_words(self.training_set.table)))
         return model.to(self.device)
+
+    def _read_stored_maps(self) -> None:
+        """Where the first stages are fixed, their maps are read instead of pictures; one process makes the file."""
+        for alone in (True, False):
+            if self.processes.is_main == alone:
+                found = prefix_maps(
+                    self.model.resnet, self.store, self.preprocessing, self.device, self.settings.data.cache_gib
+                )
+            self.processes.gather(None)
+        if found is None:
+            return
+        stage, maps = found
+        self.see = partial(as_stage_map, stage)
+        for data in (self.training_set, self.validation_set):
+            if data is not None:
+                data.images = maps
 
     def _sampler(self, epoch: int) -> EpochSampler:
         settings, processes = self.settings, self.processes
@@ -172,7 +194,7 @@ class Training:
             train_steps(
                 model,
                 bar if self.processes.is_main else loader,
-                preprocessing=self.preprocessing,
+                see=self.see,
                 loss=settings.train.loss,
                 precision=settings.precision,
                 optimiser=self.optimiser,
@@ -226,7 +248,7 @@ class Training:
         rows, classes = predict_classes(
             self.model,
             bar if processes.is_main else loader,
-            preprocessing=self.preprocessing,
+            see=self.see,
             precision=self.settings.precision,
             device=self.device,
         )

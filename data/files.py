@@ -57,13 +57,13 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it: another process that asks for it waits until this one has ended, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+def held(lock: Path) -> Iterator[None]:
+    """Holds a lock file: another process that asks for it waits until this one has ended, however it ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder}: held by another process; waiting for it", flush=True)
+            print(f"{lock}: held by another process; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from data.errors import InputError
+from data.files import held
 from data.progress import progress
 from data.store import H5Rows, opened_for_writing, partial_path, to_disk
 
@@ -36,23 +37,26 @@ def cached_maps(
         encode: the maps of some rows, [B, H, W, C].
 
     Raises:
-        InputError: the file is of other data or another network, damaged, or held by another process, or a map does
-            not fit into half precision.
+        InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.
     """
-    if path.exists():
-        with h5py.File(path, "r", locking=False) as file:
-            _check(path, file, identity)
-        return H5Rows(path, "maps")
+    with held(path.with_name(f".{path.name}.lock")):  # several runs may need it at once: one makes it, the others wait
+        if not path.exists():
+            _make(path, identity, count, encode)
+    with h5py.File(path, "r", locking=False) as file:
+        _check(path, file, identity)
+    return H5Rows(path, "maps")
+
+
+def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:
     partial = partial_path(path)
     if not partial.exists():
         _begin(partial, identity, count, encode([0])[0].shape)
     with opened_for_writing(partial) as file:
         _check(partial, file, identity)
-        _fill(file, encode, f"{path.name}")
+        _fill(file, encode, path.name)
         file.attrs["complete"] = True
         to_disk(file)
     partial.replace(path)
-    return H5Rows(path, "maps")
 
 
 def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
@@ -81,7 +85,8 @@ def _fill(file: h5py.File, encode: Callable[[Sequence[int]], np.ndarray], name: 
     batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
     unmarked: list[int] = []
     for number, rows in enumerate(progress(batches, len(batches), name), 1):
-        maps = encode(rows.tolist()).astype(np.float16)
+        with np.errstate(over="ignore"):  # said below
+            maps = encode(rows.tolist()).astype(np.float16)
         if not np.isfinite(maps).all():
             raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
         for row, map_ in zip(rows, maps, strict=True):

@@ -84,7 +84,7 @@ def prepare_suite(suite: Suite, runs: Path) -> None:
     recipes = [run.settings for run in suite.runs]
     recipes += [load_settings(suite.recipe, (*test.words, *suite.words), where=suite.file) for test in suite.tests]
     prepared: list[object] = []
-    with held(runs / "experiments"):
+    with held(runs / "experiments" / ".lock"):
         for settings in recipes:
             needs = (settings.data, settings.backbone.name, settings.backbone.weights, settings.scenes)
             if needs not in prepared:
@@ -99,7 +99,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
         InputError: as `train` and `evaluate`.
     """
     folder = job.folder(runs)
-    with held(folder):
+    with held(folder / ".lock"):
         train(job.settings, resume=True, runs=runs)
         for test in suite.tests:
             out = folder_of(folder, test)

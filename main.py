@@ -112,16 +112,16 @@ def features(arguments: argparse.Namespace) -> None:
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
     from experiments.report import write_report
-    from experiments.runner import command_of, job_named, missing_jobs, prepare_suite, run_job, run_suite
+    from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
 
+    if (arguments.only is None) != (arguments.seed is None):
+        raise InputError("--only RUN and --seed N belong together")
     suite, runs = load_suite(arguments.suite, tuple(arguments.settings)), Path("runs")
     if arguments.list:
         print("\n".join(shlex.join(command_of(suite, job)) for job in missing_jobs(suite, runs)))
     elif arguments.only is not None:
-        job = job_named(suite, arguments.only, arguments.seed)
-        prepare_suite(suite, runs)
-        run_job(job, suite, runs)
+        run_job(job_named(suite, arguments.only, arguments.seed), suite, runs)
     elif arguments.submit is not None:
         from experiments.cluster import submit
 
@@ -137,10 +137,18 @@ def experiment(arguments: argparse.Namespace) -> None:
 
 
 def _publish(suite: "Suite", runs: Path) -> None:
+    from experiments.collection import collect
     from experiments.evidence import keep_evidence
     from experiments.readme import update_readme
     from experiments.report import write_report
+    from experiments.runner import missing_jobs
 
+    if suite.words:
+        raise InputError("--publish: a suite is published as its file says it; leave KEY=VALUE away")
+    if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
+        raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
+    if missing := missing_jobs(suite, runs):
+        print(f"{len(missing)} runs are not finished; they are published without them")
     write_report(suite, runs, RESULTS)
     keep_evidence(suite, runs, RESULTS / "runs.zip")
     update_readme(README, RESULTS)
@@ -258,7 +266,7 @@ def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable
     instead.add_argument("--publish", action="store_true", help="that, and into experiments/results and README.md")
     instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
     instead.add_argument("--list", action="store_true", help="the commands of the runs that are missing")
-    instead.add_argument("--submit", choices=("slurm", "local"), help="hand them to a cluster as one array job")
+    instead.add_argument("--submit", choices=("slurm",), help="hand them to a cluster as one array job")
     takes_settings(added)
 
 

@@ -42,8 +42,11 @@ def cached_maps(
     with held(path.with_name(f".{path.name}.lock")):  # several runs may need it at once: one makes it, the others wait
         if not path.exists():
             _make(path, identity, count, encode)
-    with h5py.File(path, "r", locking=False) as file:
-        _check(path, file, identity)
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            _check(path, file, identity)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100}); remove it") from None
     return H5Rows(path, "maps")
 
 
@@ -61,8 +64,9 @@ def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Se
 
 def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
     found = json.loads(file.attrs.get("identity", "{}"))
-    if found != identity:
-        key = next(key for key in identity if found.get(key) != identity[key])
+    for key in identity.keys() | found.keys():
+        if found.get(key) == identity.get(key):
+            continue
         raise InputError(f"{path}: made with another {key}; remove it")
 
 

@@ -50,8 +50,13 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
     if not (tested / "metrics_val.json").exists():
         return None
     metrics, environment = read_json(tested / "metrics_val.json"), read_json(folder / "environment.json")
+    answered = _answered(tested / "accuracies_val.npz")
+    if len(answered.ids) != metrics["questions"] or abs(100 * answered.accuracies.mean() - metrics["overall"]) > 1e-3:
+        raise InputError(
+            f"{tested / 'metrics_val.json'}: not of the same test as accuracies_val.npz; remove it, run again"
+        )
     kinds = {KIND + kind: score for kind, score in metrics["per_question_type"].items()}
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    epochs = _epochs(folder / "metrics.jsonl")
     facts = {
         "questions": metrics["questions"],
         "epochs": len(epochs),
@@ -63,7 +68,14 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
         "folder": name,
     }
     scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds
-    return Result(row, seed, scores, facts, _answered(tested / "accuracies_val.npz"))
+    return Result(row, seed, scores, facts, answered)
+
+
+def _epochs(file: Path) -> list[Line]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        raise InputError(f"{file}: missing or damaged") from None
 
 
 def _peak(epochs: Sequence[Line]) -> float | None:
@@ -83,7 +95,7 @@ def _answered(file: Path) -> Answered:
     try:
         with np.load(file) as arrays:
             return Answered(arrays["ids"], arrays["accuracies"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise InputError(f"{file}: missing or damaged; remove metrics_val.json beside it and run again") from None
 
 
@@ -166,6 +178,7 @@ def _claim(ours: Sequence[Result], below: str | None, by_row: dict[str, list[Res
     return {
         "order_above": below,
         **{f"order_{key}": value for key, value in _interval(found).items()},
+        **{f"order_seeds_{key}": value for key, value in _seed_interval(found).items()},
         "order_verdict": found.verdict if found else None,
         "order_seeds_above": found.seeds_above if found else None,
         "order_seeds": len(found.per_seed) if found else None,
@@ -175,6 +188,11 @@ def _claim(ours: Sequence[Result], below: str | None, by_row: dict[str, list[Res
 def _interval(found: Difference | None) -> Line:
     points, low, high = (found.points, found.low, found.high) if found else (None, None, None)
     return {"difference": _rounded(points), "ci_low": _rounded(low), "ci_high": _rounded(high)}
+
+
+def _seed_interval(found: Difference | None) -> Line:
+    low, high = (found and found.seed_interval) or (None, None)
+    return {"low": _rounded(low), "high": _rounded(high)}
 
 
 def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:

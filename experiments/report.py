@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds. Difference, in points: of the means over seeds,
 ± the standard deviation of the differences seed by seed, and the 95 % interval of a paired bootstrap over {questions}
-questions; the interval does not cover the spread between seeds. Training: the time of all training steps, without
-validation. Memory: the most that the training process held (on a GPU: that was allocated there).
+questions; the interval does not cover the spread between seeds. Of each run that epoch counts which was best on these
+very questions. Training: the time of all training steps, without validation. Memory: the most that the training process
+held (on a GPU: that was allocated there).
 """
 
 
@@ -44,7 +45,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     Raises:
         InputError: a file of a finished run is missing or damaged.
     """
-    table, trainings, picture = (out / f"{suite.name}{ending}" for ending in (".csv", "_runs.csv", ".png"))
+    table, trainings, picture = (out / f"{suite.report_name}{ending}" for ending in (".csv", "_runs.csv", ".png"))
     results = collect(suite, runs)
     write_lines(table, row_lines(suite, results))
     if results:
@@ -54,7 +55,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
         trainings.unlink(missing_ok=True)
         picture.unlink(missing_ok=True)
     lines = read_lines(table)
-    page = out / f"{suite.name}.md"
+    page = out / f"{suite.report_name}.md"
     write_text(page, _page(suite, lines, read_lines(trainings) if results else []))
     told = [suite.title, "", terminal_table(lines), ""]
     if held := claims(lines):
@@ -64,12 +65,12 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
 
 def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str:
     command = shlex.join(["python", "main.py", "experiment", _below_root(suite.file), *suite.words])
-    about = f"Runs are deltas over `{_below_root(suite.recipe)}`; `{suite.name}.csv` names them."
+    about = f"Runs are deltas over `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
     if suite.paper:
         about += f" The paper's numbers are of {suite.paper}."
     parts = [f"# {suite.title}\n", f"```sh\n{command}\n```\n", f"{about}\n", markdown_table(lines)]
     if trainings:
-        parts += [_legend(lines), f"![Accuracy of every row and seed]({suite.name}.png)\n"]
+        parts += [_legend(lines), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
     if kinds := markdown_kinds(lines):
         parts += ["## By question type\n", kinds]
     if held := claims(lines):

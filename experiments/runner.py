@@ -1,6 +1,8 @@
 """Runs what is missing of a suite: each run and seed in a process of its own, several at once where there are GPUs."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from experiments.suite import Run, Suite, Test
 from vqa.evaluate import evaluate
 from vqa.recalibrate import recalibrate
 from vqa.recipes import load_settings
+from vqa.run_directory import RunDirectory
 from vqa.settings import Settings
 from vqa.train import train
 
@@ -75,40 +78,40 @@ def folder_of(folder: Path, test: Test) -> Path:
     return folder if test.label == "plain" else folder / "tests" / test.label
 
 
-def prepare_suite(suite: Suite, runs: Path) -> None:
-    """Makes the data and backbones that the suite's runs and tests share.
-
-    Raises:
-        InputError: something that is needed is not there.
-    """
-    recipes = [run.settings for run in suite.runs]
-    recipes += [load_settings(suite.recipe, (*test.words, *suite.words), where=suite.file) for test in suite.tests]
-    prepared: list[object] = []
-    with held(runs / "experiments" / ".lock"):
-        for settings in recipes:
-            needs = (settings.data, settings.backbone.name, settings.backbone.weights, settings.scenes)
-            if needs not in prepared:
-                prepare(settings)
-                prepared.append(needs)
-
-
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
     """Trains and tests one run with one seed, as far as that is not done, in this process.
 
+    The data and the backbone that it needs, and that other runs may share, are made first.
+
     Raises:
-        InputError: as `train` and `evaluate`.
+        InputError: as `prepare`, `train` and `evaluate`.
     """
     folder = job.folder(runs)
+    with held(runs / "experiments" / ".lock"):
+        prepare(job.settings)
+        for test in suite.tests:
+            if test.words:
+                words = (*job.run.words, *suite.words, *test.words)
+                prepare(load_settings(suite.recipe, words, where=suite.file))
     with held(folder / ".lock"):
+        if not RunDirectory(folder).checkpoint.exists():
+            _remove_results(folder)
         train(job.settings, resume=True, runs=runs)
         for test in suite.tests:
             out = folder_of(folder, test)
             if (out / "metrics_val.json").exists():
                 continue
-            words = [word for word in (*test.words, *suite.words) if word.startswith(("data.folder=", "data.h5="))]
+            words = [word for word in (*suite.words, *test.words) if word.startswith(("data.folder=", "data.h5="))]
             if test.recalibrate:
                 recalibrate(folder, out, test.recalibrate, words)
             evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)
+
+
+def _remove_results(folder: Path) -> None:
+    """Of a training that is not here any more (brought back from `runs.zip`): the new one's must not stand beside."""
+    shutil.rmtree(folder / "tests", ignore_errors=True)
+    for name in ("config.yaml", "metrics_val.json", "accuracies_val.npz", "results_val.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | None:
@@ -121,11 +124,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
 
     Returns:
         How many failed, and where the first one's log is; None if none did.
-
-    Raises:
-        InputError: data are missing.
     """
-    prepare_suite(suite, runs)
     missing = missing_jobs(suite, runs)
     count = len(jobs_of(suite))
     print(f"{suite.name}: {count} runs, {count - len(missing)} of them finished", flush=True)
@@ -137,6 +136,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
             said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
         else:
             failed.append(job)
+            said = f"killed by signal {-code}" if code < 0 else said
         print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
     if failed:
         return f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}"
@@ -145,9 +145,11 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
 
 def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None) -> Iterator[tuple[Job, int, float]]:
     """Starts jobs as places become free; gives each with its exit code and seconds when it ends."""
-    gpus = torch.cuda.device_count()
+    on_cpu = all(job.settings.device == "cpu" for job in jobs)
+    gpus = 0 if on_cpu else torch.cuda.device_count()
     places = list(range(at_once or max(gpus, 1)))
     waiting, running = list(jobs), {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs below are ended, too
     try:
         while waiting or running:
             while waiting and places:

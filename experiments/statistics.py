@@ -1,4 +1,4 @@
-"""How sure a difference is: a paired bootstrap over questions, and the spread over seeds.
+"""How sure a difference is: a paired bootstrap over questions, and an interval over seeds.
 
 Letters: N questions, K distinct values, S seeds.
 """
@@ -44,11 +44,23 @@ class Difference:
         return sum(points > 0 for points in self.per_seed.values())
 
     @property
+    def seed_interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean difference over seeds (Student's t); None with fewer than two."""
+        if len(self.per_seed) < 2:
+            return None
+        from scipy import stats
+
+        differences = np.array(list(self.per_seed.values()))
+        half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+        return float(differences.mean() - half), float(differences.mean() + half)
+
+    @property
     def verdict(self) -> str:
-        """What the interval says of the claim that the first row is above the second."""
-        if self.low > 0:
+        """What the intervals over questions and over seeds say of the claim that the first row is above the second."""
+        intervals = [(self.low, self.high), *([self.seed_interval] if self.seed_interval else [])]
+        if all(low > 0 for low, _ in intervals):
             return "holds"
-        return "reversed" if self.high < 0 else "not told apart"
+        return "reversed" if all(high < 0 for _, high in intervals) else "not told apart"
 
 
 def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference:

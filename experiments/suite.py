@@ -20,7 +20,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,18 +29,17 @@ from vqa.recipes import load_settings, read_yaml
 from vqa.settings import Settings, different_keys, flat
 
 COLUMNS = ("overall", "yes/no", "number", "other")
-# Do not belong to what is trained; runs that differ in nothing else are one run.
-_NOT_TRAINED = (
+# Where and how a run is computed, not what: runs that differ in nothing else are one run.
+_NOT_TRAINED = {
     "name",
     "seed",
     "device",
     "workers",
-    "scenes",
     "data.processes",
-    "data.cache_gib",
     "train.checkpoint_every",
-    "train.tensorb",
-)
+    "train.tensorboard",
+}
+_BASE = Path(__file__).parent.parent / "config" / "base.yaml"
 
 
 class _Form(BaseModel):
@@ -60,7 +59,7 @@ class _TestForm(_Form):
 class _SuiteForm(_Form):
     title: str
     recipe: str
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     baseline: str
     runs: dict[str, _RunForm] = Field(min_length=1)
     tests: dict[str, _TestForm] = {"": _TestForm()}
@@ -131,6 +130,11 @@ class Suite:
         return self.file.stem
 
     @property
+    def report_name(self) -> str:
+        """What its report's files are called: altered by words it is another suite."""
+        return f"{self.name}-{_digest(list(self.words))}" if self.words else self.name
+
+    @property
     def rows(self) -> list[Row]:
         """Every run in every test, in the order of the file."""
         return [
@@ -163,9 +167,12 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         _check_columns(file, name, run.paper)
     for name, numbers in form.not_run.items():
         _check_columns(file, name, numbers)
+    _check_runs_differ(file, runs)
     tests = tuple(Test(name, _words(file, name, test.settings), test.recalibrate) for name, test in form.tests.items())
     if len(set(form.seeds)) < len(form.seeds):
         raise InputError(f"{file}: seeds: one stands twice")
+    for test in tests:
+        _check_test(file, test, plain)
     suite = Suite(
         file,
         form.title,
@@ -186,6 +193,26 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     return suite
 
 
+def _check_runs_differ(file: Path, runs: list[Run]) -> None:
+    named: dict[str, str] = {}
+    for run in runs:
+        other = named.setdefault(run.settings.name, run.name)
+        if other != run.name:
+            raise InputError(f"{file}: {other!r} and {run.name!r} come to the same settings")
+        if "val" in run.settings.train.splits:
+            raise InputError(f"{file}: {run.name}: trains on val, which it is tested on")
+
+
+def _check_test(file: Path, test: Test, recipe: Settings) -> None:
+    for word in test.words:
+        if not word.startswith(("data.folder=", "data.h5=", "scenes.")):
+            raise InputError(f"{file}: {test.name}: {word}: a test can change only data.folder, data.h5 and scenes")
+    if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
+        raise InputError(
+            f"{file}: {test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
+        )
+
+
 def _words(file: Path, name: str, settings: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(settings))
@@ -204,11 +231,18 @@ def slug(text: str) -> str:
 
 
 def _directory(settings: Settings, recipe: Settings) -> str:
-    """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks."""
-    trained = {key: value for key, value in flat(settings).items() if not key.startswith(_NOT_TRAINED)}
-    changed = [key for key in different_keys(settings, recipe) if key in trained]
-    told = "_".join(slug(f"{key.rpartition('.')[2]}-{_brief(trained[key])}") for key in changed)
-    return f"{told[:60] or 'recipe'}-{_digest(trained)}"
+    """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks.
+
+    It is made of what differs from `base.yaml`, so that a setting that is added there later leaves it as it is.
+    """
+    values = flat(settings)
+    told = "_".join(
+        slug(f"{key.rpartition('.')[2]}-{_brief(values.get(key))}")
+        for key in different_keys(settings, recipe)
+        if key not in _NOT_TRAINED
+    )
+    chosen = {key: values.get(key) for key in different_keys(settings, load_settings(_BASE)) if key not in _NOT_TRAINED}
+    return f"{told[:60] or 'recipe'}-{_digest(chosen)}"
 
 
 def _brief(value: Any) -> str:

@@ -80,7 +80,7 @@ def terminal_table(lines: Sequence[Line]) -> str:
 
 
 def claims(lines: Sequence[Line]) -> list[str]:
-    """A sentence for each pair of rows whose order is claimed."""
+    """A sentence for each pair of rows whose order is claimed; it holds if both intervals are above zero."""
     return [_claim(line) for line in lines if line["order_above"]]
 
 
@@ -90,7 +90,9 @@ def _claim(line: Line) -> str:
         return f"{pair}: not compared, as one of them was not run"
     points, low, high = (signed(line[f"order_{key}"]) for key in ("difference", "ci_low", "ci_high"))
     seeds = f"above in {line['order_seeds_above']} of {line['order_seeds']} seeds"
-    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval [{low}, {high}], {seeds}"
+    if line["order_seeds_low"]:
+        seeds += f", 95 % interval over seeds [{signed(line['order_seeds_low'])}, {signed(line['order_seeds_high'])}]"
+    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
 
 
 def _difference(lines: Sequence[Line], shown: Callable[[Line], str]) -> _Column:

@@ -74,7 +74,8 @@ def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
     assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
 
 
-def test_a_pretrained_backbone_is_kept_only_if_made_the_same_way(tmp_path):
+def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
+    from data.errors import InputError
     from vqa.pretrain import pretrain_backbone
 
     made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
@@ -84,9 +85,9 @@ def test_a_pretrained_backbone_is_kept_only_if_made_the_same_way(tmp_path):
     assert pretrain_backbone(file, "resnet10", **made) == accuracy
     assert file.read_bytes() == before
     for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
-        pretrain_backbone(file, "resnet10", **made | other)
-        assert file.read_bytes() != before
-        file.write_bytes(before)
+        with pytest.raises(InputError, match=f"pretrained with {next(iter(other))}"):
+            pretrain_backbone(file, "resnet10", **made | other)
+        assert file.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {file.name}
 
 

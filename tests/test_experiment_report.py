@@ -130,9 +130,10 @@ def test_the_claimed_order(suite, tmp_path):
         finish(suite, tmp_path, "last", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, ALWAYS_RIGHT if seed == 1 else NEVER_RIGHT)
     told = write_report(suite, tmp_path, tmp_path / "out")
-    assert "last above none: reversed, −86.25 points, 95 % interval [−100.00, " in told
-    assert "all above last: holds, +50.00 points, 95 % interval [+50.00, +50.00], above in 1 of 2 seeds" in told
-    assert "- all above last: holds" in (tmp_path / "out/stages.md").read_text()
+    assert "last above none: reversed, −86.25 points, 95 % interval over questions [−100.00, " in told
+    assert "all above last: not told apart, +50.00 points, 95 % interval over questions [+50.00, +50.00], " in told
+    assert "above in 1 of 2 seeds, 95 % interval over seeds [−585.31, +685.31]" in told
+    assert "- all above last: not told apart" in (tmp_path / "out/stages.md").read_text()
     for seed in (1, 2):
         finish(suite, tmp_path, "last", seed, OFTEN_RIGHT[::-1])
     told = write_report(suite, tmp_path, tmp_path / "out")
@@ -172,20 +173,22 @@ def test_the_page(suite, tmp_path):
     for seed in (1, 2):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, OFTEN_RIGHT)
-    told = write_report(replace(suite, words=("train.epochs=2", "cbn.stages=[4]")), tmp_path, tmp_path / "out")
-    page = (tmp_path / "out/stages.md").read_text()
+    altered = replace(suite, words=("train.epochs=2", "cbn.stages=[4]"))
+    told = write_report(altered, tmp_path, tmp_path / "out")
+    assert altered.report_name.startswith("stages-")  # beside the report of the suite as it is
+    page = (tmp_path / "out" / f"{altered.report_name}.md").read_text()
     assert page.startswith("# Which stages, by how much\n")
     assert f"python main.py experiment {tmp_path}/stages.yaml train.epochs=2 'cbn.stages=[4]'\n" in page
     assert "deltas over `config/demo.yaml`" in page
     assert "The paper's numbers are of VQA v1, accuracy on val." in page
-    assert markdown_table(read_lines(tmp_path / "out/stages.csv")) in page
+    assert markdown_table(read_lines(tmp_path / "out" / f"{altered.report_name}.csv")) in page
     row = next(line for line in page.splitlines() if line.startswith("| all | 86.25 ± 0.00 | 58.56 |"))
     assert re.search(r"\| \+86.25 ± 0.00 \[\+6\d.\d\d, \+100.00\] \| 2 \| 100 s \| 0.88 \| 1 058 002 \|$", row)
     assert "| all | 90.00 | 82.50 |" in page, "by question type"
     assert "- 4 trainings with the code of commit 0123456789 with changes that are not committed" in page
     assert "- seeds 1, 2\n" in page
-    assert told.endswith("stages.md")
-    assert terminal_table(read_lines(tmp_path / "out/stages.csv")) in told
+    assert told.endswith(f"{altered.report_name}.md")
+    assert terminal_table(read_lines(tmp_path / "out" / f"{altered.report_name}.csv")) in told
 
 
 def test_many_question_types_are_left_away(suite, tmp_path):

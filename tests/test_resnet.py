@@ -214,7 +214,7 @@ def test_compiles_without_graph_breaks():
 def test_batch_statistics_are_those_of_a_network_in_training_mode():
     torch.manual_seed(0)
     plain = build_resnet("resnet10")
-    net = ModulatedResNet("resnet10", statistics="batch")
+    net = ModulatedResNet("resnet10")
     net.load_state_dict({f"network.{k}": v for k, v in plain.state_dict().items() if not k.startswith("fc.")})
     net.set_statistics("batch")
     for norm in plain.modules():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.errors import InputError
-from experiments.runner import Job, folder_of, prepare_suite, run_job
+from experiments.runner import Job, folder_of, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.test_recipes import write_split
@@ -53,13 +53,12 @@ def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
     if not drawn:
         for first, (name, files) in enumerate(split_files(recipe).items()):
             write_split(files, range(100 * first, 100 * first + (32 if name == "train" else 4)))
-    prepare_suite(suite, runs)
     for run in suite.runs:
         job = Job(run, suite.seeds[0])
         run_job(job, suite, runs)
         assert job.is_finished(runs, suite.tests)
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())
-        assert line["epoch"] == 1
+        assert (line["epoch"], line["steps"]) == (1, 2)
         for test in suite.tests:
             scores = json.loads((folder_of(job.folder(runs), test) / "metrics_val.json").read_text())
             assert 0 <= scores["overall"] <= 100
@@ -117,6 +116,14 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ("seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n", "no column 'overal'"),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
         ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
+        ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "come to the same settings"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {settings: 'train.splits=[val] train.validate_on='}}\n",
+            "trains on val",
+        ),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
     ],
 )

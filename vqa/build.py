@@ -84,6 +84,8 @@ def _build_predictor(
     cbn = settings.cbn
     if not layers:
         return None
+    if cbn.normaliser == "instance" and settings.data.image_size <= 32 and any(layer.stage == 4 for layer in layers):
+        raise InputError("cbn.normaliser: stage 4 has one position at 32 px, which instance norm cannot normalise")
     if set(settings.inputs) != {"image", "question"}:
         raise InputError(f"inputs: a model of {settings.inputs[0]}s alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):

@@ -63,6 +63,11 @@ def pretrain_backbone(
         accuracy = found.pop("held_out_accuracy")
         if found == made:
             return accuracy
+        key = next(key for key, value in made.items() if found.get(key) != value)
+        raise InputError(
+            f"{file}: pretrained with {key} {found.get(key)}, not {made[key]}; remove it or name another "
+            "backbone.weights"
+        )
     torch.manual_seed(seed)
     held_out = max(images // 10, 1)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -32,15 +32,19 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         The number of questions that went through.
 
     Raises:
-        InputError: no model, no data, or a model without batch norms' statistics.
+        InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
     """
     check_overrides(overrides)
     folder = find_model(run)
     settings = load_settings(folder / "config.yaml", overrides)
-    if out.resolve() in (run.resolve(), folder.resolve(), folder.parent.resolve()):
-        raise InputError(f"{out}: holds the model that is re-estimated; --out must name another directory")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
+    if (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
+        raise InputError(f"{out}: holds a trained model; --out must name another directory")
     device = choose_device(settings.device)
     bundle = load_bundle(folder, device)
+    if "image" not in settings.inputs or not bundle.model.resnet.batch_norms():
+        raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
     data = split_data(bundle, settings, split)
     sampler = EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1)
     sampler.batches = min(sampler.batches, batches)

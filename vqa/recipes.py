@@ -81,7 +81,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
         raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8 text').lower()}") from None
     content = _parse(text, str(file)) or {}
     if not isinstance(content, dict):

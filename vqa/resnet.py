@@ -90,6 +90,7 @@ class ModulatedResNet(nn.Module):
                 replaced = ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
             self.network.set_submodule(place, replaced)
         self.requires_grad_(False)
+        self.statistics: Statistics = "population"
         self.set_statistics(statistics)
         self.eval()
 
@@ -97,6 +98,8 @@ class ModulatedResNet(nn.Module):
         """Converts to a statistics policy: to `batch` with averages that begin afresh (mean 0, variance 1), to
         `population` with whatever the running statistics are now.
         """
+        if policy == self.statistics:
+            return
         self.statistics = policy
         for norm in self.batch_norms():
             norm.synchronised = policy == "batch"

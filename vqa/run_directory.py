@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.files import write_json, write_text
+from data.files import read_json, write_json, write_text
 from vqa.recipes import load_settings
 from vqa.settings import Settings, different_keys
 
@@ -26,7 +26,6 @@ _MAY_CHANGE = {
     "data.folder",
     "data.h5",  # the checkpoint knows which data these have to be
     "data.processes",
-    "data.cache_gib",
     "data.skip_bad_images",
     "train.checkpoint_every",
     "train.tensorboard",
@@ -63,6 +62,8 @@ class RunDirectory:
     def start(self, settings: Settings, device: torch.device, world_size: int, trained_parameters: int) -> None:
         """Writes what explains the run."""
         settings.save(self.path / "config.yaml")
+        file = self.path / "environment.json"
+        begun = read_json(file) if file.exists() else None
         environment = {
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
@@ -70,13 +71,17 @@ class RunDirectory:
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": world_size,
+            "cpu": _cpu(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "seed": settings.seed,
             "trained_parameters": trained_parameters,
             "command": sys.argv,
         }
-        write_json(self.path / "environment.json", environment)
+        if begun is not None:  # resumed: who began it stays, who goes on is added
+            resumed = begun.pop("resumed", [])
+            environment = begun | {"resumed": [*resumed, environment]}
+        write_json(file, environment)
 
     def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
         """Writes metrics.jsonl, a line an epoch."""
@@ -102,9 +107,18 @@ def peak_memory_mib(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.exists():  # on Linux getrusage begins with the peak of the process that started this one
         lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+        if peaks := [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]:
+            return peaks[0] / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
+
+
+def _cpu() -> str:
+    """The processor's kind, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _git_commit() -> str | None:

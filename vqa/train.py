@@ -215,6 +215,7 @@ class Training:
         losses = self.processes.gather(progress.loss_sum)
         line: dict[str, Any] = {
             "epoch": progress.epoch,
+            "steps": progress.step,
             "train_loss": sum(losses) / len(losses) / progress.step,
             "val_overall": None,
             "learning_rate": self.schedule.get_last_lr()[0],

@@ -40,7 +40,8 @@ def project(tmp_path, monkeypatch):
     """A folder as a fresh checkout, beside a folder `shared`, with tiny raw files where the recipes look for them."""
     folder = tmp_path / "project"
     folder.mkdir()
-    (folder / "config").symlink_to(ROOT / "config")
+    for name in ("config", "experiments"):
+        (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
     for recipe in RECIPES:
         settings = load_settings(recipe)
@@ -105,11 +106,13 @@ def test_every_command_of_the_readme(command):
             "demo": [*SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD],
             "preprocess": ["data.image_size=64"],
             "train": SMALL_MODEL,
+            # running a suite is what test_runner and test_suites do
+            "experiment": [] if "--report" in words else ["--list"],
         }
         ended = command(*words, *small.get(words[0], []))
         assert ended.code == 0, (words, ended.err)
     named = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
-    assert named >= {"demo", "preprocess", "train", "eval", "ask", "inspect", "features"}
+    assert named >= {"experiment", "recalibrate", "demo", "preprocess", "train", "eval", "ask", "inspect", "features"}
 
 
 def test_files_named_in_the_readme_exist():

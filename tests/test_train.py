@@ -32,7 +32,7 @@ def same_weights(one, other) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def lines(run, without=("seconds",)):
+def lines(run, without=("seconds", "peak_memory_mib")):
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in read]
 

@@ -1,0 +1,29 @@
+"""What is published: tables that their evidence gives again, and a README that shows the controls first."""
+
+import re
+import zipfile
+
+import pytest
+
+from experiments.collection import collect, row_lines
+from experiments.suite import load_suite
+from experiments.tables import read_lines, write_lines
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+TABLES = sorted(path for path in RESULTS.glob("*.csv") if not path.stem.endswith("_runs"))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
+def test_a_published_table_is_what_its_evidence_gives(table, tmp_path):
+    with zipfile.ZipFile(RESULTS / "runs.zip") as archive:
+        archive.extractall(tmp_path)
+    suite = load_suite(ROOT / "experiments" / "suites" / f"{table.stem}.yaml")
+    write_lines(tmp_path / "again.csv", row_lines(suite, collect(suite, tmp_path)))
+    assert read_lines(tmp_path / "again.csv") == read_lines(table)
+
+
+def test_the_readme_shows_the_controls_first():
+    first, *others = re.findall(r"<!-- table: (.*) -->", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"shuffled question", "constant", "MODERN", "baseline"} <= set(re.split(r" *[:|;] *", first))
+    assert {"table1", "table2"} <= set(others)

@@ -32,7 +32,7 @@ def steps(model, answers):
     train_steps(
         model,
         [batch],
-        preprocessing=Preprocessing(4),
+        see=Preprocessing(4).normalise,
         loss="hard",
         precision="float32",
         optimiser=optimiser,

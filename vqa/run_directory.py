@@ -76,7 +76,7 @@ class RunDirectory:
             "threads": torch.get_num_threads(),
             "seed": settings.seed,
             "trained_parameters": trained_parameters,
-            "command": sys.argv,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
         if begun is not None:  # resumed: who began it stays, who goes on is added
             resumed = begun.pop("resumed", [])

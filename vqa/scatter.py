@@ -61,7 +61,7 @@ def write_scatter(
         _legend(figure, colours, others=len(set(labels)) > len(colours))
         drawn = BytesIO()
         figure.savefig(drawn, format="png")
-        Image.open(drawn).convert("RGB").quantize(PALETTE).save(aside, "PNG", optimize=True)  # a sixth of the size
+        Image.open(drawn).convert("RGB").quantize(PALETTE).save(aside, "PNG", optimize=True)  # a quarter of the size
 
 
 def class_colours(labels: Sequence[str]) -> dict[str, str]:

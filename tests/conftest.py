@@ -1,5 +1,6 @@
 """What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for three steps."""
 
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # looked at when a kernel is defined
 
 
 @pytest.fixture(scope="session")

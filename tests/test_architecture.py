@@ -7,7 +7,19 @@ import pytest
 from tests.conftest import ROOT
 
 BELOW = {"data": {"data"}, "vqa": {"data", "vqa"}, "experiments": {"data", "vqa", "experiments"}}
-MODEL = ("backbone", "norms", "cbn", "resnet", "question", "attention", "model")
+MODEL = (
+    "backbone",
+    "norms",
+    "modulate",
+    "modulate_eager",
+    "modulate_triton",
+    "convolution",
+    "cbn",
+    "resnet",
+    "question",
+    "attention",
+    "model",
+)
 
 
 def imported(path) -> set[str]:

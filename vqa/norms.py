@@ -3,7 +3,8 @@
     y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) a sample and channel
 
 They differ only in what mean and variance are taken over. All are computed as y = scale · x + shift with
-scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two.
+scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two,
+and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it (`vqa.modulate`).
 
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+
+from vqa.modulate import modulate
 
 
 class Modulation(NamedTuple):
@@ -29,15 +32,26 @@ NO_MODULATION = Modulation(None, None)
 
 
 def modulated_norm(
-    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    delta: Modulation,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = False,
+    fused: bool = True,
 ) -> Tensor:
-    """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ).
+    """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ), and then act(y + residual).
 
     Args:
         x: map [B, C, H, W]; the result has its type (under autocast it is computed in the type of γ).
         mean, var, gamma, beta: [C], or [B, C] where they differ from sample to sample.
         delta: Δγ and Δβ, each [B, C] or None.
         eps: ε.
+        residual, relu, fused: as `modulate`.
     """
     if delta.gamma is not None:
         gamma = gamma + delta.gamma.to(gamma.dtype)
@@ -45,8 +59,8 @@ def modulated_norm(
         beta = beta + delta.beta.to(beta.dtype)
     scale = gamma * torch.rsqrt(var + eps)
     shift = beta - mean * scale
-    scale, shift = (part.expand(len(x), -1)[:, :, None, None] for part in (scale, shift))
-    return torch.addcmul(shift, x, scale).to(x.dtype)
+    scale, shift = (part if part.ndim == 2 else part[None] for part in (scale, shift))
+    return modulate(x, scale, shift, residual, relu=relu, fused=fused)
 
 
 def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
@@ -58,6 +72,10 @@ def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
     return delta
 
 
+def _wants_gradient(*parts: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+
+
 class ModulatedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, by the same names of parameters and buffers, whose γ and β take a delta a sample.
 
@@ -66,18 +84,28 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     """
 
     synchronised = False
+    fused = True  # as `modulate`
 
-    def forward(self, x: Tensor, delta: Modulation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
         """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.BatchNorm2d` gives.
+
+        A residual and a ReLU may follow as in `modulate`.
 
         Raises:
             ValueError: a delta is not [B, C], or in training mode there is but one value a channel.
         """
         delta = _checked(delta, x)
-        if delta is NO_MODULATION and not (self.training and self.synchronised):
-            return super().forward(x)
+        unmodulated = delta is NO_MODULATION and not (self.training and self.synchronised)
+        if unmodulated and not _wants_gradient(x, residual, self.weight):
+            y = super().forward(x)  # to the bit what the pretrained network gives
+            y = y if residual is None else y.add_(residual)
+            return y.relu_() if relu else y
         mean, var = self.statistics(x)
-        return modulated_norm(x, mean, var, self.weight, self.bias, delta, self.eps)
+        return modulated_norm(
+            x, mean, var, self.weight, self.bias, delta, self.eps, residual, relu=relu, fused=self.fused
+        )
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
@@ -130,8 +158,14 @@ class ModulatedGroupNorm(nn.GroupNorm):
     (over channels, height and width) with one. The statistics are the sample's own, in training and evaluation.
     """
 
-    def forward(self, x: Tensor, delta: Modulation | None = None) -> Tensor:
+    fused = True  # as `modulate`
+
+    def forward(
+        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
         """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.GroupNorm` gives.
+
+        A residual and a ReLU may follow as in `modulate`.
 
         Raises:
             ValueError: a delta is not [B, C], or a group holds but one value.
@@ -142,7 +176,9 @@ class ModulatedGroupNorm(nn.GroupNorm):
             raise ValueError("the statistics of a group need more than one value")
         var, mean = torch.var_mean(grouped, dim=2, correction=0)
         mean, var = (part.repeat_interleave(self.num_channels // self.num_groups, dim=1) for part in (mean, var))
-        return modulated_norm(x, mean, var, self.weight, self.bias, delta, self.eps)
+        return modulated_norm(
+            x, mean, var, self.weight, self.bias, delta, self.eps, residual, relu=relu, fused=self.fused
+        )
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int) -> "ModulatedGroupNorm":

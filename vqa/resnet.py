@@ -6,15 +6,18 @@ hands to each conditioned norm. So the definition stays torchvision's, and nothi
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import ResNet
 
 from vqa.backbone import build_resnet
+from vqa.convolution import Convolution
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
 
 Statistics = Literal["population", "batch"]
@@ -56,6 +59,8 @@ class ModulatedResNet(nn.Module):
         shortcuts: bool = False,
         statistics: Statistics = "population",
         normaliser: Normaliser = "batch",
+        fused: bool = True,
+        recompute: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -67,28 +72,42 @@ class ModulatedResNet(nn.Module):
             statistics: the policy.
             normaliser: what the conditioned norms are; all but `batch` take a sample's own statistics and keep only the
                 pretrained γ and β.
+            fused: norm, shortcut and ReLU as one operation whose backward pass saves the least, and convolutions that
+                save no input (`modulate`, `Convolution`); False: torch's own operations, equal up to rounding.
+            recompute: stages whose inner maps are not kept for the backward pass but computed again there (gradient
+                checkpointing, Chen et al. 2016).
 
         Raises:
-            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys.
+            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys; or stages to
+                recompute under the policy `batch`, whose averages would move twice.
         """
         super().__init__()
         if unknown := set(stages) - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
         resnet = build_resnet(name, weights)
         self.channels: int = resnet.fc.in_features
-        graph = _stages_of(resnet)
+        self.recompute = frozenset(recompute)
+        if self.recompute and statistics == "batch":
+            raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
+        graph = fx.Tracer().trace(resnet)
         self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
+        _end_with_stages(graph)
+        _join_to_norms(graph, resnet)
         _hand_deltas_to(graph, [layer.name for layer in self.layers])
         self.network = fx.GraphModule(resnet, graph)
-        self._parts: dict[tuple, fx.GraphModule] = {}  # of the network, whose modules they share
+        self._parts: dict[tuple[int | None, int], fx.GraphModule] = {}  # of the network, whose modules they share
         conditioned = {layer.name for layer in self.layers}
-        for place, norm in list(self.network.named_modules()):
-            if not isinstance(norm, nn.BatchNorm2d):
-                continue
-            replaced: nn.Module = ModulatedBatchNorm2d.from_batch_norm(norm)
-            if place in conditioned and normaliser != "batch":
-                replaced = ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
-            self.network.set_submodule(place, replaced)
+        for place, module in list(self.network.named_modules()):
+            if isinstance(module, nn.Conv2d):
+                self.network.set_submodule(place, Convolution.from_conv(module))
+            elif place in conditioned and normaliser != "batch":
+                groups = groups_of(normaliser, module.num_features)
+                self.network.set_submodule(place, ModulatedGroupNorm.from_batch_norm(module, groups))
+            elif isinstance(module, nn.BatchNorm2d):
+                self.network.set_submodule(place, ModulatedBatchNorm2d.from_batch_norm(module))
+        for module in self.network.modules():
+            if isinstance(module, Convolution | ModulatedBatchNorm2d | ModulatedGroupNorm):
+                module.fused = fused
         self.requires_grad_(False)
         self.statistics: Statistics = "population"
         self.set_statistics(statistics)
@@ -112,39 +131,69 @@ class ModulatedResNet(nn.Module):
         """Every batch norm, conditioned or not."""
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
-    def forward(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor | StageMap, modulation: Modulation | None = None, places: Tensor | None = None
+    ) -> Tensor:
         """Normalised images [B, 3, S, S], or what `prefix` made of them → the stage-4 map [B, C, S/32, S/32].
 
-        Without a modulation (and under `population`) this is the pretrained network.
+        Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
+        i is about image places[i] of [I, 3, S, S]: stages that nothing conditions are then computed once an image.
         """
-        if not isinstance(images, StageMap):
-            return self.stage_maps(images, modulation)[-1]
-        if images.stage == 4:
-            return images.map
-        return self._part(_from, images.stage)(images.map, self._deltas(modulation))
+        stage = images.stage if isinstance(images, StageMap) else None
+        map_ = images.map if isinstance(images, StageMap) else images
+        if places is not None:
+            shared = self.unconditioned_stage()
+            if shared is not None and (stage is None or stage < shared):
+                map_, stage = self._run(map_, stage, shared, None), shared
+            map_ = map_[places]
+        return self._run(map_, stage, 4, modulation)
+
+    def _run(self, map_: Tensor, first: int | None, last: int, modulation: Modulation | None) -> Tensor:
+        """The map after stage `last` from images (`first` None) or the map after stage `first`."""
+        deltas = self._deltas(modulation)
+        begin = -1 if first is None else first
+        ends = [stage for stage in range(begin + 1, last) if stage in self.recompute or stage + 1 in self.recompute]
+        for end in [*ends, last] if begin < last else []:
+            part = self._between(None if begin < 0 else begin, end)
+            if end in self.recompute and torch.is_grad_enabled():
+                map_ = checkpoint(part, map_, deltas, use_reentrant=False)
+            else:
+                map_ = part(map_, deltas)
+            begin = end
+        return map_
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
-        return StageMap(stage, self._part(_up_to, stage)(images, self._deltas(None)))
+        return StageMap(stage, self._between(None, stage)(images, self._deltas(None)))
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
         """Names and values of all that the map after a stage depends on."""
         return [(name, value) for name, value in self.network.state_dict().items() if _stage_of(name) <= stage]
 
-    def _part(self, cut: Callable[[fx.Graph, int], fx.Graph], stage: int) -> fx.GraphModule:
-        if (cut, stage) not in self._parts:
-            self._parts[cut, stage] = fx.GraphModule(self.network, cut(self.network.graph, stage))
-        return self._parts[cut, stage]
+    def _between(self, first: int | None, last: int) -> fx.GraphModule:
+        """(images, or the map after stage `first`, and deltas) → the map after stage `last`."""
+        if (first, last) not in self._parts:
+            self._parts[first, last] = fx.GraphModule(self.network, _cut(self.network.graph, first, last))
+        return self._parts[first, last]
+
+    def unconditioned_stage(self) -> int | None:
+        """The last stage (0 is the stem) whose map is the same for all questions on an image: nothing up to it is
+        conditioned, and its statistics are not those of a batch; None if not even the stem's is.
+        """
+        if self.statistics == "batch":
+            return None
+        last = min((layer.stage for layer in self.layers), default=5) - 1
+        return last if last >= 0 else None
 
     def fixed_stage(self) -> int | None:
         """The last stage (0 is the stem) whose map depends on the image alone, because nothing up to it is conditioned
         or trained and its statistics are the pretrained ones; None if not even the stem's does.
         """
-        if self.statistics == "batch":
+        last = self.unconditioned_stage()
+        if last is None:
             return None
-        moving = [layer.stage for layer in self.layers]
-        moving += [_stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
-        last = min(moving, default=5) - 1
+        trained = [_stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
+        last = min([last, *(stage - 1 for stage in trained)])
         return last if last >= 0 else None
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
@@ -214,14 +263,30 @@ class ModulatedResNet(nn.Module):
             raise ValueError("statistics need at least one batch")
 
 
-def _stages_of(resnet: ResNet) -> fx.Graph:
-    """torchvision's forward up to stage 4; its output is the last map of each stage."""
-    graph = fx.Tracer().trace(resnet)
+def _end_with_stages(graph: fx.Graph) -> None:
+    """Cuts torchvision's forward off after stage 4; its output is the last map of each stage."""
     ends = {str(node.target).split(".")[0]: node for node in graph.nodes if node.op == "call_module"}
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (tuple(ends[f"layer{stage}"] for stage in (1, 2, 3, 4)),)
     _without_dead_code(graph)
-    return graph
+
+
+def _join_to_norms(graph: fx.Graph, resnet: ResNet) -> None:
+    """Gives each norm what follows it, the shortcut and the ReLU, as arguments: norm(x, delta, residual, relu)."""
+
+    def is_a(kind: type[nn.Module], node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(resnet.get_submodule(node.target), kind)
+
+    for relu in [node for node in graph.nodes if is_a(nn.ReLU, node)]:
+        norm, residual = relu.args[0], None
+        if norm.op == "call_function" and norm.target in (operator.add, operator.iadd):
+            norm, residual = norm.args
+        if not is_a(nn.BatchNorm2d, norm):
+            raise ValueError(f"{norm.target} before a ReLU is no batch norm, as it is in torchvision's ResNets")
+        with graph.inserting_before(relu):
+            joined = graph.call_module(norm.target, (norm.args[0], None, residual, True))
+        relu.replace_all_uses_with(joined)
+    _without_dead_code(graph)
 
 
 def _stage_of(name: str) -> int:
@@ -229,32 +294,21 @@ def _stage_of(name: str) -> int:
     return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
 
 
-def _up_to(graph: fx.Graph, stage: int) -> fx.Graph:
-    """(images, deltas) → the map after a stage."""
-    part, ends = _copied(graph)
-    part.output(ends[stage])
-    _without_dead_code(part)
-    return part
-
-
-def _from(graph: fx.Graph, stage: int) -> fx.Graph:
-    """(the map after a stage, deltas) → the map after stage 4."""
-    part, ends = _copied(graph)
-    images = next(node for node in part.nodes if node.op == "placeholder")
-    with part.inserting_before(images):
-        map_ = part.placeholder("map_")
-    ends[stage].replace_all_uses_with(map_)
-    part.output(ends[4])
-    _without_dead_code(part)
-    part.erase_node(images)
-    return part
-
-
-def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[int, fx.Node]]:
-    """A copy without its output, and the last node of each stage."""
+def _cut(graph: fx.Graph, first: int | None, last: int) -> fx.Graph:
+    """(images, or the map after stage `first`, and deltas) → the map after stage `last`."""
     part, copies = fx.Graph(), {}
     part.graph_copy(graph, copies)
-    return part, {_stage_of(node.target): copies[node] for node in graph.nodes if node.op == "call_module"}
+    ends = {_stage_of(node.target): copies[node] for node in graph.nodes if node.op == "call_module"}
+    part.output(ends[last])
+    if first is not None:
+        images = next(node for node in part.nodes if node.op == "placeholder")
+        with part.inserting_before(images):
+            map_ = part.placeholder("map_")
+        ends[first].replace_all_uses_with(map_)
+        _without_dead_code(part)
+        part.erase_node(images)
+    _without_dead_code(part)
+    return part
 
 
 def _without_dead_code(graph: fx.Graph) -> None:
@@ -284,5 +338,5 @@ def _hand_deltas_to(graph: fx.Graph, names: Sequence[str]) -> None:
         if node.op == "call_module" and node.target in names:
             with graph.inserting_before(node):
                 delta = graph.call_function(operator.getitem, (deltas, names.index(node.target)))
-            node.args = (*node.args, delta)
+            node.args = (node.args[0], delta, *node.args[2:])
     graph.lint()

@@ -1,0 +1,22 @@
+"""What autograd keeps for the backward pass."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> tuple[int, Any]:
+    """Bytes of all different memory that is kept, `besides` some that is there anyway; and what the function gives."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function()
+    for tensor in besides:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values()), result

@@ -1,0 +1,159 @@
+"""`modulate` equals its formula and its gradients in every layout, type and implementation, and saves the least."""
+
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.saved import saved_bytes
+from vqa import modulate_eager
+from vqa.convolution import Convolution
+from vqa.modulate import modulate
+
+CL, NCHW = torch.channels_last, torch.contiguous_format
+CASES = list(itertools.product((NCHW, CL), (False, True), (False, True)))
+
+
+def inputs(shape, layout, residual, kind=torch.float64):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64).to(kind).contiguous(memory_format=layout).requires_grad_()
+    finer = kind if kind.itemsize > 4 else torch.float32
+    scale, shift = (torch.randn(shape[:2], dtype=finer, requires_grad=True) for _ in "ab")
+    other = torch.randn_like(x).requires_grad_() if residual else None
+    return x, scale, shift, other
+
+
+def formula(x, scale, shift, residual, relu):
+    """In float64, element by element."""
+    x, scale, shift = (part.double() for part in (x, scale, shift))
+    y = torch.einsum("bchw,bc->bchw", x, scale) + shift.unsqueeze(-1).unsqueeze(-1)
+    y = y if residual is None else y + residual.double()
+    return y * (y > 0) if relu else y
+
+
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("shape", [(3, 5, 3, 7), (2, 16, 4, 4), (3, 8, 1, 1), (2, 1, 5, 3)])
+def test_value_and_gradients_in_float64(shape, layout, residual, relu):
+    x, scale, shift, other = inputs(shape, layout, residual)
+    y = modulate(x, scale, shift, other, relu=relu)
+    torch.testing.assert_close(y, formula(x, scale, shift, other, relu))
+    assert y.is_contiguous(memory_format=layout)
+    of = (x, scale, shift, other) if residual else (x, scale, shift)
+    assert torch.autograd.gradcheck(lambda *parts: modulate(*parts, relu=relu), of)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (0, 1, 1, 1)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradients_that_are_not_wanted_are_left_out(wanted, relu):
+    parts = [
+        part.requires_grad_(bool(wants)) for part, wants in zip(inputs((2, 4, 3, 3), CL, True), wanted, strict=True)
+    ]
+    asked = [part for part in parts if part.requires_grad]
+    found = torch.autograd.grad(modulate(*parts, relu=relu).sin().sum(), asked)
+    expected = torch.autograd.grad(formula(*parts, relu).sin().sum(), asked)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+def test_lower_precision_is_rounded_once(kind, layout, residual, relu):
+    parts = inputs((2, 6, 4, 5), layout, residual, kind)
+    y = modulate(*parts, relu=relu)
+    expected = formula(*parts, relu)
+    assert y.dtype == kind
+    epsilon = torch.finfo(kind).eps
+    torch.testing.assert_close(y.double(), expected, rtol=epsilon, atol=1e-6)
+    asked = [part for part in parts if part is not None]
+    weights = torch.randn_like(expected).to(kind).double()
+    found = torch.autograd.grad((y * weights.to(kind)).sum(), asked)
+    for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), asked), strict=True):
+        assert one.dtype in (kind, torch.float32)
+        torch.testing.assert_close(one.double(), other.double(), rtol=2 * epsilon, atol=20 * epsilon)
+
+
+def test_many_chunks_give_what_one_gives(monkeypatch):
+    parts = inputs((7, 6, 3, 3), CL, True)
+    whole = torch.autograd.grad(modulate(*parts, relu=True).square().sum(), parts)
+    monkeypatch.setattr(modulate_eager, "_CHUNK", 2 * 6 * 9 * 8)  # two samples
+    for one, other in zip(torch.autograd.grad(modulate(*parts, relu=True).square().sum(), parts), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_saves_the_map_once_and_a_bit_an_element():
+    x, scale, shift, other = inputs((2, 16, 8, 8), CL, True, torch.float32)
+    map_, small = x.numel() * 4, scale.numel() * 4
+    assert saved_bytes(lambda: modulate(x, scale, shift, relu=True))[0] == map_ + 2 * small
+    assert saved_bytes(lambda: modulate(x, scale, shift, other, relu=True))[0] == map_ + small + x.numel() // 8
+    assert saved_bytes(lambda: modulate(x, scale, shift, other))[0] == map_ + small
+    fixed = [part.detach() for part in (scale, shift)]
+    assert saved_bytes(lambda: modulate(x, *fixed, relu=True))[0] == small + x.numel() // 8
+    composed, _ = saved_bytes(lambda: modulate(x, scale, shift, other, relu=True, fused=False))
+    assert composed > 1.9 * map_
+
+
+def test_a_second_differentiation_is_refused_and_possible_without_fusing():
+    x, scale, shift, _ = inputs((1, 2, 3, 3), NCHW, False)
+    (first,) = torch.autograd.grad(modulate(x, scale, shift).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+    (first,) = torch.autograd.grad(modulate(x, scale, shift, fused=False).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, (2 * scale.square())[..., None, None].expand_as(x))
+
+
+def test_wrong_shapes_are_refused():
+    x, scale, shift, _ = inputs((2, 4, 3, 3), NCHW, False)
+    with pytest.raises(ValueError, match=r"takes a scale and a shift \[B, C\]; got \[2, 4, 3, 3\], \[2, 3\]"):
+        modulate(x, scale[:, :3], shift)
+    with pytest.raises(ValueError, match="a residual must be"):
+        modulate(x, scale, shift, x[:, :2])
+
+
+@pytest.mark.parametrize("layout", [NCHW, CL])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2, "padding": 2}])
+def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, layout):
+    plain = nn.Conv2d(4, 6, 3, bias=False, **geometry).double().requires_grad_(False)
+    ours = Convolution.from_conv(plain)
+    assert ours.weight is plain.weight
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    saved, y = saved_bytes(lambda: ours(x))
+    torch.testing.assert_close(y, plain(x))
+    assert saved == plain.weight.untyped_storage().nbytes()
+    weights = torch.randn_like(y)
+    found, expected = (torch.autograd.grad((conv(x) * weights).sum(), x)[0] for conv in (ours, plain))
+    torch.testing.assert_close(found, expected)
+    ours.weight.requires_grad_(True)
+    assert saved_bytes(lambda: ours(x))[0] > saved
+    of_weight = torch.autograd.grad((ours(x) * weights).sum(), ours.weight)[0]
+    torch.testing.assert_close(
+        of_weight, torch.autograd.grad((F.conv2d(x, ours.weight, **geometry) * weights).sum(), ours.weight)[0]
+    )
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton on this machine")
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("wants_scale", [False, True])
+@pytest.mark.parametrize("shape", [(2, 12, 3, 7), (1, 160, 5, 5)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_kernels_equal_torchs_operations(kind, shape, wants_scale, layout, residual, relu):
+    """By Triton's interpreter (tests/conftest.py asks for it)."""
+    from vqa import modulate_triton
+
+    x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
+    keeps_bits = relu and (residual or not wants_scale)
+    gradient, recomputes = torch.randn_like(x), relu and not keeps_bits
+    results = []
+    for implementation in (modulate_triton, modulate_eager):
+        y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)
+        saved = (x if wants_scale else None, scale, shift if recomputes else None, bits)
+        results.append((y, *implementation.backward(gradient, *saved, relu, True, wants_scale, True, residual)))
+    # set B's interpreter truncates where it casts to bfloat16
+    close = {"rtol": 1e-2, "atol": 1e-2} if kind == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, **close)

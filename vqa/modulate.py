@@ -1,0 +1,103 @@
+"""One operation for what follows a convolution in a modulated ResNet, with a backward pass that saves the least.
+
+    y = act(scale · x + shift (+ residual))               one scale and shift a sample and channel; act: ReLU or nothing
+
+Autograd would keep x, the sums and the result. The gradients need less:
+
+    g = ∂y · [y > 0],   ∂residual = g,   ∂x = g · scale,   ∂shift = Σ_hw g,   ∂scale = Σ_hw g · x
+
+x is saved once, and only where the gradient of scale is wanted. Where the ReLU was open is computed again from x, scale
+and shift, or stored, a bit an element, where there is a residual or no x.
+
+Legend: B samples, C channels, H and W map size.
+"""
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vqa import modulate_eager
+
+
+def modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, relu: bool = False, fused: bool = True
+) -> Tensor:
+    """y = act(scale · x + shift (+ residual)).
+
+    Args:
+        x: map [B, C, H, W] of a floating type, contiguous or channels-last; y has its type and layout.
+        scale, shift: [B, C], or [1, C] for all samples; what is computed, is computed in their type (or in x's, if
+            that is finer).
+        residual: what is added before the ReLU, [B, C, H, W].
+        relu: whether there is a ReLU.
+        fused: False for torch's own operations and their gradients: the same up to rounding, with more memory.
+
+    Raises:
+        ValueError: a shape does not fit.
+        RuntimeError: on a second differentiation of the fused operation; with `fused` False it is possible.
+    """
+    if x.ndim != 4 or any(part.shape not in ((len(x), x.shape[1]), (1, x.shape[1])) for part in (scale, shift)):
+        shapes = [list(part.shape) for part in (x, scale, shift)]
+        raise ValueError(f"a map [B, C, H, W] takes a scale and a shift [B, C]; got {', '.join(map(str, shapes))}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
+    if not fused or torch.compiler.is_compiling():  # a compiler fuses by itself
+        return _composed(x, scale, shift, residual, relu)
+    return _Modulate.apply(x, scale.expand(len(x), -1), shift.expand(len(x), -1), residual, relu)
+
+
+def _composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+    if residual is not None:
+        y = y + residual
+    return (torch.relu(y) if relu else y).to(x.dtype)
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        ctx.layout = _layout(x)
+        x, residual = (None if part is None else part.contiguous(memory_format=ctx.layout) for part in (x, residual))
+        scale, shift = scale.contiguous(), shift.contiguous()
+        ctx.wants, ctx.relu = ctx.needs_input_grad[:4], relu
+        wants_x, wants_scale, _, _ = ctx.wants
+        keeps_bits = relu and any(ctx.wants) and (residual is not None or not wants_scale)
+        recomputes = relu and any(ctx.wants) and not keeps_bits
+        y, bits = _implementation(x).forward(x, scale, shift, residual, relu, keeps_bits)
+        ctx.save_for_backward(
+            x if wants_scale else None,
+            scale if wants_x or recomputes else None,
+            shift if recomputes else None,
+            bits,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradient.contiguous(memory_format=ctx.layout)
+        return *_implementation(gradient).backward(gradient, *ctx.saved_tensors, ctx.relu, *ctx.wants), None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    """Triton's kernels on a CUDA device, torch's operations everywhere else; both have `forward` and `backward`."""
+    if x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton():
+        from vqa import modulate_triton
+
+        return modulate_triton
+    return modulate_eager
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqa.cbn import ConditionalBatchNorm2d, Modulation, ModulationPredictor
+from vqa.cbn import ConditionalBatchNorm2d, DeltaMLP, Modulation, ModulationPredictor
 from vqa.norms import ModulatedBatchNorm2d
 
 
@@ -61,7 +61,9 @@ def test_zero_deltas_and_none_are_batchnorm2d(training):
     other.load_state_dict(norm.state_dict())
     x, zero = torch.randn(4, 5, 3, 3).double(), torch.zeros(4, 5).double()
     expected = plain.train(training)(x)
-    assert torch.equal(norm.train(training)(x), expected)
+    with torch.no_grad():  # where nothing is differentiated, to the bit
+        assert torch.equal(norm.train(training)(x), expected)
+    torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
     torch.testing.assert_close(other.train(training)(x, Modulation(zero, zero)), expected)
 
 
@@ -148,3 +150,44 @@ def test_a_predictor_of_one_kind_gives_none_for_the_other(gamma, beta):
 def test_a_predictor_of_nothing_is_refused():
     with pytest.raises(ValueError, match="γ, β or both"):
         ModulationPredictor(4, ["bn1"], [7], 5, gamma=False, beta=False)
+
+
+def predictor_of_norms(**what):
+    return ModulationPredictor(6, ["layer1.0.bn1", "layer2.0.bn2"], [4, 10], 5, **{"gamma": True, "beta": True} | what)
+
+
+def test_a_predictor_is_one_mlp_a_norm_by_its_name():
+    predictor = predictor_of_norms()
+    state = predictor.state_dict()
+    assert list(state)[:4] == [f"gamma.layer1_0_bn1.{rest}" for rest in ("0.weight", "0.bias", "2.weight", "2.bias")]
+    condition = torch.randn(3, 6)
+    for kind, deltas in zip(("gamma", "beta"), predictor(condition), strict=True):
+        for name, columns in (("layer1_0_bn1", slice(0, 4)), ("layer2_0_bn2", slice(4, 14))):
+            mlp = DeltaMLP(6, 5, columns.stop - columns.start)
+            mlp.load_state_dict({key: state[f"{kind}.{name}.{key}"] for key in mlp.state_dict()})
+            torch.testing.assert_close(deltas[:, columns], mlp(condition))
+
+
+def test_the_batched_product_for_gpus_gives_the_same():
+    mlps = predictor_of_norms().gamma
+    hidden = torch.randn(3, 10, requires_grad=True)
+    results = []
+    for together in (mlps._one_by_one, mlps._in_one_product):
+        deltas = together(hidden)
+        results.append((deltas, *torch.autograd.grad(deltas.square().sum(), (hidden, mlps.weight))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_predictors_state_comes_back():
+    one, other = predictor_of_norms(), predictor_of_norms()
+    other.load_state_dict(one.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    state = one.state_dict()
+    del state["beta.layer2_0_bn2.2.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"beta.layer2_0_bn2.2.bias"'):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*gamma.layer9.0.bias"):
+        other.load_state_dict(one.state_dict() | {"gamma.layer9.0.bias": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="size mismatch for gamma.layer1_0_bn1.0.bias"):
+        other.load_state_dict(one.state_dict() | {"gamma.layer1_0_bn1.0.bias": torch.zeros(2)})

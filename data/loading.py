@@ -4,7 +4,7 @@ Legend: B questions a batch, T words, S image side, K answers a question.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,7 +21,8 @@ from data.tokenizer import PAD_ID
 class Batch(NamedTuple):
     """What a model trains on or answers; images stay bytes until they are on their device."""
 
-    images: torch.Tensor  # uint8 [B, S, S, 3]
+    images: torch.Tensor  # uint8 [I, S, S, 3], each image once
+    places: torch.Tensor  # int64 [B], which of the images a question is about
     tokens: torch.Tensor  # int64 [B, T], padded with PAD_ID
     lengths: torch.Tensor  # int64 [B], at least 1
     labels: torch.Tensor  # int64 [B, K], answer classes of the given answers, NO_ANSWER outside the vocabulary
@@ -30,6 +31,19 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def parts(self, count: int) -> "list[Batch]":
+        """The batch in (at most) so many batches of about the same number of questions."""
+        return (
+            [self._of(rows) for rows in torch.arange(len(self.rows), device=self.rows.device).chunk(count)]
+            if count > 1
+            else [self]
+        )
+
+    def _of(self, rows: torch.Tensor) -> "Batch":
+        kept, places = torch.unique(self.places[rows], return_inverse=True)
+        of_questions = (part[rows] for part in (self.tokens, self.lengths, self.labels, self.rows))
+        return Batch(self.images[kept], places, *of_questions)
 
 
 class Images(Protocol):
@@ -55,8 +69,9 @@ _decode_once = lru_cache(maxsize=16)(decode_image)
 class QuestionDataset(Dataset):
     """Questions with their images; asked for a list of rows at a time."""
 
-    def __init__(self, table: QuestionTable, images: Images) -> None:
-        self.table, self.images = table, images
+    def __init__(self, table: QuestionTable, images: Images, *, share: bool = True) -> None:
+        """With `share` False a batch holds an image once for each of its questions."""
+        self.table, self.images, self.share = table, images, share
         self.labels = table.labels().astype(np.int64)
 
     def __len__(self) -> int:
@@ -68,8 +83,11 @@ class QuestionDataset(Dataset):
         tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
         for place, row in enumerate(rows):
             tokens[place, : lengths[place]] = self.table.words(row)
-        images = np.stack([self.images[self.table.images[row]] for row in rows])
-        arrays = (images, tokens, lengths, self.labels[rows], np.array(rows, np.int64))
+        wanted, places = self.table.images[rows], np.arange(len(rows))
+        if self.share:
+            wanted, places = np.unique(wanted, return_inverse=True)
+        images = np.stack([self.images[image] for image in wanted])
+        arrays = (images, places, tokens, lengths, self.labels[rows], np.array(rows, np.int64))
         return Batch(*map(torch.from_numpy, arrays))
 
 
@@ -80,9 +98,27 @@ class EpochSampler(Sampler[list[int]]):
     (the questions in it differ from epoch to epoch), unless it is the only one.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> None:
-        """`batch_size` counts over all processes. Set `start` to begin at a later batch (after a resume)."""
-        self.order = np.random.default_rng([seed, epoch]).permutation(size)
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        images: np.ndarray | None = None,
+        together: int = 1,
+    ) -> None:
+        """`batch_size` counts over all processes. Set `start` to begin at a later batch (after a resume).
+
+        Where `together` is above 1, up to so many questions on the same image stand beside each other; which, and in
+        which order, is random all the same. `images` are then the images of the questions, int64 [N].
+        """
+        random = np.random.default_rng([seed, epoch])
+        self.order = random.permutation(size)
+        if together > 1:
+            self.order = _grouped(self.order, images, together, random)
         self.batch_size = min(batch_size, size - size % world_size)
         self.batches = size // self.batch_size
         self.rank, self.world_size = rank, world_size
@@ -94,7 +130,18 @@ class EpochSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, self.batches):
             rows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield rows[self.rank :: self.world_size].tolist()
+            # neighbours stay together: they may share an image
+            yield np.array_split(rows, self.world_size)[self.rank].tolist()
+
+
+def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.random.Generator) -> np.ndarray:
+    """The order with questions on the same image in groups of up to `together`, the groups in random order."""
+    by_image = order[np.argsort(images[order], kind="stable")]
+    begins = np.r_[True, np.diff(images[by_image]) != 0]
+    places = np.arange(len(order))
+    within = places - np.maximum.accumulate(np.where(begins, places, 0))
+    groups = np.cumsum(within % together == 0) - 1
+    return by_image[np.argsort(random.permutation(groups[-1] + 1)[groups], kind="stable")]
 
 
 class InOrderSampler(Sampler[list[int]]):
@@ -127,6 +174,25 @@ def make_loader(
         # a generator of its own: making an iterator draws a number, which must not move the one of dropout
         generator=torch.Generator(),
     )
+
+
+def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
+    """Each batch with its copy on a device; on a GPU the next one is copied while this one is computed with."""
+    if device.type != "cuda":
+        yield from ((batch, batch.to(device)) for batch in batches)
+        return
+    copying, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = batch.to(device)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(copying)
+        for part in copied:
+            part.record_stream(torch.cuda.current_stream(device))
+        ahead = batch, copied
+    if ahead is not None:
+        yield ahead
 
 
 def _as_it_is(batch: Batch) -> Batch:

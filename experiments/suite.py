@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import InputError
-from vqa.recipes import load_settings, read_yaml
+from vqa.recipes import BASE, load_settings, read_yaml
 from vqa.settings import Settings, different_keys, flat
 
 COLUMNS = ("overall", "yes/no", "number", "other")
@@ -39,7 +39,6 @@ _NOT_TRAINED = {
     "train.checkpoint_every",
     "train.tensorboard",
 }
-_BASE = Path(__file__).parent.parent / "config" / "base.yaml"
 
 
 class _Form(BaseModel):
@@ -241,7 +240,7 @@ def _directory(settings: Settings, recipe: Settings) -> str:
         for key in different_keys(settings, recipe)
         if key not in _NOT_TRAINED
     )
-    chosen = {key: values.get(key) for key in different_keys(settings, load_settings(_BASE)) if key not in _NOT_TRAINED}
+    chosen = {key: values.get(key) for key in different_keys(settings, load_settings(BASE)) if key not in _NOT_TRAINED}
     return f"{told[:60] or 'recipe'}-{_digest(chosen)}"
 
 

@@ -1,5 +1,6 @@
 """Batches: their content, their order, and one handle a process."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -18,15 +19,47 @@ def dataset(tiny):
 
 
 def test_a_batch_is_its_questions(dataset):
-    batch = dataset.__getitems__([5, 0, 17])
-    assert batch.images.shape == (3, 64, 64, 3)
+    batch = dataset.__getitems__([5, 4, 17])  # four questions an image: the first two share theirs
+    assert batch.images.shape == (2, 64, 64, 3)
+    assert batch.places.tolist() == [0, 0, 1]
     assert batch.images.dtype == torch.uint8
     assert batch.labels.shape == (3, 10)
-    for place, row in enumerate([5, 0, 17]):
+    for place, row in enumerate([5, 4, 17]):
         length = int(batch.lengths[place])
         assert batch.tokens[place, :length].tolist() == dataset.table.words(row).tolist()
         assert (batch.tokens[place, length:] == PAD_ID).all()
-        assert np.array_equal(batch.images[place], dataset.images[dataset.table.images[row]])
+        assert np.array_equal(batch.images[batch.places[place]], dataset.images[dataset.table.images[row]])
+
+
+def test_without_sharing_each_question_has_an_image_of_its_own(dataset):
+    dataset.share = False
+    batch = dataset.__getitems__([5, 4, 17])
+    assert batch.places.tolist() == [0, 1, 2]
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
+def test_parts_of_a_batch_are_its_questions_in_order(dataset):
+    batch = dataset.__getitems__([5, 4, 17, 6, 18])
+    parts = batch.parts(2)
+    assert [len(part.rows) for part in parts] == [3, 2]
+    assert torch.equal(torch.cat([part.rows for part in parts]), batch.rows)
+    assert torch.equal(torch.cat([part.images[part.places] for part in parts]), batch.images[batch.places])
+    assert len(parts[0].images) == 2
+
+
+def test_questions_on_an_image_come_together_in_random_order():
+    images = np.repeat(np.arange(40), 5)
+    plain, grouped = (EpochSampler(200, 20, 1, 1, images=images, together=together) for together in (1, 3))
+    assert sorted(grouped.order) == sorted(plain.order)
+    groups = [len(list(group)) for _, group in itertools.groupby(images[grouped.order])]
+    # of five questions three stay together and two, unless chance puts groups of an image beside each other
+    assert len(groups) <= 80
+    assert len(list(itertools.groupby(images[plain.order]))) > 150
+    assert set(groups) <= {2, 3, 5}
+    others = EpochSampler(200, 20, 1, 2, images=images, together=3)
+    assert others.order.tolist() != grouped.order.tolist()
+    assert {frozenset(batch) for batch in others} & {frozenset(batch) for batch in grouped} == set()
+    assert np.unique(images[grouped.order[:20]]).size > 5  # the groups, too, are in random order
 
 
 def test_the_order_is_a_formula_of_seed_and_epoch():

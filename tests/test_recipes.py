@@ -6,10 +6,12 @@ import shlex
 import zipfile
 
 import pytest
+import yaml
 from PIL import Image
 
+from data.errors import InputError
 from tests.conftest import ROOT
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved, load_settings
 from vqa.settings import split_files
 
 # base.yaml is no recipe: it names no data
@@ -121,3 +123,15 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / name).exists(), name
     for name in re.findall(r"^\| `(vqa_v1/\w+)` ", text, re.MULTILINE):
         assert (ROOT / "config" / f"{name}.yaml").exists(), name
+
+
+def test_a_saved_recipe_gets_keys_that_came_after_it(tmp_path):
+    whole = load_settings(ROOT / "config" / "demo.yaml", ["train.epochs=7"])
+    file = tmp_path / "config.yaml"
+    whole.save(file)
+    content = yaml.safe_load(file.read_text())
+    del content["speed"], content["train"]["together"]
+    file.write_text(yaml.safe_dump(content))
+    assert load_saved(file) == whole
+    with pytest.raises(InputError, match=r"train.together is missing"):
+        load_settings(file)

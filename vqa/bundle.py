@@ -23,7 +23,7 @@ from data.images import Preprocessing
 from data.tokenizer import load_tokenizer, save_tokenizer
 from vqa.build import build_model
 from vqa.model import VQAModel
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved
 from vqa.settings import Settings
 
 WEIGHTS = "model.safetensors"
@@ -79,7 +79,7 @@ def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
         InputError: a file of it is missing or broken, or the weights do not fit the settings.
     """
     folder = find_model(run)
-    settings = load_settings(folder / "config.yaml")
+    settings = load_saved(folder / "config.yaml")
     tokenizer = load_tokenizer(folder)
     answers = read_json(folder / "answers.json")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.errors import InputError
-from data.loading import Batch
+from data.loading import Batch, moved
 from data.table import NO_ANSWER
 from vqa.resnet import StageMap
 
@@ -49,27 +49,31 @@ def train_steps(
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     clip: float,
+    accumulate: int,
     device: torch.device,
     after_step: Callable[[float], None],
 ) -> None:
-    """Trains on batches in their order; `see` makes of a batch's images what the model takes, and `after_step` is
-    called with each step's loss.
+    """Trains on batches in their order; `see` makes of a batch's images what the model takes, a batch goes through the
+    model in `accumulate` parts, and `after_step` is called with each step's loss.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite; the model is as it was before that step.
     """
     model.train()
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for batch in batches:
-        moved = batch.to(device)
-        with autocast(device, precision):
-            logits = model(see(moved.images), moved.tokens, moved.lengths).logits
-        # the loss takes logits: its own softmax is the only one
-        value = F.cross_entropy(logits.float(), answer_targets(moved.labels, logits.shape[1], loss))
-        if not torch.isfinite(value):
-            raise NotFiniteError(f"the loss is {value.item()}", batch.rows.tolist())
+    for batch, whole in moved(batches, device):
         optimiser.zero_grad(set_to_none=True)
-        value.backward()
+        value = torch.zeros((), device=device)
+        for part in whole.parts(accumulate):
+            with autocast(device, precision):
+                logits = model(see(part.images), part.tokens, part.lengths, places=part.places).logits
+            # the loss takes logits: its own softmax is the only one
+            of_part = F.cross_entropy(logits.float(), answer_targets(part.labels, logits.shape[1], loss))
+            of_part = of_part * (len(part.rows) / len(batch.rows))
+            if not torch.isfinite(of_part):
+                raise NotFiniteError(f"the loss is {of_part.item()}", part.rows.tolist())
+            of_part.backward()
+            value += of_part.detach()
         norm = nn.utils.clip_grad_norm_(trained, clip)
         if not torch.isfinite(norm):
             raise NotFiniteError(f"the norm of the gradient is {norm.item()}", batch.rows.tolist())
@@ -99,10 +103,9 @@ def predict_classes(
     """The most probable answer class of every question: rows and classes, int64 [N] each; `see` as in `train_steps`."""
     model.eval()
     rows, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in batches:
-        moved = batch.to(device)
+    for batch, there in moved(batches, device):
         with autocast(device, precision):
-            logits = model(see(moved.images), moved.tokens, moved.lengths).logits
+            logits = model(see(there.images), there.tokens, there.lengths, places=there.places).logits
         rows.append(batch.rows)
         classes.append(logits.argmax(1).cpu())
     return torch.cat(rows), torch.cat(classes)

@@ -18,7 +18,7 @@ from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
 from vqa.engine import predict_classes
 from vqa.metrics import Scores, question_accuracies, summary
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved
 from vqa.settings import Settings, split_files
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
@@ -58,7 +58,7 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     folder = find_model(run)
-    settings = load_settings(folder / "config.yaml", overrides)
+    settings = load_saved(folder / "config.yaml", overrides)
     device = choose_device(settings.device)
     bundle = load_bundle(folder, device)
     trained_on = bundle.training.get("trained_on", [])

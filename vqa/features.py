@@ -25,7 +25,7 @@ from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
 from vqa.engine import autocast
 from vqa.evaluate import batches_in_order, check_overrides, split_data
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved
 from vqa.settings import Settings
 
 RAW = "raw ResNet"
@@ -65,7 +65,7 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
     check_overrides(overrides)
     runs = []
     for name, folder in zip(shown_names(folders), map(find_model, folders), strict=True):
-        settings = load_settings(folder / "config.yaml", overrides)
+        settings = load_saved(folder / "config.yaml", overrides)
         if "image" not in settings.inputs:
             raise InputError(f"{folder}: a model that does not see the image has no features to show")
         device = choose_device(settings.device)
@@ -157,7 +157,7 @@ def stage_features(network: Network) -> list[np.ndarray]:
     rows = []
     for batch in batches_in_order(data, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
-        images, modulation = bundle.preprocessing.normalise(moved.images), None
+        images, modulation = bundle.preprocessing.normalise(moved.images)[moved.places], None
         with autocast(device, settings.precision):
             if network.modulate:
                 modulation = bundle.model(images, moved.tokens, moved.lengths).modulation

@@ -75,10 +75,19 @@ class VQAModel(nn.Module):
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.sees_image = sees_image
 
-    def forward(self, images: Tensor | StageMap, tokens: Tensor, lengths: Tensor, *, modulate: bool = True) -> Output:
-        """Normalised images [B, 3, S, S] or a map made of them, word ids [B, T], lengths [B] → logits, attention and
+    def forward(
+        self,
+        images: Tensor | StageMap,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        places: Tensor | None = None,
+        modulate: bool = True,
+    ) -> Output:
+        """Normalised images [I, 3, S, S] or a map made of them, word ids [B, T], lengths [B] → logits, attention and
         modulation.
 
+        Question i is about image places[i], or without `places` about image i.
         With `modulate` False all deltas are zero: what the same model answers if its ResNet does not hear the question.
         """
         if self.question is not None:
@@ -89,7 +98,7 @@ class VQAModel(nn.Module):
         if self.predictor is not None and modulate:
             modulation = self.predictor(self._condition_of(question, tokens))
         if self.sees_image:
-            features = self.resnet(images, modulation)  # [B, C, H, W]
+            features = self.resnet(images, modulation, places)  # [B, C, H, W]
         else:
             features = torch.ones(len(tokens), self.resnet.channels, 1, 1, device=tokens.device)
         features = normalise_features(features, self.normalise, self.scale)

@@ -12,7 +12,7 @@ from vqa.build import choose_device
 from vqa.bundle import find_model, load_bundle, save_companions, save_weights
 from vqa.engine import autocast
 from vqa.evaluate import check_overrides, split_data
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved
 
 
 def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
@@ -36,7 +36,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     """
     check_overrides(overrides)
     folder = find_model(run)
-    settings = load_settings(folder / "config.yaml", overrides)
+    settings = load_saved(folder / "config.yaml", overrides)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     if (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
@@ -54,7 +54,8 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         for batch in progress(loader, len(sampler), "re-estimating"):
             moved = batch.to(device)
             with autocast(device, settings.precision):
-                model(bundle.preprocessing.normalise(moved.images), moved.tokens, moved.lengths)
+                images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
+                model(images, moved.tokens, moved.lengths)
     save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
     save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
     return len(sampler) * sampler.batch_size

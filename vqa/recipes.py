@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from data.errors import InputError
 from vqa.settings import Settings, setting_keys
 
+BASE = Path(__file__).parent.parent / "config" / "base.yaml"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-3` is a number, and a key given twice is an error."""
@@ -32,19 +34,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_settings(file: Path, overrides: Iterable[str] = (), *, where: str = "command line") -> Settings:
+def load_settings(
+    file: Path,
+    overrides: Iterable[str] = (),
+    *,
+    where: str = "command line",
+    under: Mapping[str, Any] | None = None,
+) -> Settings:
     """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
 
     Args:
         file: the recipe.
         overrides: the words, the later ones over the earlier.
         where: where the words stand, for error messages.
+        under: values of keys that the recipe does not name.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
             or a value is of the wrong type or out of range.
     """
-    merged = _read_with_bases(Path(file), ())
+    merged = _merge(under or {}, _read_with_bases(Path(file), ()))
     overridden = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -59,6 +68,15 @@ def load_settings(file: Path, overrides: Iterable[str] = (), *, where: str = "co
         return Settings.model_validate(merged)
     except ValidationError as error:
         raise InputError(_explain(error, str(file), overridden, where)) from None
+
+
+def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
+    """Reads the `config.yaml` of a run or a model; a key that came after it has its value of `base.yaml`.
+
+    Raises:
+        InputError: as `load_settings`.
+    """
+    return load_settings(file, overrides, under=read_yaml(BASE))
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

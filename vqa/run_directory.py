@@ -15,7 +15,7 @@ import torch
 
 from data.errors import InputError
 from data.files import read_json, write_json, write_text
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved
 from vqa.settings import Settings, different_keys
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
@@ -49,7 +49,7 @@ class RunDirectory:
         if not resume:
             return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
         try:
-            theirs = load_settings(config)
+            theirs = load_saved(config)
         except InputError as error:
             return str(error)
         for key in different_keys(settings, theirs):

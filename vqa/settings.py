@@ -102,6 +102,8 @@ class TrainSettings(_Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     patience: int = Field(ge=0)
+    accumulate: int = Field(ge=1)
+    together: int = Field(ge=1)
     checkpoint_every: int = Field(ge=0)
     tensorboard: bool
 
@@ -110,6 +112,16 @@ class TrainSettings(_Section):
         if self.validate_on in self.splits:
             raise ValueError(f"validate_on: split {self.validate_on!r} is trained on; use another split or null")
         return self
+
+
+class SpeedSettings(_Section):
+    """What makes training faster or smaller and, up to rounding, changes nothing else."""
+
+    fused: bool
+    share_images: bool
+    channels_last: bool
+    recompute: list[Literal[1, 2, 3, 4]]
+    compile: bool
 
 
 class ScenesSettings(_Section):
@@ -141,6 +153,7 @@ class Settings(_Section):
     attention: AttentionSettings
     answer: AnswerSettings
     train: TrainSettings
+    speed: SpeedSettings
     scenes: ScenesSettings | None
 
     def save(self, file: Path) -> None:

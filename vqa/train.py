@@ -73,10 +73,11 @@ class Training:
         for key, made in store.provenance["settings"].items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
-        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), H5Images(store.path))
+        images, share = H5Images(store.path), settings.speed.share_images
+        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), images, share=share)
         self.validation_set = None
         if settings.train.validate_on is not None:
-            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), H5Images(store.path))
+            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), images, share=share)
             if not self.validation_set.labels.size:
                 raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
         self.preprocessing = Preprocessing(store.image_size)
@@ -127,6 +128,13 @@ class Training:
             if data is not None:
                 data.images = maps
 
+    def _see(self, images: Tensor) -> Tensor | StageMap:
+        """What the model takes of a batch's images, in the layout that the settings name."""
+        seen = self.see(images)
+        if self.settings.speed.channels_last:
+            return seen
+        return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
+
     def _sampler(self, epoch: int) -> EpochSampler:
         settings, processes = self.settings, self.processes
         return EpochSampler(
@@ -136,6 +144,8 @@ class Training:
             epoch,
             processes.rank,
             processes.world_size,
+            images=self.training_set.table.images,
+            together=settings.train.together,
         )
 
     def _resume(self) -> None:
@@ -167,6 +177,8 @@ class Training:
             f"on {self.device}"
         )
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
+        if self.settings.speed.compile:
+            self.model.resnet.compile()
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
             wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -194,12 +206,13 @@ class Training:
             train_steps(
                 model,
                 bar if self.processes.is_main else loader,
-                see=self.see,
+                see=self._see,
                 loss=settings.train.loss,
                 precision=settings.precision,
                 optimiser=self.optimiser,
                 schedule=self.schedule,
                 clip=settings.train.clip,
+                accumulate=settings.train.accumulate,
                 device=self.device,
                 after_step=after_step,
             )
@@ -249,7 +262,7 @@ class Training:
         rows, classes = predict_classes(
             self.model,
             bar if processes.is_main else loader,
-            see=self.see,
+            see=self._see,
             precision=self.settings.precision,
             device=self.device,
         )

@@ -154,6 +154,21 @@ def _publish(suite: "Suite", runs: Path) -> None:
     update_readme(README, RESULTS)
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading."""
+    from contextlib import redirect_stdout
+
+    from experiments.bench import as_json
+    from experiments.bench import bench as run
+
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        results = run(
+            arguments.parts, repeats=arguments.repeats, device=arguments.device, tiny=arguments.tiny, out=arguments.out
+        )
+    if arguments.json:
+        print(as_json(results))
+
+
 def recalibrate(arguments: argparse.Namespace) -> None:
     """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
     from vqa.recalibrate import recalibrate as run
@@ -242,9 +257,19 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
     takes_settings(added)
 
+    _bench_options(command(bench))
     _features_options(command(features), takes_settings)
     _experiment_options(command(experiment), takes_settings)
     return parser
+
+
+def _bench_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("parts", nargs="*", metavar="PART", help="step, memory, sharing, cache, waiting, loading (all)")
+    added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
+    added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
+    added.add_argument("--tiny", action="store_true", help="a small network and few pictures: whether it runs")
+    added.add_argument("--json", action="store_true")
+    added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 
 
 def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:

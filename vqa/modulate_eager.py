@@ -4,16 +4,20 @@ that on a CPU they stay in its cache.
 Legend: B samples, C channels, H and W map size; a map is contiguous or channels-last.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_CHUNK = 2**23  # bytes of a map at once: what fits into a CPU's cache beside its gradients
+_CHUNK = 2**22  # bytes of a map at once: what fits into a CPU's cache beside its gradients
 # eight bytes of 0 or 1 times _GATHER have them as the bits of the highest byte
 _GATHER = 0x0102040810204080
 # eight copies of a byte: in the i-th, bit i is kept
-_COPIES, _KEPT = 0x0101010101010101, 0x8040201008040201 - 2**64
+_COPIES, _OWN_BITS = 0x0101010101010101, 0x8040201008040201 - 2**64
+
+
+_kept = threading.local()
 
 
 def forward(
@@ -23,7 +27,7 @@ def forward(
     kind = torch.promote_types(x.dtype, scale.dtype)
     y = torch.empty_like(x)
     bits = torch.empty(len(x), -(-x[0].numel() // 8), dtype=torch.uint8, device=x.device) if keeps_bits else None
-    work = None if kind == y.dtype else _buffer(x, kind)
+    work = None if kind == y.dtype else _work(x, kind)
     for part in _chunks(x):
         out = y[part] if work is None else work[: len(x[part])]
         torch.addcmul(_as_map(shift[part]), x[part], _as_map(scale[part]), out=out)
@@ -58,11 +62,11 @@ def backward(
         for wanted in (wants_scale, wants_shift)
     )
     of_residual = torch.empty_like(gradient) if wants_residual and relu else gradient if wants_residual else None
-    closed, product = _buffer(gradient, kind), _buffer(gradient, kind)
+    work = _work(gradient, kind)
     for part in _chunks(gradient):
         g = gradient[part].to(kind)
         if relu:
-            here = closed[: len(g)] if of_residual is None or of_residual.dtype != kind else of_residual[part]
+            here = work[: len(g)] if of_residual is None or of_residual.dtype != kind else of_residual[part]
             if bits is not None:
                 torch.mul(g, _unpacked(bits[part], g), out=here)
             else:
@@ -76,7 +80,7 @@ def backward(
         if of_x is not None:
             torch.mul(g, _as_map(scale[part]), out=of_x[part])
         if of_scale is not None:
-            torch.sum(torch.mul(g, x[part], out=product[: len(g)]), (2, 3), out=of_scale[part])
+            torch.sum(torch.mul(g, x[part], out=work[: len(g)]), (2, 3), out=of_scale[part])
     return of_x, of_scale, of_shift, of_residual
 
 
@@ -95,8 +99,13 @@ def _chunks(x: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(x), step))
 
 
-def _buffer(x: Tensor, kind: torch.dtype) -> Tensor:
-    return torch.empty_like(x[: _samples(x)], dtype=kind)
+def _work(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Memory for one chunk of a map, in its layout; kept for the next call, as to touch fresh memory is slow."""
+    like = x[: _samples(x)]
+    kept = getattr(_kept, "memory", None)
+    if kept is None or kept.numel() < like.numel() * kind.itemsize or kept.device != x.device:
+        kept = _kept.memory = torch.empty(like.numel() * kind.itemsize, dtype=torch.uint8, device=x.device)
+    return kept[: like.numel() * kind.itemsize].view(kind).as_strided(like.shape, like.stride())
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -117,7 +126,7 @@ def _positive(y: Tensor) -> Tensor:
 
 def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
     """What `_positive` found, as 0 and 1 in the shape, layout and type of a map."""
-    eights = (bits.to(torch.int64) * _COPIES).bitwise_and_(_KEPT)
+    eights = (bits.to(torch.int64) * _COPIES).bitwise_and_(_OWN_BITS)
     rows = eights.view(torch.uint8).to(torch.bool)[:, : like[0].numel()].view(torch.uint8).to(like.dtype)
     if like.is_contiguous():
         return rows.reshape(like.shape)

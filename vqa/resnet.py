@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -151,6 +151,8 @@ class ModulatedResNet(nn.Module):
     def _run(self, map_: Tensor, first: int | None, last: int, modulation: Modulation | None) -> Tensor:
         """The map after stage `last` from images (`first` None) or the map after stage `first`."""
         deltas = self._deltas(modulation)
+        if (first, last) == (None, 4) and not self.recompute:
+            return self.network(map_, deltas)[-1]
         begin = -1 if first is None else first
         ends = [stage for stage in range(begin + 1, last) if stage in self.recompute or stage + 1 in self.recompute]
         for end in [*ends, last] if begin < last else []:
@@ -175,6 +177,17 @@ class ModulatedResNet(nn.Module):
         if (first, last) not in self._parts:
             self._parts[first, last] = fx.GraphModule(self.network, _cut(self.network.graph, first, last))
         return self._parts[first, last]
+
+    def compile(self, **options: Any) -> None:
+        """As `nn.Module.compile`; the parts that a network may be run in are cut before, which cannot be compiled."""
+        shared = self.unconditioned_stage()
+        for first in range(4):
+            self._between(first, 4)
+            if shared is not None and first < shared:
+                self._between(first, shared)
+        if shared is not None:
+            self._between(None, shared)
+        super().compile(**options)
 
     def unconditioned_stage(self) -> int | None:
         """The last stage (0 is the stem) whose map is the same for all questions on an image: nothing up to it is

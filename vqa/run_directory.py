@@ -65,15 +65,8 @@ class RunDirectory:
         file = self.path / "environment.json"
         begun = read_json(file) if file.exists() else None
         environment = {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-            "git_commit": _git_commit(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            **surroundings(device),
             "processes": world_size,
-            "cpu": _cpu(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
             "seed": settings.seed,
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -98,6 +91,20 @@ class RunDirectory:
                     writer.add_scalar(key, line[key], line["epoch"])
             for kind, value in line.get("val_per_answer_type", {}).items():
                 writer.add_scalar(f"val/{kind}", value, line["epoch"])
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and machine: what measured numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -88,7 +88,7 @@ class Training:
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(self.model))
         self.optimiser = build_optimiser(settings.train, self.model)
-        steps = settings.train.epochs * len(self._sampler(epoch=1))
+        steps = settings.train.epochs * len(self.sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
         if run.checkpoint.exists():
@@ -128,14 +128,14 @@ class Training:
             if data is not None:
                 data.images = maps
 
-    def _see(self, images: Tensor) -> Tensor | StageMap:
+    def seen(self, images: Tensor) -> Tensor | StageMap:
         """What the model takes of a batch's images, in the layout that the settings name."""
         seen = self.see(images)
         if self.settings.speed.channels_last:
             return seen
         return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
 
-    def _sampler(self, epoch: int) -> EpochSampler:
+    def sampler(self, epoch: int) -> EpochSampler:
         settings, processes = self.settings, self.processes
         return EpochSampler(
             len(self.training_set),
@@ -188,7 +188,7 @@ class Training:
 
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
-        sampler = self._sampler(progress.epoch)
+        sampler = self.sampler(progress.epoch)
         sampler.start = progress.step
         loader = make_loader(self.training_set, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
@@ -206,7 +206,7 @@ class Training:
             train_steps(
                 model,
                 bar if self.processes.is_main else loader,
-                see=self._see,
+                see=self.seen,
                 loss=settings.train.loss,
                 precision=settings.precision,
                 optimiser=self.optimiser,
@@ -262,7 +262,7 @@ class Training:
         rows, classes = predict_classes(
             self.model,
             bar if processes.is_main else loader,
-            see=self._see,
+            see=self.seen,
             precision=self.settings.precision,
             device=self.device,
         )

@@ -1,0 +1,99 @@
+"""`main.py bench`: what is fast, measured beside what it replaces, all in one run.
+
+Each part is a table with a line a measurement; what is compared takes turns, and medians are given. Ratios can be
+compared between machines of a kind, milliseconds cannot.
+"""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+from data.files import write_text
+from experiments import bench_data, bench_step
+from experiments.bench_step import Case
+from vqa.build import choose_device
+from vqa.run_directory import surroundings
+
+PARTS = ("step", "memory", "sharing", "cache", "waiting", "loading")
+
+
+def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None) -> dict[str, Any]:
+    """Measures some parts (all if none is named) and writes `bench_PART.csv` for each into `out`.
+
+    Args:
+        parts: of PARTS.
+        repeats: turns of each measurement.
+        device: as the setting; what needs no GPU is measured on the CPU.
+        tiny: a small network and few pictures: whether it runs, not how fast it is.
+        out: a folder; None writes nothing.
+
+    Returns:
+        `machine` and `parts`: each part's rows.
+
+    Raises:
+        InputError: there is no such part or device.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise InputError(f"bench: no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    chosen = choose_device(device)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        for part in parts or PARTS:
+            with redirect_stdout(io.StringIO()):  # what training and preprocessing say
+                results[part] = _measured(part, repeats, chosen, Path(folder) / part, tiny)
+            print(f"\n{part}\n{table_of(results[part])}", flush=True)
+            if out is not None:
+                write_text(out / f"bench_{part}.csv", _csv_of(results[part], surroundings(chosen), repeats))
+    return {"machine": surroundings(chosen), "repeats": repeats, "parts": results}
+
+
+def _measured(part: str, repeats: int, device: torch.device, folder: Path, tiny: bool) -> list[dict[str, Any]]:
+    network, size, images = ("resnet10", 64, 16) if tiny else ("resnet50", 224, 128)
+    largest = Case("resnet10", 64, 2) if tiny else Case("resnet152", 448, 1)
+    measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "step": lambda: bench_step.step_rows(bench_step.TINY if tiny else bench_step.cases(device), repeats, device),
+        "memory": lambda: bench_step.memory_rows(largest, 24, device),
+        "sharing": lambda: bench_data.sharing_rows(network, size, 16, repeats, device),
+        "cache": lambda: bench_data.cache_rows(network, size, images, folder, min(repeats, 3)),
+        "waiting": lambda: bench_data.waiting_rows(network, size, images // 2, 8, folder),
+        "loading": lambda: bench_data.loading_rows(size, 8 * images, folder, min(repeats, 3)),
+    }
+    return measure[part]()
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text; each kind of row under a head of its own."""
+    lines = []
+    for kind in dict.fromkeys(tuple(row) for row in rows):
+        cells = [list(kind)] + [[_shown(value) for value in row.values()] for row in rows if tuple(row) == kind]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _csv_of(rows: Sequence[dict[str, Any]], machine: dict[str, Any], repeats: int) -> str:
+    told = {"cpu": machine["cpu"], "threads": machine["threads"], "device": machine["device"]}
+    told |= {"torch": machine["torch"], "commit": machine["git_commit"], "repeats": repeats}
+    columns = list(dict.fromkeys(key for row in rows for key in (*row, *told)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **told} for row in rows)
+    return text.getvalue()
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """The results as JSON."""
+    return json.dumps(results, indent=2)

@@ -1,0 +1,300 @@
+"""What is not computed twice, and how data come in: shared images, stored maps, loading, decoding, waiting.
+
+All data are made here, in a folder of their own: pictures of the large world, and photograph-like JPEGs of 640 x 480.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+
+from data.files import write_json
+from data.images import decode_image
+from data.loading import Batch, make_loader
+from data.preprocess import preprocess
+from data.store import H5Rows
+from data.vqa_files import SplitFiles
+from data.world import write_world
+from experiments.bench_step import interleaved
+from vqa.distributed import Processes
+from vqa.engine import train_steps
+from vqa.norms import Modulation
+from vqa.prefix import as_stage_map
+from vqa.recipes import load_settings
+from vqa.resnet import ModulatedResNet
+from vqa.run_directory import RunDirectory
+from vqa.settings import Settings, preprocessing_of
+from vqa.train import Training, train
+
+RECIPE = Path(__file__).parent.parent / "config" / "scenes_224.yaml"
+QUESTIONS_AN_IMAGE = (1, 2, 4, 8)
+
+
+def sharing_rows(network: str, size: int, questions: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Questions a second of a training step with stages 3 and 4 conditioned, as more questions are on the same image,
+    with the stages before computed once an image or once a question.
+    """
+    torch.manual_seed(0)
+    net = ModulatedResNet(network, stages=(3, 4)).to(device, memory_format=torch.channels_last)
+    width = sum(layer.channels for layer in net.layers)
+    rows = []
+    for together in QUESTIONS_AN_IMAGE:
+        images = torch.randn(questions // together, 3, size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        places = torch.arange(questions, device=device) // together
+        deltas = [(0.1 * torch.randn(questions, width, device=device)).requires_grad_() for _ in "γβ"]
+
+        def step(
+            images: torch.Tensor, places: torch.Tensor | None, deltas: list[torch.Tensor] = deltas
+        ) -> tuple[torch.Tensor, ...]:
+            y = net(images, Modulation(*deltas), places)
+            return y.detach(), *torch.autograd.grad(y, deltas, torch.ones_like(y))
+
+        ways = {"shared": partial(step, images, places), "not shared": partial(step, images[places], None)}
+        error = max(
+            ((one - other).abs().max() / other.abs().max()).item()
+            for one, other in zip(*(way() for way in ways.values()), strict=True)
+        )
+        seconds = interleaved(ways, repeats, device)
+        rows.append(
+            {
+                "network": network,
+                "pixels": size,
+                "batch": questions,
+                "questions_an_image": together,
+                "questions_a_second_shared": round(questions / seconds["shared"], 2),
+                "questions_a_second_not_shared": round(questions / seconds["not shared"], 2),
+                "times_faster": round(seconds["not shared"] / seconds["shared"], 2),
+                "largest_relative_difference": f"{error:.1e}",
+            }
+        )
+    return rows
+
+
+def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """An epoch with stage 4 conditioned from stored maps and from pictures, by `train` itself."""
+    words = _words(network, size, images, folder)
+    _prepare(load_settings(RECIPE, words))
+    seconds: dict[str, list[float]] = {"pictures": [], "maps": []}
+    losses = {}
+    for turn in range(repeats + 1):  # the first one makes the maps and is not counted
+        for way, cache in (("pictures", 0), ("maps", 8)):
+            named = [f"name={way}_{turn}", f"data.cache_gib={cache}", "cbn.stages=[4]"]
+            run = train(load_settings(RECIPE, [*words, *named]), runs=folder / "runs")
+            line = json.loads((run.path / "metrics.jsonl").read_text(encoding="utf-8"))
+            seconds[way].append(line["seconds"])
+            losses[way] = line["train_loss"]
+    taken = {way: float(np.median(values[1:])) for way, values in seconds.items()}
+    return [
+        {
+            "network": network,
+            "pixels": size,
+            "questions": 4 * images,
+            "batch": 32,
+            "epoch_seconds_pictures": round(taken["pictures"], 2),
+            "epoch_seconds_maps": round(taken["maps"], 2),
+            "times_faster": round(taken["pictures"] / taken["maps"], 2),
+            "train_loss_pictures": round(losses["pictures"], 6),
+            "train_loss_maps": round(losses["maps"], 6),
+            "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
+        }
+    ]
+
+
+def _half_precision_error(network: str, size: int) -> float:
+    """Of the stage-4 map, where the map after stage 3 went through half precision."""
+    torch.manual_seed(0)
+    net = ModulatedResNet(network, stages=(4,))
+    images = torch.randn(4, 3, size, size)
+    map_ = net.prefix(images, 3).map
+    with torch.inference_mode():
+        y = net(images)
+        stored = map_.permute(0, 2, 3, 1).half()
+        return ((net(as_stage_map(3, stored)) - y).abs().max() / y.abs().max()).item()
+
+
+def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path) -> list[dict[str, Any]]:
+    """The share of training steps of MODERN (all stages) spent waiting for the next batch from the h5 file."""
+    rows = []
+    for workers in (0, 2):
+        words = [*_words(network, size, images, folder), f"workers={workers}", f"train.batch_size={batch}"]
+        settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
+        _prepare(settings)
+        training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
+        waited = _Waiting(make_loader(training.training_set, training.sampler(1), workers, training.device))
+        begun = time.perf_counter()
+        train_steps(
+            training.model,
+            waited,
+            see=training.seen,
+            loss=settings.train.loss,
+            precision=settings.precision,
+            optimiser=training.optimiser,
+            schedule=training.schedule,
+            clip=settings.train.clip,
+            accumulate=1,
+            device=training.device,
+            after_step=lambda _loss: None,
+        )
+        whole = time.perf_counter() - begun - waited.first
+        share = waited.seconds / whole
+        told = {"network": network, "pixels": size, "batch": batch, "workers": workers}
+        rows.append(told | {"steps": waited.batches, "share_waiting": round(share, 4)})
+    return rows
+
+
+class _Waiting:
+    """Batches, and how long the next one was waited for: the first one, then all others together."""
+
+    def __init__(self, batches: Any) -> None:
+        self.source, self.first, self.seconds, self.batches = batches, 0.0, 0.0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        begun = time.perf_counter()
+        for batch in self.source:
+            passed = time.perf_counter() - begun
+            if self.batches:
+                self.seconds += passed
+            else:
+                self.first = passed
+            self.batches += 1
+            yield batch
+            begun = time.perf_counter()
+
+
+def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """Images a second: random batches of 64 from an h5 file beside decoding the same JPEGs, in one process; and
+    `preprocess` beside decoding alone, with as many processes.
+    """
+    files = _photographs(folder / "photographs", images)
+    splits = {"train": _asked_about(folder / "photographs", images)}
+    order = np.random.default_rng(0).permutation(images)[:64]
+    h5 = folder / "photographs.h5"
+    made = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
+    processes = 2
+
+    def prepare() -> None:
+        h5.unlink(missing_ok=True)
+        preprocess(splits, h5, **made, processes=processes)
+
+    def decode() -> None:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for _ in pool.map(partial(decode_image, size=size), files, chunksize=32):
+                pass
+
+    whole = interleaved({"preprocess": prepare, "decode": decode}, repeats)
+    stored = H5Rows(h5, "images/pixels")
+    batch = interleaved(
+        {
+            "h5": lambda: np.stack([stored[row] for row in order]),
+            "jpeg": lambda: np.stack([decode_image(files[row], size) for row in order]),
+        },
+        repeats,
+    )
+    told = {"pixels": size, "images": images}
+    return [
+        told | _compared("random batch of 64: h5 file, JPEGs", 64, batch["h5"], batch["jpeg"]),
+        told | _compared("preprocess, decoding and resizing alone", images, whole["preprocess"], whole["decode"]),
+        *(_memory_row(size, count, folder) for count in (1_000, 80_000)),
+    ]
+
+
+def _compared(what: str, images: int, seconds: float, other: float) -> dict[str, Any]:
+    return {
+        "what": what,
+        "images_a_second": round(images / seconds, 1),
+        "images_a_second_beside": round(images / other, 1),
+        "times_faster": round(other / seconds, 2),
+    }
+
+
+def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
+    """What reading 2 000 random rows adds to this process's memory, from a file of so many images (with holes)."""
+    path = folder / f"{images}.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")
+        file["images/pixels"][images - 1] = 1
+    rows = H5Rows(path, "images/pixels")
+    before = _resident_mib()
+    for row in np.random.default_rng(0).integers(images, size=2000):
+        rows[row]
+    added = _resident_mib() - before
+    path.unlink()
+    what = "memory that 2 000 random reads add, MiB"
+    return {"pixels": size, "images": images, "what": what, "added_mib": round(added, 1)}
+
+
+def _resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 2**20
+
+
+def _photographs(folder: Path, count: int) -> list[Path]:
+    """JPEGs of 640 x 480 with the detail of photographs: noise of all sizes, about 60 KB each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:012d}.jpg" for number in range(count)]
+    random = np.random.default_rng(0)
+    for file in files:
+        if not file.exists():
+            layers = [
+                np.asarray(
+                    Image.fromarray(random.integers(0, 256, (3 * side, 4 * side, 3), dtype=np.uint8)).resize(
+                        (640, 480), Image.Resampling.BICUBIC
+                    ),
+                    np.float32,
+                )
+                for side in (2, 8, 32, 120)
+            ]
+            pixels = sum(weight * layer for weight, layer in zip((0.4, 0.3, 0.2, 0.1), layers, strict=True))
+            Image.fromarray(pixels.astype(np.uint8)).save(file, quality=90)
+    return files
+
+
+def _asked_about(folder: Path, count: int) -> SplitFiles:
+    """One question on each photograph."""
+    questions = [{"question_id": number, "image_id": number, "question": "what is it?"} for number in range(count)]
+    answer = {"answers": [{"answer": "noise"}] * 10, "multiple_choice_answer": "noise"}
+    kinds = {"question_type": "what is", "answer_type": "other"}
+    annotations = [{"question_id": number, "image_id": number, **kinds, **answer} for number in range(count)]
+    write_json(folder / "questions.json", {"questions": questions})
+    write_json(folder / "annotations.json", {"annotations": annotations})
+    return SplitFiles(folder / "questions.json", folder / "annotations.json", str(folder / "{image_id:012d}.jpg"))
+
+
+def _words(network: str, size: int, images: int, folder: Path) -> list[str]:
+    """Settings of a small large world with a random network."""
+    return [
+        f"data.folder={folder}/world",
+        f"data.h5={folder}/world.h5",
+        f"data.image_size={size}",
+        f"backbone.name={network}",
+        "backbone.weights=none",
+        f"scenes.images={{train: {images}, val: 8}}",
+        "scenes.questions_per_image=4",
+        "train.validate_on=null",
+        "train.epochs=1",
+        "train.batch_size=32",
+        "precision=float32",
+        "workers=0",
+    ]
+
+
+def _prepare(settings: Settings) -> None:
+    scenes, data = settings.scenes, settings.data
+    write_world(
+        Path(data.folder),
+        seed=scenes.seed,
+        images=scenes.images,
+        world=scenes.world,
+        size=data.image_size,
+        questions_per_image=scenes.questions_per_image,
+    )
+    preprocess(**preprocessing_of(settings))

@@ -150,7 +150,7 @@ def _publish(suite: "Suite", runs: Path) -> None:
     if missing := missing_jobs(suite, runs):
         print(f"{len(missing)} runs are not finished; they are published without them")
     write_report(suite, runs, RESULTS)
-    keep_evidence(suite, runs, RESULTS / "runs.zip")
+    keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")
     update_readme(README, RESULTS)
 
 

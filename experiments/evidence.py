@@ -1,7 +1,7 @@
 """What a published table was made from, in one small file: settings, versions, epochs and every question's accuracy.
 
-`unzip -n experiments/results/runs.zip -d runs` puts it back: reports can then be made anew without training, and a
-suite that is extended trains only what is new.
+Each suite has a file of its own: `unzip -n experiments/results/table2_runs.zip -d runs` puts its runs back; its report
+can then be made anew without training, and an extended suite trains only what is new.
 """
 
 import zipfile
@@ -16,11 +16,8 @@ _OF_A_TEST = ("metrics_val.json", "accuracies_val.npz")
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
-    """Adds the small files of the suite's finished runs to a zip file, in the place of older ones of the same runs."""
+    """Writes the small files of the suite's finished runs, if there are any, into a zip file."""
     contents: dict[str, bytes] = {}
-    if file.exists():
-        with zipfile.ZipFile(file) as archive:
-            contents = {name: archive.read(name) for name in archive.namelist()}
     for job in jobs_of(suite):
         if not job.is_finished(runs, suite.tests):
             continue
@@ -28,6 +25,8 @@ def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
         paths = [folder / name for name in _OF_A_RUN]
         paths += [folder_of(folder, test) / name for test in suite.tests for name in _OF_A_TEST]
         contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
+    if not contents:
+        return
     with written_whole(file) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(contents):  # without times: the same runs give the same file
             archive.writestr(zipfile.ZipInfo(name), contents[name], zipfile.ZIP_DEFLATED)

@@ -108,9 +108,9 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 
 
 def _remove_results(folder: Path) -> None:
-    """Of a training that is not here any more (brought back from `runs.zip`): the new one's must not stand beside."""
+    """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    for name in ("config.yaml", "metrics_val.json", "accuracies_val.npz", "results_val.json"):
+    for name in ("config.yaml", "environment.json", "metrics_val.json", "accuracies_val.npz", "results_val.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ def saved_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> 
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself, if it is a result, would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()

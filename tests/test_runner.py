@@ -126,12 +126,14 @@ def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp
     run_job(job, suite, runs)
     shutil.rmtree(job.folder(runs) / "checkpoints")  # as when it was brought back from published evidence
     (job.folder(runs) / "metrics_val.json").write_text("{}")
+    (job.folder(runs) / "environment.json").write_text('{"git_commit": "of the old one"}')
     run_job(job, suite, runs)
+    assert "of the old one" not in (job.folder(runs) / "environment.json").read_text()
     assert "overall" in json.loads((job.folder(runs) / "metrics_val.json").read_text())
 
 
 def test_evidence_brings_reports_back_without_training(suite, tmp_path, command):
-    runs, file = tmp_path / "runs", tmp_path / "runs.zip"
+    runs, file = tmp_path / "runs", tmp_path / "two_runs.zip"
     job = jobs_of(suite)[0]
     run_job(job, suite, runs)
     reported = command("experiment", "two.yaml", "--report", *TINY).out

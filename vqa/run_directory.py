@@ -1,5 +1,6 @@
 """The directory of one training run: what is in it, and when it may be written to."""
 
+import hashlib
 import json
 import os
 import platform
@@ -68,6 +69,7 @@ class RunDirectory:
             **surroundings(device),
             "processes": world_size,
             "seed": settings.seed,
+            "backbone": _digest_of(Path(settings.backbone.weights)),
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
@@ -118,6 +120,14 @@ def peak_memory_mib(device: torch.device) -> float:
             return peaks[0] / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
+
+
+def _digest_of(file: Path) -> str | None:
+    """The beginning of a file's SHA-256 (a backbone pretrained anew is another one); None if there is no such file."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
 
 
 def _cpu() -> str:

@@ -39,10 +39,12 @@ def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: P
         `machine` and `parts`: each part's rows.
 
     Raises:
-        InputError: there is no such part or device.
+        InputError: there is no such part or device, or `out` is a file.
     """
     if unknown := set(parts) - set(PARTS):
         raise InputError(f"bench: no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
     chosen = choose_device(device)
     results = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

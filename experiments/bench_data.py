@@ -23,8 +23,8 @@ from data.loading import Batch, make_loader
 from data.preprocess import preprocess
 from data.store import H5Rows
 from data.vqa_files import SplitFiles
-from data.world import write_world
 from experiments.bench_step import interleaved
+from experiments.preparation import prepare_world
 from vqa.distributed import Processes
 from vqa.engine import train_steps
 from vqa.norms import Modulation
@@ -298,13 +298,5 @@ def _words(network: str, size: int, images: int, folder: Path) -> list[str]:
 
 
 def _prepare(settings: Settings) -> None:
-    scenes, data = settings.scenes, settings.data
-    write_world(
-        Path(data.folder),
-        seed=scenes.seed,
-        images=scenes.images,
-        world=scenes.world,
-        size=data.image_size,
-        questions_per_image=scenes.questions_per_image,
-    )
+    prepare_world(settings)
     preprocess(**preprocessing_of(settings))

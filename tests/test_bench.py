@@ -54,6 +54,9 @@ def test_the_command(command, tmp_path):
     assert ended.code == 0
     assert json.loads(ended.out)["parts"]["memory"][0]["network"] == "resnet10"
     assert (tmp_path / "bench_memory.csv").is_file()
+    (tmp_path / "file").touch()
+    ended = command("bench", "memory", "--out", tmp_path / "file")
+    assert (ended.code, ended.err) == (2, f"error: {tmp_path / 'file'}: must be a directory\n")
     ended = command("bench", "speed")
     assert ended.code == 2
     assert ended.err == "error: bench: no part speed; parts are step, memory, sharing, cache, waiting, loading\n"

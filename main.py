@@ -283,7 +283,9 @@ def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) 
 
 def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
     added.add_argument("suite", type=Path, metavar="SUITE.yaml")
-    added.add_argument("--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU")
+    added.add_argument(
+        "--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU, or a core"
+    )
     added.add_argument("--seed", type=int, metavar="N")
     added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
     instead = added.add_mutually_exclusive_group()

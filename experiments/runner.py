@@ -81,12 +81,16 @@ def folder_of(folder: Path, test: Test) -> Path:
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
     """Trains and tests one run with one seed, as far as that is not done, in this process.
 
-    The data and the backbone that it needs, and that other runs may share, are made first.
+    What is finished is left alone, also where only its results are there (published evidence). The data and the
+    backbone that it needs, and that other runs may share, are made first.
 
     Raises:
         InputError: as `prepare`, `train` and `evaluate`.
     """
     folder = job.folder(runs)
+    if job.is_finished(runs, suite.tests):
+        print(f"{folder}: finished, nothing to do")
+        return
     with held(runs / "experiments" / ".lock"):
         prepare(job.settings)
         for test in suite.tests:
@@ -120,7 +124,9 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
     Args:
         suite: what to run.
         runs: where run directories are.
-        at_once: trainings at the same time; by default one a GPU, or one.
+        at_once: trainings at the same time; by default one a GPU. Recipes that name the CPU get a thread each, so that
+            their numbers do not depend on the number of cores, and by default as many at once as there are cores (and
+            2 GiB of memory a run).
 
     Returns:
         How many failed, and where the first one's log is; None if none did.
@@ -147,14 +153,16 @@ def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None)
     """Starts jobs as places become free; gives each with its exit code and seconds when it ends."""
     on_cpu = all(job.settings.device == "cpu" for job in jobs)
     gpus = 0 if on_cpu else torch.cuda.device_count()
-    places = list(range(at_once or max(gpus, 1)))
+    count = at_once or gpus or (_cores_with_memory() if on_cpu else 1)
+    threads = 1 if on_cpu else max((os.cpu_count() or 1) // count, 1)
+    places = list(range(count))
     waiting, running = list(jobs), {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs below are ended, too
     try:
         while waiting or running:
             while waiting and places:
                 place, job = places.pop(0), waiting.pop(0)
-                process = _start(suite, job, runs, _surroundings(place, at_once, gpus))
+                process = _start(suite, job, runs, _surroundings(place, gpus, threads))
                 running[place] = (job, process, time.monotonic())
             time.sleep(0.2)
             for place, (job, process, begun) in list(running.items()):
@@ -182,12 +190,17 @@ def command_of(suite: Suite, job: Job) -> list[str]:
     return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *suite.words]
 
 
-def _surroundings(place: int, at_once: int | None, gpus: int) -> dict[str, str]:
+def _cores_with_memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(min(os.cpu_count() or 1, memory // 2**31), 1)
+
+
+def _surroundings(place: int, gpus: int, threads: int) -> dict[str, str]:
     """Environment variables of a job: its GPU, or its share of the cores."""
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         return {"CUDA_VISIBLE_DEVICES": visible[place % gpus]}
-    return _KEEP_MEMORY | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // (at_once or 1), 1))}
+    return _KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _last_line(file: Path) -> str:

@@ -91,6 +91,22 @@ def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {file.name}
 
 
+def test_a_backbone_does_not_depend_on_the_number_of_cores(tmp_path):
+    from vqa.pretrain import pretrain_backbone
+
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            file = tmp_path / f"{count}.safetensors"
+            pretrain_backbone(file, "resnet10", seed=1, image_size=32, images=128, epochs=1)
+            assert torch.get_num_threads() == count
+            made.append(file.read_bytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1]
+
+
 def test_a_backbone_of_the_large_world_names_its_shapes(tmp_path):
     from vqa.pretrain import pretrain_backbone
 

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from experiments.evidence import keep_evidence
 from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
+from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.test_suites import TINY
@@ -53,9 +55,9 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, capsys, 
 
 def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
-    words = ["two.yaml", *TINY, "train.epochs=20"]
+    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=20"]
     runs = tmp_path / "runs"
-    suite = load_suite(tmp_path / "two.yaml", tuple(words[1:]))
+    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
     first, second = jobs_of(suite)
     begun = subprocess.Popen([*PYTHON, *words], process_group=0, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -125,6 +127,7 @@ def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp
     runs, job = tmp_path / "runs", jobs_of(suite)[0]
     run_job(job, suite, runs)
     shutil.rmtree(job.folder(runs) / "checkpoints")  # as when it was brought back from published evidence
+    suite = replace(suite, tests=(*suite.tests, SuiteTest("re-estimated", (), "train")))  # which needs the model
     (job.folder(runs) / "metrics_val.json").write_text("{}")
     (job.folder(runs) / "environment.json").write_text('{"git_commit": "of the old one"}')
     run_job(job, suite, runs)
@@ -148,3 +151,5 @@ def test_evidence_brings_reports_back_without_training(suite, tmp_path, command)
         archive.extractall(runs)
     assert job.is_finished(runs, suite.tests)
     assert command("experiment", "two.yaml", "--report", *TINY).out == reported
+    assert "finished, nothing to do" in command("experiment", "two.yaml", "--only", "none", "--seed", 1, *TINY).out
+    assert not (job.folder(runs) / "checkpoints").exists()

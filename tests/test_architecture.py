@@ -15,6 +15,7 @@ MODEL = (
     "modulate_triton",
     "convolution",
     "cbn",
+    "resnet_graph",
     "resnet",
     "question",
     "attention",

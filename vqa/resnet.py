@@ -4,8 +4,6 @@ The network's forward is traced (`torch.fx`), cut after stage 4, and given one m
 hands to each conditioned norm. So the definition stays torchvision's, and nothing is kept between calls.
 """
 
-import operator
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,24 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import ResNet
 
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
+from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer"]
 
 DECAY = 0.99  # of the moving averages of the policy `batch`, as in the authors' code
-
-
-class ConditionedNorm(NamedTuple):
-    """A norm that takes deltas: its name in torchvision's network, its stage (0 is the stem), its channels."""
-
-    name: str
-    stage: int
-    channels: int
 
 
 class StageMap(NamedTuple):
@@ -90,10 +80,10 @@ class ModulatedResNet(nn.Module):
         if self.recompute and statistics == "batch":
             raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
         graph = fx.Tracer().trace(resnet)
-        self.layers = _conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
-        _end_with_stages(graph)
-        _join_to_norms(graph, resnet)
-        _hand_deltas_to(graph, [layer.name for layer in self.layers])
+        self.layers = conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
+        end_with_stages(graph)
+        join_to_norms(graph, resnet)
+        hand_deltas_to(graph, [layer.name for layer in self.layers])
         self.network = fx.GraphModule(resnet, graph)
         self._parts: dict[tuple[int | None, int], fx.GraphModule] = {}  # of the network, whose modules they share
         conditioned = {layer.name for layer in self.layers}
@@ -170,12 +160,12 @@ class ModulatedResNet(nn.Module):
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
         """Names and values of all that the map after a stage depends on."""
-        return [(name, value) for name, value in self.network.state_dict().items() if _stage_of(name) <= stage]
+        return [(name, value) for name, value in self.network.state_dict().items() if stage_of(name) <= stage]
 
     def _between(self, first: int | None, last: int) -> fx.GraphModule:
         """(images, or the map after stage `first`, and deltas) → the map after stage `last`."""
         if (first, last) not in self._parts:
-            self._parts[first, last] = fx.GraphModule(self.network, _cut(self.network.graph, first, last))
+            self._parts[first, last] = fx.GraphModule(self.network, cut(self.network.graph, first, last))
         return self._parts[first, last]
 
     def compile(self, **options: Any) -> None:
@@ -205,7 +195,7 @@ class ModulatedResNet(nn.Module):
         last = self.unconditioned_stage()
         if last is None:
             return None
-        trained = [_stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
+        trained = [stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
         last = min([last, *(stage - 1 for stage in trained)])
         return last if last >= 0 else None
 
@@ -274,82 +264,3 @@ class ModulatedResNet(nn.Module):
             self.train(self.training)
         if any(not norm.num_batches_tracked for norm in norms):
             raise ValueError("statistics need at least one batch")
-
-
-def _end_with_stages(graph: fx.Graph) -> None:
-    """Cuts torchvision's forward off after stage 4; its output is the last map of each stage."""
-    ends = {str(node.target).split(".")[0]: node for node in graph.nodes if node.op == "call_module"}
-    output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(ends[f"layer{stage}"] for stage in (1, 2, 3, 4)),)
-    _without_dead_code(graph)
-
-
-def _join_to_norms(graph: fx.Graph, resnet: ResNet) -> None:
-    """Gives each norm what follows it, the shortcut and the ReLU, as arguments: norm(x, delta, residual, relu)."""
-
-    def is_a(kind: type[nn.Module], node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(resnet.get_submodule(node.target), kind)
-
-    for relu in [node for node in graph.nodes if is_a(nn.ReLU, node)]:
-        norm, residual = relu.args[0], None
-        if norm.op == "call_function" and norm.target in (operator.add, operator.iadd):
-            norm, residual = norm.args
-        if not is_a(nn.BatchNorm2d, norm):
-            raise ValueError(f"{norm.target} before a ReLU is no batch norm, as it is in torchvision's ResNets")
-        with graph.inserting_before(relu):
-            joined = graph.call_module(norm.target, (norm.args[0], None, residual, True))
-        relu.replace_all_uses_with(joined)
-    _without_dead_code(graph)
-
-
-def _stage_of(name: str) -> int:
-    """The stage of a part of torchvision's network by its name; 0 is the stem."""
-    return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
-
-
-def _cut(graph: fx.Graph, first: int | None, last: int) -> fx.Graph:
-    """(images, or the map after stage `first`, and deltas) → the map after stage `last`."""
-    part, copies = fx.Graph(), {}
-    part.graph_copy(graph, copies)
-    ends = {_stage_of(node.target): copies[node] for node in graph.nodes if node.op == "call_module"}
-    part.output(ends[last])
-    if first is not None:
-        images = next(node for node in part.nodes if node.op == "placeholder")
-        with part.inserting_before(images):
-            map_ = part.placeholder("map_")
-        ends[first].replace_all_uses_with(map_)
-        _without_dead_code(part)
-        part.erase_node(images)
-    _without_dead_code(part)
-    return part
-
-
-def _without_dead_code(graph: fx.Graph) -> None:
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-
-
-def _conditioned_norms(
-    graph: fx.Graph, resnet: ResNet, stages: set[int], stem: bool, shortcuts: bool
-) -> list[ConditionedNorm]:
-    """The chosen norms in the order in which the network computes them."""
-    chosen = []
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(norm := resnet.get_submodule(node.target), nn.BatchNorm2d):
-            continue
-        stage = _stage_of(node.target)
-        if stem if stage == 0 else stage in stages and (shortcuts or ".downsample." not in node.target):
-            chosen.append(ConditionedNorm(node.target, stage, norm.num_features))
-    return chosen
-
-
-def _hand_deltas_to(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Adds the input `deltas` to the graph and passes its i-th entry to the i-th of the named norms."""
-    images = next(node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(images):
-        deltas = graph.placeholder("deltas")
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target in names:
-            with graph.inserting_before(node):
-                delta = graph.call_function(operator.getitem, (deltas, names.index(node.target)))
-            node.args = (node.args[0], delta, *node.args[2:])
-    graph.lint()

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from data.images import Preprocessing
 from data.loading import Batch
-from vqa.engine import NotFiniteError, train_steps
+from vqa.engine import train_steps
 from vqa.model import Output
+from vqa.not_finite import NotFiniteError
 
 
 class Fixed(nn.Module):

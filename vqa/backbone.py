@@ -75,4 +75,7 @@ def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{source}: not the weights of this ResNet: {', '.join(sorted(wrong)[:5])}{more}")
+    for key, value in state.items():
+        if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
+            raise ValueError(f"{source}: damaged weights: {key} holds values that are not finite or negative variances")
     resnet.load_state_dict(state | {key: value for key, value in resnet.state_dict().items() if key.startswith("fc.")})

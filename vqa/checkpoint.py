@@ -17,7 +17,8 @@ class Progress:
 
     epoch: int = 1  # being trained, from 1
     step: int = 0  # steps done in this epoch
-    loss_sum: float = 0.0  # of those steps, in this process
+    left_out: int = 0  # of them, because something was not finite
+    loss_sum: float = 0.0  # of the others, in this process
     seconds: float = 0.0  # they took
     best_overall: float | None = None  # percent, on the validation split
     best_epoch: int = 0

@@ -1,5 +1,6 @@
 """The loops: one epoch of training, and the answers to all questions of a loader. They see no command line."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import InputError
 from data.loading import Batch, moved
 from data.table import NO_ANSWER
+from vqa.not_finite import NotFiniteError, place_of_first
 from vqa.resnet import StageMap
 
 
@@ -52,43 +53,80 @@ def train_steps(
     accumulate: int,
     device: torch.device,
     after_step: Callable[[float], None],
+    leave_out: Callable[[NotFiniteError], bool] | None = None,
 ) -> None:
-    """Trains on batches in their order; `see` makes of a batch's images what the model takes, a batch goes through the
-    model in `accumulate` parts, and `after_step` is called with each step's loss.
+    """Trains on batches in their order.
+
+    Args:
+        model: the model, or a wrapper of it.
+        batches: the batches.
+        see: makes of a batch's images what the model takes.
+        loss: `soft` or `hard`, as in `answer_targets`.
+        precision: as in `autocast`.
+        optimiser: of the trained parameters.
+        schedule: of the learning rate, moved on by every step that is taken.
+        clip: largest norm of the gradient.
+        accumulate: parts that a batch goes through the model in.
+        device: where the model is.
+        after_step: called with each step's loss.
+        leave_out: asked, where a loss or gradient is not finite, whether to go on without that step; the model is then
+            as it was before it, running statistics included.
 
     Raises:
-        NotFiniteError: a loss or gradient is not finite; the model is as it was before that step.
+        NotFiniteError: a loss or gradient is not finite and not left out; the parameters are as before that step.
     """
     model.train()
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+    def logits_of(part: Batch) -> Tensor:
+        with autocast(device, precision):
+            return model(see(part.images), part.tokens, part.lengths, places=part.places).logits.float()
+
+    def loss_of(part: Batch, reduction: str = "mean") -> Tensor:
+        logits = logits_of(part)
+        # the loss takes logits: its own softmax is the only one
+        targets = answer_targets(part.labels, logits.shape[1], loss)
+        return F.cross_entropy(logits, targets, reduction=reduction)
+
     for batch, whole in moved(batches, device):
         optimiser.zero_grad(set_to_none=True)
         value = torch.zeros((), device=device)
+        before = [buffer.clone() for buffer in model.buffers()] if leave_out else []
         for part in whole.parts(accumulate):
-            with autocast(device, precision):
-                logits = model(see(part.images), part.tokens, part.lengths, places=part.places).logits
-            # the loss takes logits: its own softmax is the only one
-            of_part = F.cross_entropy(logits.float(), answer_targets(part.labels, logits.shape[1], loss))
-            of_part = of_part * (len(part.rows) / len(batch.rows))
-            if not torch.isfinite(of_part):
-                raise NotFiniteError(f"the loss is {of_part.item()}", part.rows.tolist())
+            of_part = loss_of(part) * (len(part.rows) / len(batch.rows))
             of_part.backward()
             value += of_part.detach()
         norm = nn.utils.clip_grad_norm_(trained, clip)
-        if not torch.isfinite(norm):
-            raise NotFiniteError(f"the norm of the gradient is {norm.item()}", batch.rows.tolist())
+        if not torch.isfinite(norm + value):
+            what = f"the norm of the gradient is {norm}" if torch.isfinite(value) else f"the loss is {value}"
+            error = _not_finite(model, what, whole.parts(accumulate), loss_of)
+            # the gradient is the same in all processes, so that all leave the step out; the loss alone is not
+            if leave_out is None or torch.isfinite(norm) or not leave_out(error):
+                raise error
+            for buffer, kept in zip(model.buffers(), before, strict=True):
+                buffer.copy_(kept)
+            continue
         optimiser.step()
         schedule.step()
         after_step(value.item())
 
 
-class NotFiniteError(InputError):
-    """A loss or gradient that is not finite: most often a learning rate that is too high."""
+@torch.no_grad()
+def _not_finite(
+    model: nn.Module, what: str, parts: Iterable[Batch], loss_of: Callable[[Batch, str], Tensor]
+) -> NotFiniteError:
+    """What is wrong, where it began, and the questions whose own loss is not finite (all, if none's is)."""
+    losses: dict[int, float] = {}
 
-    def __init__(self, what: str, rows: list[int]) -> None:
-        """`rows` are the rows of the batch in the question table."""
-        super().__init__(what)
-        self.rows = rows
+    def compute() -> None:
+        for part in parts:
+            losses.update(zip(part.rows.tolist(), loss_of(part, "none").tolist(), strict=True))
+
+    place = place_of_first(model, compute)
+    if not losses:
+        compute()
+    rows = [row for row, value in losses.items() if not math.isfinite(value)] or list(losses)
+    return NotFiniteError(f"{what}; what is not finite first is {place or 'a gradient'}", rows)
 
 
 @torch.inference_mode()
@@ -100,12 +138,20 @@ def predict_classes(
     precision: str,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable answer class of every question: rows and classes, int64 [N] each; `see` as in `train_steps`."""
+    """The most probable answer class of every question: rows and classes, int64 [N] each; `see` as in `train_steps`.
+
+    Raises:
+        NotFiniteError: the model has no probabilities for a question.
+    """
     model.eval()
     rows, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for batch, there in moved(batches, device):
         with autocast(device, precision):
             logits = model(see(there.images), there.tokens, there.lengths, places=there.places).logits
+        best, class_ = logits.max(1)  # NaN is the largest
+        if not best.isfinite().all():
+            bad = batch.rows[~best.isfinite().cpu()].tolist()
+            raise NotFiniteError(f"the model's scores of the answers are not finite for {len(bad)} question(s)", bad)
         rows.append(batch.rows)
-        classes.append(logits.argmax(1).cpu())
+        classes.append(class_.cpu())
     return torch.cat(rows), torch.cat(classes)

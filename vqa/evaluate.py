@@ -12,12 +12,14 @@ from data.files import write_json, written_whole
 from data.loading import Batch, FileImages, InOrderSampler, QuestionDataset, make_loader
 from data.progress import progress
 from data.store import H5Images, Store
-from data.table import question_table
+from data.table import NO_ANSWER, QuestionTable, question_table
+from data.tokenizer import UNKNOWN_ID
 from data.vqa_files import read_questions
 from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
 from vqa.engine import predict_classes
 from vqa.metrics import Scores, question_accuracies, summary
+from vqa.not_finite import NotFiniteError
 from vqa.recipes import load_saved
 from vqa.settings import Settings, split_files
 
@@ -67,6 +69,7 @@ def evaluate(
             f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
         )
     data = split_data(bundle, settings, split)
+    _tell_of_strangers(bundle, data.table, split)
     answers = predict_answers(bundle, data, settings, device)
 
     write_json(out / f"results_{split}.json", complete_results(data.table.ids.tolist(), answers), indent=None)
@@ -130,15 +133,32 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
     return QuestionDataset(question_table(questions, rows, bundle.tokenizer, bundle.answers), FileImages(paths, size))
 
 
+def _tell_of_strangers(bundle: Bundle, table: QuestionTable, split: str) -> None:
+    """Says where a split cannot be answered by what the model knows: of other words or other answers."""
+    ends = table.offsets + table.lengths
+    known = np.append(0, np.cumsum(table.tokens != UNKNOWN_ID))
+    if strange := int((known[ends] == known[table.offsets]).sum()):
+        print(f"split {split!r}: the model knows no word of {strange} of {len(table)} questions")
+    if table.given.size and (table.labels() == NO_ANSWER).all():
+        print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
+
+
 def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device) -> list[str]:
-    """The model's answer to every question, in the order of the table."""
-    rows, classes = predict_classes(
-        bundle.model,
-        batches_in_order(data, settings, device, "answering"),
-        see=bundle.preprocessing.normalise,
-        precision=settings.precision,
-        device=device,
-    )
+    """The model's answer to every question, in the order of the table.
+
+    Raises:
+        InputError: the model has no finite scores for a question, or an image cannot be read.
+    """
+    try:
+        rows, classes = predict_classes(
+            bundle.model,
+            batches_in_order(data, settings, device, "answering"),
+            see=bundle.preprocessing.normalise,
+            precision=settings.precision,
+            device=device,
+        )
+    except NotFiniteError as error:
+        raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
     answers = [""] * len(data)
     for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
         answers[row] = bundle.answers[answer]

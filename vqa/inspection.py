@@ -31,7 +31,9 @@ def ask(bundle: Bundle, image: Path, question: str, top: int = 5) -> list[dict[s
 
 @torch.inference_mode()
 def run_question(bundle: Bundle, image: Path, question: str, *, modulate: bool = True) -> Output:
-    """The model's output for one question on one image (B = 1). Raises InputError as `ask` does."""
+    """The model's output for one question on one image (B = 1). Raises InputError as `ask` does, and where the model's
+    scores are not finite.
+    """
     if any("\ud800" <= character <= "\udfff" for character in question):
         raise InputError("question: not UTF-8 text")
     if not words(bundle.tokenizer, question):
@@ -39,7 +41,10 @@ def run_question(bundle: Bundle, image: Path, question: str, *, modulate: bool =
     device = next(bundle.model.parameters()).device
     tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(bundle.tokenizer, [question]))
     pixels = torch.from_numpy(bundle.preprocessing.decode(image).copy())[None].to(device)
-    return bundle.model(bundle.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+    output = bundle.model(bundle.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+    if not output.logits.isfinite().all():
+        raise InputError(f"{bundle.folder}: the model's scores of the answers are not finite; its weights are damaged")
+    return output
 
 
 def unknown_words(bundle: Bundle, question: str) -> list[str]:

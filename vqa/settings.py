@@ -105,6 +105,7 @@ class TrainSettings(_Section):
     accumulate: int = Field(ge=1)
     together: int = Field(ge=1)
     checkpoint_every: int = Field(ge=0)
+    skip_not_finite: int = Field(ge=0)
     tensorboard: bool
 
     @model_validator(mode="after")

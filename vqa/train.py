@@ -22,9 +22,10 @@ from vqa import bundle
 from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vqa.distributed import Processes, this_process, together
-from vqa.engine import NotFiniteError, predict_classes, train_steps
+from vqa.engine import predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
+from vqa.not_finite import NotFiniteError
 from vqa.prefix import as_stage_map, prefix_maps
 from vqa.question import KIND_WORDS
 from vqa.resnet import StageMap
@@ -215,21 +216,37 @@ class Training:
                 accumulate=settings.train.accumulate,
                 device=self.device,
                 after_step=after_step,
+                leave_out=self._leave_out if settings.train.skip_not_finite else None,
             )
         except NotFiniteError as error:
-            ids = ", ".join(str(self.training_set.table.ids[row]) for row in error.rows[:8])
             raise InputError(
-                f"{self.run.path}: {error} at epoch {progress.epoch}, step {progress.step + 1} (questions {ids}, …); "
-                "a lower train.learning_rate or train.clip under another `name` may help; the last checkpoint is kept"
+                f"{self._at_step(error)}; a lower train.learning_rate or train.clip under another `name` may help, "
+                "train.skip_not_finite leaves such steps out; the last checkpoint is kept"
             ) from None
+
+    def _leave_out(self, error: NotFiniteError) -> bool:
+        """Whether a step that is not finite is left out, as far as the settings allow; says so."""
+        if self.progress.left_out == self.settings.train.skip_not_finite:
+            return False
+        self._say(f"{self._at_step(error)}; this step is left out")
+        self.progress.step += 1
+        self.progress.left_out += 1
+        return True
+
+    def _at_step(self, error: NotFiniteError) -> str:
+        where = f"{self.run.path}: epoch {self.progress.epoch}, step {self.progress.step + 1}"
+        return f"{where}: {error.of(self.training_set.table.ids)}"
 
     def _end_epoch(self) -> None:
         progress, train = self.progress, self.settings.train
+        if progress.left_out == progress.step:
+            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
         losses = self.processes.gather(progress.loss_sum)
         line: dict[str, Any] = {
             "epoch": progress.epoch,
             "steps": progress.step,
-            "train_loss": sum(losses) / len(losses) / progress.step,
+            "steps_left_out": progress.left_out,
+            "train_loss": sum(losses) / len(losses) / (progress.step - progress.left_out),
             "val_overall": None,
             "learning_rate": self.schedule.get_last_lr()[0],
             "seconds": round(progress.seconds, 2),
@@ -247,7 +264,8 @@ class Training:
         stale = train.patience and progress.epoch - progress.best_epoch >= train.patience
         progress.finished = bool(progress.epoch == train.epochs or stale)
         self._report(line)
-        progress.epoch, progress.step, progress.loss_sum, progress.seconds = progress.epoch + 1, 0, 0.0, 0.0
+        progress.epoch, progress.step, progress.left_out = progress.epoch + 1, 0, 0
+        progress.loss_sum, progress.seconds = 0.0, 0.0
         self._save_checkpoint()
 
     def _training_facts(self) -> dict[str, Any]:
@@ -259,13 +277,18 @@ class Training:
         sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
         loader = make_loader(data, sampler, self.settings.workers, self.device)
         bar = shown(loader, len(sampler), f"validation {self.progress.epoch}")
-        rows, classes = predict_classes(
-            self.model,
-            bar if processes.is_main else loader,
-            see=self.seen,
-            precision=self.settings.precision,
-            device=self.device,
-        )
+        try:
+            rows, classes = predict_classes(
+                self.model,
+                bar if processes.is_main else loader,
+                see=self.seen,
+                precision=self.settings.precision,
+                device=self.device,
+            )
+        except NotFiniteError as error:
+            raise InputError(
+                f"{self.run.path}: after epoch {self.progress.epoch}, {error.of(data.table.ids)}"
+            ) from None
         everyone = processes.gather((rows.numpy(), classes.numpy()))
         if not processes.is_main:
             return processes.gather(None)[0]

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from vqa.build import build_model
+from vqa.cbn import Modulation
+from vqa.convolution import Convolution
+from vqa.distributed import this_process
+from vqa.norms import ModulatedBatchNorm2d
 from vqa.recipes import load_settings
-from vqa.resnet import StageMap
-from vqa.train import train
+from vqa.resnet import ModulatedResNet, StageMap
+from vqa.run_directory import RunDirectory
+from vqa.train import Training, train
 
 # small steps: rounding must not grow
 SLOW = ["speed.fused=false", "speed.share_images=false", "speed.channels_last=false", "data.cache_gib=0"]
@@ -53,6 +58,32 @@ def test_recomputing_under_batch_statistics_is_refused(tiny, tmp_path, command):
     assert "averages would move twice" in ended.err
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
+    word = str(on).lower()
+    words = [f"speed.fused={word}", f"speed.channels_last={word}", f"speed.recompute={[3] if on else []}"]
+    words += [
+        f"speed.share_images={word}",
+        f"speed.compile={word}",
+        "cbn.stages=[4]",
+        "data.cache_gib=0",
+        f"name=switched_{word}",
+    ]
+    compiled = []
+    monkeypatch.setattr(ModulatedResNet, "compile", lambda _self: compiled.append(1))
+    settings = load_settings(tiny, words)
+    training = Training(settings, RunDirectory(tmp_path / settings.name), this_process())
+    resnet = training.model.resnet
+    fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
+    assert fused == {on}
+    assert resnet.network.get_submodule("layer4.0.conv1").weight.is_contiguous(memory_format=torch.channels_last) == on
+    assert training.seen(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).is_contiguous() != on
+    assert resnet.recompute == ({3} if on else set())
+    assert training.training_set.share == training.validation_set.share == on
+    training.run_epochs()
+    assert bool(compiled) == on
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none here")
 def test_the_compiled_resnet_has_no_graph_break_and_the_same_gradients(tiny):
     settings = load_settings(tiny, ["cbn.stages=[4]"])
@@ -60,8 +91,6 @@ def test_the_compiled_resnet_has_no_graph_break_and_the_same_gradients(tiny):
     net = build_model(settings, 20, 10, pretrained=False).resnet
     width = sum(layer.channels for layer in net.layers)
     deltas = [0.1 * torch.randn(2, width, requires_grad=True) for _ in "γβ"]
-    from vqa.cbn import Modulation
-
     map_ = StageMap(3, torch.randn(2, 256, 4, 4))
     net.compile(fullgraph=True)
     compiled, net._compiled_call_impl = net._compiled_call_impl, None

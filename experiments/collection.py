@@ -18,7 +18,7 @@ from experiments.suite import COLUMNS, Row, Suite
 from vqa.evaluate import MOST_TYPES_SHOWN
 
 KIND = "type: "  # what the columns of question types begin with
-_MACHINE = ("git_commit", "device", "processes", "cpus", "threads", "torch", "python")
+_MADE_BY = ("git_commit", "device", "processes", "cpus", "threads", "torch", "python", "backbone")
 Line = dict[str, Any]
 
 
@@ -64,7 +64,7 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
         "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
         "peak_memory_mib": _peak(epochs),
         "trained_parameters": environment["trained_parameters"],
-        **{key: environment.get(key) for key in _MACHINE},
+        **{key: environment.get(key) for key in _MADE_BY},
         "folder": name,
     }
     scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds

@@ -103,7 +103,16 @@ def facts(trainings: Sequence[Line]) -> list[str]:
     seeds = sorted({int(line["seed"]) for line in own})
     told = [f"{_trainings(machines.count(machine))} on {machine}" for machine in dict.fromkeys(machines)]
     told += [f"{_trainings(commits.count(commit))} with the code of {commit}" for commit in dict.fromkeys(commits)]
+    told += _backbones([line["backbone"] for line in own])
     return [*told, f"seeds {', '.join(map(str, seeds))}"]
+
+
+def _backbones(digests: Sequence[str]) -> list[str]:
+    """Which files of backbone weights were used; says so where rows differ by more than what they are about."""
+    told = [f"{_trainings(digests.count(one))} on the backbone {one}" for one in dict.fromkeys(digests) if one]
+    if len(told) > 1:
+        told.append("**several backbones: a difference between two trainings may be one between their backbones**")
+    return told
 
 
 def _trainings(count: int) -> str:

@@ -46,7 +46,9 @@ def suite_of(folder, text):
     return load_suite(file)
 
 
-def finish(suite, runs, row_name, seed, accuracies, first=0, kinds=("how many", "is there"), seconds=100.0):
+def finish(
+    suite, runs, row_name, seed, accuracies, first=0, kinds=("how many", "is there"), seconds=100.0, backbone=None
+):
     """Writes what training and testing leave behind; question n has the id `first` + n, and every other is a number."""
     row = next(row for row in suite.rows if row.name == row_name)
     folder = runs / row.run.seeded(seed).name
@@ -55,7 +57,7 @@ def finish(suite, runs, row_name, seed, accuracies, first=0, kinds=("how many", 
     epochs = [{"epoch": n, "val_overall": value, "peak_memory_mib": 900.0 + n} for n, value in ((1, 40.0), (2, 39.0))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e | {"seconds": seconds / 2}) + "\n" for e in epochs))
     environment = {"torch": "2.15.0", "python": "3.11.7", "git_commit": "0123456789abcdef-dirty", "device": "cpu"}
-    environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002}
+    environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002, "backbone": backbone}
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "config.yaml").write_text("name: made up\n")
     values = np.array(accuracies, float)
@@ -189,6 +191,18 @@ def test_the_page(suite, tmp_path):
     assert "- seeds 1, 2\n" in page
     assert told.endswith(f"{altered.report_name}.md")
     assert terminal_table(read_lines(tmp_path / "out" / f"{altered.report_name}.csv")) in told
+
+
+def test_several_backbones_are_told_of(suite, tmp_path):
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT, backbone="4e467da68ac9")
+    finish(suite, tmp_path, "none", 2, NEVER_RIGHT)  # made before it was written down
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "- 1 training on the backbone 4e467da68ac9\n" in page
+    assert "several backbones" not in page
+    finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
+    write_report(suite, tmp_path, tmp_path / "out")
+    assert "several backbones" in (tmp_path / "out" / "stages.md").read_text()
 
 
 def test_many_question_types_are_left_away(suite, tmp_path):

@@ -11,6 +11,7 @@ MODEL = (
     "backbone",
     "norms",
     "modulate",
+    "modulate_cpu",
     "modulate_eager",
     "modulate_triton",
     "convolution",

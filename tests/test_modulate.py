@@ -1,6 +1,9 @@
 """`modulate` equals its formula and its gradients in every layout, type and implementation, and saves the least."""
 
 import itertools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -9,12 +12,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.saved import saved_bytes
-from vqa import modulate_eager
+from vqa import modulate_cpu, modulate_eager
 from vqa.convolution import Convolution
 from vqa.modulate import modulate
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 CASES = list(itertools.product((NCHW, CL), (False, True), (False, True)))
+# of rows shorter and longer than eight, in eights and not, and of more than one block
+SHAPES = [(2, 12, 3, 7), (1, 160, 5, 5), (3, 5, 1, 1), (2, 1, 5, 3), (1, 8, 1, 9), (2, 33, 50, 41)]
+
+
+@pytest.fixture
+def kernel():
+    """The C++ kernels; what is tested with them is not tested without a compiler."""
+    with warnings.catch_warnings(action="ignore"):
+        if modulate_cpu._library() is None:
+            pytest.skip("the C++ kernels cannot be compiled on this machine: they are not tested")
+    return modulate_cpu
 
 
 def inputs(shape, layout, residual, kind=torch.float64):
@@ -47,22 +61,23 @@ def test_value_and_gradients_in_float64(shape, layout, residual, relu):
 
 @pytest.mark.parametrize("wanted", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (0, 1, 1, 1)])
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradients_that_are_not_wanted_are_left_out(wanted, relu):
-    parts = [
-        part.requires_grad_(bool(wants)) for part, wants in zip(inputs((2, 4, 3, 3), CL, True), wanted, strict=True)
-    ]
+@pytest.mark.parametrize(("layout", "kind"), list(itertools.product((NCHW, CL), (torch.float32, torch.float64))))
+def test_gradients_that_are_not_wanted_are_left_out(wanted, relu, layout, kind):
+    made = inputs((2, 4, 3, 3), layout, True, kind)
+    parts = [part.requires_grad_(bool(wants)) for part, wants in zip(made, wanted, strict=True)]
     asked = [part for part in parts if part.requires_grad]
     found = torch.autograd.grad(modulate(*parts, relu=relu).sin().sum(), asked)
     expected = torch.autograd.grad(formula(*parts, relu).sin().sum(), asked)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 if kind == torch.float32 else 1e-7)
 
 
+@pytest.mark.parametrize("fused", [True, "eager"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
-def test_lower_precision_is_rounded_once(kind, layout, residual, relu):
+def test_lower_precision_is_rounded_once(kind, layout, residual, relu, fused):
     parts = inputs((2, 6, 4, 5), layout, residual, kind)
-    y = modulate(*parts, relu=relu)
+    y = modulate(*parts, relu=relu, fused=fused)
     expected = formula(*parts, relu)
     assert y.dtype == kind
     epsilon = torch.finfo(kind).eps
@@ -95,8 +110,9 @@ def test_it_saves_the_map_once_and_a_bit_an_element():
     assert composed > 1.9 * map_
 
 
-def test_a_second_differentiation_is_refused_and_possible_without_fusing():
-    x, scale, shift, _ = inputs((1, 2, 3, 3), NCHW, False)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_second_differentiation_is_refused_and_possible_without_fusing(kind):
+    x, scale, shift, _ = inputs((1, 2, 3, 3), NCHW, False, kind)
     (first,) = torch.autograd.grad(modulate(x, scale, shift).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
@@ -134,26 +150,125 @@ def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, 
     )
 
 
+def results_of(implementation, shape, kind, layout, residual, relu, wants_scale):
+    """What an implementation gives forward and backward."""
+    x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
+    keeps_bits = relu and (residual or not wants_scale)
+    y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)
+    saved = (x if wants_scale else None, scale, shift if relu and not keeps_bits else None, bits)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(kind).contiguous(memory_format=layout)
+    return y, *implementation.backward(gradient, *saved, relu, True, wants_scale, True, residual)
+
+
+def assert_same(found, expected, **close):
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, **close)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton on this machine")
 @pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
 @pytest.mark.parametrize("wants_scale", [False, True])
-@pytest.mark.parametrize("shape", [(2, 12, 3, 7), (1, 160, 5, 5)])
+@pytest.mark.parametrize("shape", SHAPES[:2])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_kernels_equal_torchs_operations(kind, shape, wants_scale, layout, residual, relu):
+def test_tritons_kernels_equal_torchs_operations(kind, shape, wants_scale, layout, residual, relu):
     """By Triton's interpreter (tests/conftest.py asks for it)."""
-    from vqa import modulate_triton
-
-    x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
-    keeps_bits = relu and (residual or not wants_scale)
-    gradient, recomputes = torch.randn_like(x), relu and not keeps_bits
-    results = []
-    for implementation in (modulate_triton, modulate_eager):
-        y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)
-        saved = (x if wants_scale else None, scale, shift if recomputes else None, bits)
-        results.append((y, *implementation.backward(gradient, *saved, relu, True, wants_scale, True, residual)))
-    # set B's interpreter truncates where it casts to bfloat16
+    case = (shape, kind, layout, residual, relu, wants_scale)
+    found, expected = (
+        results_of(implementation, *case) for implementation in (import_module("vqa.modulate_triton"), modulate_eager)
+    )
+    # the interpreter truncates where it casts to bfloat16
     close = {"rtol": 1e-2, "atol": 1e-2} if kind == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    for found, expected in zip(*results, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            torch.testing.assert_close(found, expected, **close)
+    assert_same(found, expected, **close)
+
+
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("wants_scale", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cpus_kernels_equal_torchs_operations(kernel, shape, wants_scale, layout, residual, relu):
+    case = (shape, torch.float32, layout, residual, relu, wants_scale)
+    found, expected = results_of(kernel, *case), results_of(modulate_eager, *case)
+    # sums of a thousand positions
+    assert_same(found, expected, rtol=1e-4, atol=1e-3)
+    assert found[0].stride() == expected[0].stride()
+
+
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+def test_the_cpus_kernels_give_the_same_bits_by_one_thread_as_by_two_and_again(kernel, layout, residual, relu):
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            found.append(results_of(kernel, SHAPES[-1], torch.float32, layout, residual, relu, True))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(found[0], found[1], rtol=0, atol=0)
+    assert_same(found[1], found[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("fused", [True, "eager"])
+def test_what_is_not_finite_passes_as_through_torchs_own_operations(fused, layout, residual, relu):
+    parts = inputs((2, 9, 3, 3), layout, residual, torch.float32)
+    with torch.no_grad():
+        for place, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+            parts[0][0, place, 0, 1] = value
+            if residual:
+                parts[3][1, place, 1, 2] = value
+    asked, found = [part for part in parts if part is not None], []
+    for way in (fused, False):
+        y = modulate(*parts, relu=relu, fused=way)
+        found.append((y, *torch.autograd.grad(y.sum(), asked)))
+    assert found[0][0].isnan().any()
+    assert_same(*found, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_an_empty_map_has_an_empty_result(shape):
+    x, scale, shift, other = inputs(shape, NCHW, True, torch.float32)
+    y = modulate(x, scale, shift, other, relu=True)
+    assert y.shape == shape
+    of_x, of_scale = torch.autograd.grad(y.sum(), (x, scale))
+    assert of_x.shape == shape
+    assert not of_scale.any()
+
+
+def test_float32_on_a_cpu_goes_through_the_kernels_unless_told_otherwise(kernel, monkeypatch):
+    x, scale, shift, _ = inputs((2, 4, 3, 3), CL, False, torch.float32)
+    called = []
+    forward = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *parts: called.append(1) or forward(*parts))
+    for of, fused, times in ((x, True, 1), (x, "eager", 1), (x, False, 1), (x.double(), True, 1), (x, True, 2)):
+        modulate(of, scale, shift, fused=fused)
+        assert len(called) == times
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("no-such-compiler", "no-such-compiler"), ("false", "non-zero exit")])
+def test_without_a_compiler_torchs_operations_do_and_it_is_said_once(monkeypatch, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    modulate_cpu._library.cache_clear()
+    try:
+        parts = inputs((2, 4, 3, 3), CL, True, torch.float32)
+        with pytest.warns(UserWarning, match=f"without the C\\+\\+ kernel.*{reason}"):
+            y = modulate(*parts, relu=True)
+        with warnings.catch_warnings(action="error"):
+            assert torch.equal(y, modulate(*parts, relu=True, fused="eager"))
+            assert torch.equal(y, modulate(*parts, relu=True))
+    finally:
+        modulate_cpu._library.cache_clear()
+
+
+def test_processes_that_compile_at_once_leave_one_complete_library(monkeypatch, tmp_path):
+    slow = tmp_path / "compiler"
+    slow.write_text('while [ "$1" != -o ]; do [ "$1" = -dM ] && exit; shift; done; sleep 0.2; echo begun > "$2"\n')
+    monkeypatch.setenv("CXX", f"sh {slow}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: modulate_cpu._built(), range(2))
+    assert one == other
+    assert list(one.parent.iterdir()) == [one]
+    written = one.stat().st_mtime_ns
+    assert modulate_cpu._built().stat().st_mtime_ns == written
+    monkeypatch.setenv("CXX", f"sh {slow} -g")
+    assert modulate_cpu._built() != one

@@ -36,6 +36,7 @@ def slow(tiny, tmp_path_factory):
     [
         [],
         *([word for word in SLOW if word != left_out] for left_out in SLOW),
+        ["speed.fused=eager"],
         [*SLOW, "speed.recompute=[3,4]"],
         [*SLOW, "train.accumulate=3"],
         [*SLOW[:1], *SLOW[3:], "train.accumulate=3"],

@@ -15,17 +15,19 @@ Legend: B samples, C channels, H and W map size.
 import importlib.util
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vqa import modulate_eager
+from vqa import modulate_cpu, modulate_eager
+
+Fused = bool | Literal["eager"]
 
 
 def modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, relu: bool = False, fused: bool = True
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, relu: bool = False, fused: Fused = True
 ) -> Tensor:
     """y = act(scale · x + shift (+ residual)).
 
@@ -35,7 +37,8 @@ def modulate(
             that is finer).
         residual: what is added before the ReLU, [B, C, H, W].
         relu: whether there is a ReLU.
-        fused: False for torch's own operations and their gradients: the same up to rounding, with more memory.
+        fused: False for torch's own operations and their gradients: the same up to rounding, with more memory; `eager`
+            for no kernel but torch's operations with as little memory.
 
     Raises:
         ValueError: a shape does not fit.
@@ -46,9 +49,9 @@ def modulate(
         raise ValueError(f"a map [B, C, H, W] takes a scale and a shift [B, C]; got {', '.join(map(str, shapes))}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
-    if not fused or torch.compiler.is_compiling():  # a compiler fuses by itself
+    if not fused or not x.numel() or torch.compiler.is_compiling():  # a compiler fuses by itself
         return _composed(x, scale, shift, residual, relu)
-    return _Modulate.apply(x, scale.expand(len(x), -1), shift.expand(len(x), -1), residual, relu)
+    return _Modulate.apply(x, scale.expand(len(x), -1), shift.expand(len(x), -1), residual, relu, fused == "eager")
 
 
 def _composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -60,7 +63,9 @@ def _composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, 
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, eager: bool
+    ) -> Tensor:
         ctx.layout = _layout(x)
         x, residual = (None if part is None else part.contiguous(memory_format=ctx.layout) for part in (x, residual))
         scale, shift = scale.contiguous(), shift.contiguous()
@@ -68,7 +73,8 @@ class _Modulate(torch.autograd.Function):
         wants_x, wants_scale, _, _ = ctx.wants
         keeps_bits = relu and any(ctx.wants) and (residual is not None or not wants_scale)
         recomputes = relu and any(ctx.wants) and not keeps_bits
-        y, bits = _implementation(x).forward(x, scale, shift, residual, relu, keeps_bits)
+        ctx.by = modulate_eager if eager else _implementation(x, scale, shift, residual)
+        y, bits = ctx.by.forward(x, scale, shift, residual, relu, keeps_bits)
         ctx.save_for_backward(
             x if wants_scale else None,
             scale if wants_x or recomputes else None,
@@ -81,7 +87,7 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.contiguous(memory_format=ctx.layout)
-        return *_implementation(gradient).backward(gradient, *ctx.saved_tensors, ctx.relu, *ctx.wants), None
+        return *ctx.by.backward(gradient, *ctx.saved_tensors, ctx.relu, *ctx.wants), None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -89,13 +95,15 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _implementation(x: Tensor) -> ModuleType:
-    """Triton's kernels on a CUDA device, torch's operations everywhere else; both have `forward` and `backward`."""
+def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
+    """What has `forward` and `backward` for such tensors: kernels where there are some (Triton's on a CUDA device, C++
+    on a CPU), torch's operations everywhere else.
+    """
     if x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton():
         from vqa import modulate_triton
 
         return modulate_triton
-    return modulate_eager
+    return modulate_cpu if modulate_cpu.can(x, *others) else modulate_eager
 
 
 @cache

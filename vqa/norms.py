@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from vqa.modulate import modulate
+from vqa.modulate import Fused, modulate
 
 
 class Modulation(NamedTuple):
@@ -42,7 +42,7 @@ def modulated_norm(
     residual: Tensor | None = None,
     *,
     relu: bool = False,
-    fused: bool = True,
+    fused: Fused = True,
 ) -> Tensor:
     """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ), and then act(y + residual).
 
@@ -84,7 +84,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     """
 
     synchronised = False
-    fused = True  # as `modulate`
+    fused: Fused = True  # as `modulate`
 
     def forward(
         self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
@@ -158,7 +158,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
     (over channels, height and width) with one. The statistics are the sample's own, in training and evaluation.
     """
 
-    fused = True  # as `modulate`
+    fused: Fused = True  # as `modulate`
 
     def forward(
         self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
+from vqa.modulate import Fused
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
 from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
@@ -49,7 +50,7 @@ class ModulatedResNet(nn.Module):
         shortcuts: bool = False,
         statistics: Statistics = "population",
         normaliser: Normaliser = "batch",
-        fused: bool = True,
+        fused: Fused = True,
         recompute: Sequence[int] = (),
     ) -> None:
         """
@@ -63,7 +64,8 @@ class ModulatedResNet(nn.Module):
             normaliser: what the conditioned norms are; all but `batch` take a sample's own statistics and keep only the
                 pretrained γ and β.
             fused: norm, shortcut and ReLU as one operation whose backward pass saves the least, and convolutions that
-                save no input (`modulate`, `Convolution`); False: torch's own operations, equal up to rounding.
+                save no input (`modulate`, `Convolution`); False: torch's own operations, equal up to rounding; `eager`:
+                as True, without kernels.
             recompute: stages whose inner maps are not kept for the backward pass but computed again there (gradient
                 checkpointing, Chen et al. 2016).
 

@@ -118,7 +118,7 @@ class TrainSettings(_Section):
 class SpeedSettings(_Section):
     """What makes training faster or smaller and, up to rounding, changes nothing else."""
 
-    fused: bool
+    fused: bool | Literal["eager"]
     share_images: bool
     channels_last: bool
     recompute: list[Literal[1, 2, 3, 4]]

@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data.errors import InputError
+from data.interruption import Interrupted, listen
 
 if TYPE_CHECKING:
     from experiments.suite import Suite
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
 RESULTS = Path(__file__).parent / "experiments" / "results"
 README = Path(__file__).parent / "README.md"
+GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -310,17 +314,36 @@ def _natural(text: str) -> int:
 
 
 def main() -> int:
-    """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong."""
+    """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 130 or 143 after a signal."""
     try:
+        listen()
         arguments = _parser().parse_args()
         arguments.function(arguments)
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on (`train` with --resume)", file=sys.stderr)
-        return 130
+        return _failed(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
+    except KeyboardInterrupt as interrupted:
+        print(_how_to_go_on(sys.argv[1:]), file=sys.stderr)
+        return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130
     return 0
+
+
+def _failed(why: object) -> int:
+    with suppress(OSError):  # where the log is on a full disk, too
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _how_to_go_on(words: Sequence[str]) -> str:
+    command, *rest = words or [""]
+    if command == "train" and "--resume" not in rest:
+        rest.append("--resume")
+    does = "goes on" if command in GOING_ON else "begins again"
+    return f"interrupted; {shlex.join([command, *rest])} {does}"
 
 
 if __name__ == "__main__":

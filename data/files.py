@@ -1,28 +1,59 @@
 """Files written whole or not at all, and read with errors that name them."""
 
-import fcntl
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; it takes the place of `path` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Gives a path beside `path` to write to; it takes the place of `path` only when the block ends well.
+
+    Raises:
+        InputError: as `naming_write_errors`; `path` is as it was.
+    """
     aside = path.with_name(f".{path.name}.unfinished")  # one name, so that a killed run leaves at most one behind
+    with naming_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            _sync(aside)
+            aside.replace(path)
+            with suppress(OSError):  # some disks cannot; the file has its name by now
+                _sync(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_write_errors(path: Path) -> Iterator[None]:
+    """Names the file that is written in the block where the system does not let it.
+
+    Raises:
+        InputError: the disk is full, fails or is read-only, or the like.
+    """
     try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else f"{error!s:.100}"
+        remedy = "; make space and run the same command again" if error.errno in _FULL else ""
+        raise InputError(f"{path}: cannot be written ({reason}){remedy}") from None
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,16 +85,3 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: {str(error).split(';')[0]}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be a question file") from None
-
-
-@contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Holds a lock file: another process that asks for it waits until this one has ended, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{lock}: held by another process; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

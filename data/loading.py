@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.errors import InputError
 from data.images import decode_image
 from data.table import QuestionTable
 from data.tokenizer import PAD_ID
+from data.workers import WorkerContext
 
 
 class Batch(NamedTuple):
@@ -169,11 +171,22 @@ def make_loader(
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        # forked workers would inherit the threads' locks of torch and h5py
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context=WorkerContext() if workers else None,
         # a generator of its own: making an iterator draws a number, which must not move the one of dropout
         generator=torch.Generator(),
     )
+
+
+def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader.
+
+    Raises:
+        InputError: an image is missing, damaged or cannot be read; one line, also from a worker process.
+    """
+    try:
+        yield from batches
+    except InputError as error:  # from a worker process it comes with that process's traceback as its text
+        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:

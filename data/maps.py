@@ -2,10 +2,12 @@
 
     /       attributes: identity (JSON: of what data, by what network), complete
     maps    float16 [N, H, W, C], channels last as convolutions read them
+    crc32   uint32 [N]
     filled  bool [N]
 
 A row is marked in `filled` only after it was flushed to the disk, and the file (`NAME.partial` until then) takes its
-name when every row is filled: a killed run loses what was not flushed, and nothing half-written is taken for whole.
+name when every row is filled: a killed run loses what was not flushed, and nothing half-written is taken for whole. A
+row that is read is verified by its checksum; files that were made before there were checksums are read as they are.
 """
 
 import json
@@ -17,9 +19,11 @@ import h5py
 import numpy as np
 
 from data.errors import InputError
-from data.files import held
+from data.files import naming_write_errors, written_whole
+from data.locks import held
 from data.progress import progress
-from data.store import H5Rows, opened_for_writing, partial_path, to_disk
+from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_rows, to_disk, write_rows
+from data.store import partial_path
 
 _BATCH = 64  # pictures encoded at once
 _BATCHES_A_FLUSH = 16
@@ -37,9 +41,11 @@ def cached_maps(
         encode: the maps of some rows, [B, H, W, C].
 
     Raises:
-        InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.
+        InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision,
+            or the disk is full.
     """
-    with held(path.with_name(f".{path.name}.lock")):  # several runs may need it at once: one makes it, the others wait
+    # several runs may need it at once: one makes it, the others wait
+    with held(path.with_name(f".{path.name}.lock"), path, wait=True):
         if not path.exists():
             _make(path, identity, count, encode)
     try:
@@ -47,19 +53,23 @@ def cached_maps(
             _check(path, file, identity)
     except OSError as error:
         raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100}); remove it") from None
-    return H5Rows(path, "maps")
+    return H5Rows(path, "maps", "remove it; it is made again")
 
 
 def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:
     partial = partial_path(path)
     if not partial.exists():
         _begin(partial, identity, count, encode([0])[0].shape)
-    with opened_for_writing(partial) as file:
+    with opened_for_filling(partial) as file:
         _check(partial, file, identity)
+        if "crc32" not in file:
+            raise InputError(f"{partial}: begun before there were checksums; remove it")
         _fill(file, encode, path.name)
-        file.attrs["complete"] = True
-        to_disk(file)
-    partial.replace(path)
+        with naming_write_errors(partial):
+            file.attrs.modify("complete", True)
+            to_disk(file)
+    with naming_write_errors(path):
+        partial.replace(path)
 
 
 def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
@@ -71,33 +81,25 @@ def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
 
 
 def _begin(partial: Path, identity: dict[str, Any], count: int, shape: tuple[int, ...]) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    aside = partial.with_name(f".{partial.name}.unfinished")
-    try:
-        with h5py.File(aside, "w") as file:
-            file.attrs.update(identity=json.dumps(identity), complete=False)
-            file.create_dataset("filled", data=np.zeros(count, bool))
-            file.create_dataset("maps", (count, *shape), np.float16, fill_time="never")
-            to_disk(file)
-        aside.replace(partial)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(partial) as aside, h5py.File(aside, "w", libver=LAYOUT) as file:
+        file.attrs.update(identity=json.dumps(identity), complete=False)
+        reserve_rows(file, "maps", (count, *shape), np.float16)
 
 
 def _fill(file: h5py.File, encode: Callable[[Sequence[int]], np.ndarray], name: str) -> None:
     pending = np.flatnonzero(~file["filled"][:])
     batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
     unmarked: list[int] = []
-    for number, rows in enumerate(progress(batches, len(batches), name), 1):
-        with np.errstate(over="ignore"):  # said below
-            maps = encode(rows.tolist()).astype(np.float16)
-        if not np.isfinite(maps).all():
-            raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
-        for row, map_ in zip(rows, maps, strict=True):
-            file["maps"][row] = map_
-        unmarked += rows.tolist()
-        if number % _BATCHES_A_FLUSH == 0 or number == len(batches):
-            to_disk(file)
-            file["filled"][unmarked] = True
-            to_disk(file)
-            unmarked = []
+    try:
+        for rows in progress(batches, len(batches), name):
+            with np.errstate(over="ignore"):  # said below
+                maps = encode(rows.tolist()).astype(np.float16)
+            if not np.isfinite(maps).all():
+                raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
+            write_rows(file, "maps", rows.tolist(), maps)
+            unmarked += rows.tolist()
+            if len(unmarked) >= _BATCH * _BATCHES_A_FLUSH:
+                mark_rows(file, "maps", unmarked)
+                unmarked = []
+    finally:  # also when a signal ends it
+        mark_rows(file, "maps", unmarked)

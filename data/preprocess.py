@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
@@ -21,10 +20,12 @@ from data import store
 from data.answers import answer_vocabulary
 from data.errors import InputError
 from data.images import IMAGENET_MEAN, decode_image
+from data.locks import held
 from data.progress import progress
 from data.table import question_table
 from data.tokenizer import train_tokenizer
 from data.vqa_files import Question, SplitFiles, read_questions
+from data.workers import WorkerContext
 
 TRAINING_SPLIT = "train"
 _CHUNK = 32  # images a task: large enough to hide the cost of handing them over
@@ -54,7 +55,8 @@ def preprocess(
         processes: decoding processes.
 
     Raises:
-        InputError: a source is missing or malformed, `path` was made otherwise, or images are bad and not skipped.
+        InputError: a source is missing or malformed, `path` was made otherwise or is being made by another process,
+            images are bad and not skipped, or the disk is full.
     """
     if TRAINING_SPLIT not in splits:
         raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
@@ -64,15 +66,16 @@ def preprocess(
         _check_same(path, store.Store(path).provenance, provenance)
         print(f"{path}: complete, nothing to do")
         return
-    partial = store.partial_path(path)
-    if partial.exists():
-        _check_same(partial, store.read_provenance(partial), provenance)
-    else:
-        _begin(partial, splits, provenance, settings)
-    bad = _decode_images(partial, image_size, processes)
-    if bad:
-        _settle_bad_images(partial, bad, image_size, skip_bad_images)
-    store.finish(partial, path)
+    with held(path.with_name(f".{path.name}.lock"), path):
+        partial = store.partial_path(path)
+        if partial.exists():
+            _check_same(partial, store.read_provenance(partial), provenance)
+        else:
+            _begin(partial, splits, provenance, settings)
+        bad = _decode_images(partial, image_size, processes)
+        if bad:
+            _settle_bad_images(partial, bad, image_size, skip_bad_images)
+        store.finish(partial, path)
     print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -168,16 +171,18 @@ def _decode_images(partial: Path, image_size: int, processes: int) -> dict[int, 
         rows: list[int] = []
         pixels: list[np.ndarray] = []
         decoded = _decoded([(row, names[row]) for row in pending], image_size, processes)
-        for row, image in progress(decoded, total, "images", done=total - len(pending)):
-            if isinstance(image, str):
-                bad[row] = image
-                continue
-            rows.append(row)
-            pixels.append(image)
-            if len(rows) == _CHUNK * _CHUNKS_A_FLUSH:
-                store.fill(file, rows, pixels)
-                rows, pixels = [], []
-        store.fill(file, rows, pixels)
+        try:
+            for row, image in progress(decoded, total, "images", done=total - len(pending)):
+                if isinstance(image, str):
+                    bad[row] = image
+                    continue
+                rows.append(row)
+                pixels.append(image)
+                if len(rows) == _CHUNK * _CHUNKS_A_FLUSH:
+                    store.fill(file, rows, pixels)
+                    rows, pixels = [], []
+        finally:  # also when a signal ends it
+            store.fill(file, rows[: len(pixels)], pixels)
     return bad
 
 
@@ -188,8 +193,7 @@ def _decoded(files: list[tuple[int, str]], size: int, processes: int) -> Iterato
         for chunk in chunks:
             yield from _decode_chunk(chunk, size)
         return
-    # spawned, not forked: the h5 file is open here
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
         flying: list[Future] = [pool.submit(_decode_chunk, chunk, size) for chunk in islice(chunks, 2 * processes)]
         while flying:
             yield from flying.pop(0).result()

@@ -1,18 +1,23 @@
 """The h5 file of a dataset at one image size: what is in it, how it is written safely and read back.
 
-    /                attributes: format, version, complete, provenance (JSON), image_size, tokenizer (JSON)
-    /images          pixels uint8 [N, S, S, 3], filled bool [N], usable bool [N], id int64 [N], file text [N]
+    /                attributes: format, version, complete, provenance (JSON), image_size, digest
+    /tokenizer       text (JSON)
+    /images          pixels uint8 [N, S, S, 3], crc32 uint32 [N], filled bool [N], usable bool [N], id int64 [N],
+                     file text [N]
     /answers         vocabulary text [A]: the answer classes, most common first
-    /splits/NAME     the arrays of a `data.table.QuestionTable`, by the same names
+    /splits/NAME     the arrays of a `data.table.QuestionTable`, by the same names; attribute: digest of them
 
 Work is done in `NAME.h5.partial`. A row of `pixels` is marked in `filled` only after it was flushed to the disk, so a
 killed run loses at most the rows of one flush; the file takes its final name when every row is filled.
+
+What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
+Files of version 1 have neither; they are read as they are.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.errors import InputError
+from data.files import naming_write_errors, written_whole
+from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_rows, set_rows, to_disk, write_rows
 from data.table import QuestionTable
 
-FORMAT, VERSION = "modern-vqa", 1
+FORMAT, VERSION = "modern-vqa", 2
+_READ = (1, 2)  # versions; the first has no checksums
 _ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")
 _TEXTS = ("texts", "question_types", "answer_types", "spellings")
 _TEXT = h5py.string_dtype("utf-8")
+_NO_DIGEST = "0" * 64  # until the file is complete
 
 
 def partial_path(path: Path) -> Path:
@@ -45,58 +54,50 @@ def create(
     vocabulary: Sequence[str],
     splits: Mapping[str, QuestionTable],
 ) -> None:
-    """Writes a partial file at `path` with everything but the pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.unfinished")
+    """Writes a partial file at `path` with everything but the pixels.
+
+    Raises:
+        InputError: the disk is full, or fails.
+    """
     count = len(image_ids)
-    try:
-        with h5py.File(aside, "w") as file:
-            file.attrs.update(format=FORMAT, version=VERSION, complete=False, image_size=image_size)
-            file.attrs["provenance"] = json.dumps(provenance)
-            # over 64 KiB does not fit into an attribute
-            file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
-            images = file.create_group("images")
-            images.create_dataset("id", data=np.array(image_ids, np.int64))
-            images.create_dataset("file", data=list(image_files), dtype=_TEXT)
-            images.create_dataset("filled", data=np.zeros(count, bool))
-            images.create_dataset("usable", data=np.ones(count, bool))
-            # contiguous: one row is one read, and nothing is written before its pixels are
-            images.create_dataset("pixels", (count, image_size, image_size, 3), np.uint8, fill_time="never")
-            file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
-            for name, table in splits.items():
-                group = file.create_group(f"splits/{name}")
-                for array in _ARRAYS:
-                    group.create_dataset(array, data=getattr(table, array))
-                for text in _TEXTS:
-                    group.create_dataset(
-                        text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),)
-                    )
-            to_disk(file)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path) as aside, h5py.File(aside, "w", libver=LAYOUT) as file:
+        file.attrs.update(format=FORMAT, version=VERSION, complete=False, image_size=image_size)
+        file.attrs["provenance"] = json.dumps(provenance)
+        file.attrs["digest"] = np.bytes_(_NO_DIGEST)
+        # over 64 KiB does not fit into an attribute
+        file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
+        images = file.create_group("images")
+        images.create_dataset("id", data=np.array(image_ids, np.int64))
+        images.create_dataset("file", data=list(image_files), dtype=_TEXT)
+        images.create_dataset("usable", data=np.ones(count, bool))
+        file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
+        for name, table in splits.items():
+            group = file.create_group(f"splits/{name}")
+            for array in _ARRAYS:
+                group.create_dataset(array, data=getattr(table, array))
+            for text in _TEXTS:
+                group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
+            group.attrs["digest"] = np.bytes_(_digest_of_table(table))
+        # the last, so that what is above is close together
+        reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
 
 
 def fill(file: h5py.File, rows: Sequence[int], pixels: Iterable[np.ndarray], usable: bool = True) -> None:
-    """Writes images uint8 [S, S, 3] into rows, and marks them only once they are on the disk."""
-    images = file["images"]
-    for row, image in zip(rows, pixels, strict=True):
-        images["pixels"][row] = image
-    to_disk(file)
-    for row in rows:
-        images["usable"][row] = usable
-        images["filled"][row] = True
-    to_disk(file)
+    """Writes images uint8 [S, S, 3] into rows, and marks them only once they are on the disk.
+
+    Raises:
+        InputError: the disk is full, or fails; the rows are not marked then.
+    """
+    write_rows(file, "images/pixels", rows, pixels)
+    if not usable:
+        set_rows(file, "images/usable", rows, np.zeros(len(rows), bool))
+    mark_rows(file, "images/pixels", rows)
 
 
 def opened_for_writing(partial: Path) -> h5py.File:
-    """A partial file to fill. Raises InputError if another process holds it, or it is damaged."""
-    try:
-        return h5py.File(partial, "r+")
-    except BlockingIOError:
-        raise InputError(f"{partial}: another process is working on it") from None
-    except OSError as error:
-        raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
+    """A partial file to fill. Raises InputError if another process holds it, it is damaged, or of another version."""
+    _opened(partial, versions=(VERSION,)).close()
+    return opened_for_filling(partial)
 
 
 def finish(partial: Path, path: Path) -> None:
@@ -105,17 +106,21 @@ def finish(partial: Path, path: Path) -> None:
     Raises:
         RuntimeError: a row was never filled.
     """
-    with opened_for_writing(partial) as file:
+    with opened_for_writing(partial) as file, naming_write_errors(partial):
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
-        file.attrs["complete"] = True
+        # changed in place: nothing in the file moves
+        file.attrs.modify("digest", np.bytes_(_digest_of(file)))
         to_disk(file)
-    partial.replace(path)
+        file.attrs.modify("complete", True)
+        to_disk(file)
+    with naming_write_errors(path):
+        partial.replace(path)
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """Where a file (partial or complete) came from. Raises InputError if it is none of ours or of another version."""
-    with _opened(path) as file:
+    with _opened(path) as file, _damage_named(path):
         return json.loads(file.attrs["provenance"])
 
 
@@ -126,13 +131,13 @@ class Store:
         """Reads what is small.
 
         Raises:
-            InputError: the file is missing, unreadable, of another version, or not complete.
+            InputError: the file is missing, unreadable, damaged, of another version, or not complete.
         """
         if not path.exists() and partial_path(path).exists():
             raise InputError(
                 f"{path}: preprocessing is not finished; run `preprocess` again, it goes on where it stopped"
             )
-        with _opened(path) as file:
+        with _opened(path) as file, _damage_named(path):
             if not file.attrs["complete"]:
                 raise InputError(f"{path}: not complete; run `preprocess` again")
             self.path = path
@@ -142,6 +147,8 @@ class Store:
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
             self.usable: np.ndarray = file["images/usable"][:]
             self.splits = list(file["splits"])
+            if file.attrs["version"] > 1 and file.attrs["digest"].decode() != _digest_of(file):
+                raise ValueError("its digest is another")
 
     @property
     def identity(self) -> str:
@@ -153,59 +160,71 @@ class Store:
         """The questions of a split.
 
         Raises:
-            InputError: the file has no such split.
+            InputError: the file has no such split, or is damaged.
         """
         if split not in self.splits:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
-        with _opened(self.path) as file:
+        with _opened(self.path) as file, _damage_named(self.path):
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
-        return QuestionTable(**arrays, **texts)
-
-
-class H5Rows:
-    """Random access to the rows of an array in an h5 file; safe to hand to worker processes."""
-
-    def __init__(self, path: Path, array: str) -> None:
-        self.path, self.array = path, array
-        self._process = -1
-        self._file: h5py.File | None = None
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        """One row."""
-        if self._process != os.getpid():  # a handle inherited through a fork would share its file position
-            self._file = h5py.File(self.path, "r", locking=False)
-            self._rows = self._file[self.array]
-            self._process = os.getpid()
-        return self._rows[row]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "array": self.array, "_process": -1, "_file": None}
+            table = QuestionTable(**arrays, **texts)
+            if file.attrs["version"] > 1 and group.attrs["digest"].decode() != _digest_of_table(table):
+                raise ValueError(f"the digest of split {split!r} is another")
+        return table
 
 
 class H5Images(H5Rows):
     """The images of a store: uint8 [S, S, 3] each."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "images/pixels")
+        super().__init__(path, "images/pixels", "remove it and run `preprocess` again")
 
 
-def _opened(path: Path) -> h5py.File:
+def _opened(path: Path, versions: Sequence[int] = _READ) -> h5py.File:
     if not path.is_file():
         raise InputError(f"{path}: no such file; `preprocess` makes it")
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100})") from None
-    if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
-        found = f"{file.attrs.get('format', 'another program')!s} version {file.attrs.get('version', '?')}"
+    with _damage_named(path):
+        made = file.attrs.get("format", "another program"), file.attrs.get("version", "?")
+    if made[0] != FORMAT or made[1] not in versions:
+        found = f"{made[0]!s} version {made[1]}"
         file.close()
         raise InputError(f"{path}: made by {found}, this code reads {FORMAT} version {VERSION}; preprocess again")
     return file
 
 
-def to_disk(file: h5py.File) -> None:
-    """Waits until everything written is on the disk."""
-    file.flush()
-    os.fsync(file.id.get_vfd_handle())
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # h5py and what reads texts raise errors of many kinds on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged ({reason:.100}); remove it and run `preprocess` again") from None
+
+
+def _digest_of(file: h5py.File) -> str:
+    """Of all that a model learns from; of the pixels it takes their checksums, of the tables their digests."""
+    digest = hashlib.sha256()
+    digest.update(f"{file.attrs['image_size']} {file.attrs['provenance']}".encode())
+    digest.update(json.dumps([file["tokenizer"].asstr()[()], *file["answers/vocabulary"].asstr()[:]]).encode())
+    for name in ("crc32", "usable", "filled"):
+        digest.update(file[f"images/{name}"][:].tobytes())
+    for name in sorted(file["splits"]):
+        digest.update(name.encode() + file[f"splits/{name}"].attrs["digest"])
+    return digest.hexdigest()
+
+
+def _digest_of_table(table: QuestionTable) -> str:
+    digest = hashlib.sha256()
+    for name in _ARRAYS:
+        array = np.ascontiguousarray(getattr(table, name))
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    for name in _TEXTS:
+        digest.update(json.dumps([name, *getattr(table, name)]).encode())
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from data.files import read_json, write_json
 from data.progress import progress
 from data.scene_questions import MAX_QUESTIONS, SceneQuestion
 from data.scenes import LOOKS, draw_scene
+from data.workers import WorkerContext
 from data.worlds import WORLDS
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
@@ -93,8 +93,7 @@ def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Ite
     if processes == 1:
         yield from map(make, indices)
         return
-    # Spawned, not forked: the caller may run threads (torch's), which a fork would leave locked.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
         yield from pool.map(make, indices, chunksize=50)
 
 

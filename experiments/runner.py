@@ -7,13 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.errors import InputError
-from data.files import held, read_json
+from data.files import naming_write_errors, read_json
+from data.interruption import Interrupted, held_back
+from data.locks import held
+from data.workers import deaf_children
 from experiments.preparation import prepare
 from experiments.suite import Run, Suite, Test
 from vqa.evaluate import evaluate
@@ -91,13 +95,13 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
     if job.is_finished(runs, suite.tests):
         print(f"{folder}: finished, nothing to do")
         return
-    with held(runs / "experiments" / ".lock"):
+    with held(runs / "experiments" / ".lock", "data and backbones", wait=True):
         prepare(job.settings)
         for test in suite.tests:
             if test.words:
                 words = (*job.run.words, *suite.words, *test.words)
                 prepare(load_settings(suite.recipe, words, where=suite.file))
-    with held(folder / ".lock"):
+    with held(folder / ".lock", folder, wait=True):
         if not RunDirectory(folder).checkpoint.exists():
             _remove_results(folder)
         train(job.settings, resume=True, runs=runs)
@@ -130,58 +134,90 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
 
     Returns:
         How many failed, and where the first one's log is; None if none did.
+
+    Raises:
+        InputError: another process runs this suite.
+        Interrupted: by a signal, when the runs have saved what they did and ended.
     """
-    missing = missing_jobs(suite, runs)
-    count = len(jobs_of(suite))
-    print(f"{suite.name}: {count} runs, {count - len(missing)} of them finished", flush=True)
-    failed = []
-    for number, (job, code, seconds) in enumerate(_run_all(suite, missing, runs, at_once), 1):
-        said = _last_line(job.folder(runs) / "log.txt")
-        if code == 0:
-            scores = [read_json(folder_of(job.folder(runs), test) / "metrics_val.json") for test in suite.tests]
-            said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
-        else:
-            failed.append(job)
-            said = f"killed by signal {-code}" if code < 0 else said
-        print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
+    with held(runs / "experiments" / f".{suite.report_name}.lock", f"suite {suite.report_name}"):
+        missing = missing_jobs(suite, runs)
+        count = len(jobs_of(suite))
+        print(f"{suite.name}: {count} runs, {count - len(missing)} of them finished", flush=True)
+        failed = []
+        with closing(_run_all(suite, missing, runs, at_once)) as ended:
+            for number, (job, failure, seconds) in enumerate(ended, 1):
+                said = failure
+                if failure is None:
+                    scores = [read_json(folder_of(job.folder(runs), test) / "metrics_val.json") for test in suite.tests]
+                    said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
+                else:
+                    failed.append(job)
+                print(f"{number}/{len(missing)}  {job.name}: {said}  ({seconds:.0f} s)", flush=True)
     if failed:
         return f"{len(failed)} of {len(missing)} runs failed; see {failed[0].folder(runs) / 'log.txt'}"
     return None
 
 
-def _run_all(suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None) -> Iterator[tuple[Job, int, float]]:
-    """Starts jobs as places become free; gives each with its exit code and seconds when it ends."""
+def _run_all(
+    suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None
+) -> Iterator[tuple[Job, str | None, float]]:
+    """Starts jobs as places become free; gives each with why it failed, if it did, and its seconds when it ends."""
     on_cpu = all(job.settings.device == "cpu" for job in jobs)
     gpus = 0 if on_cpu else torch.cuda.device_count()
     count = at_once or gpus or (_cores_with_memory() if on_cpu else 1)
     threads = 1 if on_cpu else max((os.cpu_count() or 1) // count, 1)
     places = list(range(count))
     waiting, running = list(jobs), {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs below are ended, too
     try:
         while waiting or running:
             while waiting and places:
-                place, job = places.pop(0), waiting.pop(0)
-                process = _start(suite, job, runs, _surroundings(place, gpus, threads))
-                running[place] = (job, process, time.monotonic())
+                job = waiting.pop(0)
+                try:
+                    with held_back():  # else a signal might come before the new process is known here
+                        process = _start(suite, job, runs, _surroundings(places[0], gpus, threads))
+                        running[places.pop(0)] = (job, process, time.monotonic())
+                except InputError as error:  # a full disk
+                    yield job, f"error: {error}", 0.0
             time.sleep(0.2)
             for place, (job, process, begun) in list(running.items()):
                 if process.poll() is not None:
                     del running[place]
                     places.append(place)
-                    yield job, process.returncode, time.monotonic() - begun
+                    yield job, _failure(process.returncode, job.folder(runs)), time.monotonic() - begun
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
+        _end([process for _, process, _ in running.values()])
 
 
 def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> subprocess.Popen:
     log = job.folder(runs) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with naming_write_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("a")
+    with file, deaf_children(signal.SIGINT):  # Ctrl-C is answered here, and handed on as SIGTERM
         return subprocess.Popen(
             command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
         )
+
+
+def _failure(code: int, folder: Path) -> str | None:
+    """Why a job failed, by its exit code and the last line that it could write; None if it did not."""
+    if code <= 0:
+        return f"killed by signal {-code}" if code else None
+    said = _last_line(folder / "log.txt")
+    return said if said.startswith("error: ") else f"exit code {code}: {said}"
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Asks processes to save and end, and waits until they have; another Ctrl-C kills them."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except Interrupted as again:
+                if again.number == signal.SIGINT:
+                    process.kill()
 
 
 def command_of(suite: Suite, job: Job) -> list[str]:

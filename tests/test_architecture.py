@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 BELOW = {"data": {"data"}, "vqa": {"data", "vqa"}, "experiments": {"data", "vqa", "experiments"}}
 MODEL = (
     "backbone",
+    "verified",
     "norms",
     "modulate",
     "modulate_cpu",

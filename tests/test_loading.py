@@ -106,10 +106,6 @@ def test_a_handle_is_not_handed_to_another_process(dataset):
     copy = pickle.loads(pickle.dumps(images))
     assert copy._file is None
     assert np.array_equal(copy[0], images[0])
-    images._process = -5  # as after a fork
-    before = images._file
-    images[0]
-    assert images._file is not before
 
 
 def test_images_from_files_equal_those_of_the_h5(tiny, dataset):

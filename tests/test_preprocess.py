@@ -114,18 +114,18 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 KILLED_IN_A_FLUSH = """
 import os, sys
 from pathlib import Path
-from data import store
+from data import rows, store
 from data.preprocess import preprocess
 from data.vqa_files import SplitFiles
 import data.preprocess
 data.preprocess._CHUNKS_A_FLUSH = 1
-real, flushes = store.to_disk, []
+real, flushes = rows.to_disk, []
 def killed(file):
     flushes.append(1)
     if len(flushes) == int(sys.argv[2]):
         os.kill(os.getpid(), 9)
     real(file)
-store.to_disk = killed
+store.to_disk = rows.to_disk = killed
 folder = Path(sys.argv[1])
 images = str(folder / "train_{image_id:012d}.png")
 splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-import torch
 import torchvision
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from vqa.verified import load_tensors, read_safetensors
 
 
 def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
@@ -57,10 +58,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+            return read_safetensors(file)[0]
+        return load_tensors(file)
     except Exception as error:  # each format raises errors of its own kind on a broken file
         raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from None
 

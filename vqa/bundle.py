@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from data.errors import InputError
@@ -25,6 +24,7 @@ from vqa.build import build_model
 from vqa.model import VQAModel
 from vqa.recipes import load_saved
 from vqa.settings import Settings
+from vqa.verified import as_safetensors, read_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -55,9 +55,8 @@ def save_companions(
 
 def save_weights(folder: Path, model: VQAModel, training: dict[str, Any]) -> None:
     """Writes the weights, with `training` in their header, whole or not at all."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with written_whole(folder / WEIGHTS) as aside:
-        save_file(weights, aside, metadata={"training": json.dumps(training)})
+        aside.write_bytes(as_safetensors(model.state_dict(), {"training": json.dumps(training)}))
 
 
 def find_model(run: Path) -> Path:
@@ -93,9 +92,8 @@ def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
 
 def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            training = json.loads((opened.metadata() or {}).get("training", "{}"))
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        weights, said = read_safetensors(file)
+        training = json.loads(said.get("training", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
     try:

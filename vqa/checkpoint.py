@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.files import written_whole
+from vqa.verified import load_tensors
 
 
 @dataclass
@@ -53,29 +54,32 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint; `processes` holds each process's random state and loss sum, in order of rank, and `data` the
     identity of the h5 file.
+
+    Raises:
+        InputError: the disk is full, or fails; the checkpoint before this one is kept.
     """
-    with written_whole(file) as aside:
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "progress": asdict(progress),
-                "processes": processes,
-                "data": data,
-            },
-            aside,
-        )
+    saved = {
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "schedule": schedule.state_dict(),
+        "progress": asdict(progress),
+        "processes": processes,
+        "data": data,
+    }
+    with written_whole(file) as aside, aside.open("wb") as opened:
+        try:
+            torch.save(saved, opened)
+        except RuntimeError as error:  # torch's own, on the way out from one of the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Raises:
-        InputError: it is not one, or it is damaged.
+        InputError: it is not one, or it is damaged: not one flipped byte is trained on.
     """
     try:
-        # nothing but tensors and plain values is unpickled
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_tensors(file)
     except Exception as error:  # torch raises errors of several kinds on a damaged file
         raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]:.100})") from None

@@ -31,6 +31,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` holds in any process, the same in all of them."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor(int(value), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
 
 def this_process() -> Processes:
     """What torchrun says of this process; without torchrun it is alone."""

@@ -9,7 +9,8 @@ import torch
 
 from data.errors import InputError
 from data.files import write_json, written_whole
-from data.loading import Batch, FileImages, InOrderSampler, QuestionDataset, make_loader
+from data.loading import Batch, FileImages, InOrderSampler, QuestionDataset, make_loader, readable
+from data.locks import held
 from data.progress import progress
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, question_table
@@ -53,7 +54,8 @@ def evaluate(
         The scores; None for a split without annotations, of which only the results are written.
 
     Raises:
-        InputError: no model, no such split, no data, or a split that was trained on.
+        InputError: no model, no such split, no data, a split that was trained on, another process evaluates into
+            `out`, or the disk is full.
     """
     check_overrides(overrides)
     out = out or run
@@ -70,17 +72,24 @@ def evaluate(
         )
     data = split_data(bundle, settings, split)
     _tell_of_strangers(bundle, data.table, split)
-    answers = predict_answers(bundle, data, settings, device)
+    with held(out / f".{split}.lock", f"{out}, split {split!r}"):
+        answers = predict_answers(bundle, data, settings, device)
+        return _write_scores(out, split, data.table, answers, trained_on, per_question)
 
-    write_json(out / f"results_{split}.json", complete_results(data.table.ids.tolist(), answers), indent=None)
-    if not data.table.given.size:
+
+def _write_scores(
+    out: Path, split: str, table: QuestionTable, answers: Sequence[str], trained_on: Sequence[str], per_question: bool
+) -> Scores | None:
+    """Writes the files of `evaluate`, the metrics last: where they are, all is there."""
+    write_json(out / f"results_{split}.json", complete_results(table.ids.tolist(), answers), indent=None)
+    if not table.given.size:
         return None
-    accuracies = question_accuracies(answers, data.table)
+    accuracies = question_accuracies(answers, table)
     if per_question:
-        order = np.argsort(data.table.ids)
+        order = np.argsort(table.ids)
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
-            np.savez_compressed(file, ids=data.table.ids[order], accuracies=np.asarray(accuracies)[order])
-    scores = summary(accuracies, data.table)
+            np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(accuracies)[order])
+    scores = summary(accuracies, table)
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if split in trained_on:
         metrics["seen_in_training"] = True
@@ -172,10 +181,7 @@ def batches_in_order(data: QuestionDataset, settings: Settings, device: torch.de
         InputError: an image is missing or cannot be read.
     """
     sampler = InOrderSampler(data.table, settings.train.batch_size)
-    try:
-        yield from progress(make_loader(data, sampler, settings.workers, device), len(sampler), what)
-    except InputError as error:  # from a worker process it comes with that process's traceback as its text
-        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
+    yield from progress(readable(make_loader(data, sampler, settings.workers, device)), len(sampler), what)
 
 
 def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.resnet import ResNet
@@ -22,6 +21,7 @@ from data.progress import progress
 from data.worlds import WORLDS, draw_single_objects
 from vqa.backbone import build_resnet
 from vqa.engine import autocast
+from vqa.verified import as_safetensors
 
 
 def pretrain_backbone(
@@ -85,7 +85,8 @@ def pretrain_backbone(
             naming.train(images, epochs, batch_size)
         accuracy = naming.accuracy(range(images, images + held_out))
     with written_whole(file) as aside:
-        save_file(resnet.state_dict(), aside, {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})})
+        said = {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})}
+        aside.write_bytes(as_safetensors(resnet.state_dict(), said))
     return accuracy
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.files import read_json, write_json, write_text
+from data.files import naming_write_errors, read_json, write_json, write_text
 from vqa.recipes import load_saved
 from vqa.settings import Settings, different_keys
 
@@ -38,6 +38,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path.with_name(f".{path.name}.lock")  # beside it, since a run that is refused makes no directory
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
@@ -86,8 +87,11 @@ class RunDirectory:
         """Adds an epoch's line to `tensorboard/`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # opened an epoch at a time, so that a killed run leaves whole files
-        with SummaryWriter(self.tensorboard) as writer:
+        # opened an epoch at a time, so that a killed run leaves whole files; an epoch that is trained again counts once
+        with (
+            naming_write_errors(self.tensorboard),
+            SummaryWriter(self.tensorboard, purge_step=line["epoch"]) as writer,
+        ):
             for key in ("train_loss", "val_overall", "learning_rate"):
                 if line[key] is not None:
                     writer.add_scalar(key, line[key], line["epoch"])

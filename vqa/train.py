@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from data.errors import InputError
 from data.glove import read_glove
 from data.images import Preprocessing
-from data.loading import EpochSampler, InOrderSampler, QuestionDataset, make_loader
+from data.interruption import Interrupted, held_back, let_through, stop, waits
+from data.loading import EpochSampler, InOrderSampler, QuestionDataset, make_loader, readable
+from data.locks import held
 from data.progress import progress as shown
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
@@ -42,14 +45,21 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
         runs: where run directories are.
 
     Raises:
-        InputError: the data, the backbone or the run directory are not as the recipe needs them, or the loss is not
-            finite.
+        InputError: the data, the backbone or the run directory are not as the recipe needs them, another process
+            trains there, the loss is not finite, or the disk is full.
+        Interrupted: by a signal, after the step it came in, with a checkpoint of it.
     """
     run = RunDirectory(runs / settings.name)
     processes = this_process()
-    with together(processes, choose_device(settings.device, processes)):
+    with together(processes, choose_device(settings.device, processes)), ExitStack() as stack:
+        refusal = None
+        if processes.is_main:
+            try:
+                stack.enter_context(held(run.lock, run.path))
+            except InputError as error:
+                refusal = str(error)
         # Every process decides from what all of them see, and none writes before all have looked.
-        seen = processes.gather((run.refusal(settings, resume), run.checkpoint.exists()))
+        seen = processes.gather((refusal or run.refusal(settings, resume), run.checkpoint.exists()))
         if refusals := [refusal for refusal, _ in seen if refusal]:
             raise InputError(refusals[0])
         if len({exists for _, exists in seen}) > 1:
@@ -183,9 +193,18 @@ class Training:
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
             wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-        while not self.progress.finished:
-            self._train_epoch(wrapped)
-            self._end_epoch()
+        with held_back():  # a signal waits until what it may not cut in two is done
+            while not self.progress.finished:
+                self._train_epoch(wrapped)
+                self._end_epoch()
+                self._stop_if_asked()
+
+    def _stop_if_asked(self, save: bool = False) -> None:
+        """Ends the run where a signal waits in any process; `save` says that it is not saved yet."""
+        if self.processes.any(waits(), self.device):
+            if save:
+                self._save_checkpoint()
+            stop()
 
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
@@ -199,14 +218,17 @@ class Training:
             progress.loss_sum += loss
             progress.seconds = time.monotonic() - begun
             every = settings.train.checkpoint_every
-            if every and progress.step % every == 0 and progress.step < sampler.batches:
+            due = bool(every) and (progress.step % every == 0 or progress.step == sampler.batches)
+            if due:
                 self._save_checkpoint()
+            self._stop_if_asked(save=not due)
 
-        bar = shown(loader, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
+        batches = readable(loader)
+        bar = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         try:
             train_steps(
                 model,
-                bar if self.processes.is_main else loader,
+                bar if self.processes.is_main else batches,
                 see=self.seen,
                 loss=settings.train.loss,
                 precision=settings.precision,
@@ -253,7 +275,13 @@ class Training:
             "peak_memory_mib": peak_memory_mib(self.device),
         }
         if self.validation_set is not None:
-            scores = self._validate()
+            try:
+                with let_through():
+                    scores = self._validate()
+            except Interrupted:
+                if self.processes.world_size == 1:  # several have their last checkpoint
+                    self._save_checkpoint()
+                raise
             line |= {"val_overall": scores["overall"], "val_per_answer_type": scores["per_answer_type"]}
         progress.history.append(line)
         overall = line["val_overall"]
@@ -275,12 +303,12 @@ class Training:
     def _validate(self) -> Scores:
         data, processes = self.validation_set, self.processes
         sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
-        loader = make_loader(data, sampler, self.settings.workers, self.device)
-        bar = shown(loader, len(sampler), f"validation {self.progress.epoch}")
+        batches = readable(make_loader(data, sampler, self.settings.workers, self.device))
+        bar = shown(batches, len(sampler), f"validation {self.progress.epoch}")
         try:
             rows, classes = predict_classes(
                 self.model,
-                bar if processes.is_main else loader,
+                bar if processes.is_main else batches,
                 see=self.seen,
                 precision=self.settings.precision,
                 device=self.device,

@@ -1,0 +1,88 @@
+"""SIGINT (Ctrl-C) and SIGTERM: heard everywhere, held back where something is to be ended first."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+class _State:
+    held = 0  # blocks that hold signals back
+    waiting: int | None = None  # the signal that came meanwhile
+
+
+def listen() -> None:
+    """From here on a signal raises Interrupted; one that was ignored when the process began (nohup) still is."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _heard)
+
+
+def _heard(number: int, _frame: FrameType | None) -> None:
+    # A second Ctrl-C is impatience. A second SIGTERM is not: a process may get it from its group and from its parent.
+    if _State.held and (_State.waiting is None or number != signal.SIGINT):
+        _State.waiting = _State.waiting or number
+        return
+    raise Interrupted(number)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block a signal waits (ask `waits`); at its end it is raised. A second Ctrl-C does not wait.
+
+    Raises:
+        Interrupted: at the end of the block.
+    """
+    _State.held += 1
+    try:
+        yield
+    except BaseException:
+        _State.waiting = None  # it ends anyway
+        raise
+    finally:
+        _State.held -= 1
+    if waits() and not _State.held:
+        stop()
+
+
+@contextmanager
+def let_through() -> Iterator[None]:
+    """Within the block, inside one of `held_back`, a signal is raised at once.
+
+    Raises:
+        Interrupted: anywhere in the block.
+    """
+    held, _State.held = _State.held, 0
+    try:
+        if waits():
+            stop()
+        yield
+    finally:
+        _State.held = held
+
+
+def waits() -> bool:
+    """Whether a signal came that is held back."""
+    return _State.waiting is not None
+
+
+def stop() -> NoReturn:
+    """Raises the signal that waits; SIGTERM, if it came to another process of this run."""
+    number, _State.waiting = _State.waiting or signal.SIGTERM, None
+    raise Interrupted(number)

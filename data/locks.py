@@ -1,0 +1,75 @@
+"""Locks that say who holds them, and that vanish with the process, however it ends."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from data.errors import InputError
+from data.files import naming_write_errors
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network disks
+
+
+@contextmanager
+def held(lock: Path, what: object, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file, which is there as long as the block runs.
+
+    Args:
+        lock: the file.
+        what: the output that is locked, as the messages call it.
+        wait: whether to wait for another process that holds it, saying so.
+
+    Raises:
+        InputError: another process holds it, and `wait` is False; the message says which.
+    """
+    file = _acquired(lock, what, wait)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: who waits for it will notice and make a new one
+        file.close()
+
+
+def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
+    told = False
+    while True:
+        with naming_write_errors(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                file.close()
+                raise InputError(f"{what}: {holder} is at work on it; it is left alone") from None
+            if not told:
+                print(f"{what}: {holder} is at work on it; waiting", flush=True)
+                told = True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            print(f"{lock}: this disk knows no locks; see to it that no other process works on {what}", flush=True)
+        if _is_still(lock, file):
+            break
+        file.close()
+    with naming_write_errors(lock):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
+
+
+def _is_still(lock: Path, file: TextIO) -> bool:
+    """Whether the opened file is the one of that name: who held it last has removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,144 @@
+"""An array in an h5 file whose rows are written and read one by one, each with a checksum.
+
+    ARRAY   [N, …], contiguous: one row is one read
+    crc32   uint32 [N], beside it
+    filled  bool [N], beside it: which rows are written
+
+HDF5 makes the file once, with a fixed place for each array. Rows are then written to their places by plain writes, so
+that HDF5 holds nothing back which a kill or a full disk would leave half-written; a row is marked in `filled` only
+after it and its checksum are on the disk.
+"""
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data.errors import InputError
+from data.files import naming_write_errors
+
+# the oldest layout whose own structures have checksums, and that a killed process does not leave marked as open
+LAYOUT = ("v108", "v108")
+
+
+def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
+    """Makes room for an array of `shape` [N, …]; nothing is written there, so the disk is not yet taken."""
+    placed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    placed.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    group.create_dataset(name, tuple(shape), dtype, dcpl=placed, fill_time="never")
+    group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))
+    group.create_dataset("filled", data=np.zeros(shape[0], bool))
+
+
+def opened_for_filling(partial: Path) -> h5py.File:
+    """A file with unfilled rows. Raises InputError if another process holds it, or it is damaged."""
+    try:
+        return h5py.File(partial, "r+")
+    except BlockingIOError:
+        raise InputError(f"{partial}: another process is working on it") from None
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
+
+
+def write_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[np.ndarray]) -> None:
+    """Writes rows with their checksums; only `mark_rows` makes them count.
+
+    Raises:
+        InputError: the disk is full, or fails.
+    """
+    data, checksums = file[array], np.zeros(len(rows), np.uint32)
+    with naming_write_errors(Path(file.filename)):
+        for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+            kept = np.ascontiguousarray(value, data.dtype)
+            if kept.shape != data.shape[1:]:
+                raise ValueError(f"a row of {array} is {data.shape[1:]}, got {kept.shape}")
+            _write(file, data, row, kept)
+            checksums[place] = zlib.crc32(kept)
+    set_rows(file, data.parent["crc32"].name, rows, checksums)
+
+
+def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
+    """Waits until all that was written is on the disk, and marks rows as filled.
+
+    Raises:
+        InputError: the disk is full, or fails; the rows are not marked then.
+    """
+    with naming_write_errors(Path(file.filename)):
+        to_disk(file)
+    set_rows(file, file[array].parent["filled"].name, rows, np.ones(len(rows), bool))
+    with naming_write_errors(Path(file.filename)):
+        to_disk(file)
+
+
+def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: np.ndarray) -> None:
+    """Writes rows of a small array, a value each, by plain writes as well. Raises InputError as `write_rows` does."""
+    data = file[array]
+    with naming_write_errors(Path(file.filename)):
+        for row, value in zip(rows, values, strict=True):
+            _write(file, data, row, np.asarray(value, data.dtype))
+
+
+def to_disk(file: h5py.File) -> None:
+    """Waits until everything written is on the disk."""
+    file.flush()
+    os.fsync(file.id.get_vfd_handle())
+
+
+def _write(file: h5py.File, data: h5py.Dataset, row: int, value: np.ndarray) -> None:
+    if not 0 <= row < len(data):
+        raise IndexError(f"{data.name} has {len(data)} rows, no row {row}")
+    rest, place = memoryview(value.reshape(-1).view(np.uint8)), data.id.get_offset() + row * value.nbytes
+    while rest:
+        written = os.pwrite(file.id.get_vfd_handle(), rest, place)
+        rest, place = rest[written:], place + written
+
+
+class H5Rows:
+    """Random access to the rows of an array in an h5 file, verified; safe to hand to worker processes and threads."""
+
+    def __init__(self, path: Path, array: str, remedy: str = "make it again") -> None:
+        """`remedy` is what is to be done with a damaged file; one without checksums is read unverified."""
+        self.path, self.array, self.remedy = path, array, remedy
+        self._file = None
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """One row, not to be written to.
+
+        Raises:
+            InputError: the file is truncated or damaged, or the disk fails.
+        """
+        if self._file is None:
+            self._open()
+        if not 0 <= row < self._count:
+            raise IndexError(f"{self.array} has {self._count} rows, no row {row}")
+        try:
+            # at a place of its own: a handle that is inherited through a fork does not disturb another's
+            read = os.pread(self._file.fileno(), self._bytes, self._offset + row * self._bytes)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({os.strerror(error.errno).lower()})") from None
+        if len(read) != self._bytes:
+            raise InputError(f"{self.path}: ends before row {row} of {self.array}: truncated; {self.remedy}")
+        if self._checksums is not None and zlib.crc32(read) != self._checksums[row]:
+            raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum); {self.remedy}")
+        return np.frombuffer(read, self._dtype).reshape(self._shape)
+
+    def _open(self) -> None:
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                data, checksums = file[self.array], file[self.array].parent.get("crc32")
+                self._count, self._shape, self._dtype = len(data), data.shape[1:], data.dtype
+                self._offset = data.id.get_offset()
+                self._checksums = None if checksums is None else checksums[:]
+        except (OSError, KeyError, RuntimeError) as error:  # h5py raises each of these on damaged files
+            raise InputError(f"{self.path}: cannot be read as an h5 file ({error!s:.100}); {self.remedy}") from None
+        if self._offset is None:
+            raise InputError(f"{self.path}: {self.array} is not stored in one piece; {self.remedy}")
+        self._bytes = int(np.prod(self._shape)) * self._dtype.itemsize
+        self._file = self.path.open("rb", buffering=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "array": self.array, "remedy": self.remedy, "_file": None}

@@ -1,0 +1,59 @@
+"""Weights and checkpoints that are verified when they are read: not one flipped byte becomes a weight."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_DIGEST = "sha256"  # in the header of a .safetensors file; the format itself has no checksum
+
+
+def as_safetensors(weights: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
+    """The content of a .safetensors file: weights, and in its header texts about them and the digest of both."""
+    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    return save(kept, metadata={**said, _DIGEST: _digest_of(kept, said)})
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and the texts about them; of a file without a digest (of another program) as they are.
+
+    Raises:
+        ValueError: the digest is another: the file is damaged.
+        OSError, SafetensorError: it cannot be read.
+    """
+    with safe_open(file, framework="pt") as opened:
+        said = dict(opened.metadata() or {})
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    digest = said.pop(_DIGEST, None)
+    if digest is not None and digest != _digest_of(weights, said):
+        raise ValueError("damaged: its digest is another")
+    return weights, said
+
+
+def load_tensors(file: Path) -> Any:
+    """What `torch.save` wrote; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        ValueError: the checksum of a part is wrong: the file is damaged.
+        Exception: torch raises errors of several kinds where it cannot be read.
+    """
+    if zipfile.is_zipfile(file):  # as torch has written them since 2020: with checksums, which it does not look at
+        with zipfile.ZipFile(file) as parts:
+            if damaged := parts.testzip():
+                raise ValueError(f"damaged: the checksum of {damaged} is wrong")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _digest_of(weights: Mapping[str, Tensor], said: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

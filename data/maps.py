@@ -11,6 +11,7 @@ row that is read is verified by its checksum; files that were made before there 
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_row
 from data.store import partial_path
 
 _BATCH = 64  # pictures encoded at once
-_BATCHES_A_FLUSH = 16
+_SECONDS_A_FLUSH = 2.0  # from one to the next
 
 
 def cached_maps(
@@ -90,6 +91,7 @@ def _fill(file: h5py.File, encode: Callable[[Sequence[int]], np.ndarray], name: 
     pending = np.flatnonzero(~file["filled"][:])
     batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
     unmarked: list[int] = []
+    flushed = time.monotonic()
     try:
         for rows in progress(batches, len(batches), name):
             with np.errstate(over="ignore"):  # said below
@@ -98,8 +100,8 @@ def _fill(file: h5py.File, encode: Callable[[Sequence[int]], np.ndarray], name: 
                 raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
             write_rows(file, "maps", rows.tolist(), maps)
             unmarked += rows.tolist()
-            if len(unmarked) >= _BATCH * _BATCHES_A_FLUSH:
+            if time.monotonic() - flushed >= _SECONDS_A_FLUSH:
                 mark_rows(file, "maps", unmarked)
-                unmarked = []
+                unmarked, flushed = [], time.monotonic()
     finally:  # also when a signal ends it
         mark_rows(file, "maps", unmarked)

@@ -77,7 +77,7 @@ import sys
 from pathlib import Path
 from data import maps
 from tests.test_prefix import encode
-maps._BATCH = maps._BATCHES_A_FLUSH = 2
+maps._BATCH, maps._SECONDS_A_FLUSH = 2, 0
 calls = []
 def dying(rows):
     calls.append(rows)
@@ -96,7 +96,7 @@ def test_killed_it_goes_on_where_it_was_flushed(tmp_path):
     assert not path.exists()
     encoded = []
     maps = cached_maps(path, {"data": "a"}, 20, lambda rows: encoded.extend(rows) or encode(rows))
-    assert encoded == list(range(4, 20))  # the first flush, of two batches of two, was kept
+    assert encoded == list(range(6, 20))  # the first, to see the shape, and three batches of two were kept
     assert all((maps[row] == row).all() for row in range(20))
     assert maps[3].dtype == np.float16
     again = cached_maps(path, {"data": "a"}, 20, pytest.fail)  # nothing is encoded again

@@ -80,11 +80,13 @@ def question_table(
         vocabulary: answer classes, in order.
     """
     tokens, lengths = encode(tokenizer, [question.text for question in questions])
-    places: dict[str, int] = {}
-    width = max((len(question.answers) for question in questions), default=0)
-    given = np.full((len(questions), width), NO_ANSWER, np.int32)
-    for row, question in enumerate(questions):
-        given[row, : len(question.answers)] = [places.setdefault(answer, len(places)) for answer in question.answers]
+    counts = np.array([len(question.answers) for question in questions], np.int64)
+    listed = [answer for question in questions for answer in question.answers]
+    places = {answer: place for place, answer in enumerate(dict.fromkeys(listed))}
+    given = np.full((len(questions), counts.max(initial=0)), NO_ANSWER, np.int32)
+    given[np.arange(given.shape[1]) < counts[:, None]] = np.fromiter(
+        map(places.__getitem__, listed), np.int32, len(listed)
+    )
     class_of = {normalise_answer(answer): place for place, answer in enumerate(vocabulary)}
     return QuestionTable(
         ids=np.array([question.question_id for question in questions], np.int64),

@@ -4,6 +4,7 @@ Padding is id 0 and an unknown word id 1, two different words for the model (the
 """
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,14 +45,22 @@ def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, 
 
     A question without any word becomes one unknown word, since the LSTM needs one.
     """
-    ids: list[int] = []
-    lengths = np.empty(len(questions), np.int32)
+    # A word of the tokenizer holds no blank, so what stands between blanks is looked up alone, and once.
+    pieces = list(dict.fromkeys(piece for question in questions for piece in question.split(" ")))
+    known: dict[str, list[int]] = {}
     slice_ = 10_000  # encodings are large objects: a slice at a time keeps memory flat
-    for start in range(0, len(questions), slice_):
-        for place, encoding in enumerate(tokenizer.encode_batch(list(questions[start : start + slice_])), start):
-            question = encoding.ids or [UNKNOWN_ID]
-            ids += question
-            lengths[place] = len(question)
+    for start in range(0, len(pieces), slice_):
+        some = pieces[start : start + slice_]
+        known |= {piece: found.ids for piece, found in zip(some, tokenizer.encode_batch(some), strict=True)}
+    ids = array("i")
+    lengths = np.empty(len(questions), np.int32)
+    for place, question in enumerate(questions):
+        before = len(ids)
+        for piece in question.split(" "):
+            ids.extend(known[piece])
+        if len(ids) == before:
+            ids.append(UNKNOWN_ID)
+        lengths[place] = len(ids) - before
     return np.array(ids, np.int32), lengths
 
 

@@ -1,11 +1,16 @@
 """Reader of the official VQA v1 and v2 open-ended question and annotation files (visualqa.org)."""
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from data.files import read_json
+
+_OF_AN_ANSWER = {"answer", "answer_confidence", "answer_id"}  # what is stored of an answer in the official files
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,16 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
     Raises:
         InputError: a file is missing or malformed, an id occurs twice, or the two files do not hold the same ids.
     """
+    with _no_collection():
+        return _read_questions(questions, annotations)
+
+
+def _read_questions(questions: Path, annotations: Path | None) -> list[Question]:
     asked = _by_id(questions, "questions", {"image_id": int, "question": str})
     if annotations is None:
         return [Question(id_, entry["image_id"], entry["question"]) for id_, entry in asked.items()]
     fields = {"image_id": int, "question_type": str, "answer_type": str, "answers": list}
-    annotated = _by_id(annotations, "annotations", fields)
+    annotated = _by_id(annotations, "annotations", fields, _sharing_answers())
     for missing, where, present in (
         (asked.keys() - annotated.keys(), annotations, questions),
         (annotated.keys() - asked.keys(), questions, annotations),
@@ -64,6 +74,31 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
     return [_joined(id_, entry, annotated[id_], annotations) for id_, entry in asked.items()]
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of objects without a cycle among them: looking for cycles would take longer than reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _sharing_answers() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Keeps of a given answer its text alone, once for each different text: ten a question would fill gigabytes."""
+    shared: dict[str, dict[str, Any]] = {}
+
+    def kept(entry: dict[str, Any]) -> dict[str, Any]:
+        answer = entry.get("answer")
+        if not isinstance(answer, str) or not entry.keys() <= _OF_AN_ANSWER:
+            return entry
+        return shared.setdefault(answer, {"answer": answer})
+
+    return kept
+
+
 def _joined(question_id: int, entry: dict[str, Any], annotation: dict[str, Any], file: Path) -> Question:
     where = f"{file}: annotation of question {question_id}"
     if annotation["image_id"] != entry["image_id"]:
@@ -72,7 +107,8 @@ def _joined(question_id: int, entry: dict[str, Any], annotation: dict[str, Any],
         answers = tuple(given["answer"] for given in annotation["answers"])
     except (TypeError, KeyError):
         raise InputError(f"{where}: 'answers' must be a list of {{'answer': text}}") from None
-    if not answers or not all(isinstance(answer, str) and _storable(answer) for answer in answers):
+    texts = all(isinstance(answer, str) for answer in answers)
+    if not answers or not texts or not all(map(_storable, set(answers))):
         raise InputError(f"{where}: 'answers' must hold at least one answer, each a text without null characters")
     return Question(
         question_id,
@@ -84,8 +120,10 @@ def _joined(question_id: int, entry: dict[str, Any], annotation: dict[str, Any],
     )
 
 
-def _by_id(file: Path, key: str, fields: dict[str, type]) -> dict[int, dict[str, Any]]:
-    content = read_json(file)
+def _by_id(
+    file: Path, key: str, fields: dict[str, type], object_hook: Callable[[dict], Any] | None = None
+) -> dict[int, dict[str, Any]]:
+    content = read_json(file, object_hook)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise InputError(f"{file}: not an official VQA file: it must be an object with a list '{key}'")
     if not content[key]:
@@ -113,5 +151,7 @@ def _storable(value: Any) -> bool:
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     if isinstance(value, str):
-        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            return False
+        return "\0" not in value
     return True

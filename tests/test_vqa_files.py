@@ -38,6 +38,33 @@ def test_wrong_question_files_are_named(raw, edit, message):
         read_questions(raw["train"].questions, raw["train"].annotations)
 
 
+def test_what_else_stands_beside_an_answer_is_no_matter(raw):
+    expected = read_questions(raw["train"].questions, raw["train"].annotations)
+
+    def more(content):
+        for annotation in content["annotations"]:
+            annotation["answer"] = "not asked for"
+            annotation["answers"] = [
+                given | {"annotator": 7, "answer_confidence": "no"} for given in annotation["answers"]
+            ]
+        content["answer"] = "neither"
+
+    change(raw["train"].annotations, more)
+    assert read_questions(raw["train"].questions, raw["train"].annotations) == expected
+
+
+def test_equal_answers_are_one_text_in_memory(raw):
+    read = read_questions(raw["train"].questions, raw["train"].annotations)
+    assert all(len({id(answer) for answer in question.answers}) == len(set(question.answers)) for question in read)
+
+
+@pytest.mark.parametrize("answers", [[{"answer": ["2"]}], [{"answer": 2}], ["2"], [{}], [], [{"answer": "a\0"}]])
+def test_answers_of_another_form_are_refused(raw, answers):
+    change(raw["train"].annotations, lambda content: content["annotations"][1].update(answers=answers))
+    with pytest.raises(InputError, match="train_a.json: annotation of question 11: 'answers' must"):
+        read_questions(raw["train"].questions, raw["train"].annotations)
+
+
 def test_malformed_json_is_named_with_its_line(raw):
     raw["train"].questions.write_text('{"questions": [\n{"question_id": 1,}\n]}')
     with pytest.raises(InputError, match="train_q.json: line 2"):

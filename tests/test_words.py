@@ -28,6 +28,24 @@ def test_padding_and_unknown_are_different_words(tmp_path):
     assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
 
 
+def test_words_are_those_of_the_whole_question():
+    known = train_tokenizer(["what's the colour of σς é e ́ it?", "<pad> 3,000 a  b\tc\u3000d\x1fe"], 1)
+    asked = [
+        "What's  the\tcolour",
+        "ΣΑΣ of ΟΣ?",
+        "e\u0301 e \u0301",
+        " é?<pad> <unk>it ",
+        "a\u3000b\x1fc d\n?",
+        "  ",
+        "3,000!",
+    ]
+    tokens, lengths = encode(known, asked)
+    whole = [known.encode(text).ids or [UNKNOWN_ID] for text in asked]
+    assert lengths.tolist() == [len(ids) for ids in whole]
+    assert tokens.tolist() == [id_ for ids in whole for id_ in ids]
+    assert encode(known, [])[0].tolist() == []
+
+
 def test_transformers_loads_the_tokenizer(tmp_path):
     from transformers import PreTrainedTokenizerFast
 

@@ -82,13 +82,13 @@ def write_world(
             count=questions_per_image,
         )
         (folder / split).mkdir(parents=True, exist_ok=True)
-        asked = progress(_in_order(make, range(number), processes), number, f"{split} scenes")
+        asked = progress(in_order(make, range(number), processes), number, f"{split} scenes")
         _write_split(folder, split, first_id, asked)
         first_id += number
     write_json(folder / "world.json", made)
 
 
-def _in_order(make: Callable[[int], Any], indices: range, processes: int) -> Iterator[Any]:
+def in_order(make: Callable[[int], Any], indices: range, processes: int) -> Iterator[Any]:
     """`map`, in as many processes as asked for."""
     if processes == 1:
         yield from map(make, indices)

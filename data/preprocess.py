@@ -8,8 +8,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ import numpy as np
 
 from data import store
 from data.answers import answer_vocabulary
+from data.decoding import decode_into
 from data.errors import InputError
-from data.images import IMAGENET_MEAN, decode_image
+from data.images import IMAGENET_MEAN
 from data.locks import held
 from data.progress import progress
+from data.rows import place_of_rows
 from data.table import question_table
 from data.tokenizer import train_tokenizer
 from data.vqa_files import Question, SplitFiles, read_questions
-from data.workers import WorkerContext
 
 TRAINING_SPLIT = "train"
-_CHUNK = 32  # images a task: large enough to hide the cost of handing them over
-_CHUNKS_A_FLUSH = 8
+_IMAGES_A_FLUSH = 256
 
 
 def preprocess(
@@ -168,46 +167,22 @@ def _decode_images(partial: Path, image_size: int, processes: int) -> dict[int, 
         names = file["images/file"].asstr()[:]
         total = len(names)
         bad: dict[int, str] = {}
-        rows: list[int] = []
-        pixels: list[np.ndarray] = []
-        decoded = _decoded([(row, names[row]) for row in pending], image_size, processes)
+        written: list[tuple[int, int]] = []
+        decoded = decode_into(
+            place_of_rows(file, "images/pixels"), image_size, [(row, names[row]) for row in pending], processes
+        )
         try:
-            for row, image in progress(decoded, total, "images", done=total - len(pending)):
-                if isinstance(image, str):
-                    bad[row] = image
+            for row, done in progress(decoded, total, "images", done=total - len(pending)):
+                if isinstance(done, str):
+                    bad[row] = done
                     continue
-                rows.append(row)
-                pixels.append(image)
-                if len(rows) == _CHUNK * _CHUNKS_A_FLUSH:
-                    store.fill(file, rows, pixels)
-                    rows, pixels = [], []
+                written.append((row, done))
+                if len(written) == _IMAGES_A_FLUSH:
+                    store.mark(file, written)
+                    written = []
         finally:  # also when a signal ends it
-            store.fill(file, rows[: len(pixels)], pixels)
+            store.mark(file, written)
     return bad
-
-
-def _decoded(files: list[tuple[int, str]], size: int, processes: int) -> Iterator[tuple[int, np.ndarray | str]]:
-    """Decodes in `processes` processes, in order, with a bounded number of images in flight."""
-    chunks = (files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK))
-    if processes == 1 or len(files) <= _CHUNK:
-        for chunk in chunks:
-            yield from _decode_chunk(chunk, size)
-        return
-    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
-        flying: list[Future] = [pool.submit(_decode_chunk, chunk, size) for chunk in islice(chunks, 2 * processes)]
-        while flying:
-            yield from flying.pop(0).result()
-            flying += [pool.submit(_decode_chunk, chunk, size) for chunk in islice(chunks, 1)]
-
-
-def _decode_chunk(files: Sequence[tuple[int, str]], size: int) -> list[tuple[int, np.ndarray | str]]:
-    decoded: list[tuple[int, np.ndarray | str]] = []
-    for row, name in files:
-        try:
-            decoded.append((row, decode_image(Path(name), size)))
-        except InputError as error:
-            decoded.append((row, str(error)))
-    return decoded
 
 
 def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, skip: bool) -> None:
@@ -223,4 +198,4 @@ def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, s
                 "data.skip_bad_images=true (the other images are kept)"
             )
         neutral = np.full((image_size, image_size, 3), np.round(255 * np.array(IMAGENET_MEAN)), np.uint8)
-        store.fill(file, list(bad), [neutral] * len(bad), usable=False)
+        store.fill_unusable(file, list(bad), neutral)

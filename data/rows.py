@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -44,20 +44,36 @@ def opened_for_filling(partial: Path) -> h5py.File:
         raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
 
 
+class RowPlace(NamedTuple):
+    """Where the rows of an array lie in a file: all that another process needs to write some of them."""
+
+    path: Path
+    offset: int  # of the first row, bytes
+
+    def write(self, file: int, row: int, value: np.ndarray) -> int:
+        """Writes a contiguous row to an opened file and returns its checksum; only `mark_rows` makes it count."""
+        write_at(file, value, self.offset + row * value.nbytes)
+        return zlib.crc32(value)
+
+
+def place_of_rows(file: h5py.File, array: str) -> RowPlace:
+    """The place of an array that `reserve_rows` made room for."""
+    return RowPlace(Path(file.filename), file[array].id.get_offset())
+
+
 def write_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[np.ndarray]) -> None:
     """Writes rows with their checksums; only `mark_rows` makes them count.
 
     Raises:
         InputError: the disk is full, or fails.
     """
-    data, checksums = file[array], np.zeros(len(rows), np.uint32)
-    with naming_write_errors(Path(file.filename)):
-        for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+    data, place, checksums = file[array], place_of_rows(file, array), []
+    with naming_write_errors(place.path):
+        for row, value in zip(rows, values, strict=True):
             kept = np.ascontiguousarray(value, data.dtype)
-            if kept.shape != data.shape[1:]:
-                raise ValueError(f"a row of {array} is {data.shape[1:]}, got {kept.shape}")
-            _write(file, data, row, kept)
-            checksums[place] = zlib.crc32(kept)
+            if kept.shape != data.shape[1:] or not 0 <= row < len(data):
+                raise ValueError(f"{array} {data.shape} takes no row {row} of {kept.shape}")
+            checksums.append(place.write(file.id.get_vfd_handle(), row, kept))
     set_rows(file, data.parent["crc32"].name, rows, checksums)
 
 
@@ -69,17 +85,16 @@ def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
     """
     with naming_write_errors(Path(file.filename)):
         to_disk(file)
-    set_rows(file, file[array].parent["filled"].name, rows, np.ones(len(rows), bool))
-    with naming_write_errors(Path(file.filename)):
-        to_disk(file)
+    # a kill does not undo what is written; when the marks come to the disk is no matter, as long as the rows are there
+    set_rows(file, file[array].parent["filled"].name, rows, [True] * len(rows))
 
 
-def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: np.ndarray) -> None:
+def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[float]) -> None:
     """Writes rows of a small array, a value each, by plain writes as well. Raises InputError as `write_rows` does."""
-    data = file[array]
-    with naming_write_errors(Path(file.filename)):
+    data, place = file[array], place_of_rows(file, array)
+    with naming_write_errors(place.path):
         for row, value in zip(rows, values, strict=True):
-            _write(file, data, row, np.asarray(value, data.dtype))
+            place.write(file.id.get_vfd_handle(), row, np.array([value], data.dtype))
 
 
 def to_disk(file: h5py.File) -> None:
@@ -88,13 +103,12 @@ def to_disk(file: h5py.File) -> None:
     os.fsync(file.id.get_vfd_handle())
 
 
-def _write(file: h5py.File, data: h5py.Dataset, row: int, value: np.ndarray) -> None:
-    if not 0 <= row < len(data):
-        raise IndexError(f"{data.name} has {len(data)} rows, no row {row}")
-    rest, place = memoryview(value.reshape(-1).view(np.uint8)), data.id.get_offset() + row * value.nbytes
-    while rest:
-        written = os.pwrite(file.id.get_vfd_handle(), rest, place)
-        rest, place = rest[written:], place + written
+def write_at(file: int, value: np.ndarray, offset: int) -> None:
+    """Writes a contiguous array to a place, in bytes, of an opened file."""
+    rest = memoryview(value.reshape(-1).view(np.uint8))
+    while rest:  # a disk that gets full takes a part first
+        written = os.pwrite(file, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 class H5Rows:

@@ -7,8 +7,9 @@
     /answers         vocabulary text [A]: the answer classes, most common first
     /splits/NAME     the arrays of a `data.table.QuestionTable`, by the same names; attribute: digest of them
 
-Work is done in `NAME.h5.partial`. A row of `pixels` is marked in `filled` only after it was flushed to the disk, so a
-killed run loses at most the rows of one flush; the file takes its final name when every row is filled.
+Work is done in `NAME.h5.partial`. Pixels are written by the processes that decode, without h5py; a row is marked in
+`filled` only after it was flushed to the disk, so a killed run loses at most the rows of one flush; the file takes its
+final name when every row is filled.
 
 What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
 Files of version 1 have neither; they are read as they are.
@@ -16,7 +17,7 @@ Files of version 1 have neither; they are read as they are.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,23 @@ def create(
         reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
 
 
-def fill(file: h5py.File, rows: Sequence[int], pixels: Iterable[np.ndarray], usable: bool = True) -> None:
-    """Writes images uint8 [S, S, 3] into rows, and marks them only once they are on the disk.
+def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:
+    """Marks rows of pixels, each with its checksum, as filled, once they are on the disk; whichever process wrote them.
 
     Raises:
         InputError: the disk is full, or fails; the rows are not marked then.
     """
-    write_rows(file, "images/pixels", rows, pixels)
-    if not usable:
-        set_rows(file, "images/usable", rows, np.zeros(len(rows), bool))
+    rows, checksums = ([pair[part] for pair in written] for part in (0, 1))
+    set_rows(file, "images/crc32", rows, checksums)
+    mark_rows(file, "images/pixels", rows)
+
+
+def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> None:
+    """Writes one image uint8 [S, S, 3] into rows that have none of their own, and marks them so. Raises InputError as
+    `mark` does.
+    """
+    write_rows(file, "images/pixels", rows, [image] * len(rows))
+    set_rows(file, "images/usable", rows, [False] * len(rows))
     mark_rows(file, "images/pixels", rows)
 
 

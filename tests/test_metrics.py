@@ -7,7 +7,7 @@ import pytest
 
 from data.table import QuestionTable
 from data.vqa_files import Question
-from vqa.metrics import normalise_answer, question_accuracy, score
+from vqa.metrics import normalise_answer, question_accuracies, question_accuracy, score
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +80,24 @@ def test_nothing_is_normalised_where_all_agree():
 def test_accuracy_needs_answers():
     with pytest.raises(ValueError, match="answer"):
         question_accuracy("2", [])
+
+
+def test_all_questions_at_once_are_scored_as_one_by_one():
+    random = np.random.default_rng(0)
+    ways = ["2", "two", "Two.", "a dog", "dog", "dog ", "DOG\n", "lamp, chair", "lamp chair", "yes", "no", ""]
+    asked = [
+        Question(n, 0, "?", "a", "b", tuple(random.choice(ways[: random.integers(1, 13)], random.integers(1, 11))))
+        for n in range(600)
+    ]
+    predictions = random.choice([*ways, "never given", " yes"], 600).tolist()
+    expected = [question_accuracy(*pair) for pair in zip(predictions, (q.answers for q in asked), strict=True)]
+    assert question_accuracies(predictions, table_of(asked)) == expected
+    assert len(set(expected)) > 20
+    assert question_accuracies([], table_of([])) == []
+    with pytest.raises(ValueError, match="at least one given answer"):
+        question_accuracies(["2", "2"], table_of([Question(1, 0, "?"), asked[0]]))
+    with pytest.raises(ValueError, match="1 predictions for 600"):
+        question_accuracies(["2"], table_of(asked))
 
 
 def test_means_are_over_questions_not_over_types():

@@ -1,5 +1,7 @@
 """The h5 file: what it holds, where it came from, and that no kill makes it lie."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,24 +87,22 @@ def many(folder, count):
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     splits, path = many(tmp_path, 600), tmp_path / "data.h5"
-    real, decoded = store.fill, []
+    real, decoded = store.mark, []
 
-    def stopping(file, rows, pixels, usable=True):
-        decoded.extend(rows)
+    def stopping(file, written):
+        decoded.extend(written)
         if len(decoded) > 300:
             raise KeyboardInterrupt
-        real(file, rows, pixels, usable)
+        real(file, written)
 
-    monkeypatch.setattr(store, "fill", stopping)
+    monkeypatch.setattr(store, "mark", stopping)
     with pytest.raises(KeyboardInterrupt):
         make(splits, path)
     assert not path.exists()
     with pytest.raises(InputError, match="not finished"):
         Store(path)
-    monkeypatch.setattr(
-        store, "fill", lambda file, rows, pixels, usable=True: (again.extend(rows), real(file, rows, pixels, usable))
-    )
     again = []
+    monkeypatch.setattr(store, "mark", lambda file, written: (again.extend(dict(written)), real(file, written)))
     make(splits, path)
     assert sorted(again) == list(range(256, 600))
     whole = tmp_path / "whole.h5"
@@ -118,7 +118,7 @@ from data import rows, store
 from data.preprocess import preprocess
 from data.vqa_files import SplitFiles
 import data.preprocess
-data.preprocess._CHUNKS_A_FLUSH = 1
+data.preprocess._IMAGES_A_FLUSH = 16
 real, flushes = rows.to_disk, []
 def killed(file):
     flushes.append(1)
@@ -140,16 +140,16 @@ def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
     with h5py.File(whole) as file:
         expected = file["images/pixels"][:]
     partial = store.partial_path(tmp_path / "data.h5")
-    # the first flush ends the creation; then two for every 32 images: of the pixels, and of the marks
-    for flush in (1, 2, 3, 4):
+    # one flush for every 16 images, before they are marked
+    for flush, kept in ((1, 0), (2, 16), (3, 48), (4, 96)):
         arguments = [sys.executable, "-c", KILLED_IN_A_FLUSH, str(tmp_path), str(flush)]
         ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, check=False)
         assert ended.returncode == -9
         assert not (tmp_path / "data.h5").exists()
-        if partial.exists():
-            with h5py.File(partial) as file:
-                filled = file["images/filled"][:]
-                assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
+        with h5py.File(partial) as file:
+            filled = file["images/filled"][:]
+            assert filled.sum() == kept
+            assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
     make(splits, tmp_path / "data.h5")
     with h5py.File(tmp_path / "data.h5") as file:
         assert np.array_equal(file["images/pixels"][:], expected)
@@ -199,12 +199,35 @@ def test_few_answers_are_warned_of(tmp_path, capsys):
     assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
 
 
-def test_several_processes_give_the_same_file(tmp_path):
-    splits = many(tmp_path, 80)
-    make(splits, tmp_path / "one.h5")
-    make(splits, tmp_path / "three.h5", processes=3)
-    with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "three.h5") as other:
-        assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
+def test_any_number_of_processes_gives_the_same_file(tmp_path):
+    splits = many(tmp_path, 150)
+    for number in (1, 40, 149):
+        splits["train"].image(number).write_bytes(b"no image")
+    files = []
+    for processes in (1, 2, 3):
+        path = tmp_path / f"{processes}.h5"
+        make(splits, path, processes=processes, skip_bad_images=True)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+    stored = H5Images(tmp_path / "2.h5")
+    for number in (0, 7, 148):
+        assert np.array_equal(stored[number], decode_image(splits["train"].image(number), 32))
+
+
+def test_pixels_that_cannot_be_written_are_one_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(
+        InputError, match=r"data.h5.partial: cannot be written \(no space left on device\); make space and"
+    ):
+        make(many(tmp_path, 3), tmp_path / "data.h5")
+    monkeypatch.undo()
+    real = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, data, offset: real(file, data[:1000], offset))
+    make(many(tmp_path, 3), tmp_path / "data.h5")
+    assert np.array_equal(H5Images(tmp_path / "data.h5")[2], decode_image(tmp_path / "train_000000000002.png", 32))
 
 
 def test_bad_images_are_all_listed_and_can_be_left_out(raw, tmp_path, capsys):

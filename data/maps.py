@@ -24,6 +24,7 @@ from data.files import naming_write_errors, written_whole
 from data.locks import held
 from data.progress import progress
 from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_rows, to_disk, write_rows
+from data.space import check_room
 from data.store import partial_path
 
 _BATCH = 64  # pictures encoded at once
@@ -42,8 +43,8 @@ def cached_maps(
         encode: the maps of some rows, [B, H, W, C].
 
     Raises:
-        InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision,
-            or the disk is full.
+        InputError: the file is of other data or another network, or damaged, or does not fit on its disk, or a map does
+            not fit into half precision.
     """
     # several runs may need it at once: one makes it, the others wait
     with held(path.with_name(f".{path.name}.lock"), path, wait=True):
@@ -65,6 +66,7 @@ def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Se
         _check(partial, file, identity)
         if "crc32" not in file:
             raise InputError(f"{partial}: begun before there were checksums; remove it")
+        check_room(partial, file["maps"].nbytes, "set data.cache_gib=0 to do without")
         _fill(file, encode, path.name)
         with naming_write_errors(partial):
             file.attrs.modify("complete", True)

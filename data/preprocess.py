@@ -23,12 +23,14 @@ from data.images import IMAGENET_MEAN
 from data.locks import held
 from data.progress import progress
 from data.rows import place_of_rows
+from data.space import check_room, shown
 from data.table import question_table
 from data.tokenizer import train_tokenizer
 from data.vqa_files import Question, SplitFiles, read_questions
 
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
+_OTHER_DISK = "name another data.h5 or a smaller data.image_size"
 
 
 def preprocess(
@@ -69,6 +71,8 @@ def preprocess(
         partial = store.partial_path(path)
         if partial.exists():
             _check_same(partial, store.read_provenance(partial), provenance)
+            with store.opened_for_writing(partial) as file:
+                check_room(partial, file.id.get_filesize(), _OTHER_DISK)
         else:
             _begin(partial, splits, provenance, settings)
         bad = _decode_images(partial, image_size, processes)
@@ -125,6 +129,10 @@ def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[
 
     files, ids, rows = _number_images(splits, questions)
     tables = {name: question_table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
+    pixels = 3 * settings["image_size"] ** 2 * len(ids)
+    words = sum(46 + len(file) for file in files) + sum(table.stored_bytes for table in tables.values())
+    print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")
+    check_room(partial, pixels + words, _OTHER_DISK)
     store.create(
         partial,
         provenance=provenance,

@@ -1,4 +1,9 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and texts from outside on one line."""
+
+import unicodedata
+
+_ESCAPED = {"Cc", "Cs", "Cf", "Zl", "Zp"}  # control, lone surrogates, direction marks and the like, line separators
+_JOINERS = "\u200c\u200d"  # these spell words in some scripts, and join emoji
 
 
 class InputError(ValueError):
@@ -6,3 +11,20 @@ class InputError(ValueError):
 
     `main.py` prints it as `error: MESSAGE` and exits with 2.
     """
+
+    def __init__(self, message: str) -> None:
+        """Whatever the message quotes, it stays one line."""
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """A text as it may be shown on a terminal: one line, with control characters and lone surrogates as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in _ESCAPED and character not in _JOINERS:
+        return character.encode("unicode_escape").decode("ascii")
+    return character

@@ -67,21 +67,48 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a regular file; a pipe or a device, which might never end, is not opened.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    try:
+        regular = path.is_file() or path.is_dir() or not path.exists()
+        content = path.read_bytes() if regular else b""
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except ValueError:  # a null character
+        raise InputError(f"{path}: no file can have this name") from None
+    if not regular:
+        raise InputError(f"{path}: not a regular file")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises InputError as `read_bytes`, or not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
 def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
     """The JSON value in `path`; of each object in it what `object_hook` makes of it.
 
     Raises:
         InputError: no such file, not UTF-8, or malformed (with its line).
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=object_hook)
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        return json.loads(text, object_hook=object_hook, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # NaN, or a number of thousands of digits
         raise InputError(f"{path}: {str(error).split(';')[0]}") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a question file") from None
+        raise InputError(f"{path}: nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")

@@ -1,5 +1,7 @@
 """Images: decoded and resized as the paper does, and normalised on the device they are used on."""
 
+import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,44 @@ from data.files import read_json, write_json
 
 if TYPE_CHECKING:  # decoding processes do without torch
     import torch
+    from PIL import Image
 
+# Pillow knows more, some of which run other programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
+MOST_SIZE = 2048  # side of the pictures that a network sees
+MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 # Of the training set of torchvision's ImageNet weights.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def read_image(path: Path) -> "Image.Image":
+    """The picture in a file as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+
+    Raises:
+        InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if not path.is_file():  # a pipe might never end
+            raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
+                raise InputError(
+                    f"{path}: too large an image: {opened.width} x {opened.height}, more than {MOST_PIXELS} pixels"
+                )
+            image = _of_eight_bits(opened)
+            return _upright(image if image.mode == "RGB" else image.convert("RGB"))
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: cannot be read as an image (none of {', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: too large an image: {error}") from None
+    except Exception as error:  # Pillow raises errors of every kind on broken files
+        reason = str(error).split("'")[0].strip() or type(error).__name__
+        raise InputError(f"{path}: cannot be read as an image ({reason:.100})") from None
 
 
 def decode_image(path: Path, size: int) -> np.ndarray:
@@ -24,23 +60,33 @@ def decode_image(path: Path, size: int) -> np.ndarray:
         uint8 [S, S, 3].
 
     Raises:
-        InputError: the file is missing or is no image that can be read.
+        InputError: as `read_image`.
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            image = opened
-            if opened.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip to white
-                image = Image.fromarray((np.asarray(opened) // 256).clip(0, 255).astype(np.uint8))
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large an image: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises each of these on broken files
-        reason = str(error).split("'")[0].strip() or type(error).__name__
-        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+    return np.asarray(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _of_eight_bits(image: "Image.Image") -> "Image.Image":
+    """Grey pictures of more bits with 8 of them; Pillow's `convert` would clip them to white."""
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        image.load()
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+        raise ValueError("32 bits a pixel, of which nobody knows where white is; save it with 8 or 16")
+    return Image.fromarray((pixels // 256).astype(np.uint8))
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    """Turned as its EXIF orientation says, as viewers show it; a damaged EXIF block says nothing."""
+    from PIL import ImageOps
+
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 @dataclass(frozen=True)
@@ -80,10 +126,14 @@ class Preprocessing:
         try:
             mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
             loaded = cls(int(content["size"]), mean, std, content["resize"])
-        except (TypeError, KeyError, ValueError):
-            loaded = None
-        if loaded is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0 or loaded.size < 1:
-            raise InputError(f"{file}: not an image preprocessing: needs size, 3 means, 3 positive stds, resize")
+            known = len(mean) == len(std) == 3 and min(std) > 0 and 1 <= loaded.size <= MOST_SIZE
+            known = known and bool(np.isfinite([*mean, *std]).all())
+        except (TypeError, KeyError, ValueError, OverflowError):
+            known = False
+        if not known:
+            raise InputError(
+                f"{file}: not an image preprocessing: needs size (1 to {MOST_SIZE}), 3 means, 3 positive stds, resize"
+            )
         if loaded.resize != "bilinear":
             raise InputError(f"{file}: resize must be bilinear, got {loaded.resize!r}")
         return loaded

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.trainers import WordLevelTrainer
 
 from data.errors import InputError
-from data.files import write_text
+from data.files import read_text, write_text
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAD_ID, UNKNOWN_ID = 0, 1
@@ -77,7 +77,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         InputError: there is none, or it cannot be read.
     """
+    file = folder / "tokenizer.json"
+    text = read_text(file)
     try:
-        return Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises plain Exception on malformed files
-        raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {error!s:.120}") from None
+        raise InputError(f"{file}: cannot be read as a tokenizer: {error!s:.120}") from None
+    ids = tokenizer.get_vocab()
+    if sorted(ids.values()) != list(range(len(ids))) or (ids.get(PAD), ids.get(UNKNOWN)) != (PAD_ID, UNKNOWN_ID):
+        raise InputError(f"{file}: words must be numbered from 0 without gaps, first {PAD} and {UNKNOWN}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

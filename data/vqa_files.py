@@ -1,16 +1,22 @@
 """Reader of the official VQA v1 and v2 open-ended question and annotation files (visualqa.org)."""
 
 import gc
+import re
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from data.errors import InputError
 from data.files import read_json
 
 _OF_AN_ANSWER = {"answer", "answer_confidence", "answer_id"}  # what is stored of an answer in the official files
+LONGEST = 10_000  # characters of a text; a batch is as wide as its longest question
+MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +41,21 @@ class SplitFiles:
 
     def image(self, image_id: int) -> Path:
         """The file of an image. Raises InputError if the pattern is no pattern of `image_id`."""
-        try:
-            path = Path(self.images.format(image_id=image_id))
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-            path = None
-        if path is None or self.images.format(image_id=1) == self.images.format(image_id=2):
-            raise InputError(
-                f"data.splits: images {self.images!r} must hold {{image_id}}, for example {{image_id:012d}}"
-            )
-        return path
+        _check_pattern(self.images)
+        return Path(self.images.format(image_id=image_id))
+
+
+@cache
+def _check_pattern(images: str) -> None:
+    """Refuses all that `str.format` knows beyond the number itself: attributes, items, widths of a million digits."""
+    try:
+        asked = [part[1:] for part in Formatter().parse(images) if part[1] is not None]
+    except ValueError:  # a lone brace
+        asked = []
+    if not asked or not all(
+        name == "image_id" and not conversion and re.fullmatch(r"0?\d{0,2}d?", form) for name, form, conversion in asked
+    ):
+        raise InputError(f"data.splits: images {images!r} must hold {{image_id}}, for example {{image_id:012d}}")
 
 
 def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
@@ -71,7 +83,8 @@ def _read_questions(questions: Path, annotations: Path | None) -> list[Question]
                 f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
                 f"{min(missing)}; both files must be of the same split"
             )
-    return [_joined(id_, entry, annotated[id_], annotations) for id_, entry in asked.items()]
+    known: set[str] = set()
+    return [_joined(id_, entry, annotated[id_], annotations, known) for id_, entry in asked.items()]
 
 
 @contextmanager
@@ -99,17 +112,25 @@ def _sharing_answers() -> Callable[[dict[str, Any]], dict[str, Any]]:
     return kept
 
 
-def _joined(question_id: int, entry: dict[str, Any], annotation: dict[str, Any], file: Path) -> Question:
+def _joined(
+    question_id: int, entry: dict[str, Any], annotation: dict[str, Any], file: Path, known: set[str]
+) -> Question:
+    """`known`: answers that were checked before; the same few are given again and again."""
     where = f"{file}: annotation of question {question_id}"
     if annotation["image_id"] != entry["image_id"]:
         raise InputError(f"{where}: image_id {annotation['image_id']}, but the question has {entry['image_id']}")
     try:
-        answers = tuple(given["answer"] for given in annotation["answers"])
+        answers = tuple([given["answer"] for given in annotation["answers"]])
+        new = () if known.issuperset(answers) else set(answers) - known
     except (TypeError, KeyError):
         raise InputError(f"{where}: 'answers' must be a list of {{'answer': text}}") from None
-    texts = all(isinstance(answer, str) for answer in answers)
-    if not answers or not texts or not all(map(_storable, set(answers))):
-        raise InputError(f"{where}: 'answers' must hold at least one answer, each a text without null characters")
+    if not 0 < len(answers) <= MOST_ANSWERS:
+        raise InputError(f"{where}: 'answers' must hold 1 to {MOST_ANSWERS} answers, it holds {len(answers)}")
+    for answer in new:
+        if not isinstance(answer, str) or (wrong := unusable(answer)):
+            reason = wrong if isinstance(answer, str) else "no text"
+            raise InputError(f"{where}: an answer is {reason}: {reprlib.repr(answer)}")
+        known.add(answer)
     return Question(
         question_id,
         entry["image_id"],
@@ -128,30 +149,34 @@ def _by_id(
         raise InputError(f"{file}: not an official VQA file: it must be an object with a list '{key}'")
     if not content[key]:
         raise InputError(f"{file}: the list '{key}' is empty")
+    kinds = tuple({"question_id": int, **fields}.items())
     entries: dict[int, dict[str, Any]] = {}
     for place, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise InputError(f"{file}: {key}[{place}] must be an object, not {type(entry).__name__}")
-        for field, kind in {"question_id": int, **fields}.items():
-            # bool is an int in Python, but never an id
-            if not isinstance(entry.get(field), kind) or isinstance(entry[field], bool):
-                raise InputError(
-                    f"{file}: {key}[{place}] needs '{field}' ({kind.__name__}), got {entry.get(field)!r:.60}"
-                )
-            if not _storable(entry[field]):
-                raise InputError(f"{file}: {key}[{place}] has a {field} that cannot be stored: {entry[field]!r:.60}")
+        for field, kind in kinds:
+            value = entry.get(field)
+            if type(value) is not kind:  # not isinstance: True is an int in Python, but never an id
+                raise InputError(f"{file}: {key}[{place}] needs '{field}' ({kind.__name__}), got {reprlib.repr(value)}")
+            if (kind is str and unusable(value)) or (kind is int and not -(2**63) <= value < 2**63):
+                reason = unusable(value) if kind is str else "not of 64 bits"
+                raise InputError(f"{file}: {key}[{place}] has a {field} that is {reason}: {reprlib.repr(value)}")
         if entry["question_id"] in entries:
             raise InputError(f"{file}: question_id {entry['question_id']} occurs twice")
         entries[entry["question_id"]] = entry
     return entries
 
 
-def _storable(value: Any) -> bool:
-    """Whether an h5 file can hold a value: integers of 64 bits, texts without null characters and lone surrogates."""
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            return False
-        return "\0" not in value
-    return True
+def unusable(text: str) -> str:
+    """Why a question, an answer or a type cannot be used; empty if it can."""
+    if len(text) > LONGEST:
+        return f"longer than {LONGEST} characters"
+    if text.isprintable():
+        return ""
+    if "\0" in text:
+        return "with a null character, which an h5 file cannot hold"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "no Unicode text (it holds half a surrogate pair)"
+    return ""

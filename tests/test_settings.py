@@ -111,7 +111,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("train.epochs=two", "train.epochs: .*integer"),
         ("train.epochs=2.5", "train.epochs: .*integer"),
         ("train.epochs=0", "train.epochs: .*greater than or equal to 1"),
-        ("cbn.stages=[5]", "cbn.stages.0: input should be 1, 2, 3 or 4, got '5'"),
+        ("cbn.stages=[5]", "cbn.stages.0: input should be 1, 2, 3 or 4, got 5"),
         ("cbn.gamma=1", "cbn.gamma: .*boolean"),
         ("answer.dropout=1.0", "answer.dropout: .*less than 1"),
         ("device=gpu", "device: "),

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,25 @@ import yaml
 from pydantic import ValidationError
 
 from data.errors import InputError
+from data.files import read_text
 from vqa.settings import Settings, setting_keys
 
 BASE = Path(__file__).parent.parent / "config" / "base.yaml"
 
 
+MOST_NODES = 10_000  # keys and values of a file, with what its aliases repeat
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-3` is a number, and a key given twice is an error."""
+    """YAML as people expect it: `1e-3` is a number, and a key given twice is an error.
+
+    Tags construct nothing but YAML's own types, and aliases repeat no more than a file could hold.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Refuses aliases of aliases that would unfold into millions, and those that hold themselves."""
+        _count_nodes(node, {})
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -32,6 +45,21 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """Of a tree with its aliases unfolded; `counts` are of the nodes met so far, None while within one."""
+    if id(node) not in counts:
+        counts[id(node)] = None
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in children for part in pair]
+        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
+    count = counts[id(node)]
+    if count is None or count > MOST_NODES:
+        problem = "an alias holds itself" if count is None else f"more than {MOST_NODES} values"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return count
 
 
 def load_settings(
@@ -80,15 +108,16 @@ def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if file.resolve() in seen:
-        raise InputError(f"{file}: its `base:` leads back to itself")
     content = read_yaml(file)
     base = content.pop("base", None)
     if base is None:
         return content
     if not isinstance(base, str):
         raise InputError(f"{file}: `base` must be a file name")
-    return _merge(_read_with_bases(file.parent / base, (*seen, file.resolve())), content)
+    seen = (*seen, file.resolve())
+    if (following := file.parent / base).is_file() and following.resolve() in seen:
+        raise InputError(f"{following}: its `base:` leads back to itself")
+    return _merge(_read_with_bases(following, seen), content)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -97,11 +126,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, malformed, or holds something else.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
-        raise InputError(f"{file}: {(getattr(error, 'strerror', None) or 'not UTF-8 text').lower()}") from None
-    content = _parse(text, str(file)) or {}
+    content = _parse(read_text(file), str(file)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: must hold `key: value` lines")
     return content
@@ -114,7 +139,7 @@ def _parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}") from None
-    except (ValueError, RecursionError):
+    except Exception:  # PyYAML raises errors of every kind on values that do not fit their tag (`!!bool x`)
         raise InputError(f"{where}: malformed YAML") from None
 
 
@@ -139,7 +164,7 @@ def _explain(error: ValidationError, file: str, overridden: list[str], words: st
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # of our own validators: says all there is to say
         return f"{where}: {key}.{message}{more}"
-    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {str(first['input'])[:60]!r}{more}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{more}"
 
 
 def _suggestion(key: str) -> str:

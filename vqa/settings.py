@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,30 +10,37 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.files import write_text
 from data.vqa_files import SplitFiles
 
+# Bounds are far above what any model has; they keep a slip of the finger from taking all memory or processes.
+Size = Annotated[int, Field(ge=1, le=2**16)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Processes = Annotated[int, Field(ge=1, le=256)]
+FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # names files and groups in h5 files
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SplitSettings(_Section):
     """Raw files of a split, relative to `data.folder`."""
 
-    questions: str
-    annotations: str | None = None
-    images: str
+    questions: FileName
+    annotations: FileName | None = None
+    images: FileName
 
 
 class DataSettings(_Section):
     """Raw data and the h5 file made from it."""
 
-    folder: str
-    splits: dict[str, SplitSettings]
-    h5: str
+    folder: FileName
+    splits: dict[SplitName, SplitSettings]
+    h5: FileName
     image_size: int = Field(ge=32, le=2048)
-    min_word_count: int = Field(ge=1)
-    answers: int = Field(ge=2)
+    min_word_count: Count
+    answers: int = Field(ge=2, le=2**20)
     skip_bad_images: bool
-    processes: int = Field(ge=1)
+    processes: Processes
     cache_gib: float = Field(ge=0)
 
 
@@ -41,7 +48,7 @@ class BackboneSettings(_Section):
     """The pretrained ResNet."""
 
     name: str
-    weights: str
+    weights: FileName
     train: Literal["none", "stage4", "batchnorm"]
     statistics: Literal["population", "batch"]
 
@@ -56,17 +63,17 @@ class CBNSettings(_Section):
     shortcuts: bool
     gamma: bool
     beta: bool
-    hidden_size: int = Field(ge=1)
+    hidden_size: Size
 
 
 class QuestionSettings(_Section):
     """The question encoder."""
 
     encoder: Literal["lstm", "gru", "bag_of_words"]
-    embedding_size: int = Field(ge=1)
-    glove: str | None
-    glove_size: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
+    embedding_size: Size
+    glove: FileName | None
+    glove_size: Size
+    hidden_size: Size
     layers: int = Field(ge=1, le=8)
 
 
@@ -74,8 +81,8 @@ class AttentionSettings(_Section):
     """Attention over the positions of the feature map."""
 
     kind: Literal["spatial", "mlb"]
-    units: int = Field(ge=1)
-    glimpses: int = Field(ge=1)
+    units: Size
+    glimpses: int = Field(ge=1, le=64)
     normalise: Literal["none", "map", "position"]
     scale: float = Field(gt=0)
 
@@ -83,29 +90,29 @@ class AttentionSettings(_Section):
 class AnswerSettings(_Section):
     """Fusion and answer layers."""
 
-    fusion_size: int = Field(ge=1)
-    hidden_size: int = Field(ge=0)
+    fusion_size: Size
+    hidden_size: int = Field(ge=0, le=2**16)
     dropout: float = Field(ge=0, lt=1)
 
 
 class TrainSettings(_Section):
     """Training."""
 
-    splits: list[str] = Field(min_length=1)
-    validate_on: str | None
+    splits: list[SplitName] = Field(min_length=1)
+    validate_on: SplitName | None
     loss: Literal["soft", "hard"]
     optimiser: Literal["adam"]
     learning_rate: float = Field(gt=0)
     predictor_learning_rate: float | None = Field(gt=0)
     schedule: Literal["constant", "one_cycle"]
     clip: float = Field(gt=0)
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    patience: int = Field(ge=0)
-    accumulate: int = Field(ge=1)
-    together: int = Field(ge=1)
-    checkpoint_every: int = Field(ge=0)
-    skip_not_finite: int = Field(ge=0)
+    epochs: Count
+    batch_size: Size
+    patience: int = Field(ge=0, le=2**31)
+    accumulate: Size
+    together: Size
+    checkpoint_every: int = Field(ge=0, le=2**31)
+    skip_not_finite: int = Field(ge=0, le=2**31)
     tensorboard: bool
 
     @model_validator(mode="after")
@@ -131,21 +138,21 @@ class ScenesSettings(_Section):
     world: Literal["small", "large"]
     look: Literal["plain", "dark", "noisy", "bright"]
     seed: int = Field(ge=0, lt=2**63)
-    images: dict[str, int]
-    questions_per_image: int = Field(ge=1)
+    images: dict[SplitName, Annotated[int, Field(ge=1, le=10**7)]]
+    questions_per_image: Size
     pretrain_size: int = Field(ge=32, le=2048)
-    pretrain_images: int = Field(ge=64)
-    pretrain_epochs: int = Field(ge=1)
+    pretrain_images: int = Field(ge=64, le=10**7)
+    pretrain_epochs: Size
 
 
 class Settings(_Section):
     """Every setting of a run."""
 
-    name: str = Field(pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
+    name: str = Field(max_length=1000, pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
     seed: int = Field(ge=0, lt=2**63)
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
     precision: Literal["float32", "bfloat16"]
-    workers: int = Field(ge=0)
+    workers: int = Field(ge=0, le=256)
     inputs: list[Literal["image", "question"]] = Field(min_length=1)
     data: DataSettings
     backbone: BackboneSettings

@@ -101,10 +101,23 @@ def test_a_model_of_damaged_weights_answers_nothing(refused, trained, tmp_path):
     save_file(state, copy / "model.safetensors", {"training": '{"trained_on": ["train"]}'})
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     said = refused("ask", "--run", copy, "--image", tmp_path / "black.png", "--question", "what color is it?")
-    assert "not finite" in said
-    said = refused("eval", "--run", copy, "--out", tmp_path / "out")
-    assert "not finite for 16 question(s) (questions " in said
+    assert "fusion.question.weight is not finite" in said
+    refused("eval", "--run", copy, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_that_are_not_finite_are_no_answers(refused, trained, tmp_path, monkeypatch):
+    forward = QuestionEncoder.forward
+
+    def overflowing(self, tokens, lengths):
+        embedding = forward(self, tokens, lengths)
+        embedding[1] = torch.inf
+        return embedding
+
+    monkeypatch.setattr(QuestionEncoder, "forward", overflowing)
+    said = refused("eval", "--run", trained, "--out", tmp_path / "out")
+    assert re.search(r"scores of the answers are not finite for 1 question\(s\) \(questions \d+\)", said)
+    assert not (tmp_path / "out" / "metrics_val.json").exists()
 
 
 @pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_mean", "bn1.running_var"])

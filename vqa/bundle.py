@@ -20,6 +20,7 @@ from data.errors import InputError
 from data.files import read_json, write_json, written_whole
 from data.images import Preprocessing
 from data.tokenizer import load_tokenizer, save_tokenizer
+from data.vqa_files import unusable
 from vqa.build import build_model
 from vqa.model import VQAModel
 from vqa.recipes import load_saved
@@ -80,25 +81,54 @@ def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
     folder = find_model(run)
     settings = load_saved(folder / "config.yaml")
     tokenizer = load_tokenizer(folder)
-    answers = read_json(folder / "answers.json")
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{folder / 'answers.json'}: must be a list of texts")
-    model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+    answers = _read_answers(folder / "answers.json")
+    preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes config.yaml names
+            model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+    except (RuntimeError, OverflowError) as error:
+        raise InputError(f"{folder / 'config.yaml'}: no model can be built of it ({error!s:.100})") from None
     training = _load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    preprocessing = Preprocessing.load(folder / "preprocessing.json")
     return Bundle(folder, model, settings, tokenizer, answers, preprocessing, training)
 
 
+def _read_answers(file: Path) -> list[str]:
+    answers = read_json(file)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"{file}: must be a list of texts")
+    for place, answer in enumerate(answers):
+        if reason := unusable(answer) or ("" if answer.strip() else "empty"):
+            raise InputError(f"{file}: answer {place} is {reason}")
+    return answers
+
+
 def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
+    """Fills a model that has no memory yet; returns what the file says of the training."""
     try:
         weights, said = read_safetensors(file)
         training = json.loads(said.get("training", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = " ".join(str(error).split("\n")[1:2]).strip()
-        raise InputError(f"{file}: not the weights of this folder's config.yaml: {first:.150}") from None
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (weights, expected))
+        if theirs != ours:
+            raise InputError(f"{file}: not the weights of this folder's config.yaml: {name} is {theirs}, not {ours}")
+        if not torch.isfinite(weights[name]).all():
+            raise InputError(f"{file}: {name} is not finite")
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    return _checked_facts(training, file)
+
+
+def _checked_facts(training: Any, file: Path) -> dict[str, Any]:
+    """What `save_weights` was given, if it has the form of `Bundle.training`."""
+    kinds = {"trained_on": list, "epoch": int, "val_overall": (int, float, type(None)), "recalibrated_on": str}
+    if not isinstance(training, dict) or not all(
+        isinstance(value, kinds.get(key, ())) for key, value in training.items()
+    ):
+        raise InputError(f"{file}: its header says nothing of the training that can be read")
+    if not all(isinstance(split, str) for split in training.get("trained_on", [])):
+        raise InputError(f"{file}: trained_on must be names of splits")
     return training

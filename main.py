@@ -1,6 +1,7 @@
 """The commands. Each sets up one job; heavy imports stand inside, so that `--help` answers at once."""
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data.errors import InputError
+from data.errors import InputError, printable
 from data.interruption import Interrupted, listen
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ def ask(arguments: argparse.Namespace) -> None:
     bundle = load_bundle(arguments.run)
     answers = run(bundle, arguments.image, arguments.question, arguments.top)
     if unknown := unknown_words(bundle, arguments.question):
-        print(f"not met in training: {', '.join(unknown)}", file=sys.stderr)
+        print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
     if arguments.json:
         print(json.dumps({"image": str(arguments.image), "question": arguments.question, "answers": answers}))
         return
     for entry in answers:
-        print(f"{100 * entry['probability']:6.2f} %  {entry['answer']}")
+        print(f"{100 * entry['probability']:6.2f} %  {printable(entry['answer'])}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -302,19 +303,21 @@ def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no positive number below a thousand million")
     return int(text)
 
 
 def _natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {2**32 - 1}")
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number from 0 to {2**32 - 1}")
     return int(text)
 
 
 def main() -> int:
     """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 130 or 143 after a signal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer that the terminal cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         listen()
         arguments = _parser().parse_args()
@@ -334,7 +337,7 @@ def main() -> int:
 
 def _failed(why: object) -> int:
     with suppress(OSError):  # where the log is on a full disk, too
-        print(f"error: {why}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(why))}", file=sys.stderr, flush=True)
     return 2
 
 

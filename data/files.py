@@ -62,6 +62,11 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def as_cell(text: str) -> str:
+    """A text from outside for a CSV file: a spreadsheet takes what begins with one of these for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Writes `value` as JSON whole or not at all."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

@@ -31,6 +31,7 @@ from data.vqa_files import Question, SplitFiles, read_questions
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
+_LISTED = 20  # bad images said one by one
 
 
 def preprocess(
@@ -197,8 +198,10 @@ def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, s
     with store.opened_for_writing(partial) as file:
         ids = file["images/id"][:]
         print(f"{len(bad)} image(s) missing or unreadable:")
-        for row, reason in bad.items():
+        for row, reason in islice(bad.items(), _LISTED):
             print(f"  {ids[row]}: {reason}")
+        if len(bad) > _LISTED:
+            print(f"  and {len(bad) - _LISTED} more")
         if not skip:
             listed = ", ".join(str(ids[row]) for row in islice(bad, 5)) + (", …" if len(bad) > 5 else "")
             raise InputError(

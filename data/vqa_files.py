@@ -178,5 +178,5 @@ def unusable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "no Unicode text (it holds half a surrogate pair)"
+        return "not UTF-8 text (it holds half a surrogate pair)"
     return ""

@@ -39,7 +39,14 @@ def collect(suite: Suite, runs: Path) -> list[Result]:
     Raises:
         InputError: a file of a finished run is missing or damaged.
     """
-    results = [_read(row, seed, runs) for row in suite.rows for seed in suite.seeds]
+    results = []
+    for row in suite.rows:
+        for seed in suite.seeds:
+            try:
+                results.append(_read(row, seed, runs))
+            except (LookupError, TypeError, AttributeError) as error:
+                folder = runs / row.run.seeded(seed).name
+                raise InputError(f"{folder}: its metrics or environment are damaged ({error!r:.80})") from None
     return [result for result in results if result is not None]
 
 

@@ -8,6 +8,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from data.errors import InputError
 from data.files import read_json, write_json
+from data.images import read_image
 from data.preprocess import preprocess
 from data.store import Store
 from data.table import QuestionTable
@@ -128,8 +129,7 @@ def _write_report(
 
     examples = []
     for row in range(0, len(table), max(len(table) // EXAMPLES, 1)):
-        with Image.open(files[row]) as picture:
-            shown = {"image": picture.convert("RGB"), "question": table.texts[row], "truth": table.answers(row)[0]}
+        shown = {"image": read_image(files[row]), "question": table.texts[row], "truth": table.answers(row)[0]}
         examples.append(shown | {model: answers[model][row] for model in MODELS})
     titles = {"blind": "best answer without the image", "baseline": "frozen ResNet", "modern": "CBN in all stages"}
     demo = {
@@ -162,13 +162,13 @@ def _write_report(
             "python main.py preprocess --config config/daquar.yaml",
         ],
     }
-    with Image.open(example) as picture:
-        write_demo(out / "report.html", demo, inspection, picture.convert("RGB"))
+    write_demo(out / "report.html", demo, inspection, read_image(example))
     return questions
 
 
 def _ask_command(out: Path, question: str) -> str:
-    return f'python main.py ask --run {out / "modern"} --image {out / EXAMPLE} --question "{question}"'
+    words = ["ask", "--run", str(out / "modern"), "--image", str(out / EXAMPLE), "--question", question]
+    return shlex.join(["python", "main.py", *words])
 
 
 def _image_ids(settings: Settings, table: QuestionTable) -> list[int]:

@@ -18,8 +18,11 @@ ACCENT = "#0f766e"  # beside grey it differs in lightness too, so that colour ca
 
 def write_figure(file: Path, title: str, lines: Sequence[Line], baseline: str) -> None:
     """Draws the overall accuracies of trainings (the lines of `SUITE_runs.csv`) into a PNG file."""
-    figure = draw(title, lines, baseline)
-    with written_whole(file) as aside:
+    import matplotlib
+
+    # a name may hold dollar signs
+    with matplotlib.rc_context({"text.parse_math": False}), written_whole(file) as aside:
+        figure = draw(title, lines, baseline)
         figure.savefig(aside, format="png", dpi=160, metadata={"Software": None})
 
 

@@ -166,7 +166,7 @@ def _run_all(
     gpus = 0 if on_cpu else torch.cuda.device_count()
     count = at_once or gpus or (_cores_with_memory() if on_cpu else 1)
     threads = 1 if on_cpu else max((os.cpu_count() or 1) // count, 1)
-    places = list(range(count))
+    places = list(range(min(count, len(jobs))))
     waiting, running = list(jobs), {}
     try:
         while waiting or running:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import InputError
 from vqa.recipes import BASE, load_settings, read_yaml
-from vqa.settings import Settings, different_keys, flat
+from vqa.settings import FileName, Settings, SplitName, different_keys, flat
 
 COLUMNS = ("overall", "yes/no", "number", "other")
 # Where and how a run is computed, not what: runs that differ in nothing else are one run.
@@ -42,7 +42,12 @@ _NOT_TRAINED = {
 
 
 class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# Rows stand in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
+_Name = Annotated[str, Field(max_length=100, pattern=r"^[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*$")]
+_TestName = Annotated[str, Field(max_length=100, pattern=r"^([^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*)?$")]
 
 
 class _RunForm(_Form):
@@ -52,19 +57,19 @@ class _RunForm(_Form):
 
 class _TestForm(_Form):
     settings: str = ""
-    recalibrate: str | None = None
+    recalibrate: SplitName | None = None
 
 
 class _SuiteForm(_Form):
-    title: str
-    recipe: str
+    title: _Name
+    recipe: FileName
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     baseline: str
-    runs: dict[str, _RunForm] = Field(min_length=1)
-    tests: dict[str, _TestForm] = {"": _TestForm()}
+    runs: dict[_Name, _RunForm] = Field(min_length=1)
+    tests: dict[_TestName, _TestForm] = {"": _TestForm()}
     order: list[str] = []
     paper: str = ""
-    not_run: dict[str, dict[str, float]] = {}
+    not_run: dict[_Name, dict[str, float]] = {}
 
 
 @dataclass(frozen=True)

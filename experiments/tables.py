@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, printable
 from data.files import write_text
 from experiments.collection import KIND
 from experiments.suite import COLUMNS
@@ -147,9 +147,14 @@ def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]
 
 
 def _markdown(lines: Sequence[Line], columns: Sequence[_Column]) -> str:
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in _cells(lines, columns)]
+    rows = [[_as_markdown(cell) for cell in row] for row in _cells(lines, columns)]
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _as_markdown(text: str) -> str:
+    """A name as it is: neither a tag nor the end of its cell or line."""
+    return printable(text).replace("<", "&lt;").replace("|", r"\|")
 
 
 def _number(text: str, form: str = "{:.2f}", unit: float = 1.0) -> str:

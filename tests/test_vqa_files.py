@@ -26,7 +26,7 @@ def test_questions_are_joined_with_their_annotations(raw):
         (lambda c: c["questions"][1].update(image_id="1"), r"questions\[1\] needs 'image_id' \(int\)"),
         (lambda c: c["questions"][0].update(image_id=7), "annotation of question 10: image_id 1"),
         (lambda c: c["questions"][0].update(question="a\0b"), "has a question that is with a null character"),
-        (lambda c: c["questions"][0].update(question="\ud800"), "has a question that is no Unicode text"),
+        (lambda c: c["questions"][0].update(question="\ud800"), "has a question that is not UTF-8 text"),
         (lambda c: c["questions"][0].update(image_id=10**30), "has a image_id that is not of 64 bits"),
         (lambda c: c["questions"].clear(), "the list 'questions' is empty"),
         (lambda c: c.pop("questions"), "not an official VQA file"),

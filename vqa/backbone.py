@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torchvision
 from torch import Tensor
@@ -59,9 +60,17 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return read_safetensors(file)[0]
-        return load_tensors(file)
+        state = load_tensors(file)
+    except UnpicklingError:
+        raise ValueError(f"{file}: cannot be read as weights (damaged, or more than tensors: not executed)") from None
     except Exception as error:  # each format raises errors of its own kind on a broken file
         raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from None
+
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{file}: must hold weights by name alone (a state_dict)")
+    return state
 
 
 def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None:

@@ -153,7 +153,10 @@ def choose_device(name: str, processes: Processes | None = None) -> torch.device
         )
     if name == "cuda":
         name = f"cuda:{processes.local_rank}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: {name!r} is none; auto, cpu, cuda and cuda:N are") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); try device=cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
-from data.files import write_json, written_whole
+from data.files import as_cell, write_json, written_whole
 from data.progress import progress
 from data.table import QuestionTable
 from vqa.features import STAGES, networks_of, open_runs, show_same_pairs, stage_features
@@ -109,7 +109,7 @@ def _point_rows(points: Mapping[str, Stages], table: QuestionTable) -> Iterable[
     for name, stages in points.items():
         for stage, places in zip(STAGES, stages, strict=True):
             for id_, (x, y), question in zip(table.ids.tolist(), places.tolist(), questions, strict=True):
-                yield name, stage, id_, f"{x:.5g}", f"{y:.5g}", *question
+                yield name, stage, id_, f"{x:.5g}", f"{y:.5g}", *map(as_cell, question)
 
 
 def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:

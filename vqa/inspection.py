@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.errors import InputError
-from data.files import write_json, written_whole
+from data.errors import InputError, printable
+from data.files import as_cell, write_json, written_whole
+from data.images import read_image
 from data.tokenizer import UNKNOWN_ID, encode, words
+from data.vqa_files import unusable
 from vqa.bundle import Bundle
 from vqa.cbn import Modulation
 from vqa.model import Output
@@ -34,8 +35,8 @@ def run_question(bundle: Bundle, image: Path, question: str, *, modulate: bool =
     """The model's output for one question on one image (B = 1). Raises InputError as `ask` does, and where the model's
     scores are not finite.
     """
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise InputError("question: not UTF-8 text")
+    if reason := unusable(question):
+        raise InputError(f"question: {reason}")
     if not words(bundle.tokenizer, question):
         raise InputError(f"question: {question!r} holds no word")
     device = next(bundle.model.parameters()).device
@@ -71,7 +72,7 @@ def inspect(bundle: Bundle, image: Path, questions: Sequence[str], top: int = 5)
             "backbone": bundle.settings.backbone.name,
             "stages": list(bundle.settings.cbn.stages),
             "image_size": bundle.preprocessing.size,
-            **bundle.training,
+            **{"trained_on": [], "epoch": None, "val_overall": None, **bundle.training},
         },
         "readings": [_reading(bundle, image, question, top) for question in questions],
     }
@@ -81,8 +82,7 @@ def write_inspection(inspection: dict[str, Any], folder: Path, image: Path) -> N
     """Writes `modulation.json`, `modulation.csv` and `report.html`."""
     write_json(folder / "modulation.json", inspection, indent=None)
     _write_csv(folder / "modulation.csv", inspection["readings"])
-    with Image.open(image) as opened:
-        write_report(folder / "report.html", inspection, opened.convert("RGB"))
+    write_report(folder / "report.html", inspection, read_image(image))
 
 
 def summary(inspection: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def summary(inspection: dict[str, Any]) -> str:
     lines = []
     for reading in inspection["readings"]:
         best = reading["answers"][0]
-        lines.append(f"{reading['question']}  {best['answer']} ({100 * best['probability']:.1f} %)")
+        lines.append(printable(f"{reading['question']}  {best['answer']} ({100 * best['probability']:.1f} %)"))
         moved = [
             (float(np.mean(np.abs(layer["delta_gamma"]) + np.abs(layer["delta_beta"]))), layer)
             for layer in reading["layers"]
@@ -180,4 +180,4 @@ def _write_csv(file: Path, readings: Sequence[dict[str, Any]]) -> None:
         for reading in readings:
             for layer in reading["layers"]:
                 for channel, values in enumerate(zip(*(layer[column] for column in columns), strict=True)):
-                    writer.writerow([reading["question"], layer["name"], layer["stage"], channel, *values])
+                    writer.writerow([as_cell(reading["question"]), layer["name"], layer["stage"], channel, *values])

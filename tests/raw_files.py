@@ -16,7 +16,7 @@ def write_split(folder: Path, name: str, entries, annotated=True) -> SplitFiles:
         {
             "question_id": q,
             "image_id": i,
-            "question_type": text.split()[0] if text else "",
+            "question_type": next(iter(text.split()), ""),
             "answer_type": "other",
             "answers": [{"answer": answer, "answer_id": n} for n, answer in enumerate(answers)],
         }

@@ -230,6 +230,17 @@ def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image
     assert (tmp_path / "runs/plain/inspect/report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "question", ["这是什么？", "ما هذا؟", "🐈 or 🐕?", "?!", "what \x1b[2J\t?", "=1+1", "word " * 1_999]
+)
+def test_odd_questions_are_answered(command, copied, image, question):
+    ended = command("ask", "--run", copied, "--image", image, "--question", question, "--json")
+    assert ended.code == 0
+    said = json.loads(ended.out)
+    assert said["question"] == question
+    assert sum(entry["probability"] for entry in said["answers"]) <= 1 + 1e-4
+
+
 # ---- bad input
 
 

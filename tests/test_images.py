@@ -1,6 +1,7 @@
 """Images: decoded, resized, normalised."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from data.errors import InputError
 from data.images import Preprocessing, decode_image
+from tests.bad_files import png
 
 
 def test_images_are_plainly_resized_rgb(tmp_path):
@@ -54,3 +56,100 @@ def test_normalisation_is_torchvisions(tmp_path):
         (tmp_path / "p.json").write_text(json.dumps(good | wrong))
         with pytest.raises(InputError, match="p.json"):
             Preprocessing.load(tmp_path / "p.json")
+
+
+def corners(mode=None):
+    """A picture whose corners are red, green, blue and white, clockwise from the top left."""
+    picture = Image.new("RGB", (64, 48), (0, 255, 0))
+    picture.paste((255, 0, 0), (0, 0, 32, 24))
+    picture.paste((255, 255, 255), (0, 24, 32, 48))
+    picture.paste((0, 0, 255), (32, 24, 64, 48))
+    return picture.convert(mode) if mode else picture
+
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def seen(file) -> np.ndarray:
+    """The four corners as they are decoded, clockwise, [4, 3]."""
+    pixels = decode_image(file, 16).astype(int)
+    return pixels[[2, 2, 13, 13], [2, 13, 13, 2]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_pictures_stand_upright(tmp_path, orientation, kind):
+    """Stored turned, as cameras do, with the EXIF entry that says so."""
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose: what EXIF 2 to 8 take back
+    picture = corners()
+    if orientation > 1:
+        picture = picture.transpose(Image.Transpose(turned[orientation]))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    picture.save(tmp_path / f"a.{kind}", exif=exif)
+    assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+@pytest.mark.parametrize(
+    "block", [{"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, {"exif": b"junk"}, {"icc_profile": b"junk"}], ids=str
+)
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_damaged_block_beside_the_picture_says_nothing(tmp_path, kind, block):
+    corners().save(tmp_path / f"a.{kind}", **block)
+    with warnings.catch_warnings(action="error"):
+        assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "given"),
+    [
+        ("L", "a.png", {}),
+        ("LA", "a.png", {}),
+        ("RGBA", "a.png", {}),
+        ("P", "a.png", {}),
+        ("P", "a.png", {"transparency": 0}),
+        ("P", "a.png", {"transparency": bytes(range(200))}),
+        ("P", "a.gif", {}),
+        ("CMYK", "a.jpg", {}),
+        ("CMYK", "a.tiff", {}),
+        ("RGB", "a.ppm", {}),
+        ("RGB", "a.bmp", {}),
+        ("RGB", "no_ending", {"format": "PNG"}),
+        ("RGB", "another_ending.jpg", {"format": "PNG"}),
+    ],
+)
+def test_every_kind_of_picture_has_its_colours(tmp_path, mode, name, given):
+    corners(mode).save(tmp_path / name, **given)
+    colours = COLOURS if not mode.startswith("L") else [(76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3]
+    with warnings.catch_warnings(action="error"):
+        assert np.abs(seen(tmp_path / name) - colours).max() < 40
+
+
+def test_what_lies_under_transparency_is_seen(tmp_path):
+    picture = corners("RGBA")
+    picture.putalpha(0)
+    picture.save(tmp_path / "a.png")
+    assert np.abs(seen(tmp_path / "a.png") - COLOURS).max() < 10
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
+def test_of_several_pictures_the_first_is_seen(tmp_path, kind):
+    corners().save(tmp_path / f"a.{kind}", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4])
+def test_sixteen_bits_a_channel(tmp_path, colour):
+    channels = {0: 1, 2: 3, 4: 2}[colour]
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32, 1).repeat(channels, 2).astype(">u2")
+    (tmp_path / "a.png").write_bytes(png(32, 32, 16, colour, b"".join(b"\0" + row.tobytes() for row in ramp)))
+    pixels = decode_image(tmp_path / "a.png", 32).astype(int)
+    assert np.abs(pixels - ramp[..., :1].astype(int) // 256).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30_000, 2), (2, 30_000), (3, 1)])
+def test_odd_shapes(tmp_path, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
+    pixels = decode_image(tmp_path / "a.png", 32)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels == (10, 200, 30)).all()

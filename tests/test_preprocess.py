@@ -291,3 +291,34 @@ def test_a_file_with_an_empty_row_is_never_finished(raw, tmp_path):
         file["images/filled"][1] = False
     with pytest.raises(RuntimeError, match="not every image"):
         store.finish(tmp_path / "data.h5", tmp_path / "final.h5")
+
+
+def test_texts_of_every_script_are_kept_as_they_are(tmp_path):
+    entries = [
+        (1, 1, "这是什么颜色？", ["红色"] * 10),
+        (2, 1, "ما هذا؟", ["قطة"] * 3),
+        (3, 1, "🐈 or 🐕?", ["🐈"]),
+        (4, 2, "  \t ", ["", "yes", " "]),
+        (5, 2, "?!", ["yes"] * 10),
+        (6, 2, "a\x1b[2J\tb\u202e", ["\x07x"] * 2),
+        (7, 2, "word " * 1_999, ["2"] * 100),
+    ]
+    make({"train": write_split(tmp_path, "train", entries)}, tmp_path / "odd.h5")
+    store = Store(tmp_path / "odd.h5")
+    table = store.table("train")
+    assert table.texts == [text for _, _, text, _ in entries]
+    assert [table.answers(row) for row in range(len(table))] == [answers for *_, answers in entries]
+    assert table.lengths.min() == 1
+    assert table.lengths.max() == 1_999
+    assert "" not in store.vocabulary
+    assert {"红色", "قطة", "🐈", "yes"} <= set(store.vocabulary)
+
+
+def test_of_many_bad_images_a_few_are_listed_and_all_are_counted(tmp_path, capsys):
+    files = write_split(tmp_path, "train", [(n, n, "a?", ["b"]) for n in range(60)])
+    for n in range(1, 60):
+        files.image(n).write_bytes(b"")
+    with pytest.raises(InputError, match=r"59 image\(s\) missing or unreadable, by id: 1, 2, 3, 4, 5, …"):
+        make({"train": files}, tmp_path / "bad.h5")
+    assert capsys.readouterr().out.count("cannot be read") == 20
+    assert not (tmp_path / "bad.h5").exists()

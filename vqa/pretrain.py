@@ -145,8 +145,9 @@ def _made_before(file: Path) -> dict[str, Any] | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            said = json.loads((opened.metadata() or {})["pretrained"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+            said = {**json.loads((opened.metadata() or {})["pretrained"])}
+            said["held_out_accuracy"] = float(said["held_out_accuracy"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         raise InputError(
             f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
         ) from None

@@ -66,6 +66,8 @@ class RunDirectory:
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         begun = read_json(file) if file.exists() else None
+        if begun is not None and not (isinstance(begun, dict) and isinstance(begun.get("resumed", []), list)):
+            raise InputError(f"{file}: not what a run wrote; remove it")
         environment = {
             **surroundings(device),
             "processes": world_size,

@@ -129,7 +129,7 @@ def _joined(
     for answer in new:
         if not isinstance(answer, str) or (wrong := unusable(answer)):
             reason = wrong if isinstance(answer, str) else "no text"
-            raise InputError(f"{where}: an answer is {reason}: {reprlib.repr(answer)}")
+            raise InputError(f"{where}: 'answers' must hold texts, one is {reason}: {reprlib.repr(answer)}")
         known.add(answer)
     return Question(
         question_id,

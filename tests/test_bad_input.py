@@ -79,7 +79,7 @@ CASES = [
             "half_pair": "not UTF-8 text",
             "unknown_image": "annotation of question 10: image_id 1, but the question has 77",
             "no_answers": "annotation of question 10: 'answers' must hold 1 to 100",
-            "number_answer": "annotation of question 10: an answer is no text: 2",
+            "number_answer": "annotation of question 10: 'answers' must hold texts, one is no text: 2",
             "many_answers": "annotation of question 10: 'answers' must hold 1 to 100",
             "utf16": "train_q.json: not UTF-8 text",
             "gzip": "train_q.json: not UTF-8 text",

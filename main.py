@@ -328,6 +328,8 @@ def main() -> int:
     except OSError as error:
         if error.errno is None:
             raise
+        if error.filename is None:  # what is left of it must not be tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
     except KeyboardInterrupt as interrupted:
         print(_how_to_go_on(sys.argv[1:]), file=sys.stderr)

@@ -23,7 +23,7 @@ from data.errors import InputError
 from data.files import naming_write_errors, written_whole
 from data.locks import held
 from data.progress import progress
-from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_rows, to_disk, write_rows
+from data.rows import H5Rows, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from data.space import check_room
 from data.store import partial_path
 
@@ -68,10 +68,9 @@ def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Se
             raise InputError(f"{partial}: begun before there were checksums; remove it")
         check_room(partial, file["maps"].nbytes, "set data.cache_gib=0 to do without")
         _fill(file, encode, path.name)
-        with naming_write_errors(partial):
-            file.attrs.modify("complete", True)
-            to_disk(file)
     with naming_write_errors(path):
+        with structured(partial, "r+") as file:
+            file.attrs.modify("complete", True)
         partial.replace(path)
 
 
@@ -84,7 +83,7 @@ def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
 
 
 def _begin(partial: Path, identity: dict[str, Any], count: int, shape: tuple[int, ...]) -> None:
-    with written_whole(partial) as aside, h5py.File(aside, "w", libver=LAYOUT) as file:
+    with written_whole(partial) as aside, structured(aside, "w") as file:
         file.attrs.update(identity=json.dumps(identity), complete=False)
         reserve_rows(file, "maps", (count, *shape), np.float16)
 

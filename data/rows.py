@@ -9,11 +9,13 @@ that HDF5 holds nothing back which a kill or a full disk would leave half-writte
 after it and its checksum are on the disk.
 """
 
+import io
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -25,13 +27,57 @@ from data.files import naming_write_errors
 LAYOUT = ("v108", "v108")
 
 
+class _PatientFile(io.FileIO):
+    """A file that keeps the disk's errors: HDF5 crashes when it closes a file after one."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """All of it, or nothing and `error`."""
+        rest = memoryview(data).cast("B")
+        count = len(rest)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        """As that of `io.FileIO`, or nothing and `error`."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell()
+
+
+@contextmanager
+def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
+    """An h5 file whose structure or attributes are made or changed; at the end of the block it is on the disk.
+
+    Raises:
+        OSError: at the end of the block: the disk is full, or fails.
+    """
+    with _PatientFile(path, "w+" if mode == "w" else "r+") as raw:
+        try:
+            with h5py.File(raw, mode, libver=LAYOUT) as file:
+                yield file
+        except Exception:
+            if raw.error is None:
+                raise
+        if raw.error is not None:
+            raise raw.error
+        os.fsync(raw.fileno())
+
+
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
     """Makes room for an array of `shape` [N, …]; nothing is written there, so the disk is not yet taken."""
+    group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))
+    group.create_dataset("filled", data=np.zeros(shape[0], bool))
     placed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     placed.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     group.create_dataset(name, tuple(shape), dtype, dcpl=placed, fill_time="never")
-    group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))
-    group.create_dataset("filled", data=np.zeros(shape[0], bool))
 
 
 def opened_for_filling(partial: Path) -> h5py.File:
@@ -83,8 +129,7 @@ def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
     Raises:
         InputError: the disk is full, or fails; the rows are not marked then.
     """
-    with naming_write_errors(Path(file.filename)):
-        to_disk(file)
+    _to_disk(file)
     # a kill does not undo what is written; when the marks come to the disk is no matter, as long as the rows are there
     set_rows(file, file[array].parent["filled"].name, rows, [True] * len(rows))
 
@@ -97,10 +142,9 @@ def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[
             place.write(file.id.get_vfd_handle(), row, np.array([value], data.dtype))
 
 
-def to_disk(file: h5py.File) -> None:
-    """Waits until everything written is on the disk."""
-    file.flush()
-    os.fsync(file.id.get_vfd_handle())
+def _to_disk(file: h5py.File) -> None:
+    with naming_write_errors(Path(file.filename)):
+        os.fsync(file.id.get_vfd_handle())
 
 
 def write_at(file: int, value: np.ndarray, offset: int) -> None:

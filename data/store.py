@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from data.errors import InputError
 from data.files import naming_write_errors, written_whole
-from data.rows import LAYOUT, H5Rows, mark_rows, opened_for_filling, reserve_rows, set_rows, to_disk, write_rows
+from data.rows import H5Rows, mark_rows, opened_for_filling, reserve_rows, set_rows, structured, write_rows
 from data.table import QuestionTable
 
 FORMAT, VERSION = "modern-vqa", 2
@@ -61,7 +61,7 @@ def create(
         InputError: the disk is full, or fails.
     """
     count = len(image_ids)
-    with written_whole(path) as aside, h5py.File(aside, "w", libver=LAYOUT) as file:
+    with written_whole(path) as aside, structured(aside, "w") as file:
         file.attrs.update(format=FORMAT, version=VERSION, complete=False, image_size=image_size)
         file.attrs["provenance"] = json.dumps(provenance)
         file.attrs["digest"] = np.bytes_(_NO_DIGEST)
@@ -115,14 +115,12 @@ def finish(partial: Path, path: Path) -> None:
     Raises:
         RuntimeError: a row was never filled.
     """
-    with opened_for_writing(partial) as file, naming_write_errors(partial):
+    with naming_write_errors(partial), structured(partial, "r+") as file:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
         # changed in place: nothing in the file moves
         file.attrs.modify("digest", np.bytes_(_digest_of(file)))
-        to_disk(file)
         file.attrs.modify("complete", True)
-        to_disk(file)
     with naming_write_errors(path):
         partial.replace(path)
 

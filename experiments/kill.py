@@ -93,6 +93,8 @@ def kill(case: Case, kills: int, folder: Path, seed: int = 0, words: Sequence[st
                 return result
             if not ended:
                 result.kills += 1
+                if result.kills % 10 == 0:
+                    print(f"{case.name}: {result.kills} kills", file=sys.stderr, flush=True)
                 result.in_a_write += any(work.rglob(".*.unfinished"))
             try:
                 found = kept_work(work)

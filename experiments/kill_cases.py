@@ -61,7 +61,8 @@ class Case:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         if self.given is not None:
-            shutil.copytree(work.parent / self.given, work / self.given)
+            source = work.parent / self.given
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, work / self.given)
 
 
 def _world(folder: Path, images: int, h5: str = "world.h5") -> None:

@@ -60,7 +60,7 @@ def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path):
     suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
     first, second = jobs_of(suite)
     begun = subprocess.Popen([*PYTHON, *words], process_group=0, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not (second.folder(runs) / "checkpoints" / "last.pt").exists():
         time.sleep(0.005)
     os.killpg(begun.pid, signal.SIGKILL)

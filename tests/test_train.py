@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -35,13 +34,6 @@ def same_weights(one, other) -> bool:
 def lines(run, without=("seconds", "peak_memory_mib")):
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in read]
-
-
-def start(config, folder, *words, resume=False):
-    """A training process of its own in `folder`."""
-    arguments = ["train", "--config", str(config), *(["--resume"] if resume else []), *words]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*PYTHON, *arguments], cwd=folder, text=True, **quiet)
 
 
 def test_a_run_directory_explains_itself(trained):
@@ -84,29 +76,6 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
     after = weights(train(settings, runs=tmp_path).path)
     for name, value in before.items():
         assert torch.equal(after[f"resnet.{name}"], value), name
-
-
-def test_a_killed_run_ends_as_the_undisturbed_one(tiny, tmp_path):
-    words = ["train.epochs=3", "train.checkpoint_every=2", "answer.dropout=0.3", "train.batch_size=4"]
-    whole = start(tiny, tmp_path, "name=whole", *words)
-    assert whole.wait() == 0, whole.stderr.read()
-
-    killed = start(tiny, tmp_path, "name=killed", *words)
-    checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:  # kill it in the middle of an epoch, after a checkpoint within one
-        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["progress"]["step"] > 0:
-            break
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    progress = torch.load(checkpoint, weights_only=True)["progress"]
-    assert not progress["finished"], "too fast to be killed in time"
-
-    resumed = start(tiny, tmp_path, "name=killed", *words, resume=True)
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
-    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
 
 
 @pytest.mark.parametrize("words", [["train.schedule=constant"], ["backbone.train=stage4", "cbn.stages=[4]"]])
@@ -216,12 +185,12 @@ def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     def failing(value, file):
         saves.append(file)
         if len(saves) == 2:
-            file.write_bytes(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
         real(value, file)
 
     monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(InputError, match=r"last.pt: cannot be written \(no space left on device\); make space"):
         train(settings, runs=tmp_path)
     saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
     assert saved["progress"]["epoch"] == 2
@@ -258,6 +227,7 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
     shutil.copy(tiny.parent / "world.h5", copy)
     with h5py.File(copy, "r+") as file:
         file["images/usable"][0] = False
+        file.attrs["version"] = 1  # without a digest
         lost = int((file["splits/train/images"][:] == 0).sum())
         count = len(file["splits/train/ids"])
     train(load_settings(tiny, ["name=fewer", f"data.h5={copy}"]), runs=tmp_path)

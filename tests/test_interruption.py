@@ -1,0 +1,210 @@
+"""SIGTERM and Ctrl-C: what was done is saved, one line says how to go on, and nothing is torn."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import h5py
+import pytest
+import torch
+
+import data.preprocess
+from data.interruption import Interrupted, held_back, let_through, listen, waits
+from data.store import Store, partial_path
+from data.world import write_world
+from experiments import runner
+from experiments.suite import load_suite
+from tests.conftest import ROOT
+from tests.test_runner import SUITE
+from tests.test_suites import TINY
+from tests.test_train import lines, same_weights
+from vqa import engine
+from vqa.recipes import load_settings
+from vqa.train import train
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """The handlers of the tests' own process are put back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ask(number):
+    """The signal, as from outside, and time to hear it."""
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+
+def calling(real, at, what):
+    """`real`, which in its call number `at` first does `what`."""
+    calls = []
+
+    def function(*arguments, **named):
+        calls.append(1)
+        if len(calls) == at:
+            what()
+        return real(*arguments, **named)
+
+    return function
+
+
+def test_a_signal_waits_for_the_end_of_what_holds_it_back():
+    done = []
+    with pytest.raises(Interrupted) as raised, held_back():
+        ask(signal.SIGTERM)
+        ask(signal.SIGTERM)  # from the group, and from the parent
+        assert waits()
+        done.append(1)
+    assert done
+    assert raised.value.exit_code == 143
+    assert not waits()
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    done = []
+    with pytest.raises(Interrupted), held_back():
+        ask(signal.SIGINT)
+        done.append(1)
+        ask(signal.SIGINT)
+        done.append(2)
+    assert done == [1]
+    with held_back():  # and leaves nothing behind
+        pass
+
+
+def test_where_it_may_it_comes_through():
+    done = []
+    with pytest.raises(Interrupted), held_back():
+        with pytest.raises(Interrupted), let_through():
+            ask(signal.SIGTERM)
+            done.append(1)
+        ask(signal.SIGTERM)
+        done.append(2)
+    assert done == [2]
+
+
+def test_what_was_ignored_from_the_start_stays_so():
+    code = "from signal import *; from data.interruption import listen; listen(); print(*map(getsignal, (2, 15)))"
+    begun = f"trap '' INT; exec {sys.executable} -c '{code}'"
+    told = subprocess.run(["bash", "-c", begun], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("1 <function _heard")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, monkeypatch, command, number, code):
+    monkeypatch.chdir(tmp_path)
+    words = ["train.epochs=2", "answer.dropout=0.3"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path / "runs").path
+    stopping = calling(engine.nn.utils.clip_grad_norm_, 2, lambda: ask(number))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.nn.utils, "clip_grad_norm_", stopping)
+        ended = command("train", "--config", tiny, "name=stopped", *words)
+    assert ended.code == code
+    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    assert command("train", "--config", tiny, "--resume", "name=stopped", *words).code == 0
+    assert same_weights(whole, tmp_path / "runs/stopped")
+    assert lines(whole) == lines(tmp_path / "runs/stopped")
+
+
+def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
+    import vqa.train
+
+    monkeypatch.chdir(tmp_path)
+    whole = train(load_settings(tiny, ["name=whole"]), runs=tmp_path / "runs").path
+    with monkeypatch.context() as patched:
+        patched.setattr(vqa.train, "score", calling(vqa.train.score, 1, lambda: ask(signal.SIGTERM)))
+        assert command("train", "--config", tiny, "name=stopped").code == 143
+    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)  # all three steps
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.nn.utils, "clip_grad_norm_", pytest.fail)  # not one more
+        assert command("train", "--config", tiny, "--resume", "name=stopped").code == 0
+    assert same_weights(whole, tmp_path / "runs/stopped")
+    assert lines(whole) == lines(tmp_path / "runs/stopped")
+
+
+def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
+    h5 = tmp_path / "new.h5"
+    with monkeypatch.context() as patched:
+        real = data.preprocess.decode_image
+        patched.setattr(data.preprocess, "_CHUNK", 2)
+        patched.setattr(data.preprocess, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
+        ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
+    assert ended.code == 130
+    assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"
+    with h5py.File(partial_path(h5)) as file:
+        assert file["images/filled"][:].sum() == 6
+    assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
+    assert Store(h5).identity == Store(tiny.parent / "world.h5").identity
+
+
+@pytest.fixture(scope="module")
+def many(tiny, tmp_path_factory):
+    """The words of a preprocessing that takes several processes."""
+    folder = tmp_path_factory.mktemp("many")
+    write_world(folder, seed=1, images={"train": 120, "val": 2}, processes=1)
+    return ["preprocess", "--config", str(tiny), f"data.folder={folder}", "data.processes=2"]
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
+def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, number):
+    arguments = [sys.executable, str(ROOT / "main.py"), *many, f"data.h5={tmp_path}/new.h5"]
+    begun = subprocess.Popen(arguments, process_group=0, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("*.partial")):
+        time.sleep(0.001)
+    time.sleep(0.1)  # they are about to start
+    if number == signal.SIGKILL:
+        begun.kill()  # alone, as by the kernel where memory is short
+    else:
+        os.killpg(begun.pid, number)  # all, as by Ctrl-C
+    _, said = begun.communicate(timeout=60)  # which is when the last of them has ended
+    if number != signal.SIGKILL and begun.returncode:
+        assert begun.returncode == 128 + number
+        assert said.count("\n") == 1
+        assert said.startswith("interrupted; preprocess ")
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.2)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).write_text("begun")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_suite_ends_its_runs_after_they_saved(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    suite, told = load_suite(tmp_path / "two.yaml", TINY), tmp_path / "told"
+    monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", CHILD, str(told)])
+
+    def outside():
+        while not told.exists() or told.read_text() != "begun":
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=outside)
+    thread.start()
+    with pytest.raises(Interrupted) as raised:
+        runner.run_suite(suite, tmp_path / "runs")
+    thread.join()
+    assert raised.value.number == number
+    assert told.read_text() == "saved"
+    assert not list((tmp_path / "runs" / "experiments").glob("*.lock"))

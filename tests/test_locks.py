@@ -1,0 +1,102 @@
+"""Locks: who holds one is told, nobody else writes, and none outlives its process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.errors import InputError
+from data.locks import held
+from data.store import partial_path
+from experiments.runner import run_suite
+from experiments.suite import load_suite
+from tests.conftest import ROOT
+from tests.test_runner import SUITE
+from tests.test_suites import TINY
+
+US = f"process {os.getpid()} on {socket.gethostname()} is at work on it"
+HOLDER = """
+import sys, time
+from pathlib import Path
+from data.locks import held
+with held(Path(sys.argv[1]), "it", wait=True):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(lock, seconds) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", HOLDER, str(lock), str(seconds)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_who_holds_it_is_told(tmp_path):
+    lock = tmp_path / "some" / ".lock"
+    with held(lock, "it"):
+        with pytest.raises(InputError, match=f"^it: {US}; it is left alone$"), held(lock, "it"):
+            pass
+        assert lock.exists()  # who was refused does not remove it
+    assert not lock.exists()
+    with held(lock, "it"):
+        pass
+
+
+def test_it_vanishes_with_a_killed_process(tmp_path):
+    other = holder(tmp_path / ".lock", 60)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"process {other.pid} on "), held(tmp_path / ".lock", "it"):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert (tmp_path / ".lock").exists()
+    with held(tmp_path / ".lock", "it"):
+        pass
+
+
+def test_who_waits_says_for_whom_and_gets_it(tmp_path, capsys):
+    first = holder(tmp_path / ".lock", 0.5)
+    assert first.stdout.readline() == "held\n"
+    second = holder(tmp_path / ".lock", 0.5)
+    begun = time.monotonic()
+    with held(tmp_path / ".lock", "it", wait=True):
+        assert first.wait() == 0
+        assert time.monotonic() - begun > 0.2
+        # where the second came before this one, it has ended by now
+        assert second.poll() == 0 or "held\n" not in second.stdout.read(1)
+    assert f"it: process {first.pid} on {socket.gethostname()} is at work on it; waiting\n" in capsys.readouterr().out
+    assert second.wait() == 0
+
+
+def test_a_second_training_of_a_run_is_refused(tiny, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    with held(tmp_path / "runs/.mine.lock", "it"):
+        for resume in ([], ["--resume"]):
+            assert refused("train", "--config", tiny, *resume, "name=mine").startswith(f"error: runs/mine: {US}")
+    assert not (tmp_path / "runs/mine").exists()
+
+
+def test_a_second_preprocessing_is_refused(tiny, tmp_path, refused):
+    h5 = tmp_path / "new.h5"
+    with held(tmp_path / ".new.h5.lock", "it"):
+        assert refused("preprocess", "--config", tiny, f"data.h5={h5}").startswith(f"error: {h5}: {US}")
+    assert not partial_path(h5).exists()
+
+
+def test_a_second_evaluation_into_a_folder_is_refused(trained, tmp_path, refused, command):
+    with held(tmp_path / ".val.lock", "it"):
+        assert f"{tmp_path}, split 'val': {US}" in refused("eval", "--run", trained, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert command("eval", "--run", trained, "--out", tmp_path).code == 0
+
+
+def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    suite = load_suite(tmp_path / "two.yaml", TINY)
+    lock = tmp_path / "runs/experiments" / f".{suite.report_name}.lock"
+    with held(lock, "it"), pytest.raises(InputError, match=f"suite {suite.report_name}: {US}"):
+        run_suite(suite, tmp_path / "runs")

@@ -1,0 +1,188 @@
+"""Damage: not one flipped byte, nor a file cut off, passes into training unnoticed."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from data import store
+from data.errors import InputError
+from data.maps import cached_maps
+from data.store import H5Images, Store, partial_path
+from tests.raw_files import make, write_split
+from tests.test_prefix import encode
+from vqa.bundle import load_bundle
+from vqa.checkpoint import load_checkpoint
+from vqa.recipes import load_settings
+from vqa.verified import as_safetensors, read_safetensors
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """An h5 file of 3 images and 6 questions."""
+    entries = [(n, n % 3, f"what is {n} of those", ["yes"] * 10) for n in range(6)]
+    make({"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5")
+    return tmp_path / "data.h5"
+
+
+def flipped(file: Path, place: int, bit: int = 0) -> Path:
+    """A copy with one bit flipped."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << bit
+    copy = file.with_name(f"flipped{file.suffix}")
+    copy.write_bytes(content)
+    return copy
+
+
+def all_of(path: Path) -> tuple:
+    """All that training reads of an h5 file."""
+    opened, images = Store(path), H5Images(path)
+    table = opened.table("train")
+    parts = [getattr(table, name).tobytes() for name in store._ARRAYS]
+    parts += [getattr(table, name) for name in store._TEXTS]
+    parts += [images[row].tobytes() for row in range(len(opened.usable))]
+    return opened.identity, opened.usable.tobytes(), opened.vocabulary, opened.tokenizer.to_str(), parts
+
+
+def test_a_flipped_bit_of_an_h5_is_refused_or_changes_nothing(small):
+    whole, chosen = all_of(small), random.Random(0)
+    with h5py.File(small) as file:
+        first = file["images/pixels"].id.get_offset()
+    refusals = 0
+    # most of them where the tables, the vocabulary and HDF5's own structures are
+    for place in [*chosen.sample(range(first), 90), *chosen.sample(range(first, small.stat().st_size), 10)]:
+        try:
+            assert all_of(flipped(small, place, chosen.randrange(8))) == whole, place
+        except InputError as refusal:
+            refusals += 1
+            assert "flipped.h5" in str(refusal)
+    assert refusals > 50  # the others are between things
+
+
+def test_a_damaged_image_is_named(small):
+    with h5py.File(small) as file:
+        place = file["images/pixels"].id.get_offset() + 1 * 32 * 32 * 3 + 100
+    images = H5Images(flipped(small, place))
+    assert images[0].shape == images[2].shape == (32, 32, 3)
+    message = r"flipped.h5: row 1 of images/pixels is damaged \(checksum\); remove it and run `preprocess` again"
+    with pytest.raises(InputError, match=message):
+        images[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_on_a_damaged_image_is_one_line(tiny, tmp_path, refused, monkeypatch, workers):
+    monkeypatch.chdir(tmp_path)
+    whole = Path(load_settings(tiny).data.h5)
+    with h5py.File(whole) as file:
+        place = file["images/pixels"].id.get_offset() + 5 * 64 * 64 * 3
+    copy = shutil.move(flipped(whole, place), tmp_path / "copy.h5")
+    said = refused("train", "--config", tiny, f"data.h5={copy}", "data.cache_gib=0.0", f"workers={workers}")
+    assert said.startswith(f"error: {copy}: row 5 of images/pixels is damaged")
+
+
+def test_a_file_that_is_cut_off_is_refused(small):
+    content = small.read_bytes()
+    for length in (0, 10, 1000, len(content) // 2, len(content) - 1):
+        small.write_bytes(content[:length])
+        with pytest.raises(InputError, match="data.h5: cannot be read as an h5 file"):
+            Store(small)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(small):
+    images = H5Images(small)
+    assert images[0].shape == (32, 32, 3)
+    with h5py.File(small) as file:
+        os.truncate(small, file["images/pixels"].id.get_offset() + 32 * 32 * 3 * 5 // 2)
+    with pytest.raises(InputError, match="data.h5: ends before row 2 of images/pixels: truncated"):
+        images[2]
+
+
+def test_a_file_of_version_1_is_read_unverified_and_not_gone_on_with(small):
+    with h5py.File(small, "r+") as file:
+        file.attrs["version"] = 1
+        del file.attrs["digest"], file["images/crc32"], file["splits/train"].attrs["digest"]
+        place = file["images/pixels"].id.get_offset()
+    assert len(Store(small).table("train")) == 6
+    assert H5Images(flipped(small, place))[0].shape == (32, 32, 3)
+    small.rename(partial_path(small))
+    with pytest.raises(InputError, match="version 1"):
+        store.opened_for_writing(partial_path(small))
+
+
+def test_a_damaged_map_is_named(tmp_path):
+    path = tmp_path / "maps.h5"
+    cached_maps(path, {"data": "a"}, 20, encode)
+    with h5py.File(path) as file:
+        place = file["maps"].id.get_offset() + 7 * 2 * 2 * 3 * 2
+    shutil.move(flipped(path, place), path)
+    maps = cached_maps(path, {"data": "a"}, 20, pytest.fail)
+    assert (maps[6] == 6).all()
+    with pytest.raises(InputError, match=r"maps.h5: row 7 of maps is damaged \(checksum\); remove it"):
+        maps[7]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A small one."""
+    file = tmp_path / "last.pt"
+    torch.save({"model": {"weight": torch.randn(50), "bias": torch.randn(3)}, "progress": {"epoch": 3}}, file)
+    return file
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(checkpoint):
+    whole, refusals = load_checkpoint(checkpoint), 0
+    chosen = random.Random(0)
+    places = chosen.sample(range(checkpoint.stat().st_size), 150)
+    for place in places:
+        try:
+            loaded = load_checkpoint(flipped(checkpoint, place, chosen.randrange(8)))
+            assert loaded["progress"] == whole["progress"], place
+            assert all(torch.equal(loaded["model"][name], whole["model"][name]) for name in whole["model"]), place
+        except InputError as refusal:
+            refusals += 1
+            assert "flipped.pt: cannot be read as a checkpoint" in str(refusal)
+    assert refusals > 20
+
+
+def test_a_flipped_bit_of_weights_is_refused_or_changes_nothing(tmp_path):
+    file, chosen = tmp_path / "some.safetensors", random.Random(0)
+    weights, said = {"a": torch.randn(20), "b": torch.arange(4).to(torch.bfloat16)}, {"training": '{"epoch": 3}'}
+    file.write_bytes(as_safetensors(weights, said))
+    refusals = 0
+    for place in range(file.stat().st_size):
+        try:
+            read, told = read_safetensors(flipped(file, place, chosen.randrange(8)))
+        except (ValueError, SafetensorError):
+            refusals += 1
+            continue
+        assert told.items() >= said.items(), place
+        assert all(torch.equal(read[name], weights[name]) for name in weights), place
+    assert refusals > 300
+
+
+def test_a_damaged_model_is_named(trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    shutil.move(flipped(file, file.stat().st_size - 1000), file)
+    with pytest.raises(InputError, match=r"model.safetensors: cannot be read as weights \(damaged: its digest"):
+        load_bundle(tmp_path)
+
+
+def test_damaged_weights_of_a_backbone_are_named(tmp_path):
+    from vqa.backbone import build_resnet
+
+    net = build_resnet("resnet10")
+    for name, write in (("w.safetensors", None), ("w.pth", torch.save)):
+        file = tmp_path / name
+        if write is None:
+            file.write_bytes(as_safetensors(net.state_dict(), {}))
+        else:
+            write(net.state_dict(), file)
+        build_resnet("resnet10", file)
+        with pytest.raises(ValueError, match=f"flipped{file.suffix}: cannot be read as weights .damaged: "):
+            build_resnet("resnet10", flipped(file, file.stat().st_size // 2))

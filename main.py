@@ -1,6 +1,7 @@
 """The commands. Each sets up one job; heavy imports stand inside, so that `--help` answers at once."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 DEMO_CONFIG = Path(__file__).parent / "config" / "demo.yaml"
 RESULTS = Path(__file__).parent / "experiments" / "results"
 README = Path(__file__).parent / "README.md"
+OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
 GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
 
 
@@ -326,10 +328,10 @@ def main() -> int:
     except InputError as error:
         return _failed(error)
     except OSError as error:
-        if error.errno is None:
-            raise
-        if error.filename is None:  # what is left of it must not be tried again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.filename is None:
+            if error.errno not in OF_OUTPUT:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it is not tried again at exit
         return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
     except KeyboardInterrupt as interrupted:
         print(_how_to_go_on(sys.argv[1:]), file=sys.stderr)

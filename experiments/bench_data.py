@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from data.loading import Batch, make_loader
 from data.preprocess import preprocess
 from data.store import H5Rows
 from data.vqa_files import SplitFiles
+from data.workers import WorkerContext
 from experiments.bench_step import interleaved
 from experiments.preparation import prepare_world
 from vqa.distributed import Processes
@@ -197,7 +197,7 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dic
         preprocess(splits, h5, **made, processes=processes)
 
     def decode() -> None:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
             for _ in pool.map(partial(decode_image, size=size), files, chunksize=32):
                 pass
 

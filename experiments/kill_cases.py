@@ -31,7 +31,7 @@ cbn: {{hidden_size: 8}}
 question: {{embedding_size: 8, hidden_size: 16}}
 attention: {{units: 8}}
 answer: {{fusion_size: 16, hidden_size: 8, dropout: 0.3}}
-train: {{epochs: 4, batch_size: 8, checkpoint_every: 3}}
+train: {{epochs: 3, batch_size: 8, checkpoint_every: 3}}
 scenes: {{images: {{train: {images}, val: 12}}, pretrain_images: 64, pretrain_epochs: 1}}
 """
 SUITE = """\
@@ -90,13 +90,13 @@ CASES = {
     for case in (
         Case(
             "preprocess",
-            lambda folder: _world(folder, 1200),
+            lambda folder: _world(folder, 800),
             lambda folder: ["preprocess", "--config", f"{folder}/tiny.yaml"],
             ".world.h5.lock",
         ),
         Case(
             "maps",
-            lambda folder: _world_and_h5(folder, 600),
+            lambda folder: _world_and_h5(folder, 300),
             lambda folder: ["train", "--resume", "--config", f"{folder}/tiny.yaml", "cbn.stages=[]", "train.epochs=1"],
             ".world_stage4_*.lock",
             given="world.h5",

@@ -162,7 +162,7 @@ def _publish(suite: "Suite", runs: Path) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading."""
+    """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading, scale."""
     from contextlib import redirect_stdout
 
     from experiments.bench import as_json
@@ -170,7 +170,12 @@ def bench(arguments: argparse.Namespace) -> None:
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         results = run(
-            arguments.parts, repeats=arguments.repeats, device=arguments.device, tiny=arguments.tiny, out=arguments.out
+            arguments.parts,
+            repeats=arguments.repeats,
+            device=arguments.device,
+            tiny=arguments.tiny,
+            out=arguments.out,
+            images=arguments.images,
         )
     if arguments.json:
         print(as_json(results))
@@ -271,9 +276,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("parts", nargs="*", metavar="PART", help="step, memory, sharing, cache, waiting, loading (all)")
+    added.add_argument(
+        "parts", nargs="*", metavar="PART", help="step, memory, sharing, cache, waiting, loading, scale (all)"
+    )
     added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
+    added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
     added.add_argument("--tiny", action="store_true", help="a small network and few pictures: whether it runs")
     added.add_argument("--json", action="store_true")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")

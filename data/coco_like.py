@@ -26,7 +26,7 @@ QUESTIONS = {"v1": {"train": 248_349, "val": 121_512}, "v2": {"train": 443_757, 
 _PREFIX = {"v1": "", "v2": "v2_"}
 _DIGITS = {"v1": 1, "v2": 3}  # of a question's number on its image, the end of its id
 _LARGEST_IMAGE_ID = 581_929
-_CANVAS = 2048  # pixels square, of which pictures are cut
+_CANVAS = 1024  # pixels square, of which pictures are cut
 _LIKE_VERSION = 1  # raise it when the same arguments give other files
 
 

@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 
+from data.coco_like import QUESTIONS
 from data.errors import InputError
 from data.files import write_text
-from experiments import bench_data, bench_step
+from experiments import bench_data, bench_scale, bench_step
 from experiments.bench_step import Case
 from vqa.build import choose_device
 from vqa.run_directory import surroundings
 
-PARTS = ("step", "memory", "sharing", "cache", "waiting", "loading")
+PARTS = ("step", "memory", "sharing", "cache", "waiting", "loading", "scale")
 
 
-def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None) -> dict[str, Any]:
+def bench(
+    parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None, images: int = 4_000
+) -> dict[str, Any]:
     """Measures some parts (all if none is named) and writes `bench_PART.csv` for each into `out`.
 
     Args:
@@ -34,6 +37,7 @@ def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: P
         device: as the setting; what needs no GPU is measured on the CPU.
         tiny: a small network and few pictures: whether it runs, not how fast it is.
         out: a folder; None writes nothing.
+        images: of the part scale, at least 8.
 
     Returns:
         `machine` and `parts`: each part's rows.
@@ -43,6 +47,8 @@ def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: P
     """
     if unknown := set(parts) - set(PARTS):
         raise InputError(f"bench: no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if images < 8:
+        raise InputError(f"--images: at least 8, got {images}")
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     chosen = choose_device(device)
@@ -50,14 +56,16 @@ def bench(parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: P
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for part in parts or PARTS:
             with redirect_stdout(io.StringIO()):  # what training and preprocessing say
-                results[part] = _measured(part, repeats, chosen, Path(folder) / part, tiny)
+                results[part] = _measured(part, repeats, chosen, Path(folder) / part, tiny, images)
             print(f"\n{part}\n{table_of(results[part])}", flush=True)
             if out is not None:
                 write_text(out / f"bench_{part}.csv", _csv_of(results[part], surroundings(chosen), repeats))
     return {"machine": surroundings(chosen), "repeats": repeats, "parts": results}
 
 
-def _measured(part: str, repeats: int, device: torch.device, folder: Path, tiny: bool) -> list[dict[str, Any]]:
+def _measured(
+    part: str, repeats: int, device: torch.device, folder: Path, tiny: bool, scale: int
+) -> list[dict[str, Any]]:
     network, size, images = ("resnet10", 64, 16) if tiny else ("resnet50", 224, 128)
     largest = Case("resnet10", 64, 2) if tiny else Case("resnet152", 448, 1)
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -66,7 +74,12 @@ def _measured(part: str, repeats: int, device: torch.device, folder: Path, tiny:
         "sharing": lambda: bench_data.sharing_rows(network, size, 16, repeats, device),
         "cache": lambda: bench_data.cache_rows(network, size, images, folder, min(repeats, 3)),
         "waiting": lambda: bench_data.waiting_rows(network, size, images // 2, 8, folder),
-        "loading": lambda: bench_data.loading_rows(size, 8 * images, folder, min(repeats, 3)),
+        "loading": lambda: bench_data.loading_rows(size, 24 * images if not tiny else 128, folder, min(repeats, 3)),
+        "scale": lambda: (
+            bench_scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, folder)
+            if tiny
+            else bench_scale.scale_rows(QUESTIONS["v1"], size, scale, 50, 2, folder)
+        ),
     }
     return measure[part]()
 

@@ -1,12 +1,11 @@
 """What is not computed twice, and how data come in: shared images, stored maps, loading, decoding, waiting.
 
-All data are made here, in a folder of their own: pictures of the large world, and photograph-like JPEGs of 640 x 480.
+All data are made here, in a folder of their own: pictures of the large world, and JPEGs like COCO's.
 """
 
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 
-from data.files import write_json
+from data.coco_like import write_coco_like
 from data.images import decode_image
 from data.loading import Batch, make_loader
 from data.preprocess import preprocess
 from data.store import H5Rows
-from data.vqa_files import SplitFiles
-from data.workers import WorkerContext
+from experiments.bench_decoding import decode_alone
 from experiments.bench_step import interleaved
 from experiments.preparation import prepare_world
 from vqa.distributed import Processes
@@ -185,8 +182,8 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dic
     """Images a second: random batches of 64 from an h5 file beside decoding the same JPEGs, in one process; and
     `preprocess` beside decoding alone, with as many processes.
     """
-    files = _photographs(folder / "photographs", images)
-    splits = {"train": _asked_about(folder / "photographs", images)}
+    splits = write_coco_like(folder, images={"train": images}, questions={"train": images}, distinct=images)
+    files = sorted((folder / "train2014").iterdir())
     order = np.random.default_rng(0).permutation(images)[:64]
     h5 = folder / "photographs.h5"
     made = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
@@ -196,12 +193,10 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dic
         h5.unlink(missing_ok=True)
         preprocess(splits, h5, **made, processes=processes)
 
-    def decode() -> None:
-        with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
-            for _ in pool.map(partial(decode_image, size=size), files, chunksize=32):
-                pass
-
-    whole = interleaved({"preprocess": prepare, "decode": decode}, repeats)
+    whole = interleaved(
+        {"preprocess": prepare, "decode": lambda: decode_alone(files, size, processes)},
+        repeats,
+    )
     stored = H5Rows(h5, "images/pixels")
     batch = interleaved(
         {
@@ -245,38 +240,6 @@ def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
 
 def _resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 2**20
-
-
-def _photographs(folder: Path, count: int) -> list[Path]:
-    """JPEGs of 640 x 480 with the detail of photographs: noise of all sizes, about 60 KB each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:012d}.jpg" for number in range(count)]
-    random = np.random.default_rng(0)
-    for file in files:
-        if not file.exists():
-            layers = [
-                np.asarray(
-                    Image.fromarray(random.integers(0, 256, (3 * side, 4 * side, 3), dtype=np.uint8)).resize(
-                        (640, 480), Image.Resampling.BICUBIC
-                    ),
-                    np.float32,
-                )
-                for side in (2, 8, 32, 120)
-            ]
-            pixels = sum(weight * layer for weight, layer in zip((0.4, 0.3, 0.2, 0.1), layers, strict=True))
-            Image.fromarray(pixels.astype(np.uint8)).save(file, quality=90)
-    return files
-
-
-def _asked_about(folder: Path, count: int) -> SplitFiles:
-    """One question on each photograph."""
-    questions = [{"question_id": number, "image_id": number, "question": "what is it?"} for number in range(count)]
-    answer = {"answers": [{"answer": "noise"}] * 10, "multiple_choice_answer": "noise"}
-    kinds = {"question_type": "what is", "answer_type": "other"}
-    annotations = [{"question_id": number, "image_id": number, **kinds, **answer} for number in range(count)]
-    write_json(folder / "questions.json", {"questions": questions})
-    write_json(folder / "annotations.json", {"annotations": annotations})
-    return SplitFiles(folder / "questions.json", folder / "annotations.json", str(folder / "{image_id:012d}.jpg"))
 
 
 def _words(network: str, size: int, images: int, folder: Path) -> list[str]:

@@ -49,6 +49,24 @@ def test_memory_does_not_grow_with_the_number_of_images(results):
     assert many < few + 8
 
 
+def test_every_job_of_the_scale_is_done_and_its_memory_does_not_grow_with_the_images(results):
+    rows = {(row["job"], row["images"]): row for row in results[1]["parts"]["scale"]}
+    done = {job: row["done"] for (job, images), row in rows.items() if images == 80}
+    assert done == {
+        "reading questions": 2200,
+        "decoding alone": 80,
+        "preprocess": 80,
+        "train, 2 steps": 128,
+        "eval": 200,
+    }
+    assert rows["preprocess", 80]["file_mb"] > rows["preprocess", 20]["file_mb"] > 0
+    for job in ("preprocess", "train, 2 steps"):
+        few, many = rows[job, 20], rows[job, 80]
+        assert min(few["peak_mib"], few["cpu_seconds"], few["seconds"]) > 0
+        if job != "preprocess":  # 20 images are decoded by the process itself, 80 by two more
+            assert many["peak_mib"] < few["peak_mib"] + 100
+
+
 def test_the_command(command, tmp_path):
     ended = command("bench", "memory", "--tiny", "--repeats", 1, "--json", "--out", tmp_path)
     assert ended.code == 0
@@ -57,9 +75,11 @@ def test_the_command(command, tmp_path):
     (tmp_path / "file").touch()
     ended = command("bench", "memory", "--out", tmp_path / "file")
     assert (ended.code, ended.err) == (2, f"error: {tmp_path / 'file'}: must be a directory\n")
+    ended = command("bench", "scale", "--images", 7)
+    assert (ended.code, ended.err) == (2, "error: --images: at least 8, got 7\n")
     ended = command("bench", "speed")
     assert ended.code == 2
-    assert ended.err == "error: bench: no part speed; parts are step, memory, sharing, cache, waiting, loading\n"
+    assert ended.err == "error: bench: no part speed; parts are step, memory, sharing, cache, waiting, loading, scale\n"
 
 
 def test_kinds_of_rows_have_heads_of_their_own():

@@ -1,0 +1,226 @@
+"""What data as large as VQA's cost: each job in a process of its own, watched with its children.
+
+The data are made here (`data.coco_like`); every job has all questions, and is measured for two numbers of images.
+"""
+
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from data.answers import answer_vocabulary
+from data.coco_like import write_coco_like
+from data.preprocess import preprocess
+from data.space import check_room
+from data.table import question_table
+from data.tokenizer import train_tokenizer
+from data.vqa_files import read_questions
+from experiments.bench_decoding import decode_alone
+
+RECIPE = Path(__file__).parent.parent / "config" / "vqa_v1" / "modern.yaml"
+_JPEG_BYTES = 165_000
+
+
+def scale_rows(
+    questions: dict[str, int], size: int, images: int, steps: int, workers: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Time, memory and size of the jobs with a quarter of the images and with all of them.
+
+    Args:
+        questions: of train and val.
+        size: of the stored images, pixels.
+        images: of which a fifth is val's.
+        steps: of training, 64 questions each.
+        workers: processes that prepare batches.
+        folder: where everything is made.
+
+    Raises:
+        InputError: the disk has no room.
+    """
+    check_room(
+        folder / "raw", images * (_JPEG_BYTES + 3 * size**2) + 2000 * sum(questions.values()), "take fewer --images"
+    )
+    rows = []
+    for count in (images // 4, images):
+        here = folder / str(count)
+        raw, h5, run = here / "raw", here / "data.h5", here / "run"
+        val = max(1, count // 5)
+        made = {"train": count - val, "val": val}
+        splits = write_coco_like(raw, images=made, questions=questions, distinct=count)
+        words = [*_WORDS, f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
+        files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
+        jobs: dict[str, tuple[Callable[..., int], ...]] = {
+            "reading questions": (_read, splits),
+            "decoding alone": (decode_alone, files, size, 2),
+            "preprocess": (_preprocess, words),
+            f"train, {steps} steps": (_train, words, run, steps),
+            "eval": (_evaluate, words, run),
+        }
+        if count < images:  # the others do not depend on it, or would take long
+            jobs = {name: job for name, job in jobs.items() if name.startswith(("preprocess", "train"))}
+        for name, job in jobs.items():
+            told = {"job": name, "images": count, "questions": sum(questions.values()), "pixels": size}
+            rows.append(told | measured(*job))
+            if name == "preprocess":
+                rows[-1]["file_mb"] = round(h5.stat().st_size / 1e6, 1)
+        shutil.rmtree(here)
+    return rows
+
+
+def measured(job: Callable[..., int], *arguments: Any) -> dict[str, Any]:
+    """Runs a job in a process of its own.
+
+    Returns:
+        `done` as the job says, `seconds` and `done_a_second` without the start of the process, `cpu_seconds` and
+        `peak_mib` summed over the process and its children (resident, so what they share counts for each).
+
+    Raises:
+        RuntimeError: it failed; it has said why.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(theirs, job, arguments))
+    process.start()
+    theirs.close()
+    with _Watched(process.pid) as watched:
+        try:
+            done, seconds, cpu = ours.recv()
+        except EOFError:
+            raise RuntimeError(f"{job.__name__.strip('_')} failed") from None
+        finally:
+            process.join()
+    return {
+        "done": done,
+        "seconds": round(seconds, 2),
+        "done_a_second": round(done / seconds, 1),
+        "cpu_seconds": round(cpu, 2),
+        "peak_mib": round(watched.peak / 2**20),
+        "file_mb": None,
+    }
+
+
+def _run(sender: Connection, job: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        begun = time.perf_counter()
+        done = job(*arguments)
+        seconds = time.perf_counter() - begun
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    sender.send((done, seconds, sum(one.ru_utime + one.ru_stime for one in used)))
+
+
+class _Watched(threading.Thread):
+    """The most memory that a process and its children, and theirs, held together, in bytes; from /proc."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__(daemon=True)
+        self.process, self.peak, self._over = process, 0, threading.Event()
+
+    def __enter__(self) -> "_Watched":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        while not self._over.wait(0.1):
+            parents, resident = {}, {}
+            for process, parent, pages in _processes():
+                parents[process], resident[process] = parent, pages * page
+            family = {self.process}
+            while more := {process for process, parent in parents.items() if parent in family} - family:
+                family |= more
+            self.peak = max(self.peak, sum(resident.get(process, 0) for process in family))
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """Every process: its number, its parent's, and its resident pages."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        yield int(folder.name), int(fields[1]), int(fields[21])
+
+
+_WORDS = [
+    "backbone.name=resnet10",
+    "backbone.weights=none",
+    "cbn.hidden_size=64",
+    "question.glove=null",
+    "question.embedding_size=64",
+    "question.hidden_size=128",
+    "question.layers=1",
+    "attention.units=64",
+    "answer.fusion_size=128",
+    "answer.hidden_size=0",
+    "train.batch_size=64",
+    "train.validate_on=null",
+    "train.tensorboard=false",
+    "device=cpu",
+]
+
+
+def _read(splits: dict[str, Any]) -> int:
+    asked = {name: read_questions(files.questions, files.annotations) for name, files in splits.items()}
+    tokenizer = train_tokenizer((question.text for question in asked["train"]), 2)
+    vocabulary = answer_vocabulary((answer for question in asked["train"] for answer in question.answers), 2000)
+    for questions in asked.values():
+        question_table(questions, {question.image_id: 0 for question in questions}, tokenizer, vocabulary)
+    return sum(map(len, asked.values()))
+
+
+def _preprocess(words: Sequence[str]) -> int:
+    from data.store import Store
+    from vqa.recipes import load_settings
+    from vqa.settings import preprocessing_of
+
+    settings = load_settings(RECIPE, words)
+    preprocess(**preprocessing_of(settings))
+    return len(Store(Path(settings.data.h5)).usable)
+
+
+def _train(words: Sequence[str], run: Path, steps: int) -> int:
+    from data.loading import make_loader
+    from vqa.bundle import save_weights
+    from vqa.distributed import Processes
+    from vqa.engine import train_steps
+    from vqa.recipes import load_settings
+    from vqa.run_directory import RunDirectory
+    from vqa.train import Training
+
+    settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
+    training = Training(settings, RunDirectory(run), Processes())
+    loader = make_loader(training.training_set, training.sampler(1), settings.workers, training.device)
+    train_steps(
+        training.model,
+        islice(loader, steps),
+        see=training.seen,
+        loss=settings.train.loss,
+        precision=settings.precision,
+        optimiser=training.optimiser,
+        schedule=training.schedule,
+        clip=settings.train.clip,
+        accumulate=1,
+        device=training.device,
+        after_step=lambda _loss: None,
+    )
+    save_weights(training.run.model, training.model, {"trained_on": ["train"]})
+    return steps * settings.train.batch_size
+
+
+def _evaluate(words: Sequence[str], run: Path) -> int:
+    from vqa.evaluate import evaluate
+
+    words = [word for word in words if word.startswith(("data.folder", "data.h5", "device", "workers"))]
+    return evaluate(run, "val", run, [*words, "train.batch_size=256"])["questions"]

@@ -95,7 +95,7 @@ def _write_images(files: list[Path], distinct: int, seed: int, processes: int) -
     for folder in {file.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
     whole, links = files[:distinct], files[distinct:]
-    made = in_order(partial(_write_picture, files=whole, seed=seed), range(len(whole)), processes)
+    made = in_order(partial(_write_picture, seed=seed), list(enumerate(whole)), processes)
     for _ in progress(made, len(whole), "pictures"):
         pass
     for place, link in enumerate(links):
@@ -103,15 +103,16 @@ def _write_images(files: list[Path], distinct: int, seed: int, processes: int) -
         link.symlink_to(os.path.relpath(whole[place % len(whole)], link.parent))
 
 
-def _write_picture(number: int, *, files: list[Path], seed: int) -> None:
+def _write_picture(numbered: tuple[int, Path], *, seed: int) -> None:
     """A piece of a canvas, mirrored or not, lighter or darker, with its colours in any order."""
+    number, file = numbered
     rng = np.random.default_rng([seed, 2, number])
     canvas = _canvas(seed, int(rng.integers(2)))
     top, left = rng.integers(_CANVAS - 480), rng.integers(_CANVAS - 640)
     picture = canvas[top : top + 480, left : left + 640][:, :: rng.choice([-1, 1])][..., rng.permutation(3)]
     light = rng.uniform(0.7, 1.3)
     picture = np.clip(picture * np.float32(light), 0, 255).astype(np.uint8)
-    Image.fromarray(picture).save(files[number], quality=90)
+    Image.fromarray(picture).save(file, quality=90)
 
 
 @lru_cache(maxsize=2)

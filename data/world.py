@@ -1,7 +1,7 @@
 """An embedded world as files: pictures and questions in the VQA v1 format; nothing is downloaded."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -91,13 +91,13 @@ def write_world(
     write_json(folder / "world.json", made)
 
 
-def in_order(make: Callable[[int], Any], indices: range, processes: int) -> Iterator[Any]:
+def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[Any]:
     """`map`, in as many processes as asked for."""
     if processes == 1:
-        yield from map(make, indices)
+        yield from map(make, items)
         return
     with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
-        yield from pool.map(make, indices, chunksize=50)
+        yield from pool.map(make, items, chunksize=50)
 
 
 def _make_image(

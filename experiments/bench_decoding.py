@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from data.images import decode_image
+from data.workers import WorkerContext
 
 
 def decode_alone(files: Sequence[Path], size: int, processes: int) -> int:
     """Decodes and resizes images in so many processes, which keep nothing and hand nothing over; how many."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
         return sum(pool.map(partial(_decode_and_drop, size=size), files, chunksize=32))
 
 

@@ -72,8 +72,8 @@ def _measured(
         "step": lambda: bench_step.step_rows(bench_step.TINY if tiny else bench_step.cases(device), repeats, device),
         "memory": lambda: bench_step.memory_rows(largest, 24, device),
         "sharing": lambda: bench_data.sharing_rows(network, size, 16, repeats, device),
-        "cache": lambda: bench_data.cache_rows(network, size, images, folder, min(repeats, 3)),
-        "waiting": lambda: bench_data.waiting_rows(network, size, images // 2, 8, folder),
+        "cache": lambda: bench_data.cache_rows(network, size, images, folder, min(repeats, 3), device),
+        "waiting": lambda: bench_data.waiting_rows(network, size, images // 2, 8, folder, device),
         "loading": lambda: bench_data.loading_rows(size, 24 * images if not tiny else 128, folder, min(repeats, 3)),
         "scale": lambda: (
             bench_scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, folder)

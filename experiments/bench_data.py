@@ -87,9 +87,11 @@ def sharing_rows(network: str, size: int, questions: int, repeats: int, device: 
     return rows
 
 
-def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def cache_rows(
+    network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
     """An epoch with stage 4 conditioned from stored maps and from pictures, by `train` itself."""
-    words = _words(network, size, images, folder)
+    words = _words(network, size, images, folder, device)
     _prepare(load_settings(RECIPE, words))
     seconds: dict[str, list[float]] = {"pictures": [], "maps": []}
     losses = {}
@@ -129,11 +131,13 @@ def _half_precision_error(network: str, size: int) -> float:
         return ((net(as_stage_map(3, stored)) - y).abs().max() / y.abs().max()).item()
 
 
-def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path) -> list[dict[str, Any]]:
+def waiting_rows(
+    network: str, size: int, images: int, batch: int, folder: Path, device: torch.device
+) -> list[dict[str, Any]]:
     """The share of training steps of MODERN (all stages) spent waiting for the next batch from the h5 file."""
     rows = []
     for workers in (0, 2):
-        words = [*_words(network, size, images, folder), f"workers={workers}", f"train.batch_size={batch}"]
+        words = [*_words(network, size, images, folder, device), f"workers={workers}", f"train.batch_size={batch}"]
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
         training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
@@ -242,9 +246,10 @@ def _resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 2**20
 
 
-def _words(network: str, size: int, images: int, folder: Path) -> list[str]:
+def _words(network: str, size: int, images: int, folder: Path, device: torch.device) -> list[str]:
     """Settings of a small large world with a random network."""
     return [
+        f"device={device}",
         f"data.folder={folder}/world",
         f"data.h5={folder}/world.h5",
         f"data.image_size={size}",

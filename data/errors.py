@@ -12,9 +12,9 @@ class InputError(ValueError):
     `main.py` prints it as `error: MESSAGE` and exits with 2.
     """
 
-    def __init__(self, message: str) -> None:
+    def __str__(self) -> str:
         """Whatever the message quotes, it stays one line."""
-        super().__init__(printable(message))
+        return printable(super().__str__())
 
 
 def printable(text: str) -> str:

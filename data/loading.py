@@ -186,7 +186,7 @@ def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except InputError as error:  # from a worker process it comes with that process's traceback as its text
-        raise InputError(str(error).rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
+        raise InputError(error.args[0].rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:

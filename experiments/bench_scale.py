@@ -1,6 +1,7 @@
 """What data as large as VQA's cost: each job in a process of its own, watched with its children.
 
-The data are made here (`data.coco_like`); every job has all questions, and is measured for two numbers of images.
+The data are made here (`data.coco_like`); every job has all questions; what could grow with
+the images is measured for two numbers of them.
 """
 
 import os
@@ -79,8 +80,8 @@ def measured(job: Callable[..., int], *arguments: Any) -> dict[str, Any]:
     """Runs a job in a process of its own.
 
     Returns:
-        `done` as the job says, `seconds` and `done_a_second` without the start of the process, `cpu_seconds` and
-        `peak_mib` summed over the process and its children (resident, so what they share counts for each).
+        `done` as the job says, `seconds` and `done_a_second` without the start of the process, `cpu_seconds` with it,
+        and `peak_mib`: the resident memory of the process and its children (what they share counts for each).
 
     Raises:
         RuntimeError: it failed; it has said why.

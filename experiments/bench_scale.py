@@ -1,7 +1,7 @@
 """What data as large as VQA's cost: each job in a process of its own, watched with its children.
 
-The data are made here (`data.coco_like`); every job has all questions; what could grow with
-the images is measured for two numbers of them.
+The data are made here (`data.coco_like`). Every job has all questions; what could grow with the images is measured for
+two numbers of them.
 """
 
 import os

@@ -11,7 +11,7 @@ import h5py
 import pytest
 import torch
 
-import data.preprocess
+import data.decoding
 from data.interruption import Interrupted, held_back, let_through, listen, waits
 from data.store import Store, partial_path
 from data.world import write_world
@@ -137,9 +137,9 @@ def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
 def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
     h5 = tmp_path / "new.h5"
     with monkeypatch.context() as patched:
-        real = data.preprocess.decode_image
-        patched.setattr(data.preprocess, "_CHUNK", 2)
-        patched.setattr(data.preprocess, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
+        real = data.decoding.decode_image
+        patched.setattr(data.decoding, "_IMAGES_A_TASK", 2)
+        patched.setattr(data.decoding, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
         ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
     assert ended.code == 130
     assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"

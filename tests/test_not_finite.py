@@ -101,9 +101,10 @@ def test_a_model_of_damaged_weights_answers_nothing(refused, trained, tmp_path):
     save_file(state, copy / "model.safetensors", {"training": '{"trained_on": ["train"]}'})
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     said = refused("ask", "--run", copy, "--image", tmp_path / "black.png", "--question", "what color is it?")
-    assert "fusion.question.weight is not finite" in said
-    refused("eval", "--run", copy, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert "not finite; its weights are damaged" in said
+    said = refused("eval", "--run", copy, "--out", tmp_path / "out")
+    assert "not finite for 16 question(s) (questions " in said
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_scores_that_are_not_finite_are_no_answers(refused, trained, tmp_path, monkeypatch):

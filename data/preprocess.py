@@ -24,8 +24,8 @@ from data.locks import held
 from data.progress import progress
 from data.rows import place_of_rows
 from data.space import check_room, shown
-from data.table import question_table
-from data.tokenizer import train_tokenizer
+from data.table import NO_ANSWER, question_table
+from data.tokenizer import PAD, UNKNOWN, train_tokenizer
 from data.vqa_files import Question, SplitFiles, read_questions
 
 TRAINING_SPLIT = "train"
@@ -119,6 +119,10 @@ def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[
     if not any(question.answers for question in training):
         raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
     tokenizer = train_tokenizer((question.text for question in training), settings["min_word_count"])
+    if tokenizer.get_vocab_size() <= len((PAD, UNKNOWN)):
+        raise InputError(
+            f"data.min_word_count: no word occurs {settings['min_word_count']} times in the training questions"
+        )
     given = [answer for question in training for answer in question.answers]
     if few := sum(0 < len(question.answers) < 4 for asked in questions.values() for question in asked):
         print(
@@ -130,6 +134,9 @@ def _begin(partial: Path, splits: Mapping[str, SplitFiles], provenance: Mapping[
 
     files, ids, rows = _number_images(splits, questions)
     tables = {name: question_table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
+    for name, table in tables.items():
+        if (labels := table.labels()[table.given != NO_ANSWER]).size:
+            print(f"{name}: {100 * (labels != NO_ANSWER).mean():.1f} % of the given answers are classes")
     pixels = 3 * settings["image_size"] ** 2 * len(ids)
     words = sum(46 + len(file) for file in files) + sum(table.stored_bytes for table in tables.values())
     print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")

@@ -201,6 +201,25 @@ def test_few_answers_are_warned_of(tmp_path, capsys):
     assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
 
 
+def test_words_that_are_all_too_rare_are_an_error(raw, tmp_path):
+    with pytest.raises(InputError, match="data.min_word_count: no word occurs 99 times in the training questions"):
+        make(raw, tmp_path / "data.h5", min_word_count=99)
+    assert not list(tmp_path.glob("*data.h5*"))
+
+
+def test_how_many_answers_are_classes_is_said(tmp_path, capsys):
+    splits = {
+        "train": write_split(
+            tmp_path, "train", [(1, 1, "what is it", ["cat"] * 3 + ["dog"]), (2, 1, "and", ["cat"] * 4)]
+        ),
+        "val": write_split(tmp_path, "val", [(3, 2, "what is it", ["fish"] * 4)]),
+    }
+    make(splits, tmp_path / "data.h5", answers=1)
+    told = capsys.readouterr().out
+    assert "train: 87.5 % of the given answers are classes" in told
+    assert "val: 0.0 % of the given answers are classes" in told
+
+
 def test_any_number_of_processes_gives_the_same_file(tmp_path):
     splits = many(tmp_path, 150)
     for number in (1, 40, 149):

@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/python main.py demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # what a file prepares is prepared once
 
 lint: .venv/installed
 	$(BIN)/ruff check .

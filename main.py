@@ -336,21 +336,30 @@ def main() -> int:
     except InputError as error:
         return _failed(error)
     except OSError as error:
-        if error.filename is None:
-            if error.errno not in OF_OUTPUT:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it is not tried again at exit
+        if error.filename is None and error.errno not in OF_OUTPUT:
+            raise
         return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
     except KeyboardInterrupt as interrupted:
-        print(_how_to_go_on(sys.argv[1:]), file=sys.stderr)
+        _say_last(_how_to_go_on(sys.argv[1:]))
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130
     return 0
 
 
 def _failed(why: object) -> int:
-    with suppress(OSError):  # where the log is on a full disk, too
-        print(f"error: {printable(str(why))}", file=sys.stderr, flush=True)
+    _say_last(f"error: {printable(str(why))}")
     return 2
+
+
+def _say_last(line: str) -> None:
+    """Says a line on standard error; what the disk of a log has no room for is not tried again at exit."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError):  # a stream that is none of the system's
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _how_to_go_on(words: Sequence[str]) -> str:

@@ -25,8 +25,8 @@ def decode_into(
     """Decodes images of (row, file name) into their rows, uint8 [S, S, 3], in `processes` processes.
 
     Yields:
-        in the order of `files`, each row with its checksum as soon as it is written (it may not be on the disk yet), or
-        with what is wrong with its image.
+        in the order of `files`, each row with its checksum once the task it is in is written (it may not be on the disk
+        yet), or with what is wrong with its image.
 
     Raises:
         InputError: the pixels cannot be written.

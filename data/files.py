@@ -30,7 +30,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             with suppress(OSError):  # some disks cannot; the file has its name by now
                 _sync(path.parent)
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else f"{error!s:.100}"
-        remedy = "; make space and run the same command again" if error.errno in _FULL else ""
+        remedy = "; make space, then go on" if error.errno in _FULL else ""
         raise InputError(f"{path}: cannot be written ({reason}){remedy}") from None
 
 

@@ -77,7 +77,9 @@ def _of_eight_bits(image: "Image.Image") -> "Image.Image":
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
         raise ValueError("32 bits a pixel, of which nobody knows where white is; save it with 8 or 16")
-    return Image.fromarray((pixels // 256).astype(np.uint8))
+    made = Image.fromarray((pixels // 256).astype(np.uint8))
+    made.info = image.info  # the orientation is in it
+    return made
 
 
 def _upright(image: "Image.Image") -> "Image.Image":

@@ -185,8 +185,12 @@ def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
     """
     try:
         yield from batches
-    except InputError as error:  # from a worker process it comes with that process's traceback as its text
-        raise InputError(error.args[0].rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
+    except InputError as error:
+        text = error.args[0]
+        if not text.startswith("Caught InputError in DataLoader worker"):
+            raise
+        # with that process's traceback as its text
+        raise InputError(text.rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -31,7 +31,8 @@ def held(lock: Path, what: object, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: who waits for it will notice and make a new one
+        with suppress(OSError):  # of a disk that fails: what is raised in the block says more
+            lock.unlink(missing_ok=True)  # while it is held: who waits for it will notice and make a new one
         file.close()
 
 

@@ -23,10 +23,11 @@ from data.errors import InputError
 from data.files import naming_write_errors, written_whole
 from data.locks import held
 from data.progress import progress
-from data.rows import H5Rows, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
+from data.rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from data.space import check_room
 from data.store import partial_path
 
+_REMEDY = "remove it; it is made again"
 _BATCH = 64  # pictures encoded at once
 _SECONDS_A_FLUSH = 2.0  # from one to the next
 
@@ -50,12 +51,9 @@ def cached_maps(
     with held(path.with_name(f".{path.name}.lock"), path, wait=True):
         if not path.exists():
             _make(path, identity, count, encode)
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            _check(path, file, identity)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100}); remove it") from None
-    return H5Rows(path, "maps", "remove it; it is made again")
+    with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:
+        _check(path, file, identity)
+    return H5Rows(path, "maps", _REMEDY)
 
 
 def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:
@@ -63,11 +61,14 @@ def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Se
     if not partial.exists():
         _begin(partial, identity, count, encode([0])[0].shape)
     with opened_for_filling(partial) as file:
-        _check(partial, file, identity)
-        if "crc32" not in file:
-            raise InputError(f"{partial}: begun before there were checksums; remove it")
-        check_room(partial, file["maps"].nbytes, "set data.cache_gib=0 to do without")
-        _fill(file, encode, path.name)
+        with damage_named(partial, _REMEDY):
+            _check(partial, file, identity)
+            if "crc32" not in file:
+                raise InputError(f"{partial}: begun before there were checksums; remove it")
+            pending = np.flatnonzero(~file["filled"][:])
+            size = file["maps"].nbytes
+        check_room(partial, size, "set data.cache_gib=0 to do without")
+        _fill(file, pending, encode, path.name)
     with naming_write_errors(path):
         with structured(partial, "r+") as file:
             file.attrs.modify("complete", True)
@@ -88,8 +89,7 @@ def _begin(partial: Path, identity: dict[str, Any], count: int, shape: tuple[int
         reserve_rows(file, "maps", (count, *shape), np.float16)
 
 
-def _fill(file: h5py.File, encode: Callable[[Sequence[int]], np.ndarray], name: str) -> None:
-    pending = np.flatnonzero(~file["filled"][:])
+def _fill(file: h5py.File, pending: np.ndarray, encode: Callable[[Sequence[int]], np.ndarray], name: str) -> None:
     batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
     unmarked: list[int] = []
     flushed = time.monotonic()

@@ -69,6 +69,8 @@ def preprocess(
         print(f"{path}: complete, nothing to do")
         return
     with held(path.with_name(f".{path.name}.lock"), path):
+        if path.exists():  # another process has finished it since
+            return
         partial = store.partial_path(path)
         if partial.exists():
             _check_same(partial, store.read_provenance(partial), provenance)

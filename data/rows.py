@@ -71,6 +71,22 @@ def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
         os.fsync(raw.fileno())
 
 
+@contextmanager
+def damage_named(path: Path, remedy: str) -> Iterator[None]:
+    """Names the file that is read in the block where it is damaged, and what is to be done.
+
+    Raises:
+        InputError: it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # h5py and what reads texts raise errors of many kinds on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged ({reason:.100}); {remedy}") from None
+
+
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
     """Makes room for an array of `shape` [N, …]; nothing is written there, so the disk is not yet taken."""
     group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))

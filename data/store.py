@@ -17,8 +17,7 @@ Files of version 1 have neither; they are read as they are.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,16 @@ from tokenizers import Tokenizer
 
 from data.errors import InputError
 from data.files import naming_write_errors, written_whole
-from data.rows import H5Rows, mark_rows, opened_for_filling, reserve_rows, set_rows, structured, write_rows
+from data.rows import (
+    H5Rows,
+    damage_named,
+    mark_rows,
+    opened_for_filling,
+    reserve_rows,
+    set_rows,
+    structured,
+    write_rows,
+)
 from data.table import QuestionTable
 
 FORMAT, VERSION = "modern-vqa", 2
@@ -36,6 +44,7 @@ _READ = (1, 2)  # versions; the first has no checksums
 _ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")
 _TEXTS = ("texts", "question_types", "answer_types", "spellings")
 _TEXT = h5py.string_dtype("utf-8")
+_REMEDY = "remove it and run `preprocess` again"
 _NO_DIGEST = "0" * 64  # until the file is complete
 
 
@@ -91,6 +100,7 @@ def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:
     """
     rows, checksums = ([pair[part] for pair in written] for part in (0, 1))
     set_rows(file, "images/crc32", rows, checksums)
+    set_rows(file, "images/usable", rows, [True] * len(rows))  # of a picture that was mended meanwhile
     mark_rows(file, "images/pixels", rows)
 
 
@@ -105,7 +115,9 @@ def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> No
 
 def opened_for_writing(partial: Path) -> h5py.File:
     """A partial file to fill. Raises InputError if another process holds it, it is damaged, or of another version."""
-    _opened(partial, versions=(VERSION,)).close()
+    with _opened(partial) as file:
+        if file.attrs["version"] != VERSION:
+            raise InputError(f"{partial}: begun by an older version; remove it and run `preprocess` again")
     return opened_for_filling(partial)
 
 
@@ -127,7 +139,7 @@ def finish(partial: Path, path: Path) -> None:
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """Where a file (partial or complete) came from. Raises InputError if it is none of ours or of another version."""
-    with _opened(path) as file, _damage_named(path):
+    with _opened(path) as file, damage_named(path, _REMEDY):
         return json.loads(file.attrs["provenance"])
 
 
@@ -144,7 +156,7 @@ class Store:
             raise InputError(
                 f"{path}: preprocessing is not finished; run `preprocess` again, it goes on where it stopped"
             )
-        with _opened(path) as file, _damage_named(path):
+        with _opened(path) as file, damage_named(path, _REMEDY):
             if not file.attrs["complete"]:
                 raise InputError(f"{path}: not complete; run `preprocess` again")
             self.path = path
@@ -171,7 +183,7 @@ class Store:
         """
         if split not in self.splits:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
-        with _opened(self.path) as file, _damage_named(self.path):
+        with _opened(self.path) as file, damage_named(self.path, _REMEDY):
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
@@ -185,34 +197,23 @@ class H5Images(H5Rows):
     """The images of a store: uint8 [S, S, 3] each."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "images/pixels", "remove it and run `preprocess` again")
+        super().__init__(path, "images/pixels", _REMEDY)
 
 
-def _opened(path: Path, versions: Sequence[int] = _READ) -> h5py.File:
+def _opened(path: Path) -> h5py.File:
     if not path.is_file():
         raise InputError(f"{path}: no such file; `preprocess` makes it")
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100})") from None
-    with _damage_named(path):
+    with damage_named(path, _REMEDY):
         made = file.attrs.get("format", "another program"), file.attrs.get("version", "?")
-    if made[0] != FORMAT or made[1] not in versions:
+    if made[0] != FORMAT or made[1] not in _READ:
         found = f"{made[0]!s} version {made[1]}"
         file.close()
-        raise InputError(f"{path}: made by {found}, this code reads {FORMAT} version {VERSION}; preprocess again")
+        raise InputError(f"{path}: made by {found}, this code reads {FORMAT} version 1 and 2; preprocess again")
     return file
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # h5py and what reads texts raise errors of many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason:.100}); remove it and run `preprocess` again") from None
 
 
 def _digest_of(file: h5py.File) -> str:

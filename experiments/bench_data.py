@@ -18,7 +18,7 @@ from data.coco_like import write_coco_like
 from data.images import decode_image
 from data.loading import Batch, make_loader
 from data.preprocess import preprocess
-from data.store import H5Rows
+from data.rows import H5Rows
 from experiments.bench_decoding import decode_alone
 from experiments.bench_step import interleaved
 from experiments.preparation import prepare_world

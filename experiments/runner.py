@@ -1,4 +1,4 @@
-"""Runs what is missing of a suite: each run and seed in a process of its own, several at once where there are GPUs."""
+"""Runs what is missing of a suite: each run and seed in a process of its own, one a GPU, or one a core."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from vqa.settings import Settings
 from vqa.train import train
 
 MAIN = Path(__file__).parent.parent / "main.py"
-# glibc gives large arrays back to the system and faults them in anew at each step; kept, a step is a fifth shorter
+# glibc gives large arrays back to the system at each step, and each page of them is a fault when it is used again
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
@@ -209,14 +209,16 @@ def _failure(code: int, folder: Path) -> str | None:
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
     """Asks processes to save and end, and waits until they have; another Ctrl-C kills them."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        while process.poll() is None:
-            try:
+    while True:
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
                 process.wait()
-            except Interrupted as again:
-                if again.number == signal.SIGINT:
+            return
+        except Interrupted as again:
+            if again.number == signal.SIGINT:
+                for process in processes:
                     process.kill()
 
 

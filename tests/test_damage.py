@@ -110,7 +110,7 @@ def test_a_file_of_version_1_is_read_unverified_and_not_gone_on_with(small):
     assert len(Store(small).table("train")) == 6
     assert H5Images(flipped(small, place))[0].shape == (32, 32, 3)
     small.rename(partial_path(small))
-    with pytest.raises(InputError, match="version 1"):
+    with pytest.raises(InputError, match="begun by an older version"):
         store.opened_for_writing(partial_path(small))
 
 
@@ -186,3 +186,39 @@ def test_damaged_weights_of_a_backbone_are_named(tmp_path):
         build_resnet("resnet10", file)
         with pytest.raises(ValueError, match=f"flipped{file.suffix}: cannot be read as weights .damaged: "):
             build_resnet("resnet10", flipped(file, file.stat().st_size // 2))
+
+
+def test_a_flipped_bit_of_stored_maps_is_refused_or_changes_nothing(tmp_path):
+    path, chosen = tmp_path / "maps.h5", random.Random(0)
+    maps = cached_maps(path, {"data": "a"}, 20, encode)
+    whole, refusals = [maps[row].tobytes() for row in range(20)], 0
+    for place in chosen.sample(range(path.stat().st_size), 60):
+        copy = flipped(path, place, chosen.randrange(8))
+        for made in (copy, partial_path(copy)):
+            copy.replace(made)
+            try:
+                found = cached_maps(copy, {"data": "a"}, 20, encode)
+                assert [found[row].tobytes() for row in range(20)] == whole, place
+            except InputError as error:
+                refusals += 1
+                assert "flipped.h5" in str(error)
+            made.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
+            flipped(path, place, 0)
+        copy.unlink(missing_ok=True)
+    assert refusals > 20
+
+
+def test_a_picture_that_was_mended_after_a_kill_counts_again(tmp_path):
+    entries = [(n, n, "what is it", ["yes"] * 10) for n in range(3)]
+    splits, path = {"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5"
+    picture = splits["train"].image(1)
+    whole = picture.read_bytes()
+    picture.write_bytes(b"no image")
+    with pytest.raises(InputError, match="1 image"):
+        make(splits, path)
+    with store.opened_for_writing(partial_path(path)) as file:  # killed before the row was marked as filled
+        store.set_rows(file, "images/usable", [1], [False])
+    picture.write_bytes(whole)
+    make(splits, path)
+    assert Store(path).usable.all()

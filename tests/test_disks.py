@@ -31,7 +31,7 @@ from vqa.checkpoint import load_checkpoint
 from vqa.recipes import load_settings
 from vqa.train import train
 
-FULL = r"cannot be written \((no space left on device|file too large)\); make space and run the same command again"
+FULL = r"cannot be written \((no space left on device|file too large)\); make space, then go on"
 
 
 class MountedDisk:
@@ -171,7 +171,7 @@ def test_training_goes_on_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
     assert ended.code == 2
     assert ended.err.startswith("error: runs/full/")
     assert ended.err.count("\n") == 1
-    assert "make space and run the same command again" in ended.err
+    assert "make space, then go on" in ended.err
     progress = load_checkpoint(Path("runs/full/checkpoints/last.pt"))["progress"]
     assert (progress["epoch"], progress["step"]) == (2, 0)
     assert not list(Path("runs").rglob("*.unfinished"))
@@ -188,9 +188,17 @@ def test_a_full_disk_is_one_line_of_the_process(mounted, tiny):
     )
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith(f"error: {mounted.folder}/")
-    with Path("/dev/full").open("w") as full:  # and so is a full disk under the log
-        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (2, "error: standard output: no space left on device\n")
+    for buffered in (None, "1"):  # and so is a full disk under the log, whether or not lines wait in memory
+        surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        surroundings |= {"PYTHONUNBUFFERED": buffered} if buffered else {}
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run(
+                arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=surroundings
+            )
+            assert (ended.returncode, ended.stderr) == (2, "error: standard output: no space left on device\n")
+            wrong = [*arguments[:-1], "nowhere.yaml"]
+            ended = subprocess.run(wrong, stdout=full, stderr=full, check=False, env=surroundings)
+            assert ended.returncode == 2
 
 
 def test_a_suite_reports_runs_that_a_full_disk_stops_and_goes_on(tmp_path, monkeypatch, capsys):

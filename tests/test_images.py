@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.errors import InputError
-from data.images import Preprocessing, decode_image
+from data.images import Preprocessing, decode_image, read_image
 from tests.bad_files import png
 
 
@@ -88,6 +88,15 @@ def test_pictures_stand_upright(tmp_path, orientation, kind):
     exif[0x112] = orientation
     picture.save(tmp_path / f"a.{kind}", exif=exif)
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+def test_a_picture_of_sixteen_bits_stands_upright(tmp_path):
+    pixels = np.zeros((20, 40), np.uint16)
+    pixels[:, :20] = 60_000
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter
+    Image.fromarray(pixels).save(tmp_path / "deep.png", exif=exif)
+    assert read_image(tmp_path / "deep.png").size == (20, 40)
 
 
 @pytest.mark.parametrize(

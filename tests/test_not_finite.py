@@ -77,6 +77,19 @@ def test_one_bad_step_too_many_stops(tiny, tmp_path, monkeypatch):
         train(load_settings(tiny, ["name=wild", "train.skip_not_finite=1"]), runs=tmp_path)
 
 
+def test_a_run_that_stopped_goes_on_without_the_bad_step(tiny, tmp_path, monkeypatch):
+    words = ["name=stopped", "train.checkpoint_every=1", "train.schedule=constant"]
+    with monkeypatch.context() as patched:
+        spoil(patched, at=[1])
+        with pytest.raises(InputError, match="step 2: the loss is nan"):
+            train(load_settings(tiny, words), runs=tmp_path)
+        spoil(patched, at=[1])
+        settings = load_settings(tiny, [*words, "train.skip_not_finite=1"])
+        run = train(settings, resume=True, runs=tmp_path).path
+    (line,) = lines(run)
+    assert (line["steps"], line["steps_left_out"]) == (3, 1)
+
+
 def test_an_epoch_of_bad_steps_stops(tiny, tmp_path, monkeypatch):
     spoil(monkeypatch, at=[0, 1, 2])
     with pytest.raises(InputError, match="no step of epoch 1 was finite"):

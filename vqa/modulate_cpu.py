@@ -92,7 +92,7 @@ def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None, and a warning that says why, where there can be none."""
     try:
         library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         warnings.warn(f"norms are computed without the C++ kernel, which is slower: {reason}", stacklevel=2)
         return None

@@ -12,7 +12,8 @@ import torch
 
 from data.images import Preprocessing
 from data.maps import cached_maps
-from data.store import H5Images, H5Rows, Store
+from data.rows import H5Rows
+from data.store import H5Images, Store
 from vqa.resnet import ModulatedResNet, StageMap
 
 

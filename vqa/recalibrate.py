@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from data.loading import EpochSampler, make_loader
+from data.loading import EpochSampler, make_loader, readable
 from data.progress import progress
 from vqa.build import choose_device
 from vqa.bundle import find_model, load_bundle, save_companions, save_weights
@@ -51,7 +51,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     loader = make_loader(data, sampler, settings.workers, device)
     model = bundle.model
     with torch.inference_mode(), model.resnet.estimating_statistics():
-        for batch in progress(loader, len(sampler), "re-estimating"):
+        for batch in progress(readable(loader), len(sampler), "re-estimating"):
             moved = batch.to(device)
             with autocast(device, settings.precision):
                 images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training

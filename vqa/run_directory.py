@@ -29,6 +29,7 @@ _MAY_CHANGE = {
     "data.processes",
     "data.skip_bad_images",
     "train.checkpoint_every",
+    "train.skip_not_finite",  # of a step that stopped the run
     "train.tensorboard",
 }
 

@@ -23,7 +23,6 @@ from experiments.bench_decoding import decode_alone
 from experiments.bench_step import interleaved
 from experiments.preparation import prepare_world
 from vqa.distributed import Processes
-from vqa.engine import train_steps
 from vqa.norms import Modulation
 from vqa.prefix import as_stage_map
 from vqa.recipes import load_settings
@@ -143,19 +142,7 @@ def waiting_rows(
         training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
         waited = _Waiting(make_loader(training.training_set, training.sampler(1), workers, training.device))
         begun = time.perf_counter()
-        train_steps(
-            training.model,
-            waited,
-            see=training.seen,
-            loss=settings.train.loss,
-            precision=settings.precision,
-            optimiser=training.optimiser,
-            schedule=training.schedule,
-            clip=settings.train.clip,
-            accumulate=1,
-            device=training.device,
-            after_step=lambda _loss: None,
-        )
+        training.take_steps(training.model, waited, lambda _loss: None)
         whole = time.perf_counter() - begun - waited.first
         share = waited.seconds / whole
         told = {"network": network, "pixels": size, "batch": batch, "workers": workers}

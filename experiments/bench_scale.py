@@ -195,7 +195,6 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
     from data.loading import make_loader
     from vqa.bundle import save_weights
     from vqa.distributed import Processes
-    from vqa.engine import train_steps
     from vqa.recipes import load_settings
     from vqa.run_directory import RunDirectory
     from vqa.train import Training
@@ -203,19 +202,7 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
     training = Training(settings, RunDirectory(run), Processes())
     loader = make_loader(training.training_set, training.sampler(1), settings.workers, training.device)
-    train_steps(
-        training.model,
-        islice(loader, steps),
-        see=training.seen,
-        loss=settings.train.loss,
-        precision=settings.precision,
-        optimiser=training.optimiser,
-        schedule=training.schedule,
-        clip=settings.train.clip,
-        accumulate=1,
-        device=training.device,
-        after_step=lambda _loss: None,
-    )
+    training.take_steps(training.model, islice(loader, steps), lambda _loss: None)
     save_weights(training.run.model, training.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size
 

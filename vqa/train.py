@@ -1,7 +1,7 @@
 """Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from data.errors import InputError
 from data.glove import read_glove
 from data.images import Preprocessing
 from data.interruption import Interrupted, held_back, let_through, stop, waits
-from data.loading import EpochSampler, InOrderSampler, QuestionDataset, make_loader, readable
+from data.loading import Batch, EpochSampler, InOrderSampler, QuestionDataset, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
 from data.store import H5Images, Store
@@ -226,25 +226,34 @@ class Training:
         batches = readable(loader)
         bar = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         try:
-            train_steps(
-                model,
-                bar if self.processes.is_main else batches,
-                see=self.seen,
-                loss=settings.train.loss,
-                precision=settings.precision,
-                optimiser=self.optimiser,
-                schedule=self.schedule,
-                clip=settings.train.clip,
-                accumulate=settings.train.accumulate,
-                device=self.device,
-                after_step=after_step,
-                leave_out=self._leave_out if settings.train.skip_not_finite else None,
-            )
+            self.take_steps(model, bar if self.processes.is_main else batches, after_step)
         except NotFiniteError as error:
             raise InputError(
                 f"{self._at_step(error)}; a lower train.learning_rate or train.clip under another `name` may help, "
                 "train.skip_not_finite leaves such steps out; the last checkpoint is kept"
             ) from None
+
+    def take_steps(self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float], None]) -> None:
+        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` gets each loss.
+
+        Raises:
+            NotFiniteError: as `train_steps`.
+        """
+        train = self.settings.train
+        train_steps(
+            model,
+            batches,
+            see=self.seen,
+            loss=train.loss,
+            precision=self.settings.precision,
+            optimiser=self.optimiser,
+            schedule=self.schedule,
+            clip=train.clip,
+            accumulate=train.accumulate,
+            device=self.device,
+            after_step=after_step,
+            leave_out=self._leave_out if train.skip_not_finite else None,
+        )
 
     def _leave_out(self, error: NotFiniteError) -> bool:
         """Whether a step that is not finite is left out, as far as the settings allow; says so."""

@@ -188,6 +188,12 @@ def test_damaged_weights_of_a_backbone_are_named(tmp_path):
             build_resnet("resnet10", flipped(file, file.stat().st_size // 2))
 
 
+def test_the_same_weights_are_the_same_file():
+    weights = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.int64)}
+    made = {as_safetensors(weights, {"training": "{}", "by": "us", "for": "you"}) for _ in range(20)}
+    assert len(made) == 1
+
+
 def test_a_flipped_bit_of_stored_maps_is_refused_or_changes_nothing(tmp_path):
     path, chosen = tmp_path / "maps.h5", random.Random(0)
     maps = cached_maps(path, {"data": "a"}, 20, encode)

@@ -1,0 +1,144 @@
+"""The command line: each command's options. Nothing heavy is imported, so that `--help` answers at once."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import InputError
+
+DEMO_CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
+        """As usual, but settings may also stand after options that follow a positional argument."""
+        arguments, rest = self.parse_known_args(words, namespace)
+        if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            arguments.settings = [*arguments.settings, *rest]
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
+    """The parser of all commands; `function` of what it gives is the command's, whose docstring is its help.
+
+    Raises:
+        InputError: when it parses what is no command.
+    """
+    parser = _Parser(prog="main.py", description="Conditional batch normalisation for visual question answering.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str) -> argparse.ArgumentParser:
+        function = functions[name]
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(function=function)
+        return added
+
+    def takes_settings(added: argparse.ArgumentParser) -> None:
+        added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
+
+    def of_a_run(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+
+    def about_a_question(added: argparse.ArgumentParser) -> None:
+        of_a_run(added)
+        added.add_argument("--image", type=Path, required=True, metavar="FILE")
+        added.add_argument("--question", required=True, metavar="TEXT")
+
+    added = command("demo")
+    added.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml")
+    takes_settings(added)
+
+    added = command("preprocess")
+    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    takes_settings(added)
+
+    added = command("train")
+    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    added.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    takes_settings(added)
+
+    added = command("eval")
+    of_a_run(added)
+    added.add_argument("--split", default="val")
+    added.add_argument("--out", type=Path, metavar="DIR", help="where the files are written; by default DIR of --run")
+    added.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
+    takes_settings(added)
+
+    added = command("ask")
+    about_a_question(added)
+    added.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
+    added.add_argument("--json", action="store_true")
+
+    added = command("inspect")
+    about_a_question(added)
+    added.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
+
+    added = command("recalibrate")
+    of_a_run(added)
+    added.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
+    added.add_argument("--split", default="train", help="the split whose images are taken (train)")
+    added.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
+    takes_settings(added)
+
+    _bench_options(command("bench"))
+    _features_options(command("features"), takes_settings)
+    _experiment_options(command("experiment"), takes_settings)
+    return parser
+
+
+def _bench_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "parts", nargs="*", metavar="PART", help="step, memory, sharing, cache, waiting, loading, scale (all)"
+    )
+    added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
+    added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
+    added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
+    added.add_argument("--tiny", action="store_true", help="a small network and few pictures: whether it runs")
+    added.add_argument("--json", action="store_true")
+    added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
+
+
+def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
+    added.add_argument("--run", type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
+    added.add_argument("--split", default="val")
+    added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
+    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")
+    added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
+    takes_settings(added)
+
+
+def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
+    added.add_argument("suite", type=Path, metavar="SUITE.yaml")
+    added.add_argument(
+        "--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU, or a core"
+    )
+    added.add_argument("--seed", type=int, metavar="N")
+    added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
+    instead = added.add_mutually_exclusive_group()
+    instead.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
+    instead.add_argument("--publish", action="store_true", help="that, and into experiments/results and README.md")
+    instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
+    instead.add_argument("--list", action="store_true", help="the commands of the runs that are missing")
+    instead.add_argument("--submit", choices=("slurm",), help="hand them to a cluster as one array job")
+    takes_settings(added)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no positive number below a thousand million")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number from 0 to {2**32 - 1}")
+    return int(text)

@@ -140,7 +140,7 @@ def waiting_rows(
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
         training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
-        waited = _Waiting(make_loader(training.training_set, training.sampler(1), workers, training.device))
+        waited = _Waiting(make_loader(training.data.training, training.sampler(1), workers, training.device))
         begun = time.perf_counter()
         training.take_steps(training.model, waited, lambda _loss: None)
         whole = time.perf_counter() - begun - waited.first

@@ -201,7 +201,7 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
     training = Training(settings, RunDirectory(run), Processes())
-    loader = make_loader(training.training_set, training.sampler(1), settings.workers, training.device)
+    loader = make_loader(training.data.training, training.sampler(1), settings.workers, training.device)
     training.take_steps(training.model, islice(loader, steps), lambda _loss: None)
     save_weights(training.run.model, training.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size

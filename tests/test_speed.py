@@ -78,9 +78,9 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
     assert fused == {on}
     assert resnet.network.get_submodule("layer4.0.conv1").weight.is_contiguous(memory_format=torch.channels_last) == on
-    assert training.seen(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).is_contiguous() != on
+    assert training.data.seen(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).is_contiguous() != on
     assert resnet.recompute == ({3} if on else set())
-    assert training.training_set.share == training.validation_set.share == on
+    assert training.data.training.share == training.data.validation.share == on
     training.run_epochs()
     assert bool(compiled) == on
 

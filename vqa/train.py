@@ -3,24 +3,19 @@
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.errors import InputError
 from data.glove import read_glove
-from data.images import Preprocessing
 from data.interruption import Interrupted, held_back, let_through, stop, waits
-from data.loading import Batch, EpochSampler, InOrderSampler, QuestionDataset, make_loader, readable
+from data.loading import Batch, EpochSampler, InOrderSampler, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
-from data.store import H5Images, Store
-from data.table import NO_ANSWER, QuestionTable, joined
-from data.tokenizer import PAD_ID
 from vqa import bundle
 from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -29,11 +24,9 @@ from vqa.engine import predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
 from vqa.not_finite import NotFiniteError
-from vqa.prefix import as_stage_map, prefix_maps
-from vqa.question import KIND_WORDS
-from vqa.resnet import StageMap
 from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
+from vqa.training_data import TrainingData, first_words
 
 
 def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
@@ -80,19 +73,7 @@ class Training:
                 f"train.batch_size: {settings.train.batch_size} questions cannot be shared equally by "
                 f"{processes.world_size} processes"
             )
-        self.store = store = Store(Path(settings.data.h5))
-        for key, made in store.provenance["settings"].items():
-            if made != (asked := getattr(settings.data, key)):
-                raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
-        images, share = H5Images(store.path), settings.speed.share_images
-        self.training_set = QuestionDataset(_trainable_questions(store, settings.train.splits), images, share=share)
-        self.validation_set = None
-        if settings.train.validate_on is not None:
-            self.validation_set = QuestionDataset(store.table(settings.train.validate_on), images, share=share)
-            if not self.validation_set.labels.size:
-                raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
-        self.preprocessing = Preprocessing(store.image_size)
-        self.see: Callable[[Tensor], Tensor | StageMap] = self.preprocessing.normalise
+        self.data = TrainingData(settings)
 
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
@@ -105,59 +86,28 @@ class Training:
         if run.checkpoint.exists():
             self._resume()
         if not self.progress.finished:
-            self._read_stored_maps()
+            self.data.read_stored_maps(self.model.resnet, self.device, processes)
         if processes.is_main and not self.progress.finished:
             run.start(settings, self.device, processes.world_size, self.trained_count)
-            bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.preprocessing)
+            store = self.data.store
+            bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.data.preprocessing)
 
     def _new_model(self) -> VQAModel:
-        vocabulary = self.store.tokenizer.get_vocab()
+        vocabulary = self.data.store.tokenizer.get_vocab()
         fresh = not self.run.checkpoint.exists()  # else all weights come from the checkpoint
-        model = build_model(self.settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        model = build_model(self.settings, len(vocabulary), len(self.data.store.vocabulary), pretrained=fresh)
         if model.question is not None and model.question.fixed is not None and fresh:
             file = Path(self.settings.question.glove)
             vectors, found = read_glove(file, vocabulary, self.settings.question.glove_size)
             self._say(f"{file}: vectors for {found} of {len(vocabulary)} words")
             model.question.set_fixed(torch.from_numpy(vectors))
         if model.kinds is not None and fresh:
-            model.kinds.set_from(torch.from_numpy(_first_words(self.training_set.table)))
+            model.kinds.set_from(torch.from_numpy(first_words(self.data.training.table)))
         return model.to(self.device)
 
-    def _read_stored_maps(self) -> None:
-        """Where the first stages are fixed, their maps are read instead of pictures; one process makes the file."""
-        for alone in (True, False):
-            if self.processes.is_main == alone:
-                found = prefix_maps(
-                    self.model.resnet, self.store, self.preprocessing, self.device, self.settings.data.cache_gib
-                )
-            self.processes.gather(None)
-        if found is None:
-            return
-        stage, maps = found
-        self.see = partial(as_stage_map, stage)
-        for data in (self.training_set, self.validation_set):
-            if data is not None:
-                data.images = maps
-
-    def seen(self, images: Tensor) -> Tensor | StageMap:
-        """What the model takes of a batch's images, in the layout that the settings name."""
-        seen = self.see(images)
-        if self.settings.speed.channels_last:
-            return seen
-        return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
-
     def sampler(self, epoch: int) -> EpochSampler:
-        settings, processes = self.settings, self.processes
-        return EpochSampler(
-            len(self.training_set),
-            settings.train.batch_size,
-            settings.seed,
-            epoch,
-            processes.rank,
-            processes.world_size,
-            images=self.training_set.table.images,
-            together=settings.train.together,
-        )
+        """The batches of an epoch, as far as they are this process's."""
+        return self.data.sampler(epoch, self.processes)
 
     def _resume(self) -> None:
         """Takes everything from the last checkpoint.
@@ -166,8 +116,8 @@ class Training:
             InputError: it is damaged, or of other data or another number of processes.
         """
         saved = load_checkpoint(self.run.checkpoint)
-        if saved["data"] != self.store.identity:
-            raise InputError(f"{self.store.path}: not the data that {self.run.path} was trained on")
+        if saved["data"] != self.data.store.identity:
+            raise InputError(f"{self.data.store.path}: not the data that {self.run.path} was trained on")
         mine, count = self.processes.rank, len(saved["processes"])
         if count != self.processes.world_size:
             raise InputError(f"{self.run.checkpoint}: made by {count} process(es); resume with as many")
@@ -184,7 +134,7 @@ class Training:
             self._say(f"{self.run.path}: finished, nothing to do")
             return
         self._say(
-            f"{self.run.path}: {len(self.training_set)} questions, {self.trained_count:,} trained parameters, "
+            f"{self.run.path}: {len(self.data.training)} questions, {self.trained_count:,} trained parameters, "
             f"on {self.device}"
         )
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
@@ -210,7 +160,7 @@ class Training:
         settings, progress = self.settings, self.progress
         sampler = self.sampler(progress.epoch)
         sampler.start = progress.step
-        loader = make_loader(self.training_set, sampler, settings.workers, self.device)
+        loader = make_loader(self.data.training, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
 
         def after_step(loss: float) -> None:
@@ -243,7 +193,7 @@ class Training:
         train_steps(
             model,
             batches,
-            see=self.seen,
+            see=self.data.seen,
             loss=train.loss,
             precision=self.settings.precision,
             optimiser=self.optimiser,
@@ -266,7 +216,7 @@ class Training:
 
     def _at_step(self, error: NotFiniteError) -> str:
         where = f"{self.run.path}: epoch {self.progress.epoch}, step {self.progress.step + 1}"
-        return f"{where}: {error.of(self.training_set.table.ids)}"
+        return f"{where}: {error.of(self.data.training.table.ids)}"
 
     def _end_epoch(self) -> None:
         progress, train = self.progress, self.settings.train
@@ -283,7 +233,7 @@ class Training:
             "seconds": round(progress.seconds, 2),
             "peak_memory_mib": peak_memory_mib(self.device),
         }
-        if self.validation_set is not None:
+        if self.data.validation is not None:
             try:
                 with let_through():
                     scores = self._validate()
@@ -310,7 +260,7 @@ class Training:
         return facts | {"val_overall": self.progress.best_overall}
 
     def _validate(self) -> Scores:
-        data, processes = self.validation_set, self.processes
+        data, processes = self.data.validation, self.processes
         sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
         batches = readable(make_loader(data, sampler, self.settings.workers, self.device))
         bar = shown(batches, len(sampler), f"validation {self.progress.epoch}")
@@ -318,7 +268,7 @@ class Training:
             rows, classes = predict_classes(
                 self.model,
                 bar if processes.is_main else batches,
-                see=self.seen,
+                see=self.data.seen,
                 precision=self.settings.precision,
                 device=self.device,
             )
@@ -332,7 +282,7 @@ class Training:
         answers = np.empty(len(data), np.int64)
         for their_rows, their_classes in everyone:
             answers[their_rows] = their_classes
-        scores = score([self.store.vocabulary[answer] for answer in answers], data.table)
+        scores = score([self.data.store.vocabulary[answer] for answer in answers], data.table)
         return processes.gather(scores)[0]
 
     def _report(self, line: dict[str, Any]) -> None:
@@ -360,31 +310,9 @@ class Training:
                 schedule=self.schedule,
                 progress=self.progress,
                 processes=everyone,
-                data=self.store.identity,
+                data=self.data.store.identity,
             )
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
-
-
-def _first_words(table: QuestionTable) -> np.ndarray:
-    """The first two word ids of every question, int64 [N, 2], PAD_ID where there is no second."""
-    first = np.full((len(table), KIND_WORDS), PAD_ID, np.int64)
-    for place in range(KIND_WORDS):
-        rows = np.flatnonzero(table.lengths > place)
-        first[rows, place] = table.tokens[table.offsets[rows] + place]
-    return first
-
-
-def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
-    """The questions that can teach something: their image is there, and an answer to them is a class."""
-    tables = [store.table(split) for split in splits]
-    for split, table in zip(splits, tables, strict=True):
-        if not table.given.size:
-            raise InputError(f"train.splits: split {split!r} has no annotations")
-    table = joined(tables)
-    kept = store.usable[table.images] & (table.labels() != NO_ANSWER).any(1)
-    if not kept.any():
-        raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
-    return table.select(np.flatnonzero(kept))

@@ -6,6 +6,7 @@ nothing, so there is nothing to be learnt.
 
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -96,8 +97,7 @@ def _write_images(files: list[Path], distinct: int, seed: int, processes: int) -
         folder.mkdir(parents=True, exist_ok=True)
     whole, links = files[:distinct], files[distinct:]
     made = in_order(partial(_write_picture, seed=seed), list(enumerate(whole)), processes)
-    for _ in progress(made, len(whole), "pictures"):
-        pass
+    deque(progress(made, len(whole), "pictures"), maxlen=0)
     for place, link in enumerate(links):
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(whole[place % len(whole)], link.parent))

@@ -38,23 +38,23 @@ def test_who_holds_it_is_told(tmp_path):
     lock = tmp_path / "some" / ".lock"
     with held(lock, "it"):
         with pytest.raises(InputError, match=f"^it: {US}; it is left alone$"), held(lock, "it"):
-            pass
+            pytest.fail("held twice")
         assert lock.exists()  # who was refused does not remove it
     assert not lock.exists()
     with held(lock, "it"):
-        pass
+        assert lock.exists()
 
 
 def test_it_vanishes_with_a_killed_process(tmp_path):
     other = holder(tmp_path / ".lock", 60)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"process {other.pid} on "), held(tmp_path / ".lock", "it"):
-        pass
+        pytest.fail("held twice")
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert (tmp_path / ".lock").exists()
     with held(tmp_path / ".lock", "it"):
-        pass
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
 
 
 def test_who_waits_says_for_whom_and_gets_it(tmp_path, capsys):

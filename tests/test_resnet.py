@@ -268,7 +268,7 @@ def test_estimated_statistics_are_the_means_over_the_batches():
     assert bn1.momentum == 0.1
     torch.testing.assert_close(net(batches[0])[:1], net(batches[0][:1]), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="at least one batch"), net.estimating_statistics():
-        pass
+        assert bn1.training
 
 
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])

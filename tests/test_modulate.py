@@ -1,8 +1,11 @@
 """`modulate` equals its formula and its gradients in every layout, type and implementation, and saves the least."""
 
+import copy
 import itertools
+import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -12,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.saved import saved_bytes
-from vqa import modulate_cpu, modulate_eager
+from vqa import convolution, modulate_cpu, modulate_eager
 from vqa.convolution import Convolution
 from vqa.modulate import modulate
 
@@ -121,6 +124,21 @@ def test_a_second_differentiation_is_refused_and_possible_without_fusing(kind):
     torch.testing.assert_close(second, (2 * scale.square())[..., None, None].expand_as(x))
 
 
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("fused", [True, "eager", False])
+def test_scale_and_shift_may_be_columns_of_more(fused, layout, residual, relu):
+    """As those of one norm are where all are folded at once; [1, C] stands for all samples."""
+    x, _, _, other = inputs((3, 5, 3, 7), layout, residual, torch.float32)
+    columns = [torch.randn(rows, 11, requires_grad=True) for rows in (3, 1)]
+    parts = [part[:, start : start + 5] for part, start in zip(columns, (2, 6), strict=True)]
+    y = modulate(x, *parts, other, relu=relu, fused=fused)
+    expected = formula(x, parts[0], parts[1].expand(3, 5), other, relu)
+    torch.testing.assert_close(y, expected.float())
+    weights = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad((of * weights).sum(), (x, *columns)) for of in (y, expected))
+    assert_same(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_shapes_are_refused():
     x, scale, shift, _ = inputs((2, 4, 3, 3), NCHW, False)
     with pytest.raises(ValueError, match=r"takes a scale and a shift \[B, C\]; got \[2, 4, 3, 3\], \[2, 3\]"):
@@ -150,9 +168,117 @@ def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, 
     )
 
 
+@pytest.fixture
+def ordering(monkeypatch):
+    """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN: weights in its order are not tested")
+    made, order = [], convolution._ordered
+    monkeypatch.setattr(convolution, "_ordered", lambda *given: made.append(1) or order(*given))
+    return made
+
+
+GEOMETRIES = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "stride": 2},
+    {"kernel_size": 3},
+    {"kernel_size": 3, "padding": 3},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 3, "padding": 1, "groups": 2},
+    {"kernel_size": (1, 3), "padding": (0, 1)},
+]
+
+
+def frozen(**geometry):
+    torch.manual_seed(0)
+    return nn.Conv2d(8, 16, bias=False, **geometry).requires_grad_(False)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_weight_that_is_ordered_once_convolves_all_the_same(geometry, ordering):
+    plain = frozen(**geometry)
+    ours = Convolution.from_conv(plain)
+    for size in (9, 9, 6):
+        x = torch.randn(3, 8, size, size).to(memory_format=CL).requires_grad_()
+        saved, y = saved_bytes(lambda x=x: ours(x))
+        assert saved == plain.weight.untyped_storage().nbytes()
+        assert y.is_contiguous(memory_format=CL)
+        expected = plain(x)
+        torch.testing.assert_close(y, expected)
+        weights = torch.randn_like(y)
+        found, wanted = (torch.autograd.grad((of * weights).sum(), x)[0] for of in (y, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), expected)
+    turned = geometry.get("stride", 1) == geometry.get("groups", 1) == 1 and geometry.get("padding") != 3
+    assert len(ordering) == 1 + turned  # forward, and backward where that is a convolution, too
+
+
+def test_a_weight_is_ordered_anew_when_it_changes(ordering):
+    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=CL).requires_grad_()
+
+    def equals_torchs():
+        expected = F.conv2d(x, ours.weight, padding=1)
+        torch.testing.assert_close(ours(x), expected)
+        found, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours(x), expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    equals_torchs()
+    with torch.no_grad():
+        ours.weight.mul_(-2)
+    equals_torchs()
+    ours.load_state_dict({"weight": torch.randn(16, 8, 3, 3)})
+    equals_torchs()
+    for _ in range(3):  # what is freed may be given out again at the same address
+        ours.weight = nn.Parameter(torch.randn(16, 8, 3, 3), requires_grad=False)
+        equals_torchs()
+    ours.to(torch.float64).to(torch.float32)
+    equals_torchs()
+    before = len(ordering)
+    equals_torchs()
+    assert len(ordering) == before
+    y = ours(x)
+    with torch.no_grad():
+        ours.weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("why", ["layout", "type", "autocast", "eager", "trained", "switched off", "inference"])
+def test_where_a_weight_is_not_ordered(why, ordering):
+    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=NCHW if why == "layout" else CL)
+    if why == "type":
+        ours, x = ours.double(), x.double()
+    ours.fused = "eager" if why == "eager" else True
+    ours.weight.requires_grad_(why == "trained")
+    if why == "inference":
+        with torch.inference_mode():
+            ours.weight = nn.Parameter(ours.weight.clone(), requires_grad=False)
+    switched = torch.backends.mkldnn.flags(enabled=False) if why == "switched off" else nullcontext()
+    with torch.autocast("cpu", enabled=why == "autocast"), switched:
+        y = ours(x)
+        torch.testing.assert_close(y, F.conv2d(x, ours.weight, padding=1))
+    assert not ordering
+
+
+def test_a_convolution_with_an_ordered_weight_can_be_copied_and_stored(ordering):
+    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=CL)
+    expected = ours(x)
+    assert len(ordering) == 1
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.testing.assert_close(copied(x), expected)
+    assert list(ours.state_dict()) == ["weight"]
+
+
 def results_of(implementation, shape, kind, layout, residual, relu, wants_scale):
     """What an implementation gives forward and backward."""
     x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
+    scale, shift = (torch.cat([part] * times, 1)[:, : shape[1]] for part, times in ((scale, 2), (shift, 3)))  # columns
     keeps_bits = relu and (residual or not wants_scale)
     y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)
     saved = (x if wants_scale else None, scale, shift if relu and not keeps_bits else None, bits)

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.saved import saved_bytes
 from tests.test_resnet import pair, random_modulation
-from vqa.norms import Modulation
+from vqa import resnet
+from vqa.norms import ModulatedBatchNorm2d, Modulation
 from vqa.resnet import ModulatedResNet, StageMap
 
 
@@ -68,6 +69,46 @@ def test_questions_share_what_nothing_conditions(options):
         equal_to_rounding(shared, loss_gradients(net, net.prefix(images, 0), modulation, places))
 
 
+@pytest.mark.parametrize("missing", [None, "gamma", "beta"])
+@pytest.mark.parametrize("options", [{}, {"stem": True, "shortcuts": True}, {"stages": (2, 4)}, {"recompute": (2, 3)}])
+def test_norms_folded_at_once_are_those_folded_one_by_one(options, missing, monkeypatch):
+    _, net = pair("resnet10", **options)
+    for norm in net.batch_norms():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 3, 64, 64)
+    parts = {name: part.requires_grad_() for name, part in random_modulation(net, 3)._asdict().items()}
+    modulation = Modulation(**parts | ({missing: None} if missing else {}))
+    wanted = [part for part in modulation if part is not None]
+
+    def value_and_gradients():
+        y = net(x, modulation)
+        return y, *torch.autograd.grad(y.square().sum(), wanted)
+
+    at_once = value_and_gradients()
+    asked = []
+
+    def one_by_one(norms, modulation):
+        asked.append(len(norms))
+        columns = (
+            [None] * len(norms) if p is None else p.split([n.num_features for n in norms], 1) for p in modulation
+        )
+        return list(map(Modulation, *columns))
+
+    monkeypatch.setattr(resnet, "folded_at_once", one_by_one)
+    for one, other in zip(at_once, value_and_gradients(), strict=True):
+        assert torch.equal(one, other)
+    assert asked == [len(net.layers)]
+
+
+def test_norms_are_not_folded_before_their_statistics_are_known(monkeypatch):
+    monkeypatch.setattr(resnet, "folded_at_once", lambda *_: pytest.fail("folded"))
+    x = torch.randn(3, 3, 64, 64)
+    for options in ({"statistics": "batch"}, {"normaliser": "instance"}):
+        net = pair("resnet10", **options)[1].train()
+        net(x, random_modulation(net, 3))
+
+
 def test_batch_statistics_are_those_of_all_questions():
     net = pair("resnet10", statistics="batch")[1].train()
     other = pair("resnet10", statistics="batch")[1].train()
@@ -94,9 +135,9 @@ def test_a_modulated_resnet50_keeps_half_of_what_is_usual():
     """Fused, against an affine-free norm and γ · x + β as torch's own operations."""
     net = ModulatedResNet("resnet50")
     kept, _ = saved_bytes(lambda: net(torch.randn(2, 3, 64, 64), moving(net, 2)), net.parameters())
-    for norm in net.batch_norms():
-        norm.forward = lambda x, delta=None, residual=None, relu=False, norm=norm: usual(norm, x, delta, residual, relu)
-    for module in net.modules():
+    for name, module in list(net.network.named_modules()):
+        if isinstance(module, ModulatedBatchNorm2d):
+            net.network.set_submodule(name, Usual(module))
         module.fused = False
     usually, _ = saved_bytes(lambda: net(torch.randn(2, 3, 64, 64), moving(net, 2)), net.parameters())
     assert kept <= 0.55 * usually
@@ -106,11 +147,18 @@ def moving(net, samples):
     return Modulation(*(part.requires_grad_() for part in random_modulation(net, samples)))
 
 
-def usual(norm, x, delta, residual, relu):
+class Usual(nn.Module):
     """How most code writes it."""
-    y = nn.functional.batch_norm(x, norm.running_mean, norm.running_var)
-    gamma, beta = (norm.weight, norm.bias) if delta is None else (norm.weight + delta.gamma, norm.bias + delta.beta)
-    shape = (-1, y.shape[1], 1, 1)
-    y = gamma.view(shape) * y + beta.view(shape)
-    y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, delta=None, residual=None, relu=False):
+        norm = self.norm
+        y = nn.functional.batch_norm(x, norm.running_mean, norm.running_var)
+        gamma, beta = (norm.weight, norm.bias) if delta is None else (norm.weight + delta.gamma, norm.bias + delta.beta)
+        shape = (-1, y.shape[1], 1, 1)
+        y = gamma.view(shape) * y + beta.view(shape)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y

@@ -51,7 +51,8 @@ def modulate(
         raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
     if not fused or not x.numel() or torch.compiler.is_compiling():  # a compiler fuses by itself
         return _composed(x, scale, shift, residual, relu)
-    return _Modulate.apply(x, scale.expand(len(x), -1), shift.expand(len(x), -1), residual, relu, fused == "eager")
+    scale, shift = (part if len(part) == len(x) else part.expand(len(x), -1) for part in (scale, shift))
+    return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
 
 
 def _composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -68,7 +69,8 @@ class _Modulate(torch.autograd.Function):
     ) -> Tensor:
         ctx.layout = _layout(x)
         x, residual = (None if part is None else part.contiguous(memory_format=ctx.layout) for part in (x, residual))
-        scale, shift = scale.contiguous(), shift.contiguous()
+        # of all norms folded at once these are columns, which need no copy
+        scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (scale, shift))
         ctx.wants, ctx.relu = ctx.needs_input_grad[:4], relu
         wants_x, wants_scale, _, _ = ctx.wants
         keeps_bits = relu and any(ctx.wants) and (residual is not None or not wants_scale)

@@ -90,6 +90,7 @@ void for_flags(Body body, bool flag, Flags... flags) {
 
 struct Shape {
     int64_t samples, channels, positions;
+    int64_t scale_stride, shift_stride;  // from a sample's to the next one's
     int32_t channels_last, relu, threads;
 
     int64_t rows() const { return channels_last ? positions : channels; }
@@ -112,8 +113,8 @@ extern "C" void modulate_forward(const Shape* shape, const float* x, const float
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
         for (int64_t block = 0; block < shape->samples * blocks; ++block) {
             const int64_t sample = block / blocks, begin = block % blocks * step;
-            const float* factors = scale + sample * shape->channels;
-            const float* terms = shift + sample * shape->channels;
+            const float* factors = scale + sample * shape->scale_stride;
+            const float* terms = shift + sample * shape->shift_stride;
             for (int64_t row = begin; row < std::min(rows, begin + step); ++row) {
                 const int64_t start = (sample * rows + row) * columns;
                 in_eights(columns, [&](int64_t column, auto count) {
@@ -163,8 +164,8 @@ extern "C" void modulate_backward(const Shape* shape, const float* gradient, con
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
             for (int64_t block = 0; block < shape->samples * blocks; ++block) {
                 const int64_t sample = block / blocks, begin = block % blocks * step;
-                const float* factors = scale + sample * channels;
-                const float* terms = shift + sample * channels;
+                const float* factors = scale + sample * shape->scale_stride;
+                const float* terms = shift + sample * shape->shift_stride;
                 float *sums_scale = workspace + 2 * block * channels, *sums_shift = sums_scale + channels;
                 std::memset(sums_scale, 0, 2 * channels * sizeof(float));
                 for (int64_t row = begin; row < std::min(rows, begin + step); ++row)
@@ -181,9 +182,10 @@ extern "C" void modulate_backward(const Shape* shape, const float* gradient, con
         } else {
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
             for (int64_t row = 0; row < shape->samples * rows; ++row) {
+                const int64_t sample = row / rows, channel = row % rows;
                 Floats factor = {}, term = {}, scales = {}, shifts = {};
-                if constexpr (wants_x || recomputes) factor += scale[row];
-                if constexpr (recomputes) term += shift[row];
+                if constexpr (wants_x || recomputes) factor += scale[sample * shape->scale_stride + channel];
+                if constexpr (recomputes) term += shift[sample * shape->shift_stride + channel];
                 in_eights(columns, [&](int64_t column, auto count) {
                     one(row, column, count, factor, term, scales, shifts);
                 });

@@ -41,7 +41,7 @@ def forward(
     y = torch.empty_like(x)
     rows, columns = (x.shape[1], x[0, 0].numel()) if x.is_contiguous() else (x[0, 0].numel(), x.shape[1])
     bits = torch.empty(len(x), rows, -(-columns // 8), dtype=torch.uint8) if keeps_bits else None
-    _library().modulate_forward(_shape(x, relu), *map(_memory, (x, scale, shift, residual, y, bits)))
+    _library().modulate_forward(_shape(x, scale, shift, relu), *map(_memory, (x, scale, shift, residual, y, bits)))
     return y, bits
 
 
@@ -58,7 +58,7 @@ def backward(
     wants_residual: bool,
 ) -> tuple[Tensor | None, ...]:
     """As `modulate_eager.backward`."""
-    shape = _shape(gradient, relu)
+    shape = _shape(gradient, scale, shift, relu)
     of_x = torch.empty_like(gradient) if wants_x else None
     of_scale, of_shift = (
         gradient.new_empty(gradient.shape[:2]) if wanted else None for wanted in (wants_scale, wants_shift)
@@ -72,15 +72,16 @@ def backward(
 
 class _Shape(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("samples", "channels", "positions")),
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "positions", "scale_stride", "shift_stride")),
         *((name, ctypes.c_int32) for name in ("channels_last", "relu", "threads")),
     )
 
 
-def _shape(x: Tensor, relu: bool) -> _Shape:
+def _shape(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> _Shape:
     samples, channels, height, width = x.shape
+    strides = (0 if part is None else part.stride(0) for part in (scale, shift))
     threads = torch.get_num_threads() if x.numel() > _ALONE else 1
-    return _Shape(samples, channels, height * width, not x.is_contiguous(), relu, threads)
+    return _Shape(samples, channels, height * width, *strides, not x.is_contiguous(), relu, threads)
 
 
 def _memory(part: Tensor | None) -> int | None:

@@ -108,7 +108,7 @@ def forward(
     rows, columns, tile = _matrices(x)
     bits = torch.empty(len(x), rows, -(-columns // 8), dtype=torch.uint8, device=x.device) if keeps_bits else None
     _forward_kernel[_grid(x, rows, columns, tile)](
-        x, scale, shift, residual, y, bits, rows, columns,
+        x, scale.contiguous(), shift.contiguous(), residual, y, bits, rows, columns,
         **tile, RESIDUAL=residual is not None, RELU=relu, BITS=keeps_bits,
     )  # fmt: skip
     return y, bits
@@ -127,6 +127,7 @@ def backward(
     wants_residual: bool,
 ) -> tuple[Tensor | None, ...]:
     """As `modulate_eager.backward`; computed in float32."""
+    scale, shift = (None if part is None else part.contiguous() for part in (scale, shift))
     rows, columns, tile = _matrices(gradient)
     grid = _grid(gradient, rows, columns, tile)
     of_x = torch.empty_like(gradient) if wants_x else None

@@ -9,6 +9,7 @@ and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,24 @@ class Modulation(NamedTuple):
 
 
 NO_MODULATION = Modulation(None, None)
+
+
+class Folded(NamedTuple):
+    """What statistics, γ, β and their deltas come to, y = scale · x + shift: [B, C] each, or [1, C] for all samples."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def folded(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float) -> Folded:
+    """scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale; arguments as of `modulated_norm`."""
+    if delta.gamma is not None:
+        gamma = gamma + delta.gamma.to(gamma.dtype)
+    if delta.beta is not None:
+        beta = beta + delta.beta.to(beta.dtype)
+    scale = gamma * torch.rsqrt(var + eps)
+    shift = beta - mean * scale
+    return Folded(*(part if part.ndim == 2 else part[None] for part in (scale, shift)))
 
 
 def modulated_norm(
@@ -53,14 +72,7 @@ def modulated_norm(
         eps: ε.
         residual, relu, fused: as `modulate`.
     """
-    if delta.gamma is not None:
-        gamma = gamma + delta.gamma.to(gamma.dtype)
-    if delta.beta is not None:
-        beta = beta + delta.beta.to(beta.dtype)
-    scale = gamma * torch.rsqrt(var + eps)
-    shift = beta - mean * scale
-    scale, shift = (part if part.ndim == 2 else part[None] for part in (scale, shift))
-    return modulate(x, scale, shift, residual, relu=relu, fused=fused)
+    return modulate(x, *folded(mean, var, gamma, beta, delta, eps), residual, relu=relu, fused=fused)
 
 
 def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
@@ -87,15 +99,17 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     fused: Fused = True  # as `modulate`
 
     def forward(
-        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+        self, x: Tensor, delta: Modulation | Folded | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.BatchNorm2d` gives.
 
-        A residual and a ReLU may follow as in `modulate`.
+        A residual and a ReLU may follow as in `modulate`. In evaluation mode the delta may be folded already.
 
         Raises:
             ValueError: a delta is not [B, C], or in training mode there is but one value a channel.
         """
+        if isinstance(delta, Folded):
+            return modulate(x, *delta, residual, relu=relu, fused=self.fused)
         delta = _checked(delta, x)
         unmodulated = delta is NO_MODULATION and not (self.training and self.synchronised)
         if unmodulated and not _wants_gradient(x, residual, self.weight):
@@ -142,6 +156,18 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         for name, buffer in norm.named_buffers():
             modulated.register_buffer(name, buffer)
         return modulated.train(norm.training)
+
+
+def folded_at_once(norms: Sequence[ModulatedBatchNorm2d], modulation: Modulation) -> list[Folded]:
+    """As `folded`, for several batch norms in evaluation mode and the deltas of them all [B, ΣC]: a few operations
+    instead of a few for each norm.
+    """
+    mean, var, gamma, beta = (
+        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale, shift = folded(mean, var, gamma, beta, modulation, norms[0].eps)
+    widths = [norm.num_features for norm in norms]
+    return list(map(Folded, scale.split(widths, dim=1), shift.split(widths, dim=1)))
 
 
 def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:

@@ -16,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
 from vqa.modulate import Fused
-from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of
+from vqa.norms import (
+    Folded,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    folded_at_once,
+    groups_of,
+)
 from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]
@@ -205,17 +212,19 @@ class ModulatedResNet(nn.Module):
         """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
         return self.network(images, self._deltas(modulation))
 
-    def _deltas(self, modulation: Modulation | None) -> tuple[Modulation | None, ...]:
-        """The modulation of each norm. Raises ValueError if the modulation is of another width."""
-        if modulation is None:
+    def _deltas(self, modulation: Modulation | None) -> Sequence[Modulation | Folded | None]:
+        """What each norm takes of the modulation. Raises ValueError if the modulation is of another width."""
+        if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return (None,) * len(self.layers)
         widths = [layer.channels for layer in self.layers]
-        columns = []
         for part in modulation:
             if part is not None and (part.ndim != 2 or part.shape[1] != sum(widths)):
                 raise ValueError(f"a modulation must be [B, {sum(widths)}], got {list(part.shape)}")
-            columns.append([None] * len(widths) if part is None else part.split(widths, dim=1))
-        return tuple(map(Modulation, *columns))
+        norms = [self.norm(layer.name) for layer in self.layers]
+        if norms and all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms):
+            return folded_at_once(norms, modulation)
+        parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
+        return tuple(map(Modulation, *parts))
 
     def norm(self, name: str) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
         """A norm by its name in torchvision's network."""

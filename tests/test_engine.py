@@ -1,15 +1,22 @@
 """The training loop: its loss is that of the model's logits, and nothing not finite reaches the weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 
 from data.images import Preprocessing
-from data.loading import Batch
-from vqa.engine import train_steps
+from data.loading import Batch, InOrderSampler, make_loader
+from vqa.bundle import load_bundle
+from vqa.engine import predict_classes, train_steps
+from vqa.evaluate import split_data
 from vqa.model import Output
 from vqa.not_finite import NotFiniteError
+from vqa.recipes import load_saved
 
 
 class Fixed(nn.Module):
@@ -60,6 +67,28 @@ def test_parts_of_a_batch_add_up_to_it():
     torch.testing.assert_close(one.logits, other.logits)
 
 
+def test_processes_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path):
+    exchanged = []
+
+    def count(_state, bucket):
+        exchanged.append(bucket.buffer().clone())
+        return allreduce_hook(None, bucket)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        logits = [1.0, 0.0, -1.0]
+        for parts in (1, 3):
+            wrapped, plain = nn.parallel.DistributedDataParallel(Fixed(logits)), Fixed(logits)
+            wrapped.register_comm_hook(None, count)
+            losses = steps(wrapped, [0, 1, 2, 2, 1], parts)
+            assert losses == [pytest.approx(loss) for loss in steps(plain, [0, 1, 2, 2, 1])]
+            torch.testing.assert_close(wrapped.module.logits, plain.logits)
+    finally:
+        dist.destroy_process_group()
+    one, whole = exchanged
+    torch.testing.assert_close(one, whole)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(bad):
     model = Fixed([bad, 0.0, 0.0])
@@ -68,3 +97,20 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         steps(model, [1, 2])
     assert caught.value.rows == [0, 1]
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc on this machine")
+def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained):
+    bundle, cpu = load_bundle(trained / "model", torch.device("cpu")), torch.device("cpu")
+    data = split_data(bundle, load_saved(trained / "model" / "config.yaml"), "train")
+    opened = []
+
+    def see(images):
+        opened.append(len(list(Path("/proc/self/fd").iterdir())))
+        return bundle.preprocessing.normalise(images)
+
+    batches = make_loader(data, InOrderSampler(data.table, 1), 1, cpu)
+    rows, classes = predict_classes(bundle.model, batches, see=see, precision="float32", device=cpu)
+    assert len(opened) == len(data) == len(classes) >= 40
+    assert sorted(rows.tolist()) == list(range(len(data)))
+    assert opened[-1] < opened[3] + 20

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,11 @@ def train_steps(
         optimiser.zero_grad(set_to_none=True)
         value = torch.zeros((), device=device)
         before = [buffer.clone() for buffer in model.buffers()] if leave_out else []
-        for part in whole.parts(accumulate):
-            of_part = loss_of(part) * (len(part.rows) / len(batch.rows))
-            of_part.backward()
+        *first, last = whole.parts(accumulate)
+        for part in (*first, last):
+            with nullcontext() if part is last else _alone(model):
+                of_part = loss_of(part) * (len(part.rows) / len(batch.rows))
+                of_part.backward()
             value += of_part.detach()
         norm = nn.utils.clip_grad_norm_(trained, clip)
         if not torch.isfinite(norm + value):
@@ -109,6 +111,11 @@ def train_steps(
         optimiser.step()
         schedule.step()
         after_step(value.item())
+
+
+def _alone(model: nn.Module) -> AbstractContextManager:
+    """Gradients are not yet averaged over processes: it is done once a step, with its last part."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()
@@ -144,7 +151,9 @@ def predict_classes(
         NotFiniteError: the model has no probabilities for a question.
     """
     model.eval()
-    rows, classes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split the heap
+    rows: list[int] = []
+    classes: list[int] = []
     for batch, there in moved(batches, device):
         with autocast(device, precision):
             logits = model(see(there.images), there.tokens, there.lengths, places=there.places).logits
@@ -152,6 +161,6 @@ def predict_classes(
         if not best.isfinite().all():
             bad = batch.rows[~best.isfinite().cpu()].tolist()
             raise NotFiniteError(f"the model's scores of the answers are not finite for {len(bad)} question(s)", bad)
-        rows.append(batch.rows)
-        classes.append(class_.cpu())
-    return torch.cat(rows), torch.cat(classes)
+        rows += batch.rows.tolist()
+        classes += class_.tolist()
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(classes, dtype=torch.int64)

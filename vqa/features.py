@@ -163,7 +163,7 @@ def stage_features(network: Network) -> list[np.ndarray]:
                 modulation = bundle.model(images, moved.tokens, moved.lengths).modulation
             for part, map_ in zip(parts, bundle.model.resnet.stage_maps(images, modulation), strict=True):
                 part.append(map_.float().mean((2, 3)).cpu().numpy())
-        rows.append(batch.rows.numpy())
+        rows.append(batch.rows.numpy().copy())  # else it holds a worker's memory
     order = np.argsort(np.concatenate(rows))
     features = [np.concatenate(part)[order] for part in parts]
     if not all(np.isfinite(of_stage).all() for of_stage in features):

@@ -66,3 +66,15 @@ def test_the_readmes_table_of_steps_is_the_measured_one():
         ):
             assert float(shown[0]) == pytest.approx(float(lines[way][value]), abs=0.5)
             assert way == "ours" or float(shown[1]) == pytest.approx(float(lines[way][ratio]), abs=0.0051)
+
+
+def test_the_readmes_table_of_jobs_of_vqas_size_is_the_measured_one():
+    lines = {(line["job"].split(",")[0], line["images"]): line for line in read_lines(RESULTS / "bench_scale.csv")}
+    table = README[README.index("| job, 2 processes |") :].split("\n\n")[0].splitlines()[2:]
+    jobs = ("preprocess", "reading questions", "decoding alone", "train", "eval")
+    for job, row in zip(jobs, table, strict=True):
+        _, seconds, memory, fewer = (re.sub(r"\D", "", cell) for cell in row.split("|")[1:-1])
+        line = lines[job, "20000"]
+        assert int(seconds) == round(float(line["seconds"])), job
+        assert memory == line["peak_mib"], job
+        assert not fewer or fewer == lines[job, "5000"]["peak_mib"], job

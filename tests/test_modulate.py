@@ -199,6 +199,8 @@ def frozen(**geometry):
 def test_a_weight_that_is_ordered_once_convolves_all_the_same(geometry, ordering):
     plain = frozen(**geometry)
     ours = Convolution.from_conv(plain)
+    with torch.inference_mode():  # what is made there is used in training, too
+        ours(torch.randn(2, 8, 9, 9).to(memory_format=CL))
     for size in (9, 9, 6):
         x = torch.randn(3, 8, size, size).to(memory_format=CL).requires_grad_()
         saved, y = saved_bytes(lambda x=x: ours(x))

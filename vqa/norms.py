@@ -159,8 +159,8 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
 
 def folded_at_once(norms: Sequence[ModulatedBatchNorm2d], modulation: Modulation) -> list[Folded]:
-    """As `folded`, for several batch norms in evaluation mode and the deltas of them all [B, ΣC]: a few operations
-    instead of a few for each norm.
+    """As `folded`, for several batch norms of one ε in evaluation mode and the deltas of them all [B, ΣC]: a few
+    operations instead of a few for each norm.
     """
     mean, var, gamma, beta = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")

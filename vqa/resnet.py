@@ -16,14 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
 from vqa.modulate import Fused
-from vqa.norms import (
-    Folded,
-    ModulatedBatchNorm2d,
-    ModulatedGroupNorm,
-    Modulation,
-    folded_at_once,
-    groups_of,
-)
+from vqa.norms import Folded, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, folded_at_once, groups_of
 from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]

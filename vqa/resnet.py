@@ -65,7 +65,7 @@ class ModulatedResNet(nn.Module):
                 pretrained γ and β.
             fused: norm, shortcut and ReLU as one operation whose backward pass saves the least, and convolutions that
                 save no input (`modulate`, `Convolution`); False: torch's own operations, equal up to rounding; `eager`:
-                as True, without kernels.
+                as True, without kernels and with the weights as they are.
             recompute: stages whose inner maps are not kept for the backward pass but computed again there (gradient
                 checkpointing, Chen et al. 2016).
 

@@ -1,22 +1,16 @@
 """`modulate` equals its formula and its gradients in every layout, type and implementation, and saves the least."""
 
-import copy
 import itertools
-import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from tests.saved import saved_bytes
-from vqa import convolution, modulate_cpu, modulate_eager
-from vqa.convolution import Convolution
+from vqa import modulate_cpu, modulate_eager
 from vqa.modulate import modulate
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
@@ -145,136 +139,6 @@ def test_wrong_shapes_are_refused():
         modulate(x, scale[:, :3], shift)
     with pytest.raises(ValueError, match="a residual must be"):
         modulate(x, scale, shift, x[:, :2])
-
-
-@pytest.mark.parametrize("layout", [NCHW, CL])
-@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2, "padding": 2}])
-def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, layout):
-    plain = nn.Conv2d(4, 6, 3, bias=False, **geometry).double().requires_grad_(False)
-    ours = Convolution.from_conv(plain)
-    assert ours.weight is plain.weight
-    x = torch.randn(2, 4, 9, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    saved, y = saved_bytes(lambda: ours(x))
-    torch.testing.assert_close(y, plain(x))
-    assert saved == plain.weight.untyped_storage().nbytes()
-    weights = torch.randn_like(y)
-    found, expected = (torch.autograd.grad((conv(x) * weights).sum(), x)[0] for conv in (ours, plain))
-    torch.testing.assert_close(found, expected)
-    ours.weight.requires_grad_(True)
-    assert saved_bytes(lambda: ours(x))[0] > saved
-    of_weight = torch.autograd.grad((ours(x) * weights).sum(), ours.weight)[0]
-    torch.testing.assert_close(
-        of_weight, torch.autograd.grad((F.conv2d(x, ours.weight, **geometry) * weights).sum(), ours.weight)[0]
-    )
-
-
-@pytest.fixture
-def ordering(monkeypatch):
-    """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN: weights in its order are not tested")
-    made, order = [], convolution._ordered
-    monkeypatch.setattr(convolution, "_ordered", lambda *given: made.append(1) or order(*given))
-    return made
-
-
-GEOMETRIES = [
-    {"kernel_size": 1},
-    {"kernel_size": 3, "padding": 1},
-    {"kernel_size": 3, "padding": 1, "stride": 2},
-    {"kernel_size": 3},
-    {"kernel_size": 3, "padding": 3},
-    {"kernel_size": 3, "padding": 2, "dilation": 2},
-    {"kernel_size": 3, "padding": 1, "groups": 2},
-    {"kernel_size": (1, 3), "padding": (0, 1)},
-]
-
-
-def frozen(**geometry):
-    torch.manual_seed(0)
-    return nn.Conv2d(8, 16, bias=False, **geometry).requires_grad_(False)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_weight_that_is_ordered_once_convolves_all_the_same(geometry, ordering):
-    plain = frozen(**geometry)
-    ours = Convolution.from_conv(plain)
-    with torch.inference_mode():  # what is made there is used in training, too
-        ours(torch.randn(2, 8, 9, 9).to(memory_format=CL))
-    for size in (9, 9, 6):
-        x = torch.randn(3, 8, size, size).to(memory_format=CL).requires_grad_()
-        saved, y = saved_bytes(lambda x=x: ours(x))
-        assert saved == plain.weight.untyped_storage().nbytes()
-        assert y.is_contiguous(memory_format=CL)
-        expected = plain(x)
-        torch.testing.assert_close(y, expected)
-        weights = torch.randn_like(y)
-        found, wanted = (torch.autograd.grad((of * weights).sum(), x)[0] for of in (y, expected))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(x), expected)
-    turned = geometry.get("stride", 1) == geometry.get("groups", 1) == 1 and geometry.get("padding") != 3
-    assert len(ordering) == 1 + turned  # forward, and backward where that is a convolution, too
-
-
-def test_a_weight_is_ordered_anew_when_it_changes(ordering):
-    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
-    x = torch.randn(2, 8, 5, 5).to(memory_format=CL).requires_grad_()
-
-    def equals_torchs():
-        expected = F.conv2d(x, ours.weight, padding=1)
-        torch.testing.assert_close(ours(x), expected)
-        found, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours(x), expected))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-    equals_torchs()
-    with torch.no_grad():
-        ours.weight.mul_(-2)
-    equals_torchs()
-    ours.load_state_dict({"weight": torch.randn(16, 8, 3, 3)})
-    equals_torchs()
-    for _ in range(3):  # what is freed may be given out again at the same address
-        ours.weight = nn.Parameter(torch.randn(16, 8, 3, 3), requires_grad=False)
-        equals_torchs()
-    ours.to(torch.float64).to(torch.float32)
-    equals_torchs()
-    before = len(ordering)
-    equals_torchs()
-    assert len(ordering) == before
-    y = ours(x)
-    with torch.no_grad():
-        ours.weight.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")
-@pytest.mark.parametrize("why", ["layout", "type", "autocast", "eager", "trained", "switched off", "inference"])
-def test_where_a_weight_is_not_ordered(why, ordering):
-    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
-    x = torch.randn(2, 8, 5, 5).to(memory_format=NCHW if why == "layout" else CL)
-    if why == "type":
-        ours, x = ours.double(), x.double()
-    ours.fused = "eager" if why == "eager" else True
-    ours.weight.requires_grad_(why == "trained")
-    if why == "inference":
-        with torch.inference_mode():
-            ours.weight = nn.Parameter(ours.weight.clone(), requires_grad=False)
-    switched = torch.backends.mkldnn.flags(enabled=False) if why == "switched off" else nullcontext()
-    with torch.autocast("cpu", enabled=why == "autocast"), switched:
-        y = ours(x)
-        torch.testing.assert_close(y, F.conv2d(x, ours.weight, padding=1))
-    assert not ordering
-
-
-def test_a_convolution_with_an_ordered_weight_can_be_copied_and_stored(ordering):
-    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
-    x = torch.randn(2, 8, 5, 5).to(memory_format=CL)
-    expected = ours(x)
-    assert len(ordering) == 1
-    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        torch.testing.assert_close(copied(x), expected)
-    assert list(ours.state_dict()) == ["weight"]
 
 
 def results_of(implementation, shape, kind, layout, residual, relu, wants_scale):

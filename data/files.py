@@ -3,13 +3,15 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 
+_MARKS = {mark: re.compile(rf"[ \t\n\r]*{re.escape(mark)}[ \t\n\r]*") for mark in ["", *"{}[]:,"]}  # of JSON
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -99,15 +101,103 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
-    """The JSON value in `path`; of each object in it what `object_hook` makes of it.
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
 
     Raises:
         InputError: no such file, not UTF-8, or malformed (with its line).
     """
     text = read_text(path)
+    with _naming_json_errors(path):
+        return json.loads(text, parse_constant=_refuse_constant)
+
+
+def read_json_list(path: Path, key: str) -> Iterator[Any]:
+    """The values of the list `key` of the JSON object in `path`, one at a time.
+
+    As Python objects all of them together can take ten times the memory of the file.
+
+    Raises:
+        InputError: as `read_json`, when it comes to it; at the end, if there is no object with such a list.
+    """
+    text = read_text(path)
+    with _naming_json_errors(path):
+        found = yield from _values_of_list(_JsonText(text), key)
+    if not found:
+        raise InputError(f"{path}: must be an object with a list '{key}', as an official VQA file is")
+
+
+class _JsonText:
+    """A JSON text, and how far it is read."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.place = text, 0
+        self._decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+        self.sees("")
+
+    def value(self) -> Any:
+        """Reads the value that comes next."""
+        value, self.place = self._decode(self.text, self.place)
+        return value
+
+    def sees(self, mark: str) -> bool:
+        """Whether a mark comes next, which is read then, with the blanks around it."""
+        seen = _MARKS[mark].match(self.text, self.place)
+        if seen:
+            self.place = seen.end()
+        return seen is not None
+
+    def expect(self, mark: str) -> None:
+        """Reads a mark, or raises json.JSONDecodeError."""
+        if not self.sees(mark):
+            self.sees("")
+            raise json.JSONDecodeError(f"Expecting {mark!r}", self.text, self.place)
+
+    def end(self) -> None:
+        """Raises json.JSONDecodeError if there is more."""
+        self.sees("")
+        if self.place < len(self.text):
+            raise json.JSONDecodeError("Extra data", self.text, self.place)
+
+
+def _values_of_list(json_text: _JsonText, key: str) -> Generator[Any, None, bool]:
+    """Yields them, and returns whether there was such a list."""
+    found = False
+    if json_text.sees("{"):
+        more = not json_text.sees("}")
+    else:
+        more = False
+        json_text.value()
+    while more:
+        name = json_text.value()
+        if not isinstance(name, str):
+            raise json.JSONDecodeError("Expecting the name of a member before", json_text.text, json_text.place)
+        json_text.expect(":")
+        if name != key:
+            json_text.value()
+        elif found:
+            raise ValueError(f"'{key}' occurs twice")
+        elif json_text.sees("["):
+            found = True
+            more = not json_text.sees("]")
+            while more:
+                yield json_text.value()
+                more = json_text.sees(",")
+                if not more:
+                    json_text.expect("]")
+        else:
+            json_text.value()
+        more = json_text.sees(",")
+        if not more:
+            json_text.expect("}")
+    json_text.end()
+    return found
+
+
+@contextmanager
+def _naming_json_errors(path: Path) -> Iterator[None]:
     try:
-        return json.loads(text, object_hook=object_hook, parse_constant=_refuse_constant)
+        yield
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except ValueError as error:  # NaN, or a number of thousands of digits

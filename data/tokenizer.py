@@ -5,13 +5,13 @@ Padding is id 0 and an unknown word id 1, two different words for the model (the
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
-from tokenizers.trainers import WordLevelTrainer
 
 from data.errors import InputError
 from data.files import read_text, write_text
@@ -23,14 +23,21 @@ _WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
 
 
 def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
-    """A tokenizer whose vocabulary is every word that `questions` hold at least `min_count` times."""
+    """A tokenizer whose vocabulary is every word that `questions` hold at least `min_count` times.
+
+    It is the one that a `WordLevelTrainer` makes, which would look at each question and not at each of its pieces once.
+    """
     tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    trainer = WordLevelTrainer(
-        vocab_size=2**31 - 1, min_frequency=min_count, special_tokens=[PAD, UNKNOWN], show_progress=False
-    )
-    tokenizer.train_from_iterator(questions, trainer)
+    counts: Counter[str] = Counter()
+    for piece, count in Counter(piece for question in questions for piece in _pieces(question)).items():
+        for word in words(tokenizer, piece):
+            counts[word] += count
+    common = sorted((-count, word) for word, count in counts.items() if count >= min_count)
+    vocabulary = [PAD, UNKNOWN, *(word for _, word in common)]
+    tokenizer.model = WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    tokenizer.add_special_tokens([PAD, UNKNOWN])
     return tokenizer
 
 
@@ -45,8 +52,7 @@ def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, 
 
     A question without any word becomes one unknown word, since the LSTM needs one.
     """
-    # A word of the tokenizer holds no blank, so what stands between blanks is looked up alone, and once.
-    pieces = list(dict.fromkeys(piece for question in questions for piece in question.split(" ")))
+    pieces = list(dict.fromkeys(piece for question in questions for piece in _pieces(question)))
     known: dict[str, list[int]] = {}
     slice_ = 10_000  # encodings are large objects: a slice at a time keeps memory flat
     for start in range(0, len(pieces), slice_):
@@ -56,12 +62,17 @@ def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, 
     lengths = np.empty(len(questions), np.int32)
     for place, question in enumerate(questions):
         before = len(ids)
-        for piece in question.split(" "):
+        for piece in _pieces(question):
             ids.extend(known[piece])
         if len(ids) == before:
             ids.append(UNKNOWN_ID)
         lengths[place] = len(ids) - before
     return np.array(ids, np.int32), lengths
+
+
+def _pieces(question: str) -> list[str]:
+    """What stands between blanks: a word holds none, so that a piece can be looked at alone, and once."""
+    return question.split(" ")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -3,24 +3,22 @@
 import gc
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import InputError
-from data.files import read_json
+from data.files import read_json_list
 
-_OF_AN_ANSWER = {"answer", "answer_confidence", "answer_id"}  # what is stored of an answer in the official files
 LONGEST = 10_000  # characters of a text; a batch is as wide as its longest question
 MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """One question about one image; types and answers are empty where the split has no annotations."""
 
     question_id: int
@@ -64,27 +62,41 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
     Raises:
         InputError: a file is missing or malformed, an id occurs twice, or the two files do not hold the same ids.
     """
+    asked = read_asked(questions)
+    return asked if annotations is None else with_annotations(asked, questions, annotations)
+
+
+def read_asked(questions: Path) -> list[Question]:
+    """The questions of a split without their annotations. Raises InputError as `read_questions`."""
     with _no_collection():
-        return _read_questions(questions, annotations)
+        entries = _entries(questions, "questions", {"image_id": int, "question": str})
+        return [Question(entry["question_id"], entry["image_id"], entry["question"]) for entry in entries]
 
 
-def _read_questions(questions: Path, annotations: Path | None) -> list[Question]:
-    asked = _by_id(questions, "questions", {"image_id": int, "question": str})
-    if annotations is None:
-        return [Question(id_, entry["image_id"], entry["question"]) for id_, entry in asked.items()]
+def with_annotations(asked: Sequence[Question], questions: Path, annotations: Path) -> list[Question]:
+    """What `read_asked` read of the file `questions`, with the annotations. Raises InputError as `read_questions`."""
     fields = {"image_id": int, "question_type": str, "answer_type": str, "answers": list}
-    annotated = _by_id(annotations, "annotations", fields, _sharing_answers())
-    for missing, where, present in (
-        (asked.keys() - annotated.keys(), annotations, questions),
-        (annotated.keys() - asked.keys(), questions, annotations),
-    ):
-        if missing:
-            raise InputError(
-                f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
-                f"{min(missing)}; both files must be of the same split"
-            )
-    known: set[str] = set()
-    return [_joined(id_, entry, annotated[id_], annotations, known) for id_, entry in asked.items()]
+    with _no_collection():
+        known = {question.question_id: question for question in asked}
+        shared: dict[str, str] = {}
+        annotated: dict[int, Question] = {}
+        unknown: list[int] = []
+        for entry in _entries(annotations, "annotations", fields):
+            id_ = entry["question_id"]
+            if id_ in known:
+                annotated[id_] = _joined(known[id_], entry, annotations, shared)
+            else:
+                unknown.append(id_)
+        for missing, where, present in (
+            (known.keys() - annotated.keys(), annotations, questions),
+            (unknown, questions, annotations),
+        ):
+            if missing:
+                raise InputError(
+                    f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
+                    f"{min(missing)}; both files must be of the same split"
+                )
+        return [annotated[question.question_id] for question in asked]
 
 
 @contextmanager
@@ -99,59 +111,44 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sharing_answers() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Keeps of a given answer its text alone, once for each different text: ten a question would fill gigabytes."""
-    shared: dict[str, dict[str, Any]] = {}
-
-    def kept(entry: dict[str, Any]) -> dict[str, Any]:
-        answer = entry.get("answer")
-        if not isinstance(answer, str) or not entry.keys() <= _OF_AN_ANSWER:
-            return entry
-        return shared.setdefault(answer, {"answer": answer})
-
-    return kept
-
-
-def _joined(
-    question_id: int, entry: dict[str, Any], annotation: dict[str, Any], file: Path, known: set[str]
-) -> Question:
-    """`known`: answers that were checked before; the same few are given again and again."""
-    where = f"{file}: annotation of question {question_id}"
-    if annotation["image_id"] != entry["image_id"]:
-        raise InputError(f"{where}: image_id {annotation['image_id']}, but the question has {entry['image_id']}")
+def _joined(question: Question, annotation: dict[str, Any], file: Path, shared: dict[str, str]) -> Question:
+    """`shared`: texts that were met before; the same few are given again and again."""
+    if annotation["image_id"] != question.image_id:
+        reason = f"image_id {annotation['image_id']}, but the question has {question.image_id}"
+        raise InputError(f"{_annotation_of(question, file)}: {reason}")
     try:
-        answers = tuple([given["answer"] for given in annotation["answers"]])
-        new = () if known.issuperset(answers) else set(answers) - known
+        answers = [given["answer"] for given in annotation["answers"]]
+        new = [answer for answer in answers if answer not in shared]
     except (TypeError, KeyError):
-        raise InputError(f"{where}: 'answers' must be a list of {{'answer': text}}") from None
+        raise InputError(f"{_annotation_of(question, file)}: 'answers' must be a list of {{'answer': text}}") from None
     if not 0 < len(answers) <= MOST_ANSWERS:
-        raise InputError(f"{where}: 'answers' must hold 1 to {MOST_ANSWERS} answers, it holds {len(answers)}")
+        reason = f"'answers' must hold 1 to {MOST_ANSWERS} answers, it holds {len(answers)}"
+        raise InputError(f"{_annotation_of(question, file)}: {reason}")
     for answer in new:
         if not isinstance(answer, str) or (wrong := unusable(answer)):
             reason = wrong if isinstance(answer, str) else "no text"
-            raise InputError(f"{where}: 'answers' must hold texts, one is {reason}: {reprlib.repr(answer)}")
-        known.add(answer)
+            reason = f"'answers' must hold texts, one is {reason}: {reprlib.repr(answer)}"
+            raise InputError(f"{_annotation_of(question, file)}: {reason}")
+        shared[answer] = answer
     return Question(
-        question_id,
-        entry["image_id"],
-        entry["question"],
-        annotation["question_type"],
-        annotation["answer_type"],
-        answers,
+        question.question_id,
+        question.image_id,
+        question.text,
+        shared.setdefault(annotation["question_type"], annotation["question_type"]),
+        shared.setdefault(annotation["answer_type"], annotation["answer_type"]),
+        tuple([shared[answer] for answer in answers]),
     )
 
 
-def _by_id(
-    file: Path, key: str, fields: dict[str, type], object_hook: Callable[[dict], Any] | None = None
-) -> dict[int, dict[str, Any]]:
-    content = read_json(file, object_hook)
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise InputError(f"{file}: not an official VQA file: it must be an object with a list '{key}'")
-    if not content[key]:
-        raise InputError(f"{file}: the list '{key}' is empty")
+def _annotation_of(question: Question, file: Path) -> str:
+    return f"{file}: annotation of question {question.question_id}"
+
+
+def _entries(file: Path, key: str, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
+    """The entries of an official file, each checked."""
     kinds = tuple({"question_id": int, **fields}.items())
-    entries: dict[int, dict[str, Any]] = {}
-    for place, entry in enumerate(content[key]):
+    ids: set[int] = set()
+    for place, entry in enumerate(read_json_list(file, key)):
         if not isinstance(entry, dict):
             raise InputError(f"{file}: {key}[{place}] must be an object, not {type(entry).__name__}")
         for field, kind in kinds:
@@ -161,10 +158,12 @@ def _by_id(
             if (kind is str and unusable(value)) or (kind is int and not -(2**63) <= value < 2**63):
                 reason = unusable(value) if kind is str else "not of 64 bits"
                 raise InputError(f"{file}: {key}[{place}] has a {field} that is {reason}: {reprlib.repr(value)}")
-        if entry["question_id"] in entries:
+        if entry["question_id"] in ids:
             raise InputError(f"{file}: question_id {entry['question_id']} occurs twice")
-        entries[entry["question_id"]] = entry
-    return entries
+        ids.add(entry["question_id"])
+        yield entry
+    if not ids:
+        raise InputError(f"{file}: the list '{key}' is empty")
 
 
 def unusable(text: str) -> str:

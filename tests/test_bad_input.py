@@ -87,7 +87,7 @@ CASES = [
             "empty": "train_q.json: line 1, column 1",
             "cut": "train_q.json: line 1, column",
             "trailing": "train_q.json: line 1, column",
-            "list": "train_q.json: not an official VQA file",
+            "list": "train_q.json: must be an object with a list",
             "deep": "train_q.json: nested too deeply",
             "nan": "train_q.json: NaN is no number",
             "digits": "train_q.json: Exceeds the limit",

@@ -1,12 +1,23 @@
 """The reader of the official files: what it joins, and what it refuses."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.errors import InputError
+from data.files import read_json_list
 from data.vqa_files import Question, SplitFiles, read_questions
 from tests.raw_files import change
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=10,
+)
 
 
 def test_questions_are_joined_with_their_annotations(raw):
@@ -29,7 +40,7 @@ def test_questions_are_joined_with_their_annotations(raw):
         (lambda c: c["questions"][0].update(question="\ud800"), "has a question that is not UTF-8 text"),
         (lambda c: c["questions"][0].update(image_id=10**30), "has a image_id that is not of 64 bits"),
         (lambda c: c["questions"].clear(), "the list 'questions' is empty"),
-        (lambda c: c.pop("questions"), "not an official VQA file"),
+        (lambda c: c.pop("questions"), "must be an object with a list 'questions', as an off"),
     ],
 )
 def test_wrong_question_files_are_named(raw, edit, message):
@@ -71,6 +82,61 @@ def test_malformed_json_is_named_with_its_line(raw):
         read_questions(raw["train"].questions, None)
     with pytest.raises(InputError, match="absent.json: no such file"):
         read_questions(Path("absent.json"), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ('\ufeff {"a": {"questions": [1]}, "questions" :\n[ ] , "b": "]"}\t', []),
+        ('{"questions":[{"questions": []},"x, ]" , [1,2] ]}', [{"questions": []}, "x, ]", [1, 2]]),
+        ('{"questions": {"questions": []}, "questions": [null]}', [None]),
+    ],
+)
+def test_a_list_is_read_value_by_value(tmp_path, text, listed):
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    assert list(read_json_list(tmp_path / "file", "questions")) == listed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1, column 1: Expecting value"),
+        ("[]", "must be an object with a list 'questions'"),
+        ("{}", "must be an object with a list 'questions'"),
+        ('{"questions": 1}', "must be an object with a list 'questions'"),
+        ('{"questions": [], "questions": []}', "'questions' occurs twice"),
+        ('{"questions": [1] 2}', "line 1, column 19: Expecting '}'"),
+        ('{"questions": [1\n 2]}', "line 2, column 2: Expecting ']'"),
+        ('{"questions": [1,]}', "line 1, column 18: Expecting value"),
+        ('{"questions": [1]} 2', "line 1, column 20: Extra data"),
+        ('{"questions" [1]}', "line 1, column 14: Expecting ':'"),
+        ('{"questions": [1]', "Expecting '}'"),
+        ('{"questions": [NaN]}', "NaN is no number in JSON"),
+        ("{1: 2}", "line 1, column 3: Expecting the name of a member before"),
+        ('{"questions": [' + "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_malformed_list_is_named_with_its_place(tmp_path, text, message):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(InputError, match=f"file: .*{re.escape(message)}"):
+        list(read_json_list(tmp_path / "file", "questions"))
+
+
+@given(st.dictionaries(st.sampled_from(["questions", "x"]), JSON), st.sampled_from([None, 2]), st.integers(0, 200))
+def test_reading_value_by_value_is_reading_at_once(tmp_path_factory, content, indent, cut):
+    """Also where a file is cut off: both or neither refuse it."""
+    file = tmp_path_factory.mktemp("json") / "file"
+    for text in (json.dumps(content, indent=indent), json.dumps(content, indent=indent)[:cut]):
+        file.write_text(text)
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            expected = None
+        if isinstance(expected, dict) and isinstance(expected.get("questions"), list):
+            assert list(read_json_list(file, "questions")) == expected["questions"]
+        else:
+            with pytest.raises(InputError):
+                list(read_json_list(file, "questions"))
 
 
 def test_a_pattern_without_an_image_id_is_refused():

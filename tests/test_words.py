@@ -4,6 +4,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.trainers import WordLevelTrainer
 
 from data.answers import answer_vocabulary
 from data.errors import InputError
@@ -44,6 +49,16 @@ def test_words_are_those_of_the_whole_question():
     assert lengths.tolist() == [len(ids) for ids in whole]
     assert tokens.tolist() == [id_ for ids in whole for id_ in ids]
     assert encode(known, [])[0].tolist() == []
+
+
+@given(st.lists(st.text("ab'’ é\u0301?<ΣσΑ1,\t\u3000") | st.text(max_size=9)), st.integers(1, 3))
+def test_the_vocabulary_is_that_of_a_trainer(questions, min_count):
+    ours = train_tokenizer(questions, min_count)
+    theirs = Tokenizer(WordLevel(unk_token="<unk>"))
+    theirs.normalizer, theirs.pre_tokenizer = ours.normalizer, ours.pre_tokenizer
+    trainer = WordLevelTrainer(min_frequency=min_count, special_tokens=["<pad>", "<unk>"], show_progress=False)
+    theirs.train_from_iterator(questions, trainer)
+    assert ours.to_str() == theirs.to_str()
 
 
 def test_transformers_loads_the_tokenizer(tmp_path):

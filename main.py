@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import InputError, printable
 from data.interruption import Interrupted, listen
+from data.workers import is_of_lost_worker
 from experiments.command_line import build_parser
 
 if TYPE_CHECKING:
@@ -225,8 +226,13 @@ def main() -> int:
         if error.filename is None and error.errno not in OF_OUTPUT:
             raise
         return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
+    except RuntimeError as error:
+        if not is_of_lost_worker(error):
+            raise
+        why = "a worker process was killed, as the system does where memory is short"
+        return _failed(f"{why} (`workers` or `data.processes` can be less); {_how_to_go_on(sys.argv[1:])}")
     except KeyboardInterrupt as interrupted:
-        _say_last(_how_to_go_on(sys.argv[1:]))
+        _say_last(f"interrupted; {_how_to_go_on(sys.argv[1:])}")
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130
     return 0
 
@@ -253,7 +259,7 @@ def _how_to_go_on(words: Sequence[str]) -> str:
     if command == "train" and "--resume" not in rest:
         rest.append("--resume")
     does = "goes on" if command in GOING_ON else "begins again"
-    return f"interrupted; {shlex.join([command, *rest])} {does}"
+    return f"{shlex.join([command, *rest])} {does}"
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -111,6 +111,14 @@ class RowPlace(NamedTuple):
 
     path: Path
     offset: int  # of the first row, bytes
+    aside: Path | None = None  # where the file is until it is given its name
+
+    def opened(self) -> BinaryIO:
+        """The file, whether it has its name by now or not."""
+        if self.aside is not None:
+            with suppress(FileNotFoundError):
+                return self.aside.open("rb+", buffering=0)
+        return self.path.open("rb+", buffering=0)
 
     def write(self, file: int, row: int, value: np.ndarray) -> int:
         """Writes a contiguous row to an opened file and returns its checksum; only `mark_rows` makes it count."""
@@ -150,12 +158,14 @@ def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
     set_rows(file, file[array].parent["filled"].name, rows, [True] * len(rows))
 
 
-def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[float]) -> None:
+def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Sequence[float]) -> None:
     """Writes rows of a small array, a value each, by plain writes as well. Raises InputError as `write_rows` does."""
     data, place = file[array], place_of_rows(file, array)
+    kept = np.array(values, data.dtype)
+    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
     with naming_write_errors(place.path):
-        for row, value in zip(rows, values, strict=True):
-            place.write(file.id.get_vfd_handle(), row, np.array([value], data.dtype))
+        for run in runs:  # rows that lie one after the other
+            write_at(file.id.get_vfd_handle(), kept[run], place.offset + rows[run[0]] * kept.itemsize)
 
 
 def _to_disk(file: h5py.File) -> None:

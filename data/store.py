@@ -7,9 +7,9 @@
     /answers         vocabulary text [A]: the answer classes, most common first
     /splits/NAME     the arrays of a `data.table.QuestionTable`, by the same names; attribute: digest of them
 
-Work is done in `NAME.h5.partial`. Pixels are written by the processes that decode, without h5py; a row is marked in
-`filled` only after it was flushed to the disk, so a killed run loses at most the rows of one flush; the file takes its
-final name when every row is filled.
+Work is done in `NAME.h5.partial`, which has that name as soon as its tables are written, and its final name when every
+row is filled. Pixels are written by the processes that decode, without h5py, also while the tables are made; a row is
+marked in `filled` only after it was flushed to the disk, so a killed run loses at most the rows of one flush.
 
 What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
 Files of version 1 have neither; they are read as they are.
@@ -17,7 +17,8 @@ Files of version 1 have neither; they are read as they are.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from data.errors import InputError
 from data.files import naming_write_errors, written_whole
 from data.rows import (
     H5Rows,
+    RowPlace,
     damage_named,
     mark_rows,
     opened_for_filling,
@@ -53,43 +55,48 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def create(
-    path: Path,
-    *,
-    provenance: Mapping[str, Any],
-    image_size: int,
-    image_ids: Sequence[int],
-    image_files: Sequence[str],
-    tokenizer: Tokenizer,
-    vocabulary: Sequence[str],
-    splits: Mapping[str, QuestionTable],
-) -> None:
-    """Writes a partial file at `path` with everything but the pixels.
+@contextmanager
+def begun(
+    partial: Path, *, image_size: int, image_ids: Sequence[int], image_files: Sequence[str]
+) -> Iterator[tuple[h5py.File, RowPlace]]:
+    """Begins a file: gives it without its tables, which the block has to write, and the place of its pixels, which may
+    be filled from now on. It is `partial` once the block has ended well; else it is gone.
 
     Raises:
         InputError: the disk is full, or fails.
     """
     count = len(image_ids)
-    with written_whole(path) as aside, structured(aside, "w") as file:
+    with written_whole(partial) as aside, structured(aside, "w") as file:
         file.attrs.update(format=FORMAT, version=VERSION, complete=False, image_size=image_size)
-        file.attrs["provenance"] = json.dumps(provenance)
         file.attrs["digest"] = np.bytes_(_NO_DIGEST)
-        # over 64 KiB does not fit into an attribute
-        file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
         images = file.create_group("images")
         images.create_dataset("id", data=np.array(image_ids, np.int64))
         images.create_dataset("file", data=list(image_files), dtype=_TEXT)
         images.create_dataset("usable", data=np.ones(count, bool))
-        file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
-        for name, table in splits.items():
-            group = file.create_group(f"splits/{name}")
-            for array in _ARRAYS:
-                group.create_dataset(array, data=getattr(table, array))
-            for text in _TEXTS:
-                group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
-            group.attrs["digest"] = np.bytes_(_digest_of_table(table))
-        # the last, so that what is above is close together
         reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
+        yield file, RowPlace(partial, images["pixels"].id.get_offset(), aside)
+
+
+def write_tables(
+    file: h5py.File,
+    *,
+    provenance: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    vocabulary: Sequence[str],
+    splits: Mapping[str, QuestionTable],
+) -> None:
+    """Writes all that a file of `begun` holds beside its images."""
+    file.attrs["provenance"] = json.dumps(provenance)
+    # over 64 KiB does not fit into an attribute
+    file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
+    file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
+    for name, table in splits.items():
+        group = file.create_group(f"splits/{name}")
+        for array in _ARRAYS:
+            group.create_dataset(array, data=getattr(table, array))
+        for text in _TEXTS:
+            group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
+        group.attrs["digest"] = np.bytes_(_digest_of_table(table))
 
 
 def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:

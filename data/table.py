@@ -35,14 +35,6 @@ class QuestionTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def stored_bytes(self) -> int:
-        """About how many bytes an h5 file needs for it."""
-        arrays = (self.ids, self.images, self.tokens, self.lengths, self.given, self.classes)
-        texts = (self.texts, self.question_types, self.answer_types, self.spellings)
-        # a text has a reference of 16 bytes and a head of as many, and is filled up to 8
-        return sum(array.nbytes for array in arrays) + sum(36 + len(text) for column in texts for text in column)
-
     def words(self, row: int) -> np.ndarray:
         """Word ids of a question, int32 [T]."""
         return self.tokens[self.offsets[row] : self.offsets[row] + self.lengths[row]]

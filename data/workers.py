@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
 
 _TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM) if _TELLS_SENDER else (signal.SIGINT,)
@@ -24,6 +26,7 @@ def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
+        resource_tracker.ensure_running()  # which, to start its process, would end the deafness
         with deaf_children(*_LEFT_TO_PARENT):
             super().start()
 
@@ -35,7 +38,25 @@ class _Worker(SpawnProcess):
 class WorkerContext(SpawnContext):
     """For a pool or a loader: spawned processes, since forked ones would inherit locks of threads and open files."""
 
-    Process = _Worker
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[_Worker] = []
+
+    def Process(self, *arguments: Any, **named: Any) -> _Worker:  # noqa: N802  (the name that contexts have)
+        """A process that is yet to be started."""
+        self._started.append(_Worker(*arguments, **named))
+        return self._started[-1]
+
+    def kill(self) -> None:
+        """Ends the processes at once that are still there."""
+        for worker in self._started:
+            if worker.is_alive():
+                worker.kill()
+
+
+def is_of_lost_worker(error: RuntimeError) -> bool:
+    """Whether an error says that a worker process of a pool or a loader was killed by others."""
+    return isinstance(error, BrokenExecutor) or str(error).startswith("DataLoader worker (pid")
 
 
 def _end_with_parent() -> None:

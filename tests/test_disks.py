@@ -114,8 +114,11 @@ def test_preprocessing_goes_on_when_there_is_space(disk, splits, tmp_path, monke
     assert not list(disk.folder.glob("*data.h5*"))
     disk.make_space()
 
+    with h5py.File(whole) as file:
+        pixels = file["images/pixels"].id.get_offset()
+
     def fill():  # the first 32 images fit, all 40 do not
-        disk.fill(space=110_000, length=whole.stat().st_size - 12_000)
+        disk.fill(space=110_000, length=pixels + 36 * 3 * 32**2)
 
     with monkeypatch.context() as patched:
         patched.setattr(data.store, "opened_for_filling", after(fill, data.store.opened_for_filling))

@@ -1,11 +1,13 @@
 """SIGTERM and Ctrl-C: what was done is saved, one line says how to go on, and nothing is torn."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import h5py
 import pytest
@@ -155,6 +157,58 @@ def many(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     write_world(folder, seed=1, images={"train": 120, "val": 2}, processes=1)
     return ["preprocess", "--config", str(tiny), f"data.folder={folder}", "data.processes=2"]
+
+
+FIRST_WORKER = """
+import time
+from data.workers import WorkerContext
+if __name__ == "__main__":
+    worker = WorkerContext().Process(target=time.sleep, args=(60,))
+    worker.start()
+    print(worker.pid, flush=True)
+    worker.join(1)
+    print(worker.exitcode, flush=True)
+    worker.kill()
+"""
+
+
+def test_the_first_worker_is_deaf_from_its_first_moment(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST_WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begun = subprocess.Popen([sys.executable, tmp_path / "first.py"], stdout=subprocess.PIPE, env=environment)
+    worker = int(begun.stdout.readline())
+    for number in SIGNALS:
+        os.kill(worker, number)
+    assert begun.communicate(timeout=60)[0] == b"None\n"
+
+
+def kill_a_worker(parent):
+    """Kills a worker process of `parent` as soon as there is one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+@pytest.mark.parametrize("does", ["preprocess", "train"])
+def test_a_worker_that_is_killed_is_one_line(many, tiny, tmp_path, does):
+    """As by the kernel where memory is short."""
+    words = [*many, f"data.h5={tmp_path}/new.h5"]
+    if does == "train":
+        words = ["train", "--config", str(tiny), "workers=1", "train.epochs=500"]
+    arguments = [sys.executable, str(ROOT / "main.py"), *words]
+    begun = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    kill_a_worker(begun.pid)
+    _, said = begun.communicate(timeout=100)
+    assert begun.returncode == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("error: a worker process was killed, as the system does where memory is short")
+    assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])

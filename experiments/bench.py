@@ -24,7 +24,7 @@ from vqa.build import choose_device
 from vqa.run_directory import surroundings
 
 PARTS = ("step", "memory", "sharing", "cache", "waiting", "loading", "scale")
-MOST_REPEATS = {"memory": 1, "cache": 3, "waiting": 1, "loading": 3, "scale": 1}  # of parts that take long
+MOST_REPEATS = {"memory": 1, "cache": 3, "waiting": 1, "loading": 3, "scale": 3}  # of parts that take long
 
 
 def bench(
@@ -78,9 +78,9 @@ def _measured(
         "waiting": lambda: bench_data.waiting_rows(network, size, images // 2, 8, folder, device),
         "loading": lambda: bench_data.loading_rows(size, 24 * images if not tiny else 128, folder, repeats),
         "scale": lambda: (
-            bench_scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, folder)
+            bench_scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, repeats, folder)
             if tiny
-            else bench_scale.scale_rows(QUESTIONS["v1"], size, scale, 50, 2, folder)
+            else bench_scale.scale_rows(QUESTIONS["v1"], size, scale, 50, 2, repeats, folder)
         ),
     }
     return measure[part]()

@@ -40,6 +40,7 @@ from data.rows import (
     write_rows,
 )
 from data.table import QuestionTable
+from data.tokenizer import read_tokenizer
 
 FORMAT, VERSION = "modern-vqa", 2
 _READ = (1, 2)  # versions; the first has no checksums
@@ -169,7 +170,7 @@ class Store:
             self.path = path
             self.image_size = int(file.attrs["image_size"])
             self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
-            self.tokenizer = Tokenizer.from_str(file["tokenizer"].asstr()[()])
+            self.tokenizer = read_tokenizer(file["tokenizer"].asstr()[()], path)
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
             self.usable: np.ndarray = file["images/usable"][:]
             self.splits = list(file["splits"])

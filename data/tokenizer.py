@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -27,16 +28,20 @@ def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
 
     It is the one that a `WordLevelTrainer` makes, which would look at each question and not at each of its pieces once.
     """
-    tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    tokenizer = _tokenizer_of([])
     counts: Counter[str] = Counter()
     for piece, count in Counter(piece for question in questions for piece in _pieces(question)).items():
         for word in words(tokenizer, piece):
             counts[word] += count
     common = sorted((-count, word) for word, count in counts.items() if count >= min_count)
-    vocabulary = [PAD, UNKNOWN, *(word for _, word in common)]
-    tokenizer.model = WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    return _tokenizer_of([word for _, word in common])
+
+
+def _tokenizer_of(vocabulary: Sequence[str]) -> Tokenizer:
+    ids = {word: place for place, word in enumerate([PAD, UNKNOWN, *vocabulary])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
     tokenizer.add_special_tokens([PAD, UNKNOWN])
     return tokenizer
 
@@ -83,13 +88,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`.
+    """The tokenizer in `folder`. Raises InputError if there is none, and as `read_tokenizer`."""
+    file = folder / "tokenizer.json"
+    return read_tokenizer(read_text(file), file)
+
+
+def read_tokenizer(text: str, file: Path) -> Tokenizer:
+    """The tokenizer that a text of `file` describes.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: it cannot be read, its words are not numbered as ours, or it finds words in another way: `encode`
+            looks at each piece alone, and a regular expression from elsewhere may be made to take for ever.
     """
-    file = folder / "tokenizer.json"
-    text = read_text(file)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises plain Exception on malformed files
@@ -99,4 +109,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(f"{file}: words must be numbered from 0 without gaps, first {PAD} and {UNKNOWN}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if _but_for_its_words(tokenizer) != _but_for_its_words(_tokenizer_of([])):
+        raise InputError(f"{file}: is not a tokenizer of this program: it finds words in another way")
     return tokenizer
+
+
+def _but_for_its_words(tokenizer: Tokenizer) -> dict[str, Any]:
+    content = json.loads(tokenizer.to_str())
+    content["model"].pop("vocab", None)
+    return content

@@ -1,7 +1,9 @@
 """Words and answers: tokenizer, answer classes, tables of questions, GloVe vectors."""
 
+import json
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,10 +15,11 @@ from tokenizers.trainers import WordLevelTrainer
 from data.answers import answer_vocabulary
 from data.errors import InputError
 from data.glove import read_glove
+from data.store import Store
 from data.table import NO_ANSWER, joined, question_table
 from data.tokenizer import PAD_ID, UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer, words
 from data.vqa_files import read_questions
-from tests.raw_files import TRAIN
+from tests.raw_files import TRAIN, make
 
 
 def test_padding_and_unknown_are_different_words(tmp_path):
@@ -78,6 +81,36 @@ def test_a_broken_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["pre_tokenizer"]["pattern"].update(Regex="(a+)+$"),
+        lambda content: content.update(normalizer=None),
+        lambda content: content.update(post_processor={"type": "ByteLevel", "add_prefix_space": True}),
+        lambda content: content["added_tokens"].append({**content["added_tokens"][1], "id": 2, "content": "what"}),
+        lambda content: content["model"].update(
+            type="WordPiece", continuing_subword_prefix="", max_input_chars_per_word=9
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(raw, tmp_path, edit):
+    save_tokenizer(train_tokenizer(["what is it"], 1), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(content))
+    assert len(load_tokenizer(tmp_path).encode("what is it").ids) == 3
+    edit(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="tokenizer.json: (is not a tokenizer of this program|cannot be read)"):
+        load_tokenizer(tmp_path)
+    make(raw, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as opened:
+        opened["tokenizer"][()] = json.dumps(content)
+    with pytest.raises(InputError, match="data.h5: (is not a tokenizer of this program|cannot be read)"):
+        Store(tmp_path / "data.h5")
 
 
 def test_answer_classes_are_normal_forms_in_their_commonest_spelling():

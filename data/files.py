@@ -153,9 +153,25 @@ class _JsonText:
             self.sees("")
             raise json.JSONDecodeError(f"Expecting {mark!r}", self.text, self.place)
 
+    def name(self) -> str:
+        """Reads the name of a member, or raises json.JSONDecodeError."""
+        if not self.text.startswith('"', self.place):
+            raise json.JSONDecodeError("Expecting a name in double quotes", self.text, self.place)
+        name = self.value()
+        self.expect(":")
+        return name
+
+    def items(self, end: str) -> Iterator[None]:
+        """Comes before each item of an object or a list, which is then to be read, until its `end` is read."""
+        more = not self.sees(end)
+        while more:
+            yield
+            more = self.sees(",")
+            if not more:
+                self.expect(end)
+
     def end(self) -> None:
         """Raises json.JSONDecodeError if there is more."""
-        self.sees("")
         if self.place < len(self.text):
             raise json.JSONDecodeError("Extra data", self.text, self.place)
 
@@ -163,33 +179,18 @@ class _JsonText:
 def _values_of_list(json_text: _JsonText, key: str) -> Generator[Any, None, bool]:
     """Yields them, and returns whether there was such a list."""
     found = False
-    if json_text.sees("{"):
-        more = not json_text.sees("}")
-    else:
-        more = False
+    if not json_text.sees("{"):
         json_text.value()
-    while more:
-        name = json_text.value()
-        if not isinstance(name, str):
-            raise json.JSONDecodeError("Expecting the name of a member before", json_text.text, json_text.place)
-        json_text.expect(":")
-        if name != key:
+        return found
+    for _ in json_text.items("}"):
+        if json_text.name() != key or not json_text.sees("["):
             json_text.value()
         elif found:
             raise ValueError(f"'{key}' occurs twice")
-        elif json_text.sees("["):
-            found = True
-            more = not json_text.sees("]")
-            while more:
-                yield json_text.value()
-                more = json_text.sees(",")
-                if not more:
-                    json_text.expect("]")
         else:
-            json_text.value()
-        more = json_text.sees(",")
-        if not more:
-            json_text.expect("}")
+            found = True
+            for _ in json_text.items("]"):
+                yield json_text.value()
     json_text.end()
     return found
 

@@ -112,7 +112,7 @@ def test_a_list_is_read_value_by_value(tmp_path, text, listed):
         ('{"questions" [1]}', "line 1, column 14: Expecting ':'"),
         ('{"questions": [1]', "Expecting '}'"),
         ('{"questions": [NaN]}', "NaN is no number in JSON"),
-        ("{1: 2}", "line 1, column 3: Expecting the name of a member before"),
+        ("{1: 2}", "line 1, column 2: Expecting a name in double quotes"),
         ('{"questions": [' + "[" * 100_000, "nested too deeply"),
     ],
 )

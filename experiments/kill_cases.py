@@ -1,5 +1,6 @@
 """What `experiments.kill` kills: commands on tiny data, and how what they make is read and compared."""
 
+import csv
 import hashlib
 import json
 import shutil
@@ -43,7 +44,7 @@ runs:
   none: {{settings: "cbn.stages=[]"}}
   all: {{}}
 """
-_NOT_THE_SAME = {"seconds", "peak_memory_mib"}  # of a line of metrics.jsonl, from run to run
+_NOT_THE_SAME = {"seconds", "peak_memory_mib"}  # of a line of metrics.jsonl or a report, from run to run
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ def _read(file: Path) -> Any:
             progress = saved.pop("progress")
             lines = [_without_times(line) for line in progress.pop("history")]
             found = _without_times(progress), lines, _digest(saved)
+        case ".csv":
+            with file.open(newline="") as opened:
+                found = [_without_times(row) for row in csv.DictReader(opened)]
+        case ".md":  # the values of the CSV beside it, times included
+            found = len(file.read_text().splitlines())
         case ".h5":
             found = _content_of_h5(file)
         case ".npz":

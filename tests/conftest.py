@@ -1,5 +1,6 @@
 """What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for three steps."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -14,6 +16,15 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # looked at when a kernel is defined
+
+# The same examples everywhere, so that a failure is a change of the code.
+fuzzed = functools.partial(
+    settings,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(scope="session")

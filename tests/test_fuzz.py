@@ -1,13 +1,12 @@
 """Every reader, on mutated files: a result, or one InputError of one line; nothing else, and never a hang."""
 
-import functools
 import json
 import zipfile
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,20 +18,12 @@ from data.images import FORMATS, Preprocessing, decode_image
 from data.tokenizer import encode, load_tokenizer
 from data.vqa_files import read_questions
 from experiments.suite import load_suite
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fuzzed
 from tests.raw_files import TRAIN, write_split
 from vqa.bundle import WEIGHTS, load_bundle
 from vqa.metrics import question_accuracy
 from vqa.recipes import load_settings
 
-# The same examples everywhere, so that a failure is a change of the code.
-fuzzed = functools.partial(
-    settings,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 scalars = (
     st.none()
     | st.booleans()

@@ -21,7 +21,7 @@ from data.store import H5Images, Store
 from data.table import NO_ANSWER
 from data.tokenizer import UNKNOWN_ID
 from data.vqa_files import SplitFiles, with_annotations
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fuzzed
 from tests.raw_files import TRAIN, VAL, change, make, write_split
 
 
@@ -204,6 +204,7 @@ def test_rows_find_the_file_under_either_name(tmp_path):
         assert file.read() == b"n"
 
 
+@fuzzed(max_examples=60)
 @given(st.lists(st.integers(0, 30), unique=True))
 def test_small_values_go_to_their_rows(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "file.h5"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data.errors import InputError
 from data.files import read_json_list
 from data.vqa_files import Question, SplitFiles, read_questions
+from tests.conftest import fuzzed
 from tests.raw_files import change
 
 JSON = st.recursive(
@@ -122,6 +123,7 @@ def test_a_malformed_list_is_named_with_its_place(tmp_path, text, message):
         list(read_json_list(tmp_path / "file", "questions"))
 
 
+@fuzzed(max_examples=60)
 @given(st.dictionaries(st.sampled_from(["questions", "x"]), JSON), st.sampled_from([None, 2]), st.integers(0, 200))
 def test_reading_value_by_value_is_reading_at_once(tmp_path_factory, content, indent, cut):
     """Also where a file is cut off: both or neither refuse it."""

@@ -19,6 +19,7 @@ from data.store import Store
 from data.table import NO_ANSWER, joined, question_table
 from data.tokenizer import PAD_ID, UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer, words
 from data.vqa_files import read_questions
+from tests.conftest import fuzzed
 from tests.raw_files import TRAIN, make
 
 
@@ -54,6 +55,7 @@ def test_words_are_those_of_the_whole_question():
     assert encode(known, [])[0].tolist() == []
 
 
+@fuzzed(max_examples=60)
 @given(st.lists(st.text("ab'’ é\u0301?<ΣσΑ1,\t\u3000") | st.text(max_size=9)), st.integers(1, 3))
 def test_the_vocabulary_is_that_of_a_trainer(questions, min_count):
     ours = train_tokenizer(questions, min_count)

@@ -10,18 +10,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data import store
 from data.errors import InputError
 from data.images import decode_image
-from data.rows import LAYOUT, RowPlace, reserve_rows, set_rows
 from data.store import H5Images, Store
 from data.table import NO_ANSWER
 from data.tokenizer import UNKNOWN_ID
 from data.vqa_files import SplitFiles, with_annotations
-from tests.conftest import ROOT, fuzzed
+from tests.conftest import ROOT
 from tests.raw_files import TRAIN, VAL, change, make, write_split
 
 
@@ -190,30 +187,6 @@ def test_annotations_that_are_wrong_leave_nothing_behind(tmp_path):
     with pytest.raises(InputError, match="annotation of question 99: image_id 7"):
         make(splits, path, processes=2)
     assert [file.name for file in tmp_path.glob("*data.h5*")] in ([], [".data.h5.lock"])
-
-
-def test_rows_find_the_file_under_either_name(tmp_path):
-    place = RowPlace(tmp_path / "named", 0, tmp_path / "aside")
-    with pytest.raises(FileNotFoundError):
-        place.opened()
-    for name, byte in (("named", b"n"), ("aside", b"a")):
-        (tmp_path / name).write_bytes(byte)
-        with place.opened() as file:
-            assert file.read() == byte
-    with place._replace(aside=None).opened() as file:
-        assert file.read() == b"n"
-
-
-@fuzzed(max_examples=60)
-@given(st.lists(st.integers(0, 30), unique=True))
-def test_small_values_go_to_their_rows(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("rows") / "file.h5"
-    with h5py.File(path, "w", libver=LAYOUT) as file:
-        reserve_rows(file, "array", (31, 2), np.uint8)
-    with h5py.File(path, "r+") as file:
-        set_rows(file, "crc32", rows, [7 + row for row in rows])
-    with h5py.File(path) as file:
-        assert file["crc32"][:].tolist() == [7 + row if row in rows else 0 for row in range(31)]
 
 
 def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):

@@ -207,10 +207,32 @@ def test_glove_rows_of_known_words_only(tmp_path):
         assert vectors.tolist() == [[0, 0, 0], [4, 5, 6], [7, 8, 9]]
 
 
+def test_a_word_with_two_vectors_counts_once(tmp_path):
+    (tmp_path / "glove.txt").write_text("the 1 2\ncat 4 5\ncat 6 7\n")
+    vectors, found = read_glove(tmp_path / "glove.txt", {"<pad>": 0, "cat": 1}, 2)
+    assert found == 1
+    assert vectors.tolist() == [[0, 0], [6, 7]]
+
+
+def test_a_file_of_a_glove_archive_can_be_named(tmp_path):
+    file = tmp_path / "glove.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("glove.2d.txt", "cat 1 2\n")
+        archive.writestr("__MACOSX/._glove.2d.txt", b"\0\5\x16\7")
+    assert read_glove(file, {"cat": 0}, 2)[1] == 1
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("all/glove.3d.txt", "cat 1 2 3\n")
+    assert read_glove(file / "all/glove.3d.txt", {"cat": 0}, 3)[0].tolist() == [[1, 2, 3]]
+    for asked in (file, file / "absent.txt"):
+        with pytest.raises(InputError, match=r"question.glove=.*glove.zip/NAME; it holds glove.2d.txt, .*glove.3d.txt"):
+            read_glove(asked, {"cat": 0}, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"cat 1 2\n", "line 1: expected a word and 3 numbers"),
+        ("long.txt", b"cat 1 2 3 4 5\n", "its vectors are of 5 numbers, question.glove_size is 3"),
         ("b.txt", b"the 1 2 3\ncat 1 x 3\n", "line 2"),
         ("c.txt", b"dog 1 2 3\n", "holds none of the 1 known words"),
         ("d.zip", b"no zip", "not a zip file"),

@@ -97,7 +97,8 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of one epoch for one process: a formula of (seed, epoch, rank, world size), so nothing is to be saved.
 
     Each batch of the whole run is cut into one part a process; the last, incomplete batch of an epoch is left out
-    (the questions in it differ from epoch to epoch), unless it is the only one.
+    (the questions in it differ from epoch to epoch), unless it is the only one. Where there are fewer questions than
+    processes, some processes get the same one.
     """
 
     def __init__(
@@ -121,6 +122,9 @@ class EpochSampler(Sampler[list[int]]):
         self.order = random.permutation(size)
         if together > 1:
             self.order = _grouped(self.order, images, together, random)
+        if size < world_size:
+            self.order = np.resize(self.order, world_size)
+        size = len(self.order)
         self.batch_size = min(batch_size, size - size % world_size)
         self.batches = size // self.batch_size
         self.rank, self.world_size = rank, world_size

@@ -81,16 +81,20 @@ class QuestionDataset(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """The batch of these rows."""
-        lengths = self.table.lengths[rows].astype(np.int64)
-        tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[place]] = self.table.words(row)
         wanted, places = self.table.images[rows], np.arange(len(rows))
         if self.share:
             wanted, places = np.unique(wanted, return_inverse=True)
         images = np.stack([self.images[image] for image in wanted])
-        arrays = (images, places, tokens, lengths, self.labels[rows], np.array(rows, np.int64))
-        return Batch(*map(torch.from_numpy, arrays))
+        images, places = torch.from_numpy(images), torch.from_numpy(places)
+        return Batch(images, places, *self.words(rows), torch.from_numpy(self.labels[rows]), torch.tensor(rows))
+
+    def words(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Word ids [B, T], padded with PAD_ID, and lengths [B] of these rows, int64."""
+        lengths = self.table.lengths[rows].astype(np.int64)
+        tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
+        for place, row in enumerate(rows):
+            tokens[place, : lengths[place]] = self.table.words(row)
+        return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
 class EpochSampler(Sampler[list[int]]):

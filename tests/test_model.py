@@ -263,6 +263,20 @@ def test_a_constant_condition_gives_every_question_the_same_deltas(tiny):
     torch.testing.assert_close(deltas.gamma[:1].expand(3, -1), deltas.gamma)
 
 
+def test_the_mean_question_is_one_vector_as_long_as_a_question(tiny):
+    model = model_of(tiny, "cbn.condition=mean_question")
+    images, tokens, lengths = example()
+    model.set_mean_question(tokens, lengths)
+    embeddings = model.question(tokens, lengths).detach()
+    assert model.mean_question.norm() == pytest.approx(embeddings.norm(dim=1).mean().item(), rel=1e-5)
+    assert F.cosine_similarity(model.mean_question, embeddings.mean(0), dim=0) == pytest.approx(1, abs=1e-5)
+    expected = model.predictor(model.mean_question[None].expand(3, -1)).gamma
+    torch.testing.assert_close(model(images, tokens, lengths).modulation.gamma, expected)
+    before = model.mean_question.clone()
+    model.train()(images, tokens.flip(1), lengths).logits.sum().backward()
+    assert torch.equal(model.mean_question, before)
+
+
 def test_a_shuffled_condition_gives_a_sample_the_deltas_of_another(tiny):
     images, tokens, lengths = example(batch=4)
     model, own = model_of(tiny, "cbn.condition=shuffled"), model_of(tiny)

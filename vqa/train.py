@@ -28,7 +28,6 @@ from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
 from vqa.training_data import TrainingData, first_words
 
-
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
 

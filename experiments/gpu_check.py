@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 RIGHT = {"modulate": 120, "commands": 120, "resume": 120, "compile": 120, "network": 60, "deltas": 40, "nccl": 60}
 FAST = {"ceilings": 30, "step": 180, "operation": 60, "compiled": 180, "epoch": 180, "largest": 60}
 STEPS = RIGHT | FAST
-SUITES = ("settling_rates", "settling", "table2_224")
+SUITES = ("settled_rates", "settled", "table2_224")
 _START = 60  # seconds that a new process may take before its first step
 _telling = Lock()  # one step at a time is told of
 _SAVING = 15  # seconds before the end at which running trainings are asked to save
@@ -59,8 +59,10 @@ def gpu_check(
         The names of the steps that failed.
 
     Raises:
-        InputError: an unknown step or suite, or `out` is a file.
+        InputError: an unknown step or suite, a device that is not there, or `out` is a file.
     """
+    from vqa.build import choose_device
+
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
     files = [ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in suites]
@@ -68,6 +70,8 @@ def gpu_check(
         raise InputError(f"{missing[0]}: no such suite")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
+    if not tiny:
+        choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     missing = [name for name in steps or STEPS if not _passed(out, name)]

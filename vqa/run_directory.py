@@ -146,10 +146,12 @@ def _cpu() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, marked if files were changed since; outside a checkout what GIT_COMMIT says, or None."""
+    """The commit of this code, marked if files were changed since; GIT_COMMIT says it of a copy without its history."""
+    if told := os.environ.get("GIT_COMMIT"):
+        return told
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         asked = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git
-        return os.environ.get("GIT_COMMIT")
-    return asked.stdout.strip() or os.environ.get("GIT_COMMIT")
+        return None
+    return asked.stdout.strip() or None

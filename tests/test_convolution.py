@@ -37,6 +37,19 @@ def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, 
     )
 
 
+@pytest.mark.parametrize("layout", [NCHW, CL])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"groups": 2}])
+def test_second_derivatives_of_a_frozen_convolution(geometry, layout):
+    ours = Convolution.from_conv(nn.Conv2d(4, 6, 3, bias=False, **geometry).requires_grad_(False))
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    seconds = []
+    for convolved in (ours, lambda x: F.conv2d(x, ours.weight, **geometry)):
+        (first,) = torch.autograd.grad(convolved(x).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.gradgradcheck(ours.double(), (x.double().detach().requires_grad_(),))
+
+
 @pytest.fixture
 def ordering(monkeypatch):
     """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""

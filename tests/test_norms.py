@@ -81,6 +81,19 @@ def test_gradients_of_conditional_norms_in_float64(kind, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_the_gradient_of_a_conditional_norm_can_be_differentiated(kind, training):
+    norm = CONDITIONAL[kind]().train(training)
+    x, condition = torch.randn(2, C, 3, 2, requires_grad=True), torch.randn(2, 4)
+    penalties = []
+    for norm.fused in (True, "eager", False):
+        (gradient,) = torch.autograd.grad(norm(x, condition).sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), norm.delta_gamma.parameters()))
+    for fused, composed in zip(penalties[0] + penalties[1], penalties[2] * 2, strict=True):
+        torch.testing.assert_close(fused, composed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_the_categorical_norm_is_a_batch_norm_for_each_class(training):
     norm = CategoricalConditionalBatchNorm2d(C, 3).double()
     assert torch.equal(norm.weight, torch.ones(3, C).double())

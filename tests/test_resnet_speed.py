@@ -39,6 +39,20 @@ def test_the_fused_network_has_the_gradients_of_the_composed_one(name, layout):
     equal_to_rounding(found, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": (2, 3)}, {"statistics": "batch"}])
+def test_the_fused_network_has_the_second_derivatives_of_the_composed_one(options):
+    x = torch.randn(2, 3, 32, 32).double().requires_grad_()
+    penalties = []
+    for fused in (True, "eager", False):
+        torch.manual_seed(1)
+        net = pair("resnet10", fused=fused, **options)[1].double().train()
+        parts = [part.double().requires_grad_() for part in random_modulation(net, 2)]
+        (gradient,) = torch.autograd.grad(net(x, Modulation(*parts)).square().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), (x, *parts)))
+    equal_to_rounding(penalties[0], penalties[2])
+    equal_to_rounding(penalties[1], penalties[2])
+
+
 @pytest.mark.parametrize("options", [{"shortcuts": True, "stem": True}, {"normaliser": "group"}, {"stages": (2, 4)}])
 def test_the_fused_network_with_other_norms_conditioned(options):
     fused, modulation = in_float64("resnet18", **options)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vqa.modulate import Fused
 
@@ -88,11 +87,10 @@ class _OfFrozenWeight(torch.autograd.Function):
         return torch.conv2d(x, weight, None, *geometry) if ordered is None else ordered.convolved(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        if ctx.ordered is not None and ctx.ordered.has_adjoint:
-            return ctx.ordered.of_input(gradient), None, None, None
+        if ctx.ordered is not None and ctx.ordered.has_adjoint and not torch.is_grad_enabled():
+            return ctx.ordered.of_input(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
         of_x, _, _ = torch.ops.aten.convolution_backward(

@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
 from vqa.modulate import Fused
-from vqa.norms import Folded, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, folded_at_once, groups_of
+from vqa.norms import (
+    Folded,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    Pooled,
+    folded_at_once,
+    groups_of,
+)
 from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]
@@ -248,23 +256,25 @@ class ModulatedResNet(nn.Module):
 
     @contextmanager
     def estimating_statistics(self) -> Iterator[None]:
-        """Within it the batch norms normalise with each batch's statistics, and at the end their running statistics are
-        the means over all batches that went through (AdaBN, Li et al. 2016).
+        """Within it the batch norms normalise with each batch's statistics; at the end their running statistics become
+        those of all values of all batches that went through (AdaBN, Li et al. 2016). Ended by an exception, it leaves
+        them as they were.
 
         Raises:
             ValueError: no batch went through.
         """
         norms = self.batch_norms()
-        momenta = [norm.momentum for norm in norms]
+        pools = [Pooled() for _ in norms]
         try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain mean
+            for norm, pool in zip(norms, pools, strict=True):
+                norm.pooled = pool
                 norm.train()
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+            for norm in norms:
+                norm.pooled = None
             self.train(self.training)
-        if any(not norm.num_batches_tracked for norm in norms):
+        if not all(pool.batches for pool in pools):
             raise ValueError("statistics need at least one batch")
+        for norm, pool in zip(norms, pools, strict=True):
+            norm.take_statistics(pool)

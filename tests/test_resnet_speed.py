@@ -115,6 +115,33 @@ def test_norms_folded_at_once_are_those_folded_one_by_one(options, missing, monk
     assert asked == [len(net.layers)]
 
 
+@pytest.mark.parametrize("options", [{}, {"statistics": "batch"}, {"normaliser": "group"}, {"recompute": (2,)}])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_row_of_deltas_stands_for_all_images(options, training):
+    net = pair("resnet10", **options)[1].train(training)
+    x, row = torch.randn(3, 3, 64, 64), random_modulation(net, 1)
+    repeated = Modulation(*(part.expand(3, -1) for part in row))
+    torch.testing.assert_close(net(x, row), net(x, repeated))
+    torch.testing.assert_close(net(x, Modulation(row.gamma, repeated.beta)), net(x, repeated))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must be \[3, \d+\] or \[1, \d+\], got \[2, "):
+        net(x, random_modulation(net, 2))
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+
+
+def test_every_norm_has_its_own_epsilon():
+    net = pair("resnet10")[1]
+    x, modulation = torch.randn(2, 3, 64, 64), random_modulation(net, 2)
+    with_one = net(x, modulation)
+    net.norm("layer4.0.bn1").eps = 1.0
+    changed = net(x, modulation)
+    assert not torch.allclose(changed, with_one)
+    norm = net.norm("layer4.0.bn1")
+    norm.running_var += 1 - 1e-5  # the same sum under the root
+    norm.eps = 1e-5
+    torch.testing.assert_close(net(x, modulation), changed)
+
+
 def test_norms_are_not_folded_before_their_statistics_are_known(monkeypatch):
     monkeypatch.setattr(resnet, "folded_at_once", lambda *_: pytest.fail("folded"))
     x = torch.randn(3, 3, 64, 64)

@@ -22,7 +22,7 @@ from vqa.modulate import Fused, modulate
 
 class Modulation(NamedTuple):
     """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth. None adds nothing.
+    in order of depth, or of the latter one row for all samples. None adds nothing.
     """
 
     gamma: Tensor | None

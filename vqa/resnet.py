@@ -150,7 +150,7 @@ class ModulatedResNet(nn.Module):
 
     def _run(self, map_: Tensor, first: int | None, last: int, modulation: Modulation | None) -> Tensor:
         """The map after stage `last` from images (`first` None) or the map after stage `first`."""
-        deltas = self._deltas(modulation)
+        deltas = self._deltas(modulation, len(map_))
         if (first, last) == (None, 4) and not self.recompute:
             return self.network(map_, deltas)[-1]
         begin = -1 if first is None else first
@@ -166,7 +166,7 @@ class ModulatedResNet(nn.Module):
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
-        return StageMap(stage, self._between(None, stage)(images, self._deltas(None)))
+        return StageMap(stage, self._between(None, stage)(images, self._deltas(None, len(images))))
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
         """Names and values of all that the map after a stage depends on."""
@@ -211,18 +211,21 @@ class ModulatedResNet(nn.Module):
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        return self.network(images, self._deltas(modulation))
+        return self.network(images, self._deltas(modulation, len(images)))
 
-    def _deltas(self, modulation: Modulation | None) -> Sequence[Modulation | Folded | None]:
-        """What each norm takes of the modulation. Raises ValueError if the modulation is of another width."""
+    def _deltas(self, modulation: Modulation | None, samples: int) -> Sequence[Modulation | Folded | None]:
+        """What each norm takes of the modulation of so many samples. Raises ValueError if its shape is another."""
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return (None,) * len(self.layers)
         widths = [layer.channels for layer in self.layers]
+        rows, one_row = (samples, sum(widths)), (1, sum(widths))
         for part in modulation:
-            if part is not None and (part.ndim != 2 or part.shape[1] != sum(widths)):
-                raise ValueError(f"a modulation must be [B, {sum(widths)}], got {list(part.shape)}")
+            if part is not None and part.shape not in (rows, one_row):
+                raise ValueError(f"a modulation must be {list(rows)} or {list(one_row)}, got {list(part.shape)}")
+        modulation = Modulation(*(None if part is None else part.expand(rows) for part in modulation))
         norms = [self.norm(layer.name) for layer in self.layers]
-        if norms and all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms):
+        fixed = all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms)
+        if fixed and len({norm.eps for norm in norms}) == 1:
             return folded_at_once(norms, modulation)
         parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
         return tuple(map(Modulation, *parts))

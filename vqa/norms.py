@@ -142,6 +142,8 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
         if not self.training:
             return self.running_mean, self.running_var
+        if x.ndim != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"a map must be [B, {self.num_features}, H, W], got {list(x.shape)}")
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
         count = x.numel() // x.shape[1]
         if self.synchronised and dist.is_initialized():

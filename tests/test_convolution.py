@@ -37,6 +37,19 @@ def test_a_frozen_convolution_is_nn_conv2d_and_saves_its_weight_alone(geometry, 
     )
 
 
+@pytest.mark.parametrize("layout", [NCHW, CL])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"groups": 2}])
+def test_second_derivatives_of_a_frozen_convolution(geometry, layout):
+    ours = Convolution.from_conv(nn.Conv2d(4, 6, 3, bias=False, **geometry).requires_grad_(False))
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    seconds = []
+    for convolved in (ours, lambda x: F.conv2d(x, ours.weight, **geometry)):
+        (first,) = torch.autograd.grad(convolved(x).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.gradgradcheck(ours.double(), (x.double().detach().requires_grad_(),))
+
+
 @pytest.fixture
 def ordering(monkeypatch):
     """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""
@@ -115,6 +128,43 @@ def test_a_weight_is_ordered_anew_when_it_changes(ordering):
         ours.weight.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+UNCOUNTED = {
+    "fused optimiser": lambda weight: torch.optim.Adam([weight], lr=0.1, fused=True).step(),
+    "data": lambda weight: weight.data.mul_(-2),
+    "numpy": lambda weight: weight.detach().numpy().__imul__(-2),
+    "shared memory": lambda weight: torch.from_file(weight.file, shared=True, size=weight.numel()).mul_(-2),
+}
+
+
+@pytest.mark.parametrize("how", UNCOUNTED)
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_change_that_autograd_does_not_count_is_noticed(how, looks, ordering, tmp_path):
+    """As when a stage is trained and frozen again; `looks`: a forward pass sees the weight while it is trainable."""
+    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
+    if how == "shared memory":
+        file = str(tmp_path / "weight")
+        torch.from_file(file, shared=True, size=16 * 8 * 9).copy_(ours.weight.flatten())
+        mapped = torch.from_file(file, shared=True, size=16 * 8 * 9).view(16, 8, 3, 3)
+        ours.weight = nn.Parameter(mapped, requires_grad=False)
+        ours.weight.file = file
+    x = torch.randn(2, 8, 5, 5).to(memory_format=CL).requires_grad_()
+    torch.autograd.grad(ours(x).sum(), x)
+    ours.weight.requires_grad_(True)
+    if looks:
+        ours(x)
+        assert ours._ordered is None
+    ours.weight.grad = torch.ones_like(ours.weight)
+    UNCOUNTED[how](ours.weight)
+    ours.weight.requires_grad_(False)
+    expected = F.conv2d(x, ours.weight, padding=1)
+    torch.testing.assert_close(ours(x), expected)
+    found, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours(x), expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    before = len(ordering)
+    torch.testing.assert_close(ours(x), expected)
+    assert len(ordering) == before
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")

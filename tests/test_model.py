@@ -219,6 +219,32 @@ def test_bfloat16_on_a_cpu_stays_near_float32(settings):
     torch.testing.assert_close(low.attention.float().sum((2, 3)), torch.ones(3, 1), rtol=0.02, atol=0.02)
 
 
+WAYS = [
+    [],
+    ["attention.normalise=position"],
+    ["attention.normalise=none"],
+    ["attention.kind=mlb"],
+    ["question.encoder=bag_of_words"],
+    ["question.encoder=gru"],
+    ["cbn.normaliser=group"],
+    ["backbone.statistics=batch"],
+    ["inputs=[image]", "cbn.stages=[]"],
+    ["inputs=[question]", "cbn.stages=[]"],
+]
+
+
+@pytest.mark.parametrize("words", WAYS, ids=" ".join)
+@pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_model_of_another_floating_type_answers_and_trains_in_it(tiny, words, kind, close):
+    model = build_model(load_settings(tiny, words), 20, 10, pretrained=False).eval()
+    images, tokens, lengths = example()
+    expected = model(images, tokens, lengths)
+    found = model.to(kind)(images.to(kind), tokens, lengths)
+    assert found.logits.dtype == found.attention.dtype == kind
+    torch.testing.assert_close(found.logits.float(), expected.logits, rtol=close, atol=close)
+    model.train()(images.to(kind), tokens, lengths).logits.sum().backward()
+
+
 def model_of(tiny, *words):
     torch.manual_seed(0)
     model = build_model(load_settings(tiny, words), 20, 5, pretrained=False)

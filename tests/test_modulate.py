@@ -107,15 +107,30 @@ def test_it_saves_the_map_once_and_a_bit_an_element():
     assert composed > 1.9 * map_
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_a_second_differentiation_is_refused_and_possible_without_fusing(kind):
-    x, scale, shift, _ = inputs((1, 2, 3, 3), NCHW, False, kind)
-    (first,) = torch.autograd.grad(modulate(x, scale, shift).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
-    (first,) = torch.autograd.grad(modulate(x, scale, shift, fused=False).square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)
-    torch.testing.assert_close(second, (2 * scale.square())[..., None, None].expand_as(x))
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("fused", [True, "eager", False])
+def test_second_derivatives_in_float64(fused, layout, residual, relu):
+    of = [part for part in inputs((2, 3, 3, 2), layout, residual) if part is not None]
+    assert torch.autograd.gradgradcheck(lambda *parts: modulate(*parts, relu=relu, fused=fused), of)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+@pytest.mark.parametrize("fused", [True, "eager"])
+def test_second_derivatives_in_float32_of_parts_in_any_layout(fused, layout, residual, relu, wanted):
+    parts = inputs((2, 9, 6, 7), layout, residual, torch.float32)
+    asked = [part for part, wants in zip(parts, wanted, strict=True) if part is not None and wants]
+    x, scale, shift, other = (
+        part if any(part is one for one in asked) or part is None else part.detach() for part in parts
+    )
+    strided = x[:, :, ::2], scale.T.contiguous().T, shift, other if other is None else other[:, :, ::2]
+
+    def twice(function):
+        first = torch.autograd.grad(function(*strided).square().sum(), asked, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(part.square().sum() for part in first), asked)]
+
+    found = twice(lambda *parts: modulate(*parts, relu=relu, fused=fused))
+    assert_same(found, twice(lambda *parts: formula(*parts, relu)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("layout", "residual", "relu"), CASES)

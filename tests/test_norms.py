@@ -81,6 +81,19 @@ def test_gradients_of_conditional_norms_in_float64(kind, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_the_gradient_of_a_conditional_norm_can_be_differentiated(kind, training):
+    norm = CONDITIONAL[kind]().train(training)
+    x, condition = torch.randn(2, C, 3, 2, requires_grad=True), torch.randn(2, 4)
+    penalties = []
+    for norm.fused in (True, "eager", False):
+        (gradient,) = torch.autograd.grad(norm(x, condition).sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), norm.delta_gamma.parameters()))
+    for fused, composed in zip(penalties[0] + penalties[1], penalties[2] * 2, strict=True):
+        torch.testing.assert_close(fused, composed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_the_categorical_norm_is_a_batch_norm_for_each_class(training):
     norm = CategoricalConditionalBatchNorm2d(C, 3).double()
     assert torch.equal(norm.weight, torch.ones(3, C).double())
@@ -99,6 +112,23 @@ def test_the_categorical_norm_is_a_batch_norm_for_each_class(training):
     assert torch.autograd.gradcheck(lambda some: norm(some, classes), (x,))
 
 
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ([0, 1, -1], r"must be from 0 to 2, got \[0, 1, -1\]"),
+        ([0, 1, 3], r"must be from 0 to 2, got \[0, 1, 3\]"),
+        ([1], r"must be \[B\] = \[3\], got \[1\]"),
+        ([[0], [1], [2]], r"must be \[B\] = \[3\], got \[3, 1\]"),
+    ],
+)
+def test_wrong_classes_are_refused_before_the_statistics_move(classes, says):
+    norm = CategoricalConditionalBatchNorm2d(C, 3).train()
+    with pytest.raises(ValueError, match=says):
+        norm(torch.randn(3, C, 2, 2), torch.tensor(classes))
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()
+
+
 @pytest.mark.parametrize("kind", ["instance", "group", "layer"])
 def test_a_group_norm_without_deltas_is_pytorchs(kind):
     theirs = nn.BatchNorm2d(64, eps=1e-3)
@@ -111,6 +141,19 @@ def test_a_group_norm_without_deltas_is_pytorchs(kind):
     expected = nn.functional.group_norm(x, groups, theirs.weight, theirs.bias, 1e-3)
     torch.testing.assert_close(ours(x), expected)
     torch.testing.assert_close(ours(x, Modulation(zero, zero)), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, C, 2, 2, 2), (2, C, 3)])
+def test_a_map_of_another_shape_is_refused_before_the_statistics_move(shape):
+    x, delta = torch.randn(shape), torch.zeros(shape[:2])
+    for norm, argument in (
+        (ModulatedBatchNorm2d(C).train(), Modulation(delta, delta)),
+        (CategoricalConditionalBatchNorm2d(C, 3).train(), torch.tensor([0, 1])),
+    ):
+        with pytest.raises(ValueError, match=rf"must be \[B, {C}, H, W\], got \[2"):
+            norm(x, argument)
+        assert norm.num_batches_tracked == 0
+        assert not norm.running_mean.any()
 
 
 def test_statistics_of_one_value_are_refused():

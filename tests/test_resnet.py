@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from vqa.backbone import build_resnet
 from vqa.cbn import Modulation
@@ -254,21 +255,53 @@ def test_conversions_between_the_policies():
     assert torch.equal(net.network.get_submodule("bn1").running_var, torch.ones(64))
 
 
-def test_estimated_statistics_are_the_means_over_the_batches():
-    net = ModulatedResNet("resnet10").eval()
-    batches = [5 * torch.randn(4, 3, 64, 64) + 2 for _ in range(3)]
-    stem = [net.network.conv1(batch) for batch in batches]
-    with net.estimating_statistics():
+@pytest.mark.parametrize("sizes", [[4, 4, 3], [1, 1, 1], [7]])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_estimated_statistics_are_those_of_all_values_of_uneven_batches(sizes, modulated):
+    net = pair("resnet10", stem=True)[1]
+    batches = [(5 + size) * torch.randn(size, 3, 64, 64) + size for size in sizes]
+    stem = torch.cat([net.network.conv1(batch) for batch in batches])
+    with torch.inference_mode(), net.estimating_statistics():
         for batch in batches:
-            net(batch)
+            net(batch, random_modulation(net, len(batch)) if modulated else None)
     bn1 = net.network.get_submodule("bn1")
-    torch.testing.assert_close(bn1.running_mean, torch.stack([s.mean((0, 2, 3)) for s in stem]).mean(0))
-    torch.testing.assert_close(bn1.running_var, torch.stack([s.var((0, 2, 3)) for s in stem]).mean(0))
+    torch.testing.assert_close(bn1.running_mean, stem.mean((0, 2, 3)))
+    torch.testing.assert_close(bn1.running_var, stem.var((0, 2, 3)))
+    assert bn1.num_batches_tracked == len(sizes)
     assert not bn1.training
-    assert bn1.momentum == 0.1
     torch.testing.assert_close(net(batches[0])[:1], net(batches[0][:1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("statistics", ["population", "batch"])
+def test_an_estimate_that_is_interrupted_or_has_no_batch_changes_nothing(statistics):
+    net = pair("resnet10", statistics=statistics)[1].train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), net.estimating_statistics():
+        net(torch.randn(2, 3, 64, 64))
+        raise KeyboardInterrupt
     with pytest.raises(ValueError, match="at least one batch"), net.estimating_statistics():
-        assert bn1.training
+        assert net.norm("bn1").training
+    with pytest.raises(ValueError, match="more than one value"), net.estimating_statistics():
+        net(torch.randn(1, 3, 32, 32))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert net.norm("bn1").training == (statistics == "batch")
+    net(torch.randn(2, 3, 64, 64))
+    moved = not torch.equal(before["network.bn1.running_mean"], net.norm("bn1").running_mean)
+    assert moved == (statistics == "batch")
+
+
+def test_update_bn_is_refused_where_no_batch_would_move_the_statistics():
+    batches = [3 * torch.randn(4, 3, 64, 64) + 1 for _ in range(2)]
+    net = pair("resnet10")[1]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match="estimating_statistics"):
+        update_bn(batches, net)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net.norm("bn1").training
+    net.set_statistics("batch")
+    update_bn(batches, net)
+    means = [net.network.conv1(batch).mean((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(net.norm("bn1").running_mean, torch.stack(means).mean(0))
 
 
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])

@@ -39,6 +39,20 @@ def test_the_fused_network_has_the_gradients_of_the_composed_one(name, layout):
     equal_to_rounding(found, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": (2, 3)}, {"statistics": "batch"}])
+def test_the_fused_network_has_the_second_derivatives_of_the_composed_one(options):
+    x = torch.randn(2, 3, 32, 32).double().requires_grad_()
+    penalties = []
+    for fused in (True, "eager", False):
+        torch.manual_seed(1)
+        net = pair("resnet10", fused=fused, **options)[1].double().train()
+        parts = [part.double().requires_grad_() for part in random_modulation(net, 2)]
+        (gradient,) = torch.autograd.grad(net(x, Modulation(*parts)).square().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), (x, *parts)))
+    equal_to_rounding(penalties[0], penalties[2])
+    equal_to_rounding(penalties[1], penalties[2])
+
+
 @pytest.mark.parametrize("options", [{"shortcuts": True, "stem": True}, {"normaliser": "group"}, {"stages": (2, 4)}])
 def test_the_fused_network_with_other_norms_conditioned(options):
     fused, modulation = in_float64("resnet18", **options)
@@ -99,6 +113,33 @@ def test_norms_folded_at_once_are_those_folded_one_by_one(options, missing, monk
     for one, other in zip(at_once, value_and_gradients(), strict=True):
         assert torch.equal(one, other)
     assert asked == [len(net.layers)]
+
+
+@pytest.mark.parametrize("options", [{}, {"statistics": "batch"}, {"normaliser": "group"}, {"recompute": (2,)}])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_row_of_deltas_stands_for_all_images(options, training):
+    net = pair("resnet10", **options)[1].train(training)
+    x, row = torch.randn(3, 3, 64, 64), random_modulation(net, 1)
+    repeated = Modulation(*(part.expand(3, -1) for part in row))
+    torch.testing.assert_close(net(x, row), net(x, repeated))
+    torch.testing.assert_close(net(x, Modulation(row.gamma, repeated.beta)), net(x, repeated))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must be \[3, \d+\] or \[1, \d+\], got \[2, "):
+        net(x, random_modulation(net, 2))
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+
+
+def test_every_norm_has_its_own_epsilon():
+    net = pair("resnet10")[1]
+    x, modulation = torch.randn(2, 3, 64, 64), random_modulation(net, 2)
+    with_one = net(x, modulation)
+    net.norm("layer4.0.bn1").eps = 1.0
+    changed = net(x, modulation)
+    assert not torch.allclose(changed, with_one)
+    norm = net.norm("layer4.0.bn1")
+    norm.running_var += 1 - 1e-5  # the same sum under the root
+    norm.eps = 1e-5
+    torch.testing.assert_close(net(x, modulation), changed)
 
 
 def test_norms_are_not_folded_before_their_statistics_are_known(monkeypatch):

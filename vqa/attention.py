@@ -10,10 +10,14 @@ Normalisation = Literal["none", "map", "position"]
 
 
 def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0) -> Tensor:
-    """L2-normalises a map [B, C, H, W] over all of it (`map`) or at each position (`position`), then scales it."""
+    """L2-normalises a map [B, C, H, W] over all of it (`map`) or at each position (`position`), then scales it.
+
+    It is computed in float32 or finer; the result has the map's type.
+    """
     if kind == "none":
         return scale * features
-    return scale * F.normalize(features.float(), dim=(1, 2, 3) if kind == "map" else 1)
+    exact = features.to(torch.promote_types(features.dtype, torch.float32))
+    return (scale * F.normalize(exact, dim=(1, 2, 3) if kind == "map" else 1)).to(features.dtype)
 
 
 def attend(features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

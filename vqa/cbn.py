@@ -115,9 +115,19 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
         self.bias = nn.Parameter(torch.zeros(num_classes, num_features))
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
-        """x [B, C, H, W], classes int64 [B] → [B, C, H, W]."""
+        """x [B, C, H, W], classes int64 [B] → [B, C, H, W].
+
+        Raises:
+            ValueError: classes are not [B], or (on a CPU; CUDA asserts it) not from 0 to K − 1.
+        """
+        if classes.shape != x.shape[:1]:
+            raise ValueError(f"classes must be [B] = [{len(x)}], got {list(classes.shape)}")
+        try:  # before the running statistics move
+            gamma, beta = (nn.functional.embedding(classes, table) for table in (self.weight, self.bias))
+        except IndexError:
+            raise ValueError(f"classes must be from 0 to {len(self.weight) - 1}, got {classes.tolist()}") from None
         mean, var = self.statistics(x)
-        return modulated_norm(x, mean, var, self.weight[classes], self.bias[classes], NO_MODULATION, self.eps)
+        return modulated_norm(x, mean, var, gamma, beta, NO_MODULATION, self.eps, fused=self.fused)
 
 
 class ModulationPredictor(nn.Module):

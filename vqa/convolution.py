@@ -11,19 +11,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vqa.modulate import Fused
 
 
 class Convolution(nn.Conv2d):
-    """`nn.Conv2d`, by the same names; with a frozen weight (and without a bias) its backward pass needs no input."""
+    """`nn.Conv2d`, by the same names; with a frozen weight (and without a bias) its backward pass needs no input.
+
+    On a CPU a frozen weight is kept in oneDNN's order as well. That copy is dropped when `forward` meets a trainable
+    weight, and made again when the weight is replaced, is changed by an operation that autograd counts, or differs in a
+    sample of its values that is compared at every call. One change is not noticed: a change that autograd does not
+    count (through `.data`, a numpy array or another process) and that spares the whole sample, as when single filters
+    are pruned in this way. With `fused = "eager"` no copy is kept.
+    """
 
     fused: Fused = True  # False: always torch's own; `eager`: the weight is not kept in oneDNN's order
     _ordered: "_Ordered | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] → [B, C', H', W']."""
+        if self.weight.requires_grad:
+            self._ordered = None  # a fused optimiser's steps are not counted in `_version`
         as_in_a_resnet = self.bias is None and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not self.fused or self.weight.requires_grad or not as_in_a_resnet:
             return super().forward(x)
@@ -79,11 +87,10 @@ class _OfFrozenWeight(torch.autograd.Function):
         return torch.conv2d(x, weight, None, *geometry) if ordered is None else ordered.convolved(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        if ctx.ordered is not None and ctx.ordered.has_adjoint:
-            return ctx.ordered.of_input(gradient), None, None, None
+        if ctx.ordered is not None and ctx.ordered.has_adjoint and not torch.is_grad_enabled():
+            return ctx.ordered.of_input(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
         of_x, _, _ = torch.ops.aten.convolution_backward(
@@ -114,6 +121,7 @@ class _Ordered:
         """`shape` is the one of x for which the order is best."""
         self.geometry = geometry
         self._of, self._version = weight.detach(), weight._version  # while it is kept, its address is no other's
+        self._sample = _sample(weight).clone()
         self._weight = _ordered(weight, geometry, shape)
         stride, padding, dilation, groups = geometry
         reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -123,8 +131,9 @@ class _Ordered:
         self._adjoint: Tensor | None = None
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight, and the weight has not changed since (but through `.data`)."""
-        return self._of.data_ptr() == weight.data_ptr() and self._version == weight._version
+        """Whether it was made of this weight, and the weight has not changed since (as far as `_sample` tells)."""
+        same = self._of.data_ptr() == weight.data_ptr() and self._version == weight._version
+        return same and torch.equal(self._sample, _sample(weight))
 
     def convolved(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] → [B, C', H', W'], both channels-last."""
@@ -137,6 +146,12 @@ class _Ordered:
             turned = self._of.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
             self._adjoint = _ordered(turned, self._adjoint_geometry, gradient.shape)
         return _convolved(gradient, self._adjoint, self._adjoint_geometry)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A view of up to 8 x 8 of a weight's kernels [C', C, kernel's height and width], evenly spread."""
+    outputs, inputs = (-(-size // 8) for size in weight.shape[:2])
+    return weight.detach()[::outputs, ::inputs]
 
 
 def _can_order(x: Tensor, weight: Tensor) -> bool:

@@ -110,14 +110,14 @@ class VQAModel(nn.Module):
         if self.question is not None:
             question = self.question(tokens, lengths)  # [B, D]
         else:
-            question = torch.ones(len(tokens), self.fusion.question.in_features, device=tokens.device)
+            question = self.fusion.question.weight.new_ones(len(tokens), self.fusion.question.in_features)
         modulation = None
         if self.predictor is not None and modulate:
             modulation = self.predictor(self._condition_of(question, tokens))
         if self.sees_image:
             features = self.resnet(images, modulation, places)  # [B, C, H, W]
         else:
-            features = torch.ones(len(tokens), self.resnet.channels, 1, 1, device=tokens.device)
+            features = self.fusion.visual.weight.new_ones(len(tokens), self.resnet.channels, 1, 1)
         features = normalise_features(features, self.normalise, self.scale)
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqa import modulate_cpu, modulate_eager
 
@@ -42,7 +41,6 @@ def modulate(
 
     Raises:
         ValueError: a shape does not fit.
-        RuntimeError: on a second differentiation of the fused operation; with `fused` False it is possible.
     """
     if x.ndim != 4 or any(part.shape not in ((len(x), x.shape[1]), (1, x.shape[1])) for part in (scale, shift)):
         shapes = [list(part.shape) for part in (x, scale, shift)]
@@ -51,7 +49,11 @@ def modulate(
         raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
     if not fused or not x.numel() or torch.compiler.is_compiling():  # a compiler fuses by itself
         return _composed(x, scale, shift, residual, relu)
+    layout = _layout(x)
+    x, residual = (None if part is None else part.contiguous(memory_format=layout) for part in (x, residual))
     scale, shift = (part if len(part) == len(x) else part.expand(len(x), -1) for part in (scale, shift))
+    # of all norms folded at once these are columns, which need no copy
+    scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (scale, shift))
     return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
 
 
@@ -67,11 +69,7 @@ class _Modulate(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, eager: bool
     ) -> Tensor:
-        ctx.layout = _layout(x)
-        x, residual = (None if part is None else part.contiguous(memory_format=ctx.layout) for part in (x, residual))
-        # of all norms folded at once these are columns, which need no copy
-        scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (scale, shift))
-        ctx.wants, ctx.relu = ctx.needs_input_grad[:4], relu
+        ctx.layout, ctx.wants, ctx.relu = _layout(x), ctx.needs_input_grad[:4], relu
         wants_x, wants_scale, _, _ = ctx.wants
         keeps_bits = relu and any(ctx.wants) and (residual is not None or not wants_scale)
         recomputes = relu and any(ctx.wants) and not keeps_bits
@@ -86,10 +84,29 @@ class _Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.contiguous(memory_format=ctx.layout)
+        if torch.is_grad_enabled():  # as `create_graph` asks for
+            return *_differentiable_gradients(ctx, gradient), None, None
         return *ctx.by.backward(gradient, *ctx.saved_tensors, ctx.relu, *ctx.wants), None, None
+
+
+def _differentiable_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, scale, shift and residual by torch's own operations, to be differentiated again."""
+    x, scale, shift, bits = ctx.saved_tensors
+    wants_x, wants_scale, wants_shift, wants_residual = ctx.wants
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if ctx.relu:
+        with torch.no_grad():  # the residual's gradient, for a ∂y of ones, is [y > 0]
+            wants = (False, wants_scale, False, True)
+            g_of_ones = ctx.by.backward(torch.ones_like(gradient), x, scale, shift, bits, True, *wants)[3]
+        g = g * g_of_ones
+    return (
+        (g * scale[:, :, None, None]).to(gradient.dtype) if wants_x else None,
+        (g * x).sum((2, 3)) if wants_scale else None,
+        g.sum((2, 3)) if wants_shift else None,
+        g.to(gradient.dtype) if wants_residual else None,
+    )
 
 
 def _layout(x: Tensor) -> torch.memory_format:

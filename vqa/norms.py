@@ -22,7 +22,7 @@ from vqa.modulate import Fused, modulate
 
 class Modulation(NamedTuple):
     """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth. None adds nothing.
+    in order of depth, or of the latter one row for all samples. None adds nothing.
     """
 
     gamma: Tensor | None
@@ -88,6 +88,22 @@ def _wants_gradient(*parts: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
 
+class Pooled:
+    """Mean and variance of the values of several batches together, from the count, mean and variance of each."""
+
+    def __init__(self) -> None:
+        self.batches = self.count = 0
+        self.mean = self.var = 0.0  # [C] from the first batch on; the variance is the biased one
+
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
+        self.batches += 1
+        self.count += count
+        share, off = count / self.count, mean - self.mean
+        self.mean = self.mean + share * off
+        self.var = self.var + share * (var - self.var + (1 - share) * off**2)
+
+
 class ModulatedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, by the same names of parameters and buffers, whose γ and β take a delta a sample.
 
@@ -97,6 +113,8 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     synchronised = False
     fused: Fused = True  # as `modulate`
+    fixed = False  # set: the running statistics cannot be reset
+    pooled: Pooled | None = None  # set: in training mode the batch's statistics go there, the running ones stay
 
     def forward(
         self, x: Tensor, delta: Modulation | Folded | None = None, residual: Tensor | None = None, relu: bool = False
@@ -111,7 +129,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if isinstance(delta, Folded):
             return modulate(x, *delta, residual, relu=relu, fused=self.fused)
         delta = _checked(delta, x)
-        unmodulated = delta is NO_MODULATION and not (self.training and self.synchronised)
+        unmodulated = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         if unmodulated and not _wants_gradient(x, residual, self.weight):
             y = super().forward(x)  # to the bit what the pretrained network gives
             y = y if residual is None else y.add_(residual)
@@ -125,6 +143,8 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
         if not self.training:
             return self.running_mean, self.running_var
+        if x.ndim != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"a map must be [B, {self.num_features}, H, W], got {list(x.shape)}")
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
         count = x.numel() // x.shape[1]
         if self.synchronised and dist.is_initialized():
@@ -136,10 +156,33 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
         if count < 2:
             raise ValueError("batch statistics need more than one value a channel")
+        if self.pooled:
+            self.pooled.add(mean, var, count)
+            return
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
+
+    def reset_running_stats(self) -> None:
+        """As that of `nn.BatchNorm2d`.
+
+        Raises:
+            RuntimeError: the statistics are fixed, so that no batch would move them from mean 0 and variance 1 again.
+        """
+        if self.fixed:
+            raise RuntimeError(
+                "statistics under the policy `population` cannot be reset (as swa_utils.update_bn does); estimate them "
+                'in `with net.estimating_statistics():`, or call `net.set_statistics("batch")` first'
+            )
+        super().reset_running_stats()
+
+    @torch.no_grad()
+    def take_statistics(self, pooled: Pooled) -> None:
+        """Makes pooled statistics the running ones."""
+        self.running_mean.copy_(pooled.mean)
+        self.running_var.copy_(pooled.var * pooled.count / (pooled.count - 1))
+        self.num_batches_tracked.fill_(pooled.batches)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "ModulatedBatchNorm2d":

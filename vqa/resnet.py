@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
 from vqa.modulate import Fused
-from vqa.norms import Folded, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, folded_at_once, groups_of
+from vqa.norms import (
+    Folded,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    Pooled,
+    folded_at_once,
+    groups_of,
+)
 from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]
@@ -102,6 +110,8 @@ class ModulatedResNet(nn.Module):
                 module.fused = fused
         self.requires_grad_(False)
         self.statistics: Statistics = "population"
+        for norm in self.batch_norms():
+            norm.fixed = True
         self.set_statistics(statistics)
         self.eval()
 
@@ -113,7 +123,7 @@ class ModulatedResNet(nn.Module):
             return
         self.statistics = policy
         for norm in self.batch_norms():
-            norm.synchronised = policy == "batch"
+            norm.synchronised, norm.fixed = policy == "batch", policy == "population"
             if policy == "batch":
                 norm.reset_running_stats()
                 norm.momentum = 1 - DECAY
@@ -142,7 +152,7 @@ class ModulatedResNet(nn.Module):
 
     def _run(self, map_: Tensor, first: int | None, last: int, modulation: Modulation | None) -> Tensor:
         """The map after stage `last` from images (`first` None) or the map after stage `first`."""
-        deltas = self._deltas(modulation)
+        deltas = self._deltas(modulation, len(map_))
         if (first, last) == (None, 4) and not self.recompute:
             return self.network(map_, deltas)[-1]
         begin = -1 if first is None else first
@@ -158,7 +168,7 @@ class ModulatedResNet(nn.Module):
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
-        return StageMap(stage, self._between(None, stage)(images, self._deltas(None)))
+        return StageMap(stage, self._between(None, stage)(images, self._deltas(None, len(images))))
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
         """Names and values of all that the map after a stage depends on."""
@@ -203,18 +213,21 @@ class ModulatedResNet(nn.Module):
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        return self.network(images, self._deltas(modulation))
+        return self.network(images, self._deltas(modulation, len(images)))
 
-    def _deltas(self, modulation: Modulation | None) -> Sequence[Modulation | Folded | None]:
-        """What each norm takes of the modulation. Raises ValueError if the modulation is of another width."""
+    def _deltas(self, modulation: Modulation | None, samples: int) -> Sequence[Modulation | Folded | None]:
+        """What each norm takes of the modulation of so many samples. Raises ValueError if its shape is another."""
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return (None,) * len(self.layers)
         widths = [layer.channels for layer in self.layers]
+        rows, one_row = (samples, sum(widths)), (1, sum(widths))
         for part in modulation:
-            if part is not None and (part.ndim != 2 or part.shape[1] != sum(widths)):
-                raise ValueError(f"a modulation must be [B, {sum(widths)}], got {list(part.shape)}")
+            if part is not None and part.shape not in (rows, one_row):
+                raise ValueError(f"a modulation must be {list(rows)} or {list(one_row)}, got {list(part.shape)}")
+        modulation = Modulation(*(None if part is None else part.expand(rows) for part in modulation))
         norms = [self.norm(layer.name) for layer in self.layers]
-        if norms and all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms):
+        fixed = all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms)
+        if fixed and len({norm.eps for norm in norms}) == 1:
             return folded_at_once(norms, modulation)
         parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
         return tuple(map(Modulation, *parts))
@@ -248,23 +261,25 @@ class ModulatedResNet(nn.Module):
 
     @contextmanager
     def estimating_statistics(self) -> Iterator[None]:
-        """Within it the batch norms normalise with each batch's statistics, and at the end their running statistics are
-        the means over all batches that went through (AdaBN, Li et al. 2016).
+        """Within it the batch norms normalise with each batch's statistics; at the end their running statistics become
+        those of all values of all batches that went through (AdaBN, Li et al. 2016). Ended by an exception, it leaves
+        them as they were.
 
         Raises:
             ValueError: no batch went through.
         """
         norms = self.batch_norms()
-        momenta = [norm.momentum for norm in norms]
+        pools = [Pooled() for _ in norms]
         try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain mean
+            for norm, pool in zip(norms, pools, strict=True):
+                norm.pooled = pool
                 norm.train()
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+            for norm in norms:
+                norm.pooled = None
             self.train(self.training)
-        if any(not norm.num_batches_tracked for norm in norms):
+        if not all(pool.batches for pool in pools):
             raise ValueError("statistics need at least one batch")
+        for norm, pool in zip(norms, pools, strict=True):
+            norm.take_statistics(pool)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import h5py
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.files import naming_write_errors
 
 # the oldest layout whose own structures have checksums, and that a killed process does not leave marked as open
@@ -83,8 +83,7 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # h5py and what reads texts raise errors of many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason:.100}); {remedy}") from None
+        raise InputError(f"{path}: damaged ({first_line(error):.100}); {remedy}") from None
 
 
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from experiments.runner import command_of, missing_jobs
 from experiments.suite import Suite
 
@@ -46,5 +46,5 @@ def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
         with executor.batch():
             tasks = [executor.submit(submitit.helpers.CommandFunction(command, cwd=Path.cwd())) for command in commands]
     except (NameError, TypeError, RuntimeError, ValueError) as error:  # of submitit: wrong parameters, no cluster
-        raise InputError(f"--submit {cluster}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--submit {cluster}: {first_line(error)}") from None
     return [task.job_id for task in tasks]

@@ -1,7 +1,6 @@
 """Locks that say who holds them, and that vanish with the process, however it ends."""
 
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -11,6 +10,11 @@ from typing import TextIO
 
 from data.errors import InputError
 from data.files import naming_write_errors
+
+try:
+    import fcntl
+except ImportError:
+    raise InputError("this command needs a POSIX system (Linux, macOS, or WSL on Windows) to lock its files") from None
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network disks
 

@@ -105,6 +105,34 @@ def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
         run_suite(suite, tmp_path / "runs")
 
 
+WITHOUT_POSIX = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import main
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("does", ["preprocess", "train", "recalibrate", "experiment", "ask"])
+def test_without_posix_one_line_says_so(tiny, trained, does):
+    image = next((tiny.parent / "world").rglob("*.png"))
+    words = {
+        "preprocess": ["--config", tiny],
+        "train": ["--config", tiny],
+        "recalibrate": ["--run", trained],
+        "experiment": ["suite.yaml"],
+        "ask": ["--run", trained, "--image", image, "--question", "what is it"],
+    }[does]
+    arguments = [sys.executable, "-c", WITHOUT_POSIX, does, *map(str, words)]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    if does == "ask":  # locks nothing
+        assert ended.returncode == 0, ended.stderr
+        return
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: this command needs a POSIX system")
+    assert ended.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def without_locks(tmp_path):
     """Runs a command where flock fails with an error number, as on a disk without locks."""

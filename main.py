@@ -230,7 +230,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 130 or 143 after a signal."""
+    """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 128 + N after signal N."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -17,6 +17,11 @@ class InputError(ValueError):
         return printable(super().__str__())
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """A text as it may be shown on a terminal: one line, with control characters and lone surrogates as escapes."""
     if text.isprintable():

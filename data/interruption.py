@@ -1,4 +1,6 @@
-"""SIGINT (Ctrl-C) and SIGTERM: heard everywhere, held back where something is to be ended first."""
+"""SIGINT (Ctrl-C), SIGTERM and a cluster's signal before a time limit: heard everywhere, held back where something is
+to be ended first.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -6,7 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # SLURM sends the last two where `sbatch --signal` asks for them
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 for SIGINT, 143 for SIGTERM."""
+        """As shells have it: 130 for SIGINT, 143 for SIGTERM, 140 for SIGUSR2."""
         return 128 + self.number
 
 
@@ -35,7 +38,8 @@ def listen() -> None:
 
 
 def _heard(number: int, _frame: FrameType | None) -> None:
-    # A second Ctrl-C is impatience. A second SIGTERM is not: a process may get it from its group and from its parent.
+    # A second Ctrl-C is impatience. A second one of the others is not: a process may get it from its group and from its
+    # parent.
     if _State.held and (_State.waiting is None or number != signal.SIGINT):
         _State.waiting = _State.waiting or number
         return

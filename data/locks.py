@@ -1,7 +1,6 @@
 """Locks that say who holds them, and that vanish with the process, however it ends."""
 
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -12,7 +11,12 @@ from typing import TextIO
 from data.errors import InputError
 from data.files import naming_write_errors
 
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network disks
+try:
+    import fcntl
+except ImportError:
+    raise InputError("this command needs a POSIX system (Linux, macOS, or WSL on Windows) to lock its files") from None
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network disks
 
 
 @contextmanager
@@ -56,8 +60,8 @@ def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
-                raise
-            print(f"{lock}: this disk knows no locks; see to it that no other process works on {what}", flush=True)
+                raise InputError(f"{lock}: cannot be locked ({os.strerror(error.errno).lower()})") from None
+            print(f"{lock}: this disk has no locks; make sure that no other process works on {what}", flush=True)
         if _is_still(lock, file):
             break
         file.close()

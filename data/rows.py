@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import h5py
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.files import naming_write_errors
 
 # the oldest layout whose own structures have checksums, and that a killed process does not leave marked as open
@@ -83,8 +83,7 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # h5py and what reads texts raise errors of many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason:.100}); {remedy}") from None
+        raise InputError(f"{path}: damaged ({first_line(error):.100}); {remedy}") from None
 
 
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
@@ -97,11 +96,13 @@ def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any)
 
 
 def opened_for_filling(partial: Path) -> h5py.File:
-    """A file with unfilled rows. Raises InputError if another process holds it, or it is damaged."""
+    """Open a file with unfilled rows, under the caller's lock (`data.locks`); HDF5's own fails on disks without locks.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     try:
-        return h5py.File(partial, "r+")
-    except BlockingIOError:
-        raise InputError(f"{partial}: another process is working on it") from None
+        return h5py.File(partial, "r+", locking=False)
     except OSError as error:
         raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
 

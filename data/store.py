@@ -122,7 +122,7 @@ def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> No
 
 
 def opened_for_writing(partial: Path) -> h5py.File:
-    """A partial file to fill. Raises InputError if another process holds it, it is damaged, or of another version."""
+    """A partial file to fill. Raises InputError if it is damaged, or of another version."""
     with _opened(partial) as file:
         if file.attrs["version"] != VERSION:
             raise InputError(f"{partial}: begun by an older version; remove it and run `preprocess` again")

@@ -10,8 +10,10 @@ from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from data.interruption import SIGNALS
+
 _TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
-_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM) if _TELLS_SENDER else (signal.SIGINT,)
+_LEFT_TO_PARENT = [number for number in SIGNALS if _TELLS_SENDER or number != signal.SIGTERM]
 
 
 @contextmanager
@@ -26,7 +28,6 @@ def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
-        resource_tracker.ensure_running()  # which, to start its process, would end the deafness
         with deaf_children(*_LEFT_TO_PARENT):
             super().start()
 
@@ -41,6 +42,9 @@ class WorkerContext(SpawnContext):
     def __init__(self) -> None:
         super().__init__()
         self._started: list[_Worker] = []
+        # a process as well, which locks and workers would start, and which, when it is started, ends the deafness
+        with deaf_children(*_LEFT_TO_PARENT):
+            resource_tracker.ensure_running()
 
     def Process(self, *arguments: Any, **named: Any) -> _Worker:  # noqa: N802  (the name that contexts have)
         """A process that is yet to be started."""

@@ -216,7 +216,7 @@ def _compared(what: str, images: int, seconds: float, other: float) -> dict[str,
 def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
     """What reading 2 000 random rows adds to this process's memory, from a file of so many images (with holes)."""
     path = folder / f"{images}.h5"
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", locking=False) as file:
         file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")
         file["images/pixels"][images - 1] = 1
     rows = H5Rows(path, "images/pixels")

@@ -1,15 +1,67 @@
-"""Hands the missing runs of a suite to a cluster: one array job, started and followed by submitit."""
+"""Submit the missing runs of a suite to a cluster as one array job, through submitit."""
 
+import os
 import shlex
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data.errors import InputError
-from experiments.runner import command_of, missing_jobs
+from data.errors import InputError, first_line
+from data.files import read_json, write_json
+from data.interruption import SIGNALS
+from data.locks import held
+from data.workers import deaf_children
+from experiments.runner import MAIN, command_of, missing_jobs
 from experiments.suite import Suite
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
+
+_REQUEUES = 100  # after time limits; submitit's own default is 3
+
+
+class Task:
+    """A command as a task of the cluster; before the time limit its process saves and the task is requeued."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self.command, self.folder, self.process = command, folder, 0
+
+    def __call__(self) -> None:
+        """Run the command to its end.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        # submitit answers the cluster's signal here, by `checkpoint`, whether or not the cluster sends it to children
+        with deaf_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
+            process = subprocess.Popen(self.command, cwd=self.folder)
+            self.process = process.pid
+        _wait(self.process)
+        if code := process.wait():
+            raise subprocess.CalledProcessError(code, self.command)
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """Ask the process to save, wait until it has, and return what is to be requeued."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process:
+            with suppress(ProcessLookupError, ChildProcessError):  # it has ended by itself
+                os.kill(self.process, signal.SIGTERM)
+                _wait(self.process)
+        return DelayedSubmission(Task(self.command, self.folder))
+
+
+def _wait(process: int) -> None:
+    """Wait for the end of a process, without the lock of Popen.wait: a signal handler may do it meanwhile."""
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
 def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
-    """Submits each missing run and seed as a task of an array; the first to come makes the data and the backbone.
+    """Submits each missing run and seed that is not queued yet as a task of an array; the first to come makes the data
+    and the backbone.
 
     Args:
         suite: what to run.
@@ -27,24 +79,53 @@ def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
         import submitit
     except ImportError:
         raise InputError("--submit needs submitit: pip install submitit") from None
+    parameters = _parameters(resources)
+    folder = runs / "experiments" / "submitted"
+    record = folder / "tasks.json"
+    with held(folder / ".lock", folder, wait=True):
+        queued = _still_queued(record)
+        missing = [command_of(suite, job) for job in missing_jobs(suite, runs)]
+        commands = [command for command in missing if shlex.join(command) not in queued]
+        if len(commands) < len(missing):
+            print(f"{len(missing) - len(commands)} runs are queued already and not submitted again")
+        if not commands:
+            return []
+        try:
+            executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_REQUEUES)
+            executor.update_parameters(name=suite.name, **parameters)
+            with executor.batch():
+                tasks = [executor.submit(Task(command, Path.cwd())) for command in commands]
+        # of submitit: wrong parameters, no cluster
+        except (NameError, TypeError, RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(f"--submit {cluster}: {first_line(error)}") from None
+        ids = [task.job_id for task in tasks]
+        write_json(record, queued | dict(zip(map(shlex.join, commands), ids, strict=True)))
+    return ids
+
+
+def _parameters(resources: str) -> dict[str, Any]:
     try:
         words = shlex.split(resources)
     except ValueError as error:
         raise InputError(f"--resources: {str(error).lower()}") from None
-    given = {}
+    given: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             raise InputError(f"--resources: {word!r} is no NAME=VALUE")
         given[name] = int(value) if value.isdecimal() else value
-    commands = [command_of(suite, job) for job in missing_jobs(suite, runs)]
-    if not commands:
-        return []
+    given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(MAIN.parent))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    return given | {"slurm_additional_parameters": {"requeue": True}}
+
+
+def _still_queued(record: Path) -> dict[str, str]:
+    """The ids of the tasks that were submitted and that SLURM still has, waiting or running, by their commands."""
+    submitted = read_json(record) if record.exists() else {}
+    if not submitted:
+        return {}
+    words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     try:
-        executor = submitit.AutoExecutor(runs / "experiments" / "submitted", cluster=cluster)
-        executor.update_parameters(name=suite.name, **given)
-        with executor.batch():
-            tasks = [executor.submit(submitit.helpers.CommandFunction(command, cwd=Path.cwd())) for command in commands]
-    except (NameError, TypeError, RuntimeError, ValueError) as error:  # of submitit: wrong parameters, no cluster
-        raise InputError(f"--submit {cluster}: {str(error).splitlines()[0]}") from None
-    return [task.job_id for task in tasks]
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"--submit: squeue does not say what is queued already ({first_line(error)})") from None
+    return {command: task for command, task in submitted.items() if task in said}

@@ -15,7 +15,7 @@ import torch
 
 from data.errors import InputError
 from data.files import naming_write_errors, read_json
-from data.interruption import Interrupted, held_back
+from data.interruption import SIGNALS, Interrupted, held_back
 from data.locks import held
 from data.workers import deaf_children
 from experiments.preparation import prepare
@@ -193,7 +193,8 @@ def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> 
     with naming_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("a")
-    with file, deaf_children(signal.SIGINT):  # Ctrl-C is answered here, and handed on as SIGTERM
+    # every signal is answered here, and handed on as SIGTERM
+    with file, deaf_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
         return subprocess.Popen(
             command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
         )

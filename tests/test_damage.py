@@ -149,6 +149,14 @@ def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(checkpoint)
     assert refusals > 20
 
 
+def test_a_checkpoint_that_is_cut_off_is_refused(checkpoint):
+    whole = checkpoint.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        checkpoint.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"last.pt: cannot be read as a checkpoint \(\w"):
+            load_checkpoint(checkpoint)
+
+
 def test_a_flipped_bit_of_weights_is_refused_or_changes_nothing(tmp_path):
     file, chosen = tmp_path / "some.safetensors", random.Random(0)
     weights, said = {"a": torch.randn(20), "b": torch.arange(4).to(torch.bfloat16)}, {"training": '{"epoch": 3}'}

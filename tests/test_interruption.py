@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what was done is saved, one line says how to go on, and nothing is torn."""
+"""SIGTERM, Ctrl-C and a cluster's SIGUSR2: what was done is saved, one line says how to go on, and nothing is torn."""
 
 import os
 import shlex
@@ -27,7 +27,7 @@ from vqa import engine
 from vqa.recipes import load_settings
 from vqa.train import train
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_what_was_ignored_from_the_start_stays_so():
     assert told.startswith("1 <function _heard")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
 def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, monkeypatch, command, number, code):
     monkeypatch.chdir(tmp_path)
     words = ["train.epochs=2", "answer.dropout=0.3"]
@@ -204,7 +204,7 @@ def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(man
     begun = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     kill_a_worker(begun.pid)
     _, said = begun.communicate(timeout=100)
-    assert begun.returncode == 2
+    assert begun.returncode == 2, said
     last = said.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, as the system does where memory is short")
     assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")

@@ -1,6 +1,8 @@
 """Locks: who holds one is told, nobody else writes, and none outlives its process."""
 
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from tests.conftest import ROOT
 from tests.test_runner import SUITE
 from tests.test_suites import TINY
 
+NO_LOCKS = "#include <errno.h>\nint flock(int file, int how) { errno = NUMBER; return -1; }\n"
 US = f"process {os.getpid()} on {socket.gethostname()} is at work on it"
 HOLDER = """
 import sys, time
@@ -100,3 +103,72 @@ def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
     lock = tmp_path / "runs/experiments" / f".{suite.report_name}.lock"
     with held(lock, "it"), pytest.raises(InputError, match=f"suite {suite.report_name}: {US}"):
         run_suite(suite, tmp_path / "runs")
+
+
+WITHOUT_POSIX = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import main
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("does", ["preprocess", "train", "recalibrate", "experiment", "ask"])
+def test_without_posix_one_line_says_so(tiny, trained, does):
+    image = next((tiny.parent / "world").rglob("*.png"))
+    words = {
+        "preprocess": ["--config", tiny],
+        "train": ["--config", tiny],
+        "recalibrate": ["--run", trained],
+        "experiment": ["suite.yaml"],
+        "ask": ["--run", trained, "--image", image, "--question", "what is it"],
+    }[does]
+    arguments = [sys.executable, "-c", WITHOUT_POSIX, does, *map(str, words)]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    if does == "ask":  # locks nothing
+        assert ended.returncode == 0, ended.stderr
+        return
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: this command needs a POSIX system")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def without_locks(tmp_path):
+    """Runs a command where flock fails with an error number, as on a disk without locks."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("no C compiler for a library that refuses locks")
+    (tmp_path / "refuse.c").write_text(NO_LOCKS)
+
+    def run(number, *words) -> subprocess.CompletedProcess:
+        library = tmp_path / f"refuse{number}.so"
+        made = [compiler, "-shared", "-fPIC", f"-DNUMBER={number}", "-o", library, tmp_path / "refuse.c"]
+        subprocess.run(made, check=True)
+        arguments = [sys.executable, ROOT / "main.py", *map(str, words)]
+        environment = {**os.environ, "LD_PRELOAD": str(library)}
+        return subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_disks_without_locks_are_said_and_worked_on(tiny, tmp_path, without_locks, number):
+    h5 = tmp_path / "new.h5"
+    ended = without_locks(number, "preprocess", "--config", tiny, f"data.h5={h5}")
+    assert ended.returncode == 0, ended.stderr
+    assert (
+        f"{tmp_path}/.new.h5.lock: this disk has no locks; make sure that no other process works on {h5}"
+        in ended.stdout
+    )
+    stored = ["data.cache_gib=1", "cbn.stages=[4]", "train.epochs=1"]  # the first stages' maps are stored
+    ended = without_locks(number, "train", "--config", tiny, f"data.h5={h5}", *stored)
+    assert ended.returncode == 0, ended.stderr
+    assert list(tmp_path.glob("new_stage*.h5"))
+    assert ended.stdout.count("this disk has no locks") == 2
+
+
+def test_an_error_of_locking_names_the_lock(tiny, tmp_path, without_locks):
+    ended = without_locks(errno.EIO, "preprocess", "--config", tiny, f"data.h5={tmp_path}/new.h5")
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: {tmp_path}/.new.h5.lock: cannot be locked (input/output error)\n"

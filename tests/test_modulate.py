@@ -1,10 +1,12 @@
 """`modulate` equals its formula and its gradients in every layout, type and implementation, and saves the least."""
 
 import itertools
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,11 +268,35 @@ def test_without_a_compiler_torchs_operations_do_and_it_is_said_once(monkeypatch
         modulate_cpu._library.cache_clear()
 
 
-def test_processes_that_compile_at_once_leave_one_complete_library(monkeypatch, tmp_path):
+@pytest.fixture
+def slow(monkeypatch, tmp_path):
+    """A compiler that only takes time, and an empty cache."""
     slow = tmp_path / "compiler"
     slow.write_text('while [ "$1" != -o ]; do [ "$1" = -dM ] && exit; shift; done; sleep 0.2; echo begun > "$2"\n')
     monkeypatch.setenv("CXX", f"sh {slow}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return slow
+
+
+def test_a_damaged_library_is_built_again(slow):  # noqa: ARG001
+    file = modulate_cpu._built()
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"", b"B" + whole[1:], whole + b"more"):
+        file.write_bytes(damaged)
+        assert modulate_cpu._built() == file
+        assert file.read_bytes() == whole
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(slow, monkeypatch):  # noqa: ARG001
+    done = []
+    sync, name = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("synced") or sync(file))
+    monkeypatch.setattr(Path, "replace", lambda *names: done.append("named") or name(*names))
+    modulate_cpu._built()
+    assert done == ["synced", "named"]
+
+
+def test_processes_that_compile_at_once_leave_one_complete_library(slow, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: modulate_cpu._built(), range(2))
     assert one == other

@@ -200,20 +200,6 @@ def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
     assert store.partial_path(path).read_bytes() == before
 
 
-def test_a_file_that_another_process_fills_is_left_to_it(raw, tmp_path):
-    raw["train"].image(1).unlink()
-    path = tmp_path / "data.h5"
-    with pytest.raises(InputError, match="missing"):
-        make(raw, path)
-    hold = "import h5py, sys, time; f = h5py.File(sys.argv[1], 'r+'); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", hold, store.partial_path(path)], stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match="another process is working on it"):
-        make(raw, path)
-    holder.kill()
-    holder.wait()
-
-
 def test_the_folder_of_the_sources_may_move(raw, tmp_path):
     make(raw, tmp_path / "data.h5")
     moved = tmp_path / "moved"

@@ -1,6 +1,5 @@
 """The runner: what is finished is not repeated, what was killed goes on, what fails does not stop the rest."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -87,40 +85,6 @@ def test_commands_that_are_listed_run_one_job_each(command, refused):
     assert "no run 'nine'" in refused("experiment", "two.yaml", "--only", "nine", "--seed", 1)
     assert "no run 'none' with seed 9" in refused("experiment", "two.yaml", "--only", "none", "--seed", 9)
     assert "belong together" in refused("experiment", "two.yaml", "--only", "none")
-
-
-class FakeExecutor:
-    """submitit's, as far as it is used; keeps what it is given."""
-
-    def __init__(self, folder, cluster):
-        self.folder, self.cluster, self.parameters, self.commands = folder, cluster, {}, []
-        FakeExecutor.last = self
-
-    def update_parameters(self, **parameters):
-        if "patrition" in parameters:
-            raise NameError("unknown parameter patrition")
-        self.parameters = parameters
-
-    def batch(self):
-        return contextlib.nullcontext()
-
-    def submit(self, function):
-        self.commands.append(function.command)
-        return SimpleNamespace(job_id=f"7_{len(self.commands)}")
-
-
-def test_missing_runs_are_submitted_as_one_array(suite, tmp_path, command, refused, monkeypatch):
-    monkeypatch.setattr("submitit.AutoExecutor", FakeExecutor)
-    job = jobs_of(suite)[0]
-    run_job(job, suite, tmp_path / "runs")
-    words = ["experiment", "two.yaml", "--submit", "slurm", "--resources"]
-    ended = command(*words, "timeout_min=240 slurm_partition=gpu", *TINY)
-    assert "3 runs submitted" in ended.out
-    assert FakeExecutor.last.parameters == {"name": "two", "timeout_min": 240, "slurm_partition": "gpu"}
-    assert [command[command.index("--seed") + 1] for command in FakeExecutor.last.commands] == ["1", "2", "2"]
-    assert "'much' is no NAME=VALUE" in refused(*words, "much")
-    assert "no closing quotation" in refused(*words, "'")
-    assert "unknown parameter patrition" in refused(*words, "patrition=gpu")
 
 
 def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp_path):

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from pickle import UnpicklingError
 
+import torch
 import torchvision
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from data.errors import first_line
 from vqa.verified import load_tensors, read_safetensors
 
 
@@ -30,28 +32,40 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
         return resnet
     if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
         _load_exactly(resnet, _read_weights(Path(weights)), str(weights))
-        return resnet
-    return _with_published_weights(name, str(weights))
+    else:
+        file = _published_weights(name, str(weights))
+        # the published files are older than these counts
+        counts = {key: value for key, value in resnet.state_dict().items() if key.endswith("num_batches_tracked")}
+        try:
+            _load_exactly(resnet, counts | _read_weights(file), str(file))
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and it is downloaded again") from None
+    return resnet
 
 
 def _resnet10(num_classes: int) -> ResNet:
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
-def _with_published_weights(name: str, weights: str) -> ResNet:
+def _published_weights(name: str, weights: str) -> Path:
+    """torchvision's cached file of weights, which may be damaged; downloads it if it is missing."""
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
         raise ValueError(f"{name} has no published weights; give a file or none, not {weights!r}") from None
     if weights not in known.__members__:
         raise ValueError(f"{name} has the weights {', '.join(known.__members__)} (or a file, or none), not {weights!r}")
-    try:
-        return torchvision.models.get_model(name, weights=known[weights])
-    except OSError as error:
-        raise ValueError(
-            f"weights {weights} of {name} could not be downloaded ({error}); fetch {known[weights].url} elsewhere and "
-            "give the file"
-        ) from None
+    url = known[weights].url
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not file.exists():
+        try:
+            known[weights].get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network, or another file in its place: a login page
+            raise ValueError(
+                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and give the "
+                "file"
+            ) from None
+    return file
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -64,7 +78,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     except UnpicklingError:
         raise ValueError(f"{file}: cannot be read as weights (damaged, or more than tensors: not executed)") from None
     except Exception as error:  # each format raises errors of its own kind on a broken file
-        raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from None
+        raise ValueError(f"{file}: cannot be read as weights ({first_line(error):.120})") from None
 
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from data.files import written_whole
 from vqa.verified import load_tensors
 
@@ -82,4 +82,4 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     try:
         return load_tensors(file)
     except Exception as error:  # torch raises errors of several kinds on a damaged file
-        raise InputError(f"{file}: cannot be read as a checkpoint ({str(error).splitlines()[0]:.100})") from None
+        raise InputError(f"{file}: cannot be read as a checkpoint ({first_line(error):.100})") from None

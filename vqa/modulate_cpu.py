@@ -105,7 +105,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """The library's file. It is named by all that it depends on, and complete from the moment it is there.
+    """Return the library's file, built where it is missing or damaged.
+
+    Its name is a hash of all that it depends on. It ends with the SHA-256 of what comes before: a library that was cut
+    off would end the process with SIGBUS.
 
     Raises:
         OSError: there is no compiler, or the folder cannot be written.
@@ -121,11 +124,20 @@ def _built() -> Path:
     depends.append(run(*_FLAGS, "-dM", "-E", "-x", "c++", os.devnull))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modern-vqa"
     file = folder / f"modulate_{hashlib.sha256(chr(0).join(depends).encode()).hexdigest()[:32]}.so"
-    if not file.exists():
+    if not _is_whole(file):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as apart:
             made, linked = Path(apart, "modulate.o"), Path(apart, "modulate.so")
             run(*_FLAGS, "-Wno-psabi", "-c", str(_SOURCE), "-o", str(made))
             run("-shared", "-nostdlib", str(made), "-o", str(linked))
+            with linked.open("rb+") as library:
+                library.write(hashlib.sha256(library.read()).digest())
+                library.flush()
+                os.fsync(library.fileno())
             linked.replace(file)
     return file
+
+
+def _is_whole(file: Path) -> bool:
+    content = file.read_bytes() if file.exists() else b""
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()

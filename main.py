@@ -182,6 +182,23 @@ def bench(arguments: argparse.Namespace) -> None:
         print(as_json(results))
 
 
+def gpu_check(arguments: argparse.Namespace) -> None:
+    """Whether all is right on a GPU, how fast it is, and the first experiments there, in bounded time."""
+    from experiments.gpu_check import SUITES
+    from experiments.gpu_check import gpu_check as run
+
+    failed = run(
+        arguments.out,
+        minutes=arguments.minutes,
+        device=arguments.device,
+        tiny=arguments.tiny,
+        steps=arguments.step,
+        suites=[] if arguments.no_suites else arguments.suite or SUITES,
+        at_once=arguments.at_once,
+    )
+    print(f"\n{arguments.out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
+
+
 def recalibrate(arguments: argparse.Namespace) -> None:
     """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
     from vqa.recalibrate import recalibrate as run
@@ -206,6 +223,7 @@ COMMANDS = {
     "inspect": inspect,
     "recalibrate": recalibrate,
     "bench": bench,
+    "gpu-check": gpu_check,
     "features": features,
     "experiment": experiment,
 }

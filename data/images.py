@@ -1,13 +1,16 @@
 """Images: decoded and resized as the paper does, and normalised on the device they are used on."""
 
+import math
+import struct
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from data import png
 from data.errors import InputError
 from data.files import read_json, write_json
 
@@ -35,7 +38,9 @@ def read_image(path: Path) -> "Image.Image":
     try:
         if not path.is_file():  # a pipe might never end
             raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
+        source, beside = _source(path)
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
+            opened.info |= beside
             if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
                 raise InputError(
                     f"{path}: too large an image: {opened.width} x {opened.height}, more than {MOST_PIXELS} pixels"
@@ -65,6 +70,18 @@ def decode_image(path: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _source(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
+    """What Pillow is to open, and what it is not shown of the blocks beside the pixels."""
+    with path.open("rb") as file:
+        header = file.read(24)  # up to width and height
+        if not header.startswith(png.SIGNATURE) or len(header) < 24:
+            return path, {}
+        if math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading the rest
+            return path, {}
+        file.seek(len(png.SIGNATURE))
+        return png.without_ancillary(file, path.stat().st_size)
 
 
 def _of_eight_bits(image: "Image.Image") -> "Image.Image":

@@ -103,23 +103,28 @@ class QuestionDataset(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """The batch of these rows."""
-        lengths = self.table.lengths[rows].astype(np.int64)
-        tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[place]] = self.table.words(row)
         wanted, places = self.table.images[rows], np.arange(len(rows))
         if self.share:
             wanted, places = np.unique(wanted, return_inverse=True)
         images = np.stack([self.images[image] for image in wanted])
-        arrays = (images, places, tokens, lengths, self.labels[rows], np.array(rows, np.int64))
-        return Batch(*map(torch.from_numpy, arrays))
+        images, places = torch.from_numpy(images), torch.from_numpy(places)
+        return Batch(images, places, *self.words(rows), torch.from_numpy(self.labels[rows]), torch.tensor(rows))
+
+    def words(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Word ids [B, T], padded with PAD_ID, and lengths [B] of these rows, int64."""
+        lengths = self.table.lengths[rows].astype(np.int64)
+        tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
+        for place, row in enumerate(rows):
+            tokens[place, : lengths[place]] = self.table.words(row)
+        return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
 class EpochSampler(Sampler[list[int]]):
     """Batches of one epoch for one process: a formula of (seed, epoch, rank, world size), so nothing is to be saved.
 
     Each batch of the whole run is cut into one part a process; the last, incomplete batch of an epoch is left out
-    (the questions in it differ from epoch to epoch), unless it is the only one.
+    (the questions in it differ from epoch to epoch), unless it is the only one. Where there are fewer questions than
+    processes, some processes get the same one.
     """
 
     def __init__(
@@ -143,6 +148,9 @@ class EpochSampler(Sampler[list[int]]):
         self.order = random.permutation(size)
         if together > 1:
             self.order = _grouped(self.order, images, together, random)
+        if size < world_size:
+            self.order = np.resize(self.order, world_size)
+        size = len(self.order)
         self.batch_size = min(batch_size, size - size % world_size)
         self.batches = size // self.batch_size
         self.rank, self.world_size = rank, world_size

@@ -32,7 +32,7 @@ from data.rows import copied_rows, place_of_rows, set_rows
 from data.space import check_room, shown
 from data.table import NO_ANSWER, question_table
 from data.tokenizer import PAD, UNKNOWN, train_tokenizer
-from data.vqa_files import Question, SplitFiles, read_asked, with_annotations
+from data.vqa_files import Question, SplitFiles, read_asked, remarks, with_annotations
 
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
@@ -193,11 +193,8 @@ def _tables(
         raise InputError(
             f"data.min_word_count: no word occurs {settings['min_word_count']} times in the training questions"
         )
-    if few := sum(0 < len(question.answers) < 4 for asked in questions.values() for question in asked):
-        print(
-            f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "
-            "than 100 %. Where there is one true answer, repeat it ten times."
-        )
+    for remark in remarks(list(chain.from_iterable(questions.values()))):
+        print(remark)
     given = chain.from_iterable(question.answers for question in training)
     vocabulary = answer_vocabulary(given, settings["answers"])
     print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from split {TRAINING_SPLIT!r}")

@@ -19,8 +19,12 @@ from data.files import read_text, write_text
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAD_ID, UNKNOWN_ID = 0, 1
-# A word keeps its inner apostrophes ("what's"); any other mark is a word of its own.
-_WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
+# A word is letters and digits with their combining marks (\p{M}) and joiners (U+200C, U+200D); it keeps its inner
+# apostrophes ("what's"). Any other character that is not white space is a word of its own, with its combining marks.
+_LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\x{200C}\x{200D}]*"
+_WORD = rf"{_LETTERS}(?:['’]{_LETTERS})*|[^\s\p{{L}}\p{{N}}]\p{{M}}*"
+# Of files and models made before, which keep it: it cuts words at combining marks.
+_OLDER_WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
 
 
 def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
@@ -37,11 +41,11 @@ def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
     return _tokenizer_of([word for _, word in common])
 
 
-def _tokenizer_of(vocabulary: Sequence[str]) -> Tokenizer:
+def _tokenizer_of(vocabulary: Sequence[str], pattern: str = _WORD) -> Tokenizer:
     ids = {word: place for place, word in enumerate([PAD, UNKNOWN, *vocabulary])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     tokenizer.add_special_tokens([PAD, UNKNOWN])
     return tokenizer
 
@@ -55,8 +59,9 @@ def words(tokenizer: Tokenizer, question: str) -> list[str]:
 def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Word ids of all questions, one after the other, and their lengths: int32 [sum of T], int32 [N].
 
-    A question without any word becomes one unknown word, since the LSTM needs one.
+    A question without any word becomes one unknown word, since the LSTM needs one. "<pad>" in a question is text.
     """
+    tokenizer.encode_special_tokens = True  # as text; tokenizer.json cannot say it
     pieces = list(dict.fromkeys(piece for question in questions for piece in _pieces(question)))
     known: dict[str, list[int]] = {}
     slice_ = 10_000  # encodings are large objects: a slice at a time keeps memory flat
@@ -84,6 +89,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes `tokenizer.json`, and the small file with which `transformers` loads it from the same folder."""
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN}
+    config["split_special_tokens"] = True
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
 
@@ -98,7 +104,8 @@ def read_tokenizer(text: str, file: Path) -> Tokenizer:
 
     Raises:
         InputError: it cannot be read, its words are not numbered as ours, or it finds words in another way: `encode`
-            looks at each piece alone, and a regular expression from elsewhere may be made to take for ever.
+            looks at each piece alone, and a regular expression from elsewhere may be made to take for ever. (A file
+            made before keeps the older pattern.)
     """
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -109,7 +116,8 @@ def read_tokenizer(text: str, file: Path) -> Tokenizer:
         raise InputError(f"{file}: words must be numbered from 0 without gaps, first {PAD} and {UNKNOWN}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if _but_for_its_words(tokenizer) != _but_for_its_words(_tokenizer_of([])):
+    ours = [_but_for_its_words(_tokenizer_of([], pattern)) for pattern in (_WORD, _OLDER_WORD)]
+    if _but_for_its_words(tokenizer) not in ours:
         raise InputError(f"{file}: is not a tokenizer of this program: it finds words in another way")
     return tokenizer
 

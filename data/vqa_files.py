@@ -16,6 +16,10 @@ from data.files import read_json_list
 
 LONGEST = 10_000  # characters of a text; a batch is as wide as its longest question
 MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
+# Two letters in a row of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no blanks between words.
+_WITHOUT_BLANKS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{2}"
+)
 
 
 class Question(NamedTuple):
@@ -27,6 +31,7 @@ class Question(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     answers: tuple[str, ...] = ()  # ten in the official files, as given
+    answer_ids: bool = True  # whether each answer has an `answer_id` of its own
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,27 @@ def with_annotations(asked: Sequence[Question], questions: Path, annotations: Pa
         return [annotated[question.question_id] for question in asked]
 
 
+def remarks(questions: Sequence[Question]) -> Iterator[str]:
+    """What the user should know of questions that are used as they are, a line a kind."""
+    if few := sum(0 < len(question.answers) < 4 for question in questions):
+        yield (
+            f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "
+            "than 100 %. Where there is one true answer, repeat it ten times."
+        )
+    if unnumbered := sum(not question.answer_ids for question in questions):
+        yield (
+            f"{unnumbered} question(s) have answers whose answer_id is missing or repeated: the official tool drops "
+            "equal entries and scores a right answer to them less than this program does, down to 0 %. Number each "
+            "question's answers, answer_id 1 to 10."
+        )
+    if one_word := sum(_WITHOUT_BLANKS.search(question.text) is not None for question in questions):
+        yield (
+            f"{one_word} question(s) are in a script without blanks between words (Chinese, Japanese, Thai, Lao, Khmer "
+            "or Burmese): all between two blanks or punctuation marks is one word. Put blanks between the words, here "
+            "and in the questions you ask."
+        )
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Millions of objects without a cycle among them: looking for cycles would take longer than reading."""
@@ -119,6 +145,7 @@ def _joined(question: Question, annotation: dict[str, Any], file: Path, shared: 
     try:
         answers = [given["answer"] for given in annotation["answers"]]
         new = [answer for answer in answers if answer not in shared]
+        numbers = {id_ for given in annotation["answers"] if type(id_ := given.get("answer_id")) is int}
     except (TypeError, KeyError):
         raise InputError(f"{_annotation_of(question, file)}: 'answers' must be a list of {{'answer': text}}") from None
     if not 0 < len(answers) <= MOST_ANSWERS:
@@ -137,6 +164,7 @@ def _joined(question: Question, annotation: dict[str, Any], file: Path, shared: 
         shared.setdefault(annotation["question_type"], annotation["question_type"]),
         shared.setdefault(annotation["answer_type"], annotation["answer_type"]),
         tuple([shared[answer] for answer in answers]),
+        len(numbers) == len(answers),
     )
 
 

@@ -140,7 +140,7 @@ def waiting_rows(
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
         training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
-        waited = _Waiting(make_loader(training.data.training, training.sampler(1), workers, training.device))
+        waited = Waiting(make_loader(training.data.training, training.sampler(1), workers, training.device))
         begun = time.perf_counter()
         training.take_steps(training.model, waited, lambda _loss: None)
         whole = time.perf_counter() - begun - waited.first
@@ -150,7 +150,7 @@ def waiting_rows(
     return rows
 
 
-class _Waiting:
+class Waiting:
     """Batches, and how long the next one was waited for: the first one, then all others together."""
 
     def __init__(self, batches: Any) -> None:

@@ -3,6 +3,8 @@
     ours      scale and shift folded, norm, shortcut and ReLU one operation (`vqa.modulate`), convolutions keep no input
     plain     torchvision's network, weights frozen, no modulation at all
     usual     an affine-free batch norm, then γ · x + β: how most code writes conditional batch normalisation
+    usual, compiled   the same under torch.compile: what a user would try first
+    ours, compiled    ours under torch.compile, which fuses the composed form by itself
     stacked   mean and deviation of the whole tensor, γ and β stacked to full maps: the port that is copied most
 
 All four differentiate with respect to the map after the stem (and, but for plain, with respect to the deltas), so each
@@ -34,21 +36,33 @@ class Case(NamedTuple):
     size: int  # of an image, pixels
     batch: int
     channels_last: bool = True
+    precision: str = "float32"  # as the setting
+    compiled: bool = False  # the compiled ways too: about a minute each
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
-    """The networks and sizes of the paper; batches as a CPU or a GPU takes them."""
-    more = 16 if device.type == "cuda" else 1
+    """The networks and sizes of the paper; batches and types as a CPU or a GPU takes them."""
+    if device.type == "cuda":
+        half = "bfloat16"
+        return (
+            Case("resnet50", 224, 64, precision=half, compiled=True),
+            Case("resnet50", 224, 256, precision=half),
+            Case("resnet50", 224, 64, channels_last=False, precision=half),
+            Case("resnet50", 224, 64),
+            Case("resnet50", 448, 64, precision=half),
+            Case("resnet152", 224, 64, precision=half),
+            Case("resnet152", 448, 32, precision=half),
+        )
     return (
-        Case("resnet50", 224, 8 * more),
-        Case("resnet50", 224, 8 * more, channels_last=False),
-        Case("resnet50", 448, 2 * more),
-        Case("resnet152", 224, 4 * more),
-        Case("resnet152", 448, more),
+        Case("resnet50", 224, 8, compiled=True),
+        Case("resnet50", 224, 8, channels_last=False),
+        Case("resnet50", 448, 2),
+        Case("resnet152", 224, 4),
+        Case("resnet152", 448, 1),
     )
 
 
-TINY = (Case("resnet10", 64, 2), Case("resnet10", 64, 2, channels_last=False))
+TINY = (Case("resnet10", 64, 2, precision="bfloat16"), Case("resnet10", 64, 2, channels_last=False))
 
 
 class _Usual(nn.Module):
@@ -85,16 +99,20 @@ class _Stacked(_Usual):
         return (x - x.mean()) / torch.sqrt(x.var() + self.norm.eps) * gamma + beta
 
 
-def _ways(network: str, device: torch.device, layout: torch.memory_format) -> dict[str, Callable[..., Tensor]]:
+def _ways(
+    network: str, device: torch.device, layout: torch.memory_format, compiled: bool = False
+) -> dict[str, Callable[..., Tensor]]:
     """Each way as a function of the map after the stem and the deltas (what has none leaves them)."""
 
-    def modulated(kind: type[_Usual] | None) -> Callable[..., Tensor]:
+    def modulated(kind: type[_Usual] | None, compile_: bool = False) -> Callable[..., Tensor]:
         net = ModulatedResNet(network, fused=kind is None)
         if kind is not None:
             for name, module in list(net.network.named_modules()):
                 if isinstance(module, ModulatedBatchNorm2d):
                     net.network.set_submodule(name, kind(module))
         net.to(device, memory_format=layout)
+        if compile_:
+            net.compile()
         return lambda map_, deltas: net(StageMap(0, map_), Modulation(*deltas))
 
     resnet = build_resnet(network).requires_grad_(False).eval().to(device, memory_format=layout)
@@ -104,7 +122,10 @@ def _ways(network: str, device: torch.device, layout: torch.memory_format) -> di
             map_ = stage(map_)
         return map_
 
-    return {"ours": modulated(None), "plain": plain, "usual": modulated(_Usual), "stacked": modulated(_Stacked)}
+    ways = {"ours": modulated(None), "plain": plain, "usual": modulated(_Usual), "stacked": modulated(_Stacked)}
+    if compiled:
+        ways |= {"usual, compiled": modulated(_Usual, True), "ours, compiled": modulated(None, True)}
+    return ways
 
 
 def step_rows(cases: tuple[Case, ...], repeats: int, device: torch.device) -> list[dict[str, Any]]:
@@ -115,8 +136,8 @@ def step_rows(cases: tuple[Case, ...], repeats: int, device: torch.device) -> li
 def _rows_of(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    precision = "bfloat16" if device.type == "cuda" else "float32"
-    ways = _ways(case.network, device, layout)
+    precision = case.precision
+    ways = _ways(case.network, device, layout, case.compiled)
     width = sum(layer.channels for layer in ModulatedResNet(case.network).layers)
     map_ = torch.randn(case.batch, 64, case.size // 4, case.size // 4, device=device).to(memory_format=layout)
     deltas = [0.1 * torch.randn(case.batch, width, device=device) for _ in "γβ"]
@@ -181,7 +202,7 @@ def _peak_mib(function: Callable[[], Any], device: torch.device) -> float | None
 
 
 def kept_bytes(function: Callable[[], Tensor], batch: int) -> float:
-    """Bytes an image of all memory that autograd keeps, weights left out (nothing of them grows with the batch)."""
+    """Bytes an image of all memory that autograd keeps, without the weights (nothing of them grows with the batch)."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

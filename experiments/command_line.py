@@ -90,6 +90,7 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
     takes_settings(added)
 
     _bench_options(command("bench"))
+    _gpu_check_options(command("gpu-check"))
     _features_options(command("features"), takes_settings)
     _experiment_options(command("experiment"), takes_settings)
     return parser
@@ -105,6 +106,17 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--tiny", action="store_true", help="a small network and few pictures: whether it runs")
     added.add_argument("--json", action="store_true")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
+
+
+def _gpu_check_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file a step, and gpu-check.zip of all")
+    added.add_argument("--minutes", type=_positive, default=9, metavar="N", help="after which all is ended (9)")
+    added.add_argument("--step", action="append", default=[], metavar="STEP", help="only this one; as often as wanted")
+    added.add_argument("--suite", action="append", metavar="NAME", help="of experiments/suites; instead of the usual")
+    added.add_argument("--no-suites", action="store_true", help="the steps alone")
+    added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="trainings of a suite at once (8)")
+    added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")
+    added.add_argument("--tiny", action="store_true", help="small sizes: whether it runs, not how fast it is")
 
 
 def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:

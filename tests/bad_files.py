@@ -18,14 +18,15 @@ from tests.conftest import ROOT
 from tests.raw_files import TRAIN, VAL, change, write_split
 
 
+def png_block(name: bytes, content: bytes) -> bytes:
+    """A block of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
     """A PNG with the header that is asked for, whatever the pixels."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    parts = png_block(b"IHDR", header) + png_block(b"IDAT", zlib.compress(pixels)) + png_block(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 
 

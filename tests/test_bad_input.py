@@ -105,7 +105,7 @@ CASES = [
     *[
         (f"train --config {{tiny}} name=new question.glove={{glove:{name}}}", f"{name}.zip: {says}")
         for name, says in {
-            "two": "must hold one .txt file, holds 2",
+            "two": "name one file of the archive",
             "nan": "line 1: expected a word and 300 numbers",
             "damaged": "cannot be read (Error -3",
             "encrypted": "cannot be read",

@@ -7,7 +7,9 @@ import io
 import json
 import pickle
 import resource
+import tracemalloc
 import zipfile
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from data.files import as_cell
 from data.images import MOST_PIXELS, decode_image
 from data.vqa_files import SplitFiles
 from experiments.tables import markdown_table
-from tests.bad_files import laughs, png
+from tests.bad_files import laughs, png, png_block
 from tests.conftest import ROOT
 from tests.test_report import demo, inspection, photo, reading
 from vqa.backbone import build_resnet
@@ -149,6 +151,19 @@ def test_a_decompression_bomb_costs_no_memory(tmp_path, width, height):
     with pytest.raises(InputError, match=r"bomb.png: (too large an image|cannot be read)"):
         decode_image(tmp_path / "bomb.png", 32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+@pytest.mark.parametrize("keyword", [b"text", b"XML:com.adobe.xmp"])
+def test_a_compressed_text_beside_the_pixels_costs_no_memory(tmp_path, keyword):
+    Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png")
+    whole = (tmp_path / "bomb.png").read_bytes()
+    bomb = png_block(b"zTXt", keyword + b"\0\0" + zlib.compress(b" " * 200_000_000))
+    (tmp_path / "bomb.png").write_bytes(whole[:33] + bomb + whole[33:])
+    tracemalloc.start()
+    assert decode_image(tmp_path / "bomb.png", 8).shape == (8, 8, 3)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**26
 
 
 def test_an_image_id_cannot_leave_its_folder():

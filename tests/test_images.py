@@ -2,6 +2,7 @@
 
 import json
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from data.errors import InputError
 from data.images import Preprocessing, decode_image, read_image
-from tests.bad_files import png
+from tests.bad_files import png, png_block
 
 
 def test_images_are_plainly_resized_rgb(tmp_path):
@@ -107,6 +108,58 @@ def test_a_damaged_block_beside_the_picture_says_nothing(tmp_path, kind, block):
     corners().save(tmp_path / f"a.{kind}", **block)
     with warnings.catch_warnings(action="error"):
         assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+TURNED = b'<x:xmpmeta tiff:Orientation="6"/>'
+EXIF = Image.Exif()
+EXIF[0x112] = 6
+RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(EXIF.tobytes()), EXIF.tobytes().hex().encode())
+UPRIGHT, SIDEWAYS = (64, 48), (48, 64)
+
+
+def packed(text: bytes) -> bytes:
+    return zlib.compress(text + b" " * 3_000_000)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize(
+    ("blocks", "size"),
+    [
+        ([(b"iCCP", b"profile\0\0" + packed(b""))], UPRIGHT),
+        ([(b"iCCP", b"profile\0\5")], UPRIGHT),
+        ([(b"gAMA", b"")], UPRIGHT),
+        ([(b"zTXt", b"text\0\0" + packed(b""))], UPRIGHT),
+        ([(b"tEXt", b"text\0" + b"x" * 2**20)] * 70, UPRIGHT),
+        ([(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed(TURNED))], SIDEWAYS),
+        ([(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + TURNED), (b"iCCP", b"p\0\0" + packed(b""))], SIDEWAYS),
+        ([(b"zTXt", b"text\0\0" + packed(b"")), (b"eXIf", EXIF.tobytes()[6:])], SIDEWAYS),
+        ([(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE))], SIDEWAYS),
+        ([(b"tEXt", b"Raw profile type exif\0" + RAW_PROFILE)], SIDEWAYS),
+        ([(b"tEXt", b"exif\0" + EXIF.tobytes())], SIDEWAYS),
+    ],
+    ids=lambda value: value[0][0].decode() if isinstance(value, list) else "",
+)
+def test_blocks_beside_the_pixels_of_a_png_are_left_out(tmp_path, blocks, size, behind):
+    corners().save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    place = len(whole) - 12 if behind else 33
+    added = b"".join(png_block(name, content) for name, content in blocks)
+    (tmp_path / "a.png").write_bytes(whole[:place] + added + whole[place:])
+    with warnings.catch_warnings(action="error"):
+        image = read_image(tmp_path / "a.png")
+    assert image.size == size
+    turned = corners() if size == UPRIGHT else corners().transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(image), np.asarray(turned))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [(kind, given) for kind in ("webp", "tiff", "avif") for given in ("icc_profile", "xmp")]
+    + [("jpg", "icc_profile"), ("gif", "comment")],
+)
+def test_large_blocks_beside_the_pixels_do_not_matter(tmp_path, kind, given):
+    corners().save(tmp_path / f"a.{kind}", **{given: b"x" * 3_000_000})
+    assert read_image(tmp_path / f"a.{kind}").size == UPRIGHT
 
 
 @pytest.mark.parametrize(

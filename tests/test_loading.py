@@ -79,6 +79,19 @@ def test_the_order_is_a_formula_of_seed_and_epoch():
     assert len(list(EpochSampler(5, 8, 1, 1))) == 1
 
 
+@pytest.mark.parametrize("together", [1, 4])
+def test_with_fewer_questions_than_processes_each_has_one(together):
+    for size, world in ((1, 2), (2, 5)):
+        images = np.zeros(size, np.int64)
+        samplers = [
+            EpochSampler(size, world, 1, 1, rank, world, images=images, together=together) for rank in range(world)
+        ]
+        assert [len(sampler) for sampler in samplers] == [1] * world
+        rows = [batch for sampler in samplers for batch in sampler]
+        assert [len(batch) for batch in rows] == [1] * world
+        assert {row for batch in rows for row in batch} == set(range(size))
+
+
 def test_evaluation_meets_every_question_once(dataset):
     for world in (1, 3):
         met = [r for rank in range(world) for batch in InOrderSampler(dataset.table, 7, rank, world) for r in batch]

@@ -11,6 +11,7 @@ from data.errors import InputError
 from data.table import NO_ANSWER
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model, build_optimiser
+from vqa.bundle import load_bundle
 from vqa.engine import answer_targets
 from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.recipes import load_settings
@@ -262,6 +263,20 @@ def test_a_constant_condition_gives_every_question_the_same_deltas(tiny):
     torch.testing.assert_close(deltas.gamma[:1].expand(3, -1), deltas.gamma)
 
 
+def test_the_mean_question_is_one_vector_as_long_as_a_question(tiny):
+    model = model_of(tiny, "cbn.condition=mean_question")
+    images, tokens, lengths = example()
+    model.set_mean_question(tokens, lengths)
+    embeddings = model.question(tokens, lengths).detach()
+    assert model.mean_question.norm() == pytest.approx(embeddings.norm(dim=1).mean().item(), rel=1e-5)
+    assert F.cosine_similarity(model.mean_question, embeddings.mean(0), dim=0) == pytest.approx(1, abs=1e-5)
+    expected = model.predictor(model.mean_question[None].expand(3, -1)).gamma
+    torch.testing.assert_close(model(images, tokens, lengths).modulation.gamma, expected)
+    before = model.mean_question.clone()
+    model.train()(images, tokens.flip(1), lengths).logits.sum().backward()
+    assert torch.equal(model.mean_question, before)
+
+
 def test_a_shuffled_condition_gives_a_sample_the_deltas_of_another(tiny):
     images, tokens, lengths = example(batch=4)
     model, own = model_of(tiny, "cbn.condition=shuffled"), model_of(tiny)
@@ -286,3 +301,32 @@ def test_a_model_without_image_or_question_does_not_depend_on_it(tiny):
 def test_controls_have_nothing_to_condition(tiny):
     with pytest.raises(InputError, match="set cbn.stages="):
         build_model(load_settings(tiny, ["inputs=[image]"]), 20, 5, pretrained=False)
+
+
+def tensors_in(value, seen):
+    """Every tensor that can be reached from a value, whether or not it is a parameter or a buffer."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | set):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part, seen)
+    elif isinstance(value, nn.Module):
+        yield from tensors_in(vars(value), seen)
+
+
+def test_nothing_of_a_loaded_model_is_left_on_meta(trained):
+    """Models are built on the meta device before their weights are loaded."""
+    model = load_bundle(trained).model
+    found = list(tensors_in(model, set()))
+    assert len(found) > len(list(model.parameters()))
+    assert not [tensor.shape for tensor in found if tensor.is_meta]
+
+
+def test_a_loaded_model_predicts_the_same_deltas_in_one_product_as_one_by_one(trained):
+    model = load_bundle(trained).model
+    hidden = torch.randn(3, len(model.predictor.gamma.hidden_bias))
+    for mlps in (model.predictor.gamma, model.predictor.beta):
+        torch.testing.assert_close(mlps._in_one_product(hidden), mlps._one_by_one(hidden))

@@ -233,6 +233,17 @@ def test_few_answers_are_warned_of(tmp_path, capsys):
     assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
 
 
+def test_remarks_on_the_questions_are_printed_once(tmp_path, capsys):
+    files = write_split(tmp_path, "train", [(1, 1, "这是什么", ["红色"] * 10)])
+    change(files.annotations, lambda content: content["annotations"][0]["answers"][0].pop("answer_id"))
+    make({"train": files, "val": files}, tmp_path / "data.h5")
+    out = capsys.readouterr().out
+    assert out.count("2 question(s) have answers whose answer_id is missing or repeated") == 1
+    assert out.count("2 question(s) are in a script without blanks between words") == 1
+    make({"train": files, "val": files}, tmp_path / "data.h5")
+    assert "question(s)" not in capsys.readouterr().out
+
+
 def test_words_that_are_all_too_rare_are_an_error(raw, tmp_path):
     with pytest.raises(InputError, match="data.min_word_count: no word occurs 99 times in the training questions"):
         make(raw, tmp_path / "data.h5", min_word_count=99)

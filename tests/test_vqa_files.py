@@ -4,15 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.files import read_json_list
-from data.vqa_files import Question, SplitFiles, read_questions
+from data.vqa_files import Question, SplitFiles, read_questions, remarks
 from tests.conftest import fuzzed
 from tests.raw_files import change
+from vqa.metrics import question_accuracy
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
@@ -48,6 +50,40 @@ def test_wrong_question_files_are_named(raw, edit, message):
     change(raw["train"].questions, edit)
     with pytest.raises(InputError, match=message):
         read_questions(raw["train"].questions, raw["train"].annotations)
+
+
+@pytest.mark.parametrize(
+    ("edit", "warned"),
+    [
+        (lambda entry: entry.pop("answer_id"), True),
+        (lambda entry: entry.update(answer_id=1), True),
+        (lambda entry: entry.update(answer_id=[1]), True),
+        (lambda entry: entry.update(answer_id=entry["answer_id"] + 1), False),
+    ],
+    ids=["missing", "repeated", "a list", "one to ten"],
+)
+def test_answers_that_the_official_tool_cannot_tell_apart_are_said(raw, edit, warned):
+    def of_the_first(content):
+        for entry in content["annotations"][0]["answers"]:
+            edit(entry)
+
+    change(raw["train"].annotations, of_the_first)
+    questions = read_questions(raw["train"].questions, raw["train"].annotations)
+    listed = json.loads(raw["train"].annotations.read_text())["annotations"][0]["answers"]
+    # as the official tool counts: the entries that agree with the answer, among those that differ from each entry
+    agreeing = [sum(other["answer"] == "black" for other in listed if other != entry) for entry in listed]
+    official = np.mean([min(1, count / 3) for count in agreeing])
+    assert question_accuracy("black", questions[0].answers) == 1
+    assert official == (0 if warned else 1)
+    said = [remark for remark in remarks(questions) if "answer_id" in remark]
+    assert len(said) == warned
+    assert all(remark.startswith("1 question(s)") for remark in said)
+
+
+@pytest.mark.parametrize("text", ["这是什么颜色？", "これは何色", "นี่สีอะไร", "ນີ້ສີຫຍັງ", "នេះពណ៌អ្វី", "ဒါဘာအရောင်လဲ"])
+def test_scripts_without_blanks_are_said(text):
+    (said,) = remarks([Question(1, 1, text), Question(2, 1, "what colour is it? 色"), Question(3, 1, "आज मौसम कैसा है")])
+    assert said.startswith("1 question(s) are in a script without blanks")
 
 
 def test_what_else_stands_beside_an_answer_is_no_matter(raw):

@@ -66,6 +66,61 @@ def test_the_vocabulary_is_that_of_a_trainer(questions, min_count):
     assert ours.to_str() == theirs.to_str()
 
 
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("आज मौसम कैसा है भाई?", ["आज", "मौसम", "कैसा", "है", "भाई", "?"]),
+        ("İstanbul e\u0301x\u0323é's", ["i\u0307stanbul", "éx\u0323é's"]),
+        ("می\u200cخواهم क्\u200dष", ["می\u200cخواهم", "क्\u200dष"]),
+        ("สวัสดี ครับ", ["สวัสดี", "ครับ"]),
+        ("❤\ufe0fabc 1\ufe0f\u20e3 \u0301", ["❤\ufe0f", "abc", "1\ufe0f\u20e3", "\u0301"]),
+    ],
+)
+def test_words_keep_their_combining_marks(question, expected):
+    tokenizer = train_tokenizer([question], 1)
+    assert words(tokenizer, question) == expected
+    assert encode(tokenizer, [question])[1].tolist() == [len(expected)]
+    assert UNKNOWN_ID not in encode(tokenizer, [question])[0]
+
+
+OLDER = """{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<pad>",
+"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},{"id":1,"content":"<unk>",
+"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"Sequence",
+"normalizers":[{"type":"NFC"},{"type":"Lowercase"}]},"pre_tokenizer":{"type":"Split","pattern":{"Regex":
+"[\\\\p{L}\\\\p{N}]+(?:['’][\\\\p{L}\\\\p{N}]+)*|[^\\\\s\\\\p{L}\\\\p{N}]"},"behavior":"Removed","invert":true},
+"post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"<pad>":0,"<unk>":1,"है":2,"ह":3,"ै":4,"is":5},
+"unk_token":"<unk>"}}"""
+
+
+def test_files_made_with_the_older_pattern_are_read_as_they_were(raw, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text(OLDER, encoding="utf-8")
+    older = load_tokenizer(tmp_path)
+    assert words(older, "है is") == ["ह", "ै", "is"]
+    assert encode(older, ["है is"])[0].tolist() == [3, 4, 5]
+    monkeypatch.setattr("data.preprocess.train_tokenizer", lambda *_: older)
+    make(raw, tmp_path / "older.h5")
+    store = Store(tmp_path / "older.h5")
+    assert store.tokenizer.to_str() == older.to_str()
+    assert store.table("train").words(2).tolist() == [5, 1, 1, 1]
+    (tmp_path / "again").mkdir()
+    save_tokenizer(store.tokenizer, tmp_path / "again")
+    assert words(load_tokenizer(tmp_path / "again"), "है") == ["ह", "ै"]
+
+
+def test_special_tokens_are_never_made_from_text(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    questions = ["is <pad> there?", "<unk><pad>", "<PAD>"]
+    tokenizer = train_tokenizer(questions, 1)
+    save_tokenizer(tokenizer, tmp_path)
+    for known in (tokenizer, load_tokenizer(tmp_path)):
+        tokens, lengths = encode(known, questions)
+        assert lengths.tolist() == [6, 6, 3]
+        assert not {PAD_ID, UNKNOWN_ID} & set(tokens.tolist())
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs(questions[1])["input_ids"] == tokens[6:12].tolist()
+
+
 def test_transformers_loads_the_tokenizer(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
@@ -152,10 +207,32 @@ def test_glove_rows_of_known_words_only(tmp_path):
         assert vectors.tolist() == [[0, 0, 0], [4, 5, 6], [7, 8, 9]]
 
 
+def test_a_word_with_two_vectors_counts_once(tmp_path):
+    (tmp_path / "glove.txt").write_text("the 1 2\ncat 4 5\ncat 6 7\n")
+    vectors, found = read_glove(tmp_path / "glove.txt", {"<pad>": 0, "cat": 1}, 2)
+    assert found == 1
+    assert vectors.tolist() == [[0, 0], [6, 7]]
+
+
+def test_a_file_of_a_glove_archive_can_be_named(tmp_path):
+    file = tmp_path / "glove.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("glove.2d.txt", "cat 1 2\n")
+        archive.writestr("__MACOSX/._glove.2d.txt", b"\0\5\x16\7")
+    assert read_glove(file, {"cat": 0}, 2)[1] == 1
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("all/glove.3d.txt", "cat 1 2 3\n")
+    assert read_glove(file / "all/glove.3d.txt", {"cat": 0}, 3)[0].tolist() == [[1, 2, 3]]
+    for asked in (file, file / "absent.txt"):
+        with pytest.raises(InputError, match=r"question.glove=.*glove.zip/NAME; it holds glove.2d.txt, .*glove.3d.txt"):
+            read_glove(asked, {"cat": 0}, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"cat 1 2\n", "line 1: expected a word and 3 numbers"),
+        ("long.txt", b"cat 1 2 3 4 5\n", "its vectors are of 5 numbers, question.glove_size is 3"),
         ("b.txt", b"the 1 2 3\ncat 1 x 3\n", "line 2"),
         ("c.txt", b"dog 1 2 3\n", "holds none of the 1 known words"),
         ("d.zip", b"no zip", "not a zip file"),

@@ -168,9 +168,6 @@ class DeltaMLPs(nn.Module):
         self.weight = nn.Parameter(torch.cat([mlp[2].weight.detach() for mlp in mlps]))  # [sum of C, H]
         self.bias = nn.Parameter(torch.cat([mlp[2].bias.detach() for mlp in mlps]))  # [sum of C]
         self.piece = math.gcd(*self.channels)
-        self._norm_of_piece = torch.tensor(
-            [norm for norm, count in enumerate(self.channels) for _ in range(count // self.piece)]
-        )
 
     def forward(self, condition: Tensor) -> Tensor:
         """Condition [B, D] → deltas [B, sum of C]."""
@@ -183,9 +180,10 @@ class DeltaMLPs(nn.Module):
         return torch.cat([part @ weight.T for part, weight in parts], dim=1)
 
     def _in_one_product(self, hidden: Tensor) -> Tensor:
-        if self._norm_of_piece.device != hidden.device:
-            self._norm_of_piece = self._norm_of_piece.to(hidden.device)
-        parts = hidden.view(len(hidden), -1, self.hidden_size).transpose(0, 1)[self._norm_of_piece]  # [pieces, B, H]
+        norms = [norm for norm, count in enumerate(self.channels) for _ in range(count // self.piece)]
+        # Made here, not kept: a plain tensor of the module would stay on the device it was built on.
+        norm_of_piece = torch.tensor(norms, device="cpu").to(hidden.device, non_blocking=True)
+        parts = hidden.view(len(hidden), -1, self.hidden_size).transpose(0, 1)[norm_of_piece]  # [pieces, B, H]
         weights = self.weight.view(len(parts), self.piece, self.hidden_size)
         return torch.bmm(parts, weights.transpose(1, 2)).transpose(0, 1).reshape(len(hidden), -1)
 

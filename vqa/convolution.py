@@ -88,7 +88,8 @@ class _OfFrozenWeight(torch.autograd.Function):
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
         of_x, _, _ = torch.ops.aten.convolution_backward(
             gradient,
-            _placeholder(gradient, ctx.shape, layout),
+            # of the input only shape and layout are read: memory that is never touched stands for it
+            torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout),
             weight.to(gradient.dtype, memory_format=layout),  # cast as autocast did
             None,
             stride,
@@ -100,17 +101,6 @@ class _OfFrozenWeight(torch.autograd.Function):
             [True, False, False],
         )
         return of_x, None, None, None
-
-
-def _placeholder(like: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
-    """Stands for the input, of which only shape and layout are looked at.
-
-    On a CPU it is memory that is never touched, as one element expanded would be written out there; elsewhere it is
-    that one element.
-    """
-    if like.device.type == "cpu":
-        return torch.empty(shape, dtype=like.dtype, memory_format=layout)
-    return like.new_empty(1).expand(shape)
 
 
 class _Ordered:

@@ -10,7 +10,7 @@ from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
 from vqa.question import QuestionEncoder, QuestionKinds
 from vqa.resnet import ModulatedResNet, StageMap
 
-Condition = Literal["question", "kind", "constant", "shuffled"]
+Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
 
 
 class Output(NamedTuple):
@@ -62,8 +62,9 @@ class VQAModel(nn.Module):
             predictor: what predicts the deltas, of embeddings [B, D] or (for the condition `kind`) of kinds [B].
             attention: scores of positions.
             fusion: e_q and e_v to answers.
-            condition: what the predictor is given: the `question`, its `kind`, or for controls a `constant` (ones) or
-                another question of the batch (`shuffled`; ones where there is no other).
+            condition: what the predictor is given: the `question`, its `kind`, or for controls a `constant` (ones), the
+                `mean_question` (one fixed vector, see `set_mean_question`) or another question of the batch
+                (`shuffled`; ones where there is no other).
             normalise: what is done to the feature map before attention (`normalise_features`).
             scale: likewise.
             sees_image: False for the control that does not see the image: a map of ones stands for its features.
@@ -74,6 +75,22 @@ class VQAModel(nn.Module):
         self.condition, self.normalise, self.scale = condition, normalise, scale
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.sees_image = sees_image
+        if condition == "mean_question":
+            self.register_buffer("mean_question", torch.ones(fusion.question.in_features))
+
+    @torch.no_grad()
+    def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Sets the fixed vector of the condition `mean_question`: the mean of the embeddings of these questions by the
+        present encoder, rescaled to the mean of their norms. So the control begins with the deltas of an ordinary
+        question, and not of a vector of another size.
+
+        Args:
+            tokens: word ids [N, T].
+            lengths: [N].
+        """
+        embeddings = self.question(tokens, lengths)  # [N, D]
+        mean = embeddings.mean(0)
+        self.mean_question.copy_(mean * (embeddings.norm(dim=1).mean() / mean.norm()))
 
     def forward(
         self,
@@ -108,6 +125,8 @@ class VQAModel(nn.Module):
     def _condition_of(self, question: Tensor, tokens: Tensor) -> Tensor:
         if self.kinds is not None:
             return self.kinds(tokens)
+        if self.condition == "mean_question":
+            return self.mean_question.expand_as(question)
         if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
             return torch.ones_like(question)
         if self.condition == "shuffled":

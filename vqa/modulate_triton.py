@@ -23,26 +23,26 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _of_channels(values, row, column, rows, columns, CHANNELS_LAST: tl.constexpr):
-    """A value a channel of this sample, in the shape of the tile's columns or rows."""
+def _of_channels(values, stride, row, column, rows, columns, CHANNELS_LAST: tl.constexpr):
+    """A value a channel of this sample, in the shape of the tile's columns or rows; `stride` from sample to sample."""
     if CHANNELS_LAST:
-        found = tl.load(values + tl.program_id(0) * columns + column, mask=column < columns, other=0.0)[None, :]
+        found = tl.load(values + tl.program_id(0) * stride + column, mask=column < columns, other=0.0)[None, :]
     else:
-        found = tl.load(values + tl.program_id(0) * rows + row, mask=row < rows, other=0.0)[:, None]
+        found = tl.load(values + tl.program_id(0) * stride + row, mask=row < rows, other=0.0)[:, None]
     return found.to(tl.float32)
 
 
 @triton.jit
 def _forward_kernel(
-    x, scale, shift, residual, y, bits, rows, columns,
+    x, scale, shift, residual, y, bits, scale_stride, shift_stride, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     row, column, there, place = _tile(rows, columns, ROWS, COLUMNS)
     sample = tl.program_id(0).to(tl.int64)
     begin = sample * rows * columns
-    factor = _of_channels(scale, row, column, rows, columns, CHANNELS_LAST)
-    term = _of_channels(shift, row, column, rows, columns, CHANNELS_LAST)
+    factor = _of_channels(scale, scale_stride, row, column, rows, columns, CHANNELS_LAST)
+    term = _of_channels(shift, shift_stride, row, column, rows, columns, CHANNELS_LAST)
     out = tl.load(x + begin + place, mask=there, other=0.0).to(tl.float32) * factor + term
     if RESIDUAL:
         out += tl.load(residual + begin + place, mask=there, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    gradient, x, scale, shift, bits, of_x, of_scale, of_shift, of_residual, rows, columns,
+    gradient, x, scale, shift, bits, of_x, of_scale, of_shift, of_residual, scale_stride, shift_stride, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr, BITS: tl.constexpr,
     WANTS_X: tl.constexpr, WANTS_SCALE: tl.constexpr, WANTS_SHIFT: tl.constexpr, WANTS_RESIDUAL: tl.constexpr,
@@ -72,14 +72,15 @@ def _backward_kernel(
     if WANTS_SCALE:
         value = tl.load(x + begin + place, mask=there, other=0.0).to(tl.float32)
     if WANTS_X or (RELU and not BITS):
-        factor = _of_channels(scale, row, column, rows, columns, CHANNELS_LAST)
+        factor = _of_channels(scale, scale_stride, row, column, rows, columns, CHANNELS_LAST)
     if RELU:
         if BITS:
             width = (columns + 7) // 8
             byte = sample * rows * width + row[:, None] * width + column[None, :] // 8
             opened = (tl.load(bits + byte, mask=there, other=0).to(tl.int32) >> (column % 8)[None, :]) & 1 > 0
         else:
-            opened = value * factor + _of_channels(shift, row, column, rows, columns, CHANNELS_LAST) > 0.0
+            term = _of_channels(shift, shift_stride, row, column, rows, columns, CHANNELS_LAST)
+            opened = value * factor + term > 0.0
         g = tl.where(opened, g, 0.0)
     if WANTS_RESIDUAL:
         tl.store(of_residual + begin + place, g.to(of_residual.dtype.element_ty), mask=there)
@@ -108,7 +109,7 @@ def forward(
     rows, columns, tile = _matrices(x)
     bits = torch.empty(len(x), rows, -(-columns // 8), dtype=torch.uint8, device=x.device) if keeps_bits else None
     _forward_kernel[_grid(x, rows, columns, tile)](
-        x, scale.contiguous(), shift.contiguous(), residual, y, bits, rows, columns,
+        x, scale, shift, residual, y, bits, scale.stride(0), shift.stride(0), rows, columns,
         **tile, RESIDUAL=residual is not None, RELU=relu, BITS=keeps_bits,
     )  # fmt: skip
     return y, bits
@@ -127,22 +128,23 @@ def backward(
     wants_residual: bool,
 ) -> tuple[Tensor | None, ...]:
     """As `modulate_eager.backward`; computed in float32."""
-    scale, shift = (None if part is None else part.contiguous() for part in (scale, shift))
     rows, columns, tile = _matrices(gradient)
     grid = _grid(gradient, rows, columns, tile)
     of_x = torch.empty_like(gradient) if wants_x else None
     of_residual = torch.empty_like(gradient) if wants_residual else None
     tiles = grid[1] if tile["CHANNELS_LAST"] else grid[2]
-    of_scale, of_shift = (
-        gradient.new_empty(len(gradient), tiles, gradient.shape[1], dtype=torch.float32) if wanted else None
-        for wanted in (wants_scale, wants_shift)
-    )
+    wanted = [wants_scale, wants_shift]
+    sums = gradient.new_empty(sum(wanted), len(gradient), tiles, gradient.shape[1], dtype=torch.float32)
+    parts = iter(sums)
+    of_scale, of_shift = (next(parts) if wants else None for wants in wanted)
+    strides = (0 if part is None else part.stride(0) for part in (scale, shift))
     _backward_kernel[grid](
-        gradient, x, scale, shift, bits, of_x, of_scale, of_shift, of_residual, rows, columns,
+        gradient, x, scale, shift, bits, of_x, of_scale, of_shift, of_residual, *strides, rows, columns,
         **tile, RELU=relu, BITS=bits is not None,
         WANTS_X=wants_x, WANTS_SCALE=wants_scale, WANTS_SHIFT=wants_shift, WANTS_RESIDUAL=wants_residual,
     )  # fmt: skip
-    of_scale, of_shift = (None if part is None else part.sum(1) for part in (of_scale, of_shift))
+    parts = iter(sums.sum(2))
+    of_scale, of_shift = (next(parts) if wants else None for wants in wanted)
     return of_x, of_scale, of_shift, of_residual
 
 

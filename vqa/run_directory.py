@@ -146,10 +146,10 @@ def _cpu() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit this code is of, marked if files were changed since; None outside a checkout."""
+    """The commit of this code, marked if files were changed since; outside a checkout what GIT_COMMIT says, or None."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         asked = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git
-        return None
-    return asked.stdout.strip() or None
+        return os.environ.get("GIT_COMMIT")
+    return asked.stdout.strip() or os.environ.get("GIT_COMMIT")

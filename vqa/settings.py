@@ -56,7 +56,7 @@ class BackboneSettings(_Section):
 class CBNSettings(_Section):
     """Where and how batch norms are conditioned on the question (PAPER, section 2 and 3)."""
 
-    condition: Literal["question", "kind", "constant", "shuffled"]
+    condition: Literal["question", "kind", "constant", "mean_question", "shuffled"]
     normaliser: Literal["batch", "instance", "group", "layer"]
     stages: list[Literal[1, 2, 3, 4]]
     stem: bool

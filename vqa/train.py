@@ -28,6 +28,8 @@ from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
 from vqa.training_data import TrainingData, first_words
 
+MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
+
 
 def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
     """Trains a recipe into `runs/NAME`.
@@ -103,6 +105,8 @@ class Training:
             model.question.set_fixed(torch.from_numpy(vectors))
         if model.kinds is not None and fresh:
             model.kinds.set_from(torch.from_numpy(first_words(self.data.training.table)))
+        if model.condition == "mean_question" and fresh:
+            model.set_mean_question(*self.data.training.words(range(min(len(self.data.training), MEAN_OF))))
         return model.to(self.device)
 
     def sampler(self, epoch: int) -> EpochSampler:

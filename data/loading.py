@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.bad_images import settle_bad_images, stand_in
 from data.errors import InputError
 from data.images import decode_image
 from data.table import QuestionTable
@@ -37,12 +38,13 @@ class Batch(NamedTuple):
     def parts(self, count: int) -> "list[Batch]":
         """The batch in (at most) so many batches of about the same number of questions."""
         return (
-            [self._of(rows) for rows in torch.arange(len(self.rows), device=self.rows.device).chunk(count)]
+            [self.of(rows) for rows in torch.arange(len(self.rows), device=self.rows.device).chunk(count)]
             if count > 1
             else [self]
         )
 
-    def _of(self, rows: torch.Tensor) -> "Batch":
+    def of(self, rows: torch.Tensor) -> "Batch":
+        """The batch of some of its questions, int64."""
         kept, places = torch.unique(self.places[rows], return_inverse=True)
         of_questions = (part[rows] for part in (self.tokens, self.lengths, self.labels, self.rows))
         return Batch(self.images[kept], places, *of_questions)
@@ -55,14 +57,34 @@ class Images(Protocol):
 
 
 class FileImages:
-    """Images decoded from their files when asked for; the last few are kept, as questions come image by image."""
+    """Images decoded from their files when asked for; the last few are kept, as questions come image by image.
 
-    def __init__(self, files: Sequence[Path], size: int) -> None:
-        self.files, self.size = files, size
+    A stand-in takes the place of one that is missing or unreadable, and `bad` remembers it: whoever reads the images
+    has to `settle` that in the end.
+    """
+
+    def __init__(self, files: Sequence[Path], ids: Sequence[int], size: int) -> None:
+        self.files, self.ids, self.size = files, ids, size
+        # bool [N]; a tensor, since worker processes share its memory
+        self.bad = torch.zeros(len(files), dtype=torch.bool)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """One image, uint8 [S, S, 3]. Raises InputError if its file is missing or no image."""
-        return _decode_once(self.files[row], self.size)
+        """One image, uint8 [S, S, 3]."""
+        try:
+            return _decode_once(self.files[row], self.size)
+        except InputError:
+            self.bad[row] = True
+            return stand_in(self.size)
+
+    def settle(self, skip: bool) -> None:
+        """Lists the bad images so far. Raises InputError if there are some, and `skip` is False."""
+        found: list[tuple[int, str]] = []
+        for row in self.bad.nonzero().flatten().tolist():
+            try:
+                decode_image(self.files[row], self.size)
+            except InputError as error:
+                found.append((self.ids[row], str(error)))
+        settle_bad_images(found, skip)
 
 
 _decode_once = lru_cache(maxsize=16)(decode_image)

@@ -1,18 +1,19 @@
 """Raw questions, annotations and images to one h5 file.
 
-1. a finished file made from the same sources (by their hashes) and settings is left alone;
+1. a finished file made from the same sources (by their hashes) and settings is left alone; one that lacks a split, or
+   was made with other words or answer classes, is made anew as follows, but its images are copied and not decoded;
 2. read the questions of every split, from which the images are known;
 3. begin a file and, in several processes, to decode and resize the images into it;
 4. meanwhile, read the annotations, and write questions and answers into the file, which is `NAME.h5.partial` from then
    on; words and answer classes come from the split `train` only;
 5. mark what is decoded; list the images that are missing or unreadable, and finish, or stop and keep the work done.
 
-A run that finds the partial file decodes what is missing and does step 5.
+A run that finds the partial file copies and decodes what is missing and does step 5. Until the new file is whole, the
+finished one stays as it is.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import numpy as np
 
 from data import store
 from data.answers import answer_vocabulary
+from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.decoding import Decoding
 from data.errors import InputError
-from data.images import IMAGENET_MEAN
+from data.images import decode_image
 from data.locks import held
 from data.progress import progress
-from data.rows import place_of_rows
+from data.provenance import check_same, is_made, provenance_of, stand_ins_said
+from data.rows import copied_rows, place_of_rows, set_rows
 from data.space import check_room, shown
 from data.table import NO_ANSWER, question_table
 from data.tokenizer import PAD, UNKNOWN, train_tokenizer
@@ -34,7 +37,6 @@ from data.vqa_files import Question, SplitFiles, read_asked, remarks, with_annot
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
-_LISTED = 20  # bad images said one by one
 _BYTES_A_QUESTION = 230  # about, that the file needs for a question beside its text
 
 Decoded = Iterator[tuple[int, int | str]]  # rows, each with its checksum or what is wrong with its image
@@ -51,6 +53,9 @@ def preprocess(
     processes: int,
 ) -> None:
     """Makes the h5 file `path`; run again, goes on where it stopped; finished, says so and does nothing.
+
+    A finished file to which splits are added, or which is to have other words or answer classes, is made anew with the
+    images that it has; those that were skipped are decoded again where they no longer may be skipped.
 
     Args:
         splits: raw files by split; one must be called `train`.
@@ -75,66 +80,76 @@ def preprocess(
             if not file.is_file():
                 raise InputError(f"{file}: no such file (split {name!r})")
     settings = {"image_size": image_size, "min_word_count": min_word_count, "answers": answers}
-    if path.exists():
-        _check_same(path, store.Store(path).provenance, _provenance(splits, settings))
-        print(f"{path}: complete, nothing to do")
+    wanted = provenance_of(splits, settings)
+    if is_made(path, wanted, skip_bad_images):
         return
     with held(path.with_name(f".{path.name}.lock"), path):
-        if path.exists():  # another process has finished it since
+        if is_made(path, wanted, skip_bad_images):  # another process has finished it since
             return
         partial = store.partial_path(path)
+        kept = store.Store(path) if path.exists() else None
         with Decoding(image_size, processes) as decoding:
+            decoded = None
             if partial.exists():
-                _check_same(partial, store.read_provenance(partial), _provenance(splits, settings))
-                decoded = _go_on(partial, decoding)
+                check_same(partial, store.read_provenance(partial), wanted)
+                check_room(partial, partial.stat().st_size, _OTHER_DISK)
             else:
-                decoded = _begin(partial, splits, settings, decoding)
-            bad = _mark_decoded(partial, decoded)
+                decoded = _begin(partial, splits, wanted, decoding, kept)
+            if kept is not None:
+                _copy_images(kept, partial)
+            bad = _mark_filled(partial, _go_on(partial, decoding) if decoded is None else decoded)
         if bad:
-            _settle_bad_images(partial, bad, image_size, skip_bad_images)
+            _settle_bad_images(partial, bad, skip_bad_images)
         store.finish(partial, path)
-    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(store.Store(path))}")
 
 
-def _provenance(splits: Mapping[str, SplitFiles], settings: Mapping[str, int]) -> dict[str, Any]:
-    sources = {}
-    for name, files in splits.items():
-        # without the folder, which may move
-        sources[name] = {"images": "/".join(Path(files.images).parts[-2:]), "files": []}
-        for file in filter(None, (files.questions, files.annotations)):
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            sources[name]["files"].append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
-    return {"settings": dict(settings), "sources": sources}
-
-
-def _check_same(path: Path, made: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Refuses to touch a file, finished or begun, that was made from other sources or with other settings."""
-    for key, value in provenance["settings"].items():
-        if made["settings"].get(key) != value:
-            raise InputError(
-                f"{path}: made with {key} {made['settings'].get(key)}, now {value}; name another data.h5 or remove it"
-            )
-    for name in made["sources"].keys() | provenance["sources"].keys():
-        if made["sources"].get(name) != provenance["sources"].get(name):
-            raise InputError(f"{path}: split {name!r} was made from other files; name another data.h5 or remove it")
+def _copy_images(kept: store.Store, partial: Path) -> None:
+    """Copies the images of a finished file, whose rows are the first of the partial file, but for stand-ins."""
+    count, splits = len(kept.usable), list(kept.provenance["sources"])
+    with store.opened_for_writing(partial) as file:
+        place, filled = place_of_rows(file, "images/pixels"), file["images/filled"][:count]
+        same = np.array_equal(file["images/id"][:count], kept.image_ids)
+    if not same or list(store.read_provenance(partial)["sources"])[: len(splits)] != splits:
+        return  # begun before the finished file came here
+    pending = np.flatnonzero(kept.usable & ~filled).tolist()
+    damaged = _mark_filled(partial, copied_rows(store.H5Images(kept.path), place, pending))
+    if damaged:
+        print(f"{kept.path}: {len(damaged)} image(s) are damaged and decoded again")
 
 
 def _go_on(partial: Path, decoding: Decoding) -> Decoded:
     """Begins to decode the images whose rows are not filled."""
     with store.opened_for_writing(partial) as file:
-        check_room(partial, file.id.get_filesize(), _OTHER_DISK)
         names = file["images/file"].asstr()[:]
+        stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
+        set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # they may be mended by now
         pending = np.flatnonzero(~file["images/filled"][:]).tolist()
         return decoding.begin(place_of_rows(file, "images/pixels"), [(row, names[row]) for row in pending])
 
 
-def _begin(partial: Path, splits: Mapping[str, SplitFiles], settings: Mapping[str, int], decoding: Decoding) -> Decoded:
-    """Begins to decode, and writes the tables meanwhile."""
+def _begin(
+    partial: Path,
+    splits: Mapping[str, SplitFiles],
+    wanted: Mapping[str, Any],
+    decoding: Decoding,
+    kept: store.Store | None,
+) -> Decoded | None:
+    """Writes the tables; begins to decode meanwhile, unless there are images to be kept, which are copied first."""
+    stored = [] if kept is None else list(kept.provenance["sources"])
+    splits = {name: splits[name] for name in [*stored, *splits]}  # so that stored images keep their rows
     questions = {name: read_asked(files.questions) for name, files in splits.items()}
     files, ids, rows = _number_images(splits, questions)
+    for name in splits:
+        if name not in stored:
+            check_any_exists((splits[name].image(image_id) for image_id in rows[name]), name)
+    if kept is not None:
+        if kept.provenance == wanted:
+            _check_any_is_mended(kept, ids, files)
+        print(f"{kept.path}: its {kept.usable.sum()} images are kept")
     for name, asked in questions.items():
         print(f"{name}: {len(asked)} questions about {len(rows[name])} images")
+    settings = wanted["settings"]
     size = settings["image_size"]
     pixels = 3 * size**2 * len(ids)
     words = sum(46 + len(file) for file in files)
@@ -142,10 +157,24 @@ def _begin(partial: Path, splits: Mapping[str, SplitFiles], settings: Mapping[st
     print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")
     check_room(partial, pixels + words, _OTHER_DISK)
     with store.begun(partial, image_size=size, image_ids=ids, image_files=files) as (file, place):
-        decoded = decoding.begin(place, list(enumerate(files)))
+        decoded = decoding.begin(place, list(enumerate(files))) if kept is None else None
         tables = _tables(splits, questions, rows, settings)
-        store.write_tables(file, provenance=_provenance(splits, settings), **tables)
+        sources = {name: wanted["sources"][name] for name in splits}
+        store.write_tables(file, provenance=wanted | {"sources": sources}, **tables)
     return decoded
+
+
+def _check_any_is_mended(kept: store.Store, ids: Sequence[int], files: Sequence[str]) -> None:
+    """Refuses to make a file anew for images that are as bad as they were."""
+    bad = []
+    for row in np.flatnonzero(~kept.usable):
+        try:
+            decode_image(Path(files[row]), kept.image_size)
+        except InputError as error:
+            bad.append((ids[row], str(error)))
+        else:
+            return
+    settle_bad_images(bad, skip=False)
 
 
 def _tables(
@@ -179,7 +208,7 @@ def _tables(
 def _number_images(
     splits: Mapping[str, SplitFiles], questions: Mapping[str, Sequence[Question]]
 ) -> tuple[list[str], list[int], dict[str, dict[int, int]]]:
-    """Each image file once, in order of first use; refuses a split of which not one image exists."""
+    """Each image file once, in order of first use."""
     places: dict[str, int] = {}
     ids: list[int] = []
     rows: dict[str, dict[int, int]] = {}
@@ -191,16 +220,11 @@ def _number_images(
                 places[file] = len(places)
                 ids.append(image_id)
             rows[name][image_id] = places[file]
-        if not any(splits[name].image(image_id).exists() for image_id in rows[name]):
-            first = splits[name].image(next(iter(rows[name])))
-            raise InputError(
-                f"{first}: no such file, nor any other image of split {name!r}; see data.splits.{name}.images"
-            )
     return list(places), ids, rows
 
 
-def _mark_decoded(partial: Path, decoded: Decoded) -> dict[int, str]:
-    """Marks the rows that are decoded; returns what is wrong with those that cannot be, by row."""
+def _mark_filled(partial: Path, decoded: Decoded) -> dict[int, str]:
+    """Marks the rows that are decoded or copied; returns what is wrong with those that cannot be, by row."""
     with store.opened_for_writing(partial) as file:
         filled = file["images/filled"][:]
         bad: dict[int, str] = {}
@@ -219,19 +243,10 @@ def _mark_decoded(partial: Path, decoded: Decoded) -> dict[int, str]:
     return bad
 
 
-def _settle_bad_images(partial: Path, bad: Mapping[int, str], image_size: int, skip: bool) -> None:
+def _settle_bad_images(partial: Path, bad: Mapping[int, str], skip: bool) -> None:
     with store.opened_for_writing(partial) as file:
-        ids = file["images/id"][:]
-        print(f"{len(bad)} image(s) missing or unreadable:")
-        for row, reason in islice(bad.items(), _LISTED):
-            print(f"  {ids[row]}: {reason}")
-        if len(bad) > _LISTED:
-            print(f"  and {len(bad) - _LISTED} more")
+        ids, size = file["images/id"][:], file["images/pixels"].shape[1]
         if not skip:
-            listed = ", ".join(str(ids[row]) for row in islice(bad, 5)) + (", …" if len(bad) > 5 else "")
-            raise InputError(
-                f"{len(bad)} image(s) missing or unreadable, by id: {listed}; mend them, or go on without them with "
-                "data.skip_bad_images=true (the other images are kept)"
-            )
-        neutral = np.full((image_size, image_size, 3), np.round(255 * np.array(IMAGENET_MEAN)), np.uint8)
-        store.fill_unusable(file, list(bad), neutral)
+            print(f"{partial}: keeps the other images")
+        settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip)
+        store.fill_unusable(file, list(bad), stand_in(size))

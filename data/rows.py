@@ -169,6 +169,23 @@ def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Sequence[
             write_at(file.id.get_vfd_handle(), kept[run], place.offset + rows[run[0]] * kept.itemsize)
 
 
+def copied_rows(rows: "H5Rows", place: RowPlace, chosen: Sequence[int]) -> Iterator[tuple[int, int | str]]:
+    """Copies rows of a file to the same places of another; yields each with its checksum once it is written, or with
+    what is wrong with it.
+
+    Raises:
+        InputError: the disk is full, or fails.
+    """
+    with naming_write_errors(place.path), place.opened() as file:
+        for row in chosen:
+            try:
+                value = rows[row]
+            except InputError as error:
+                yield row, str(error)
+                continue
+            yield row, place.write(file.fileno(), row, value)
+
+
 def _to_disk(file: h5py.File) -> None:
     with naming_write_errors(Path(file.filename)):
         os.fsync(file.id.get_vfd_handle())

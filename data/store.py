@@ -8,8 +8,10 @@
     /splits/NAME     the arrays of a `data.table.QuestionTable`, by the same names; attribute: digest of them
 
 Work is done in `NAME.h5.partial`, which has that name as soon as its tables are written, and its final name when every
-row is filled. Pixels are written by the processes that decode, without h5py, also while the tables are made; a row is
-marked in `filled` only after it was flushed to the disk, so a killed run loses at most the rows of one flush.
+row is filled. A complete file is never written to: one with other tables takes its place, in which the images that it
+held have the same rows, so that who reads images of the one can go on with the other. Pixels are written by the
+processes that decode, without h5py, also while the tables are made; a row is marked in `filled` only after it was
+flushed to the disk, so a killed run loses at most the rows of one flush.
 
 What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
 Files of version 1 have neither; they are read as they are.
@@ -173,15 +175,33 @@ class Store:
             self.tokenizer = read_tokenizer(file["tokenizer"].asstr()[()], path)
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
             self.usable: np.ndarray = file["images/usable"][:]
+            self.image_ids: np.ndarray = file["images/id"][:]
+            self.checksums: np.ndarray | None = file["images/crc32"][:] if file.attrs["version"] > 1 else None
             self.splits = list(file["splits"])
+            self._digest = file.attrs.get("digest")
             if file.attrs["version"] > 1 and file.attrs["digest"].decode() != _digest_of(file):
                 raise ValueError("its digest is another")
 
+    def stand_ins(self, splits: Sequence[str]) -> int:
+        """How many images that some splits ask about were missing or unreadable."""
+        with _opened(self.path) as file, damage_named(self.path, _REMEDY):
+            rows = [file[f"splits/{split}/images"][:] for split in splits]
+            return int((~self.usable[np.unique(np.concatenate(rows))]).sum())
+
+    def identity(self, splits: Sequence[str]) -> str:
+        """A digest of what a model learns from in some splits; what the file holds beside them is not in it."""
+        sources = {name: source for name, source in self.provenance["sources"].items() if name in splits}
+        parts: list[Any] = [self.provenance | {"sources": sources}, self.tokenizer.to_str(), self.vocabulary]
+        if stand_ins := self.stand_ins(splits):
+            parts.append(stand_ins)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     @property
-    def identity(self) -> str:
-        """A digest of what a model learns from: sources, settings, words and answer classes."""
-        parts = json.dumps([self.provenance, self.tokenizer.to_str(), self.vocabulary], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()
+    def images_identity(self) -> str:
+        """A digest of the images, whatever is asked about them."""
+        if self.checksums is None:
+            return self.identity(self.splits)
+        return hashlib.sha256(f"{self.image_size}".encode() + self.checksums.tobytes()).hexdigest()
 
     def table(self, split: str) -> QuestionTable:
         """The questions of a split.
@@ -192,6 +212,8 @@ class Store:
         if split not in self.splits:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
+            if file.attrs.get("digest") != self._digest:
+                raise InputError(f"{self.path}: was made anew meanwhile; start the command again")
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
@@ -206,6 +228,11 @@ class H5Images(H5Rows):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "images/pixels", _REMEDY)
+
+    @property
+    def bad(self) -> np.ndarray:
+        """Which of them are stand-ins, bool [N]."""
+        return ~Store(self.path).usable
 
 
 def _opened(path: Path) -> h5py.File:

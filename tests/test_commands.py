@@ -106,19 +106,10 @@ def test_a_split_without_annotations_gives_results_only(command, trained, tmp_pa
     assert len(json.loads((tmp_path / "results_test.json").read_text())) == 24
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_split_that_the_h5_does_not_hold_is_read_from_its_files(command, refused, tiny, trained, tmp_path, workers):
+def test_a_split_that_the_h5_does_not_hold_is_read_from_its_files(command, trained, tmp_path):
     split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
-    words = (f"data.splits.test={split}", f"workers={workers}")
-    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, *words)
+    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, f"data.splits.test={split}")
     assert ended.code == 0, ended.err
-    bad = tmp_path / "world"
-    shutil.copytree(tiny.parent / "world", bad)
-    next((bad / "val").glob("*.png")).write_bytes(b"no image")
-    words = (*words, f"data.folder={bad}")
-    said = refused("eval", "--run", trained, "--split", "test", "--out", tmp_path, *words)
-    assert "cannot be read as an image" in said
-    assert "Traceback" not in said
 
 
 def test_incomplete_results_are_never_written():

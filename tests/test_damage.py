@@ -46,7 +46,7 @@ def all_of(path: Path) -> tuple:
     parts = [getattr(table, name).tobytes() for name in store._ARRAYS]
     parts += [getattr(table, name) for name in store._TEXTS]
     parts += [images[row].tobytes() for row in range(len(opened.usable))]
-    return opened.identity, opened.usable.tobytes(), opened.vocabulary, opened.tokenizer.to_str(), parts
+    return opened.identity(opened.splits), opened.usable.tobytes(), opened.vocabulary, opened.tokenizer.to_str(), parts
 
 
 def test_a_flipped_bit_of_an_h5_is_refused_or_changes_nothing(small):

@@ -7,9 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.bad_images import check_any_exists
 from data.errors import InputError
 from data.files import write_json, written_whole
-from data.loading import Batch, FileImages, InOrderSampler, QuestionDataset, make_loader, readable
+from data.loading import (
+    Batch,
+    EpochSampler,
+    FileImages,
+    InOrderSampler,
+    QuestionDataset,
+    make_loader,
+    readable,
+)
 from data.locks import held
 from data.progress import progress
 from data.store import H5Images, Store
@@ -26,7 +35,16 @@ from vqa.settings import Settings, split_files
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
 # A model's settings that say where and how it is evaluated, not what it is.
-_OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision", "workers", "train.batch_size")
+_OVERRIDABLE = (
+    "data.folder",
+    "data.h5",
+    "data.splits.",
+    "data.skip_bad_images",
+    "device",
+    "precision",
+    "workers",
+    "train.batch_size",
+)
 
 
 def evaluate(
@@ -102,8 +120,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for word in overrides:
         if not word.startswith(_OVERRIDABLE):
             raise InputError(
-                f"command line: {word}: a trained model is taken as it is; only where the data are, device, precision, "
-                "workers and train.batch_size can be given"
+                f"command line: {word}: a trained model is taken as it is; only where the data are, "
+                "data.skip_bad_images, device, precision, workers and train.batch_size can be given"
             )
 
 
@@ -121,6 +139,8 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
         table = store.table(split)
         if store.tokenizer.to_str() != bundle.tokenizer.to_str():
             table = table.encoded_with(bundle.tokenizer)
+        if stand_ins := store.stand_ins([split]):
+            print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are seen")
         return QuestionDataset(table, H5Images(h5))
     if split not in settings.data.splits:
         raise InputError(
@@ -134,12 +154,10 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
     questions = read_questions(files.questions, files.annotations)
     image_ids = list(dict.fromkeys(question.image_id for question in questions))
     paths = [files.image(image_id) for image_id in image_ids]
-    if missing := [path for path in paths if not path.exists()]:
-        raise InputError(
-            f"{missing[0]}: no such file ({len(missing)} of {len(paths)} images of split {split!r} missing)"
-        )
+    check_any_exists(paths, split)
     rows = {image_id: row for row, image_id in enumerate(image_ids)}
-    return QuestionDataset(question_table(questions, rows, bundle.tokenizer, bundle.answers), FileImages(paths, size))
+    table = question_table(questions, rows, bundle.tokenizer, bundle.answers)
+    return QuestionDataset(table, FileImages(paths, image_ids, size))
 
 
 def _tell_of_strangers(bundle: Bundle, table: QuestionTable, split: str) -> None:
@@ -180,8 +198,23 @@ def batches_in_order(data: QuestionDataset, settings: Settings, device: torch.de
     Raises:
         InputError: an image is missing or cannot be read.
     """
-    sampler = InOrderSampler(data.table, settings.train.batch_size)
-    yield from progress(readable(make_loader(data, sampler, settings.workers, device)), len(sampler), what)
+    yield from batches_of(data, InOrderSampler(data.table, settings.train.batch_size), settings, device, what)
+
+
+def batches_of(
+    data: QuestionDataset, sampler: InOrderSampler | EpochSampler, settings: Settings, device: torch.device, what: str
+) -> Iterator[Batch]:
+    """The batches of a sampler, with the progress of `what`; bad images of raw files are listed at the end.
+
+    Raises:
+        InputError: an image cannot be read, and is not to be skipped.
+    """
+    skip, images = settings.data.skip_bad_images, data.images
+    for batch in progress(readable(make_loader(data, sampler, settings.workers, device)), len(sampler), what):
+        if skip or not isinstance(images, FileImages) or not images.bad.any():
+            yield batch  # else the others are only read, so that all bad images are listed
+    if isinstance(images, FileImages):
+        images.settle(skip)
 
 
 def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:

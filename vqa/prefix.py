@@ -51,7 +51,7 @@ def prefix_maps(
     count = len(store.usable)
     if 2 * count * encode([0])[0].size > most_gib * 2**30:
         return None
-    identity = {"data": store.identity, "network": _digest(resnet, stage), "stage": stage}
+    identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
     name = f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5"
     return stage, cached_maps(store.path.with_name(name), identity, count, encode)
 

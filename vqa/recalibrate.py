@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from data.loading import EpochSampler, make_loader, readable
-from data.progress import progress
+from data.loading import EpochSampler
 from vqa.build import choose_device
 from vqa.bundle import find_model, load_bundle, save_companions, save_weights
 from vqa.engine import autocast
-from vqa.evaluate import check_overrides, split_data
+from vqa.evaluate import batches_of, check_overrides, split_data
 from vqa.recipes import load_saved
 
 
@@ -48,14 +47,20 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     data = split_data(bundle, settings, split)
     sampler = EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1)
     sampler.batches = min(sampler.batches, batches)
-    loader = make_loader(data, sampler, settings.workers, device)
     model = bundle.model
+    bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
-        for batch in progress(readable(loader), len(sampler), "re-estimating"):
-            moved = batch.to(device)
+        for batch in batches_of(data, sampler, settings, device, "re-estimating"):
+            good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
+            if not good.any():
+                continue
+            questions += int(good.sum())
+            moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
             with autocast(device, settings.precision):
                 images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
                 model(images, moved.tokens, moved.lengths)
+        if not questions:
+            raise InputError(f"split {split!r}: not one of the images can be read")
     save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
     save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
-    return len(sampler) * sampler.batch_size
+    return questions

@@ -120,7 +120,8 @@ class Training:
             InputError: it is damaged, or of other data or another number of processes.
         """
         saved = load_checkpoint(self.run.checkpoint)
-        if saved["data"] != self.data.store.identity:
+        store = self.data.store
+        if saved["data"] not in (self.data.identity, store.identity(store.splits)):  # of all splits: as it was once
             raise InputError(f"{self.data.store.path}: not the data that {self.run.path} was trained on")
         mine, count = self.processes.rank, len(saved["processes"])
         if count != self.processes.world_size:
@@ -141,6 +142,11 @@ class Training:
             f"{self.run.path}: {len(self.data.training)} questions, {self.trained_count:,} trained parameters, "
             f"on {self.device}"
         )
+        if self.data.stand_ins:
+            self._say(
+                f"{self.data.store.path}: {self.data.stand_ins} image(s) were missing or unreadable: their questions "
+                "are not trained on, and validated with a stand-in of the mean colour"
+            )
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         if self.settings.speed.compile:
             self.model.resnet.compile()
@@ -314,7 +320,7 @@ class Training:
                 schedule=self.schedule,
                 progress=self.progress,
                 processes=everyone,
-                data=self.data.store.identity,
+                data=self.data.identity,
             )
 
     def _say(self, text: str) -> None:

@@ -42,6 +42,8 @@ class TrainingData:
             self.validation = QuestionDataset(store.table(settings.train.validate_on), images, share=share)
             if not self.validation.labels.size:
                 raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
+        splits = [*settings.train.splits, *filter(None, [settings.train.validate_on])]
+        self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
         self._see: Callable[[Tensor], Tensor | StageMap] = self.preprocessing.normalise
 

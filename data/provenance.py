@@ -1,0 +1,83 @@
+"""What an h5 file was made from, and what that allows: nothing is to be done, its images can be kept, or it is refused.
+
+A provenance is plain data: {"settings": {…}, "sources": {SPLIT: {"images": …, "files": [{name, bytes, sha256}, …]}}}.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data import store
+from data.errors import InputError
+from data.vqa_files import SplitFiles
+
+
+def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int]) -> dict[str, Any]:
+    """The provenance of a file that is made from raw files, which are read for their hashes."""
+    sources = {}
+    for name, files in splits.items():
+        # without the folder, which may move
+        sources[name] = {"images": "/".join(Path(files.images).parts[-2:]), "files": []}
+        for file in filter(None, (files.questions, files.annotations)):
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            sources[name]["files"].append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
+    return {"settings": dict(settings), "sources": sources}
+
+
+def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> bool:
+    """Whether the file is finished and nothing is to be done, which is said then.
+
+    Raises:
+        InputError: there is a file whose images cannot be kept.
+    """
+    if not path.exists():
+        return False
+    made, partial = store.Store(path), store.partial_path(path)
+    _check_images(path, made.provenance, wanted)
+    done = made.provenance == wanted
+    if done and not made.usable.all():
+        mending = partial.exists() and store.read_provenance(partial) == wanted
+        done = skip_bad_images and not mending
+    if done:
+        print(f"{path}: complete, nothing to do{stand_ins_said(made)}")
+    elif made.checksums is None:
+        raise InputError(
+            f"{path}: made before there were checksums, its images cannot be kept; remove it and run again"
+        )
+    return done
+
+
+def stand_ins_said(made: store.Store) -> str:
+    """How many images of a file are stand-ins, as the end of a line about it."""
+    if made.usable.all():
+        return ""
+    count = f"; {(~made.usable).sum()} of its {len(made.usable)} images were missing or unreadable: "
+    return count + "stand-ins are in their place until they are mended and data.skip_bad_images is false"
+
+
+def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses to go on with a file that was begun from other sources or with other settings. Raises InputError."""
+    _check_images(partial, begun, wanted)
+    others = [f"data.{key}={value}" for key, value in begun["settings"].items() if wanted["settings"].get(key) != value]
+    others += [f"no split {name!r}" for name in wanted["sources"] if name not in begun["sources"]]
+    if others:
+        raise InputError(
+            f"{partial}: begun with {' and '.join(others)}; finish it so first (its images are then kept), name "
+            "another data.h5 or remove it"
+        )
+
+
+def _check_images(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses a file, finished or begun, of other images or with other questions about them."""
+    size, now = made["settings"].get("image_size"), wanted["settings"]["image_size"]
+    if size != now:
+        raise InputError(f"{path}: made with image_size {size}, now {now}; name another data.h5 or remove it")
+    for name, source in made["sources"].items():
+        if name not in wanted["sources"]:
+            raise InputError(
+                f"{path}: holds a split {name!r}; name it in data.splits, name another data.h5 or remove it"
+            )
+        if source != wanted["sources"][name]:
+            raise InputError(f"{path}: split {name!r} was made from other files; name another data.h5 or remove it")

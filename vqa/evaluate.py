@@ -22,11 +22,9 @@ from vqa.engine import predict_classes
 from vqa.metrics import Scores, question_accuracies, summary
 from vqa.not_finite import NotFiniteError
 from vqa.recipes import load_saved
-from vqa.settings import Settings, split_files
+from vqa.settings import Role, Settings, role_of, split_files
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
-# A model's settings that say where and how it is evaluated, not what it is.
-_OVERRIDABLE = ("data.folder", "data.h5", "data.splits.", "device", "precision", "workers", "train.batch_size")
 
 
 def evaluate(
@@ -74,11 +72,11 @@ def evaluate(
     _tell_of_strangers(bundle, data.table, split)
     with held(out / f".{split}.lock", f"{out}, split {split!r}"):
         answers = predict_answers(bundle, data, settings, device)
-        return _write_scores(out, split, data.table, answers, trained_on, per_question)
+        return _write_scores(out, split, data.table, answers, bundle.training, per_question)
 
 
 def _write_scores(
-    out: Path, split: str, table: QuestionTable, answers: Sequence[str], trained_on: Sequence[str], per_question: bool
+    out: Path, split: str, table: QuestionTable, answers: Sequence[str], training: dict[str, Any], per_question: bool
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: where they are, all is there."""
     write_json(out / f"results_{split}.json", complete_results(table.ids.tolist(), answers), indent=None)
@@ -90,7 +88,8 @@ def _write_scores(
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(accuracies)[order])
     scores = summary(accuracies, table)
-    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    trained_on = training.get("trained_on", [])
+    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, "epoch": training.get("epoch"), **scores}
     if split in trained_on:
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)
@@ -100,7 +99,7 @@ def _write_scores(
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raises InputError if a `key=value` word would change what a trained model is."""
     for word in overrides:
-        if not word.startswith(_OVERRIDABLE):
+        if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SCORING):
             raise InputError(
                 f"command line: {word}: a trained model is taken as it is; only where the data are, device, precision, "
                 "workers and train.batch_size can be given"

@@ -1,6 +1,7 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data.tokenizer import UNKNOWN_ID
 from data.vqa_files import read_questions
 from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
+from vqa.distributed import Processes, this_process, together
 from vqa.engine import predict_classes
 from vqa.metrics import Scores, question_accuracies, summary
 from vqa.not_finite import NotFiniteError
@@ -38,7 +40,8 @@ def evaluate(
 ) -> Scores | None:
     """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json`.
 
-    The questions come from the h5 file of the model's settings or, where that is not, from the raw files.
+    The questions come from the h5 file of the model's settings or, where that is not, from the raw files. Under
+    torchrun all processes share them; the files and scores are those of one process.
 
     Args:
         run: a run directory, or a `model/` directory.
@@ -61,18 +64,31 @@ def evaluate(
         raise InputError(f"{out}: must be a directory")
     folder = find_model(run)
     settings = load_saved(folder / "config.yaml", overrides)
-    device = choose_device(settings.device)
-    bundle = load_bundle(folder, device)
-    trained_on = bundle.training.get("trained_on", [])
-    if split in trained_on and not allow_trained:
-        raise InputError(
-            f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
-        )
-    data = split_data(bundle, settings, split)
-    _tell_of_strangers(bundle, data.table, split)
-    with held(out / f".{split}.lock", f"{out}, split {split!r}"):
-        answers = predict_answers(bundle, data, settings, device)
-        return _write_scores(out, split, data.table, answers, bundle.training, per_question)
+    processes = this_process()
+    device = choose_device(settings.device, processes)
+    with together(processes, device), ExitStack() as stack:
+
+        def prepare() -> tuple[Bundle, QuestionDataset]:
+            bundle = load_bundle(folder, device)
+            if split in bundle.training.get("trained_on", []) and not allow_trained:
+                raise InputError(
+                    f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
+                )
+            data = split_data(bundle, settings, split)
+            if processes.is_main:
+                _tell_of_strangers(bundle, data.table, split)
+                stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
+            return bundle, data
+
+        bundle, data = processes.agreed(prepare)
+        answers = predict_answers(bundle, data, settings, device, processes)
+
+        def write() -> Scores | None:
+            if processes.is_main:
+                return _write_scores(out, split, data.table, answers, bundle.training, per_question)
+            return None
+
+        return processes.gather(processes.agreed(write))[0]
 
 
 def _write_scores(
@@ -151,36 +167,46 @@ def _tell_of_strangers(bundle: Bundle, table: QuestionTable, split: str) -> None
         print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
 
 
-def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device) -> list[str]:
-    """The model's answer to every question, in the order of the table.
+def predict_answers(
+    bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device, processes: Processes
+) -> list[str]:
+    """The model's answer to every question, in the order of the table; each process predicts its share of them.
 
     Raises:
         InputError: the model has no finite scores for a question, or an image cannot be read.
     """
-    try:
-        rows, classes = predict_classes(
-            bundle.model,
-            batches_in_order(data, settings, device, "answering"),
-            see=bundle.preprocessing.normalise,
-            precision=settings.precision,
-            device=device,
-        )
-    except NotFiniteError as error:
-        raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
+
+    def predict() -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return predict_classes(
+                bundle.model,
+                batches_in_order(data, settings, device, "answering", processes),
+                see=bundle.preprocessing.normalise,
+                precision=settings.precision,
+                device=device,
+            )
+        except NotFiniteError as error:
+            raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
+
     answers = [""] * len(data)
-    for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
-        answers[row] = bundle.answers[answer]
+    for rows, classes in processes.gather(processes.agreed(predict)):
+        for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
+            answers[row] = bundle.answers[answer]
     return answers
 
 
-def batches_in_order(data: QuestionDataset, settings: Settings, device: torch.device, what: str) -> Iterator[Batch]:
-    """Every question once, in order of the images, with the progress of `what`.
+def batches_in_order(
+    data: QuestionDataset, settings: Settings, device: torch.device, what: str, processes: Processes | None = None
+) -> Iterator[Batch]:
+    """Every question once, or this process's share of them, in order of the images, with the progress of `what`.
 
     Raises:
         InputError: an image is missing or cannot be read.
     """
-    sampler = InOrderSampler(data.table, settings.train.batch_size)
-    yield from progress(readable(make_loader(data, sampler, settings.workers, device)), len(sampler), what)
+    processes = processes or Processes()
+    sampler = InOrderSampler(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+    batches = readable(make_loader(data, sampler, settings.workers, device))
+    yield from progress(batches, len(sampler), what) if processes.is_main else batches
 
 
 def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:

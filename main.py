@@ -54,6 +54,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
+    from vqa.distributed import this_process
     from vqa.evaluate import evaluate as run
     from vqa.evaluate import table_of
 
@@ -64,6 +65,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.settings,
         allow_trained=arguments.allow_trained,
     )
+    if not this_process().is_main:
+        return
     if scores is None:
         print(f"split {arguments.split!r} has no annotations: results_{arguments.split}.json written, nothing to score")
     else:

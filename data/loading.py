@@ -3,7 +3,6 @@
 Legend: B questions a batch, T words, S image side, K answers a question.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -177,18 +176,17 @@ def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.ra
 
 
 class InOrderSampler(Sampler[list[int]]):
-    """Every row once, in order of the images, this process's share of it: for evaluation."""
+    """Every row once, in order of the images, for evaluation; several processes share the batches of one."""
 
     def __init__(self, table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.rows = np.argsort(table.images, kind="stable")[rank::world_size]
-        self.batch_size = batch_size
+        rows = np.argsort(table.images, kind="stable")
+        self.batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.rows), self.batch_size):
-            yield self.rows[start : start + self.batch_size].tolist()
+        yield from (batch.tolist() for batch in self.batches)
 
 
 def make_loader(

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.files import read_json
-from experiments.runner import folder_of
+from experiments.runner import check_settings, folder_of
 from experiments.statistics import Answered, Difference, compare, mean_and_deviation
 from experiments.suite import COLUMNS, Row, Suite
 from vqa.evaluate import MOST_TYPES_SHOWN
@@ -37,7 +37,7 @@ def collect(suite: Suite, runs: Path) -> list[Result]:
     """Every row and seed that is finished, in the order of the suite.
 
     Raises:
-        InputError: a file of a finished run is missing or damaged.
+        InputError: a file of a finished run is missing or damaged, or it was made with other settings.
     """
     results = []
     for row in suite.rows:
@@ -56,6 +56,7 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
     tested = folder_of(folder, row.test)
     if not (tested / "metrics_val.json").exists():
         return None
+    check_settings(row.run.seeded(seed), runs)
     metrics, environment = read_json(tested / "metrics_val.json"), read_json(folder / "environment.json")
     answered = _answered(tested / "accuracies_val.npz")
     if len(answered.ids) != metrics["questions"] or abs(100 * answered.accuracies.mean() - metrics["overall"]) > 1e-3:
@@ -64,10 +65,16 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
         )
     kinds = {KIND + kind: score for kind, score in metrics["per_question_type"].items()}
     epochs = _epochs(folder / "metrics.jsonl")
+    best = _best(epochs)
+    if metrics.get("epoch", best) != best:
+        raise InputError(
+            f"{tested / 'metrics_val.json'}: of the model of epoch {metrics['epoch']}, but that of epoch {best} was "
+            "kept; remove it, run again"
+        )
     facts = {
         "questions": metrics["questions"],
         "epochs": len(epochs),
-        "best_epoch": _best(epochs),
+        "best_epoch": best,
         "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
         "peak_memory_mib": _peak(epochs),
         "trained_parameters": environment["trained_parameters"],

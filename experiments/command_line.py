@@ -8,6 +8,7 @@ from typing import NoReturn
 from data.errors import InputError
 
 DEMO_CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
+RUN = ("--run", "--model")  # one option; torchrun takes --run for its own
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +45,7 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
         added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
 
     def of_a_run(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+        added.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
 
     def about_a_question(added: argparse.ArgumentParser) -> None:
         of_a_run(added)
@@ -120,7 +121,7 @@ def _gpu_check_options(added: argparse.ArgumentParser) -> None:
 
 
 def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
-    added.add_argument("--run", type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
+    added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
     added.add_argument("--split", default="val")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")

@@ -22,11 +22,12 @@ from experiments.preparation import prepare
 from experiments.suite import Run, Suite, Test
 from vqa.evaluate import evaluate
 from vqa.recalibrate import recalibrate
-from vqa.recipes import load_settings
+from vqa.recipes import load_saved, load_settings
 from vqa.run_directory import RunDirectory
-from vqa.settings import Settings
+from vqa.settings import Role, Settings, difference, role_of
 from vqa.train import train
 
+OF_A_TEST = ("metrics_val.json", "accuracies_val.npz")
 MAIN = Path(__file__).parent.parent / "main.py"
 # glibc gives large arrays back to the system at each step, and each page of them is a fault when it is used again
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -54,8 +55,12 @@ class Job:
         return runs / self.settings.name
 
     def is_finished(self, runs: Path, tests: Sequence[Test]) -> bool:
-        """Whether it is trained and tested."""
-        return all((folder_of(self.folder(runs), test) / "metrics_val.json").exists() for test in tests)
+        """Whether it is trained and tested.
+
+        Raises:
+            InputError: the results there were made with other settings.
+        """
+        return all(is_tested(self.settings, runs, test) for test in tests)
 
 
 def jobs_of(suite: Suite) -> list[Job]:
@@ -80,6 +85,22 @@ def job_named(suite: Suite, name: str, seed: int | None) -> Job:
 def folder_of(folder: Path, test: Test) -> Path:
     """Where a test of a run is written: the run directory itself for the plain one."""
     return folder if test.label == "plain" else folder / "tests" / test.label
+
+
+def is_tested(settings: Settings, runs: Path, test: Test) -> bool:
+    """Whether the run directory that these settings name holds the results of a test; raises as `check_settings`."""
+    tested = folder_of(runs / settings.name, test)
+    if not all((tested / name).exists() for name in OF_A_TEST):
+        return False
+    check_settings(settings, runs)
+    return True
+
+
+def check_settings(settings: Settings, runs: Path) -> None:
+    """Raises InputError if the results in the run directory that these settings name were made with other ones."""
+    folder = runs / settings.name
+    if why := difference(load_saved(folder / "config.yaml"), settings):
+        raise InputError(f"{folder}: its results were made with other settings: {why}; move the directory away")
 
 
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
@@ -107,9 +128,9 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
         train(job.settings, resume=True, runs=runs)
         for test in suite.tests:
             out = folder_of(folder, test)
-            if (out / "metrics_val.json").exists():
+            if is_tested(job.settings, runs, test):
                 continue
-            words = [word for word in (*suite.words, *test.words) if word.startswith(("data.folder=", "data.h5="))]
+            words = [word for word in (*suite.words, *test.words) if role_of(word.partition("=")[0]) is Role.DATA]
             if test.recalibrate:
                 recalibrate(folder, out, test.recalibrate, words)
             evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)
@@ -118,7 +139,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 def _remove_results(folder: Path) -> None:
     """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    for name in ("config.yaml", "environment.json", "metrics_val.json", "accuracies_val.npz", "results_val.json"):
+    for name in (*OF_A_TEST, "results_val.json", "environment.json", "config.yaml"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -26,19 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import InputError
 from vqa.recipes import BASE, load_settings, read_yaml
-from vqa.settings import FileName, Settings, SplitName, different_keys, flat
+from vqa.settings import FileName, Role, Settings, SplitName, different_keys, flat, role_of
 
 COLUMNS = ("overall", "yes/no", "number", "other")
-# Where and how a run is computed, not what: runs that differ in nothing else are one run.
-_NOT_TRAINED = {
-    "name",
-    "seed",
-    "device",
-    "workers",
-    "data.processes",
-    "train.checkpoint_every",
-    "train.tensorboard",
-}
 
 
 class _Form(BaseModel):
@@ -209,8 +199,10 @@ def _check_runs_differ(file: Path, runs: list[Run]) -> None:
 
 def _check_test(file: Path, test: Test, recipe: Settings) -> None:
     for word in test.words:
-        if not word.startswith(("data.folder=", "data.h5=", "scenes.")):
-            raise InputError(f"{file}: {test.name}: {word}: a test can change only data.folder, data.h5 and scenes")
+        if role_of(word.partition("=")[0]) is not Role.DATA and not word.startswith("scenes."):
+            raise InputError(
+                f"{file}: {test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
+            )
     if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
         raise InputError(
             f"{file}: {test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
@@ -239,14 +231,16 @@ def _directory(settings: Settings, recipe: Settings) -> str:
 
     It is made of what differs from `base.yaml`, so that a setting that is added there later leaves it as it is.
     """
+    changed = _changes(settings, recipe)
+    told = "_".join(slug(f"{key.rpartition('.')[2]}-{_brief(value)}") for key, value in changed.items())
+    return f"{told[:60] or 'recipe'}-{_digest(_changes(settings, load_settings(BASE)))}"
+
+
+def _changes(settings: Settings, over: Settings) -> dict[str, Any]:
+    """The settings, apart from the seed, that make it another run than one of `over`."""
     values = flat(settings)
-    told = "_".join(
-        slug(f"{key.rpartition('.')[2]}-{_brief(values.get(key))}")
-        for key in different_keys(settings, recipe)
-        if key not in _NOT_TRAINED
-    )
-    chosen = {key: values.get(key) for key in different_keys(settings, load_settings(BASE)) if key not in _NOT_TRAINED}
-    return f"{told[:60] or 'recipe'}-{_digest(chosen)}"
+    keys = different_keys(settings, over, [Role.COMPUTING])
+    return {key: values.get(key) for key in keys if key != "seed"}
 
 
 def _brief(value: Any) -> str:

@@ -59,7 +59,7 @@ def finish(
     environment = {"torch": "2.15.0", "python": "3.11.7", "git_commit": "0123456789abcdef-dirty", "device": "cpu"}
     environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002, "backbone": backbone}
     (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "config.yaml").write_text("name: made up\n")
+    row.run.seeded(seed).save(folder / "config.yaml")
     values = np.array(accuracies, float)
     np.savez(tested / "accuracies_val.npz", ids=np.arange(first, first + len(values)), accuracies=values)
     by_kind = {kind: 100 * values[n :: len(kinds)].mean() for n, kind in enumerate(kinds[: len(values)])}

@@ -110,6 +110,64 @@ def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
     assert (run / "checkpoints/last.pt").read_bytes() == before
 
 
+def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
+    words = ["train.schedule=constant", "answer.dropout=0.3", "train.validate_on=null"]
+    whole = train(load_settings(tiny, ["name=whole", *words, "train.epochs=2"]), runs=tmp_path).path
+    train(load_settings(tiny, ["name=longer", *words]), runs=tmp_path)
+    longer = load_settings(tiny, ["name=longer", *words, "train.epochs=2"])
+    run = train(longer, resume=True, runs=tmp_path).path
+    assert same_weights(whole, run)
+    assert lines(whole) == lines(run)
+    for folder in (run, run / "model"):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
+    capsys.readouterr()
+    train(longer, resume=True, runs=tmp_path)
+    assert "finished, nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another train.epochs"):
+        train(load_settings(tiny, ["name=longer", *words]), resume=True, runs=tmp_path)
+
+
+def test_a_run_on_one_cycle_cannot_be_trained_longer(tiny, tmp_path):
+    train(load_settings(tiny, ["name=cycle"]), runs=tmp_path)
+    for words in (["train.epochs=2"], ["train.epochs=2", "train.schedule=constant"]):
+        with pytest.raises(InputError, match=r"train.epochs cannot grow from 1 to 2: one_cycle lowers"):
+            train(load_settings(tiny, ["name=cycle", *words]), resume=True, runs=tmp_path)
+
+
+def test_a_run_that_stopped_early_is_trained_on_with_more_patience(tiny, tmp_path, monkeypatch, capsys):
+    import vqa.train
+
+    given, real = [30.0, 20.0, 10.0, 40.0], vqa.train.score
+    scores = iter([*given, *given])
+    monkeypatch.setattr(vqa.train, "score", lambda *of: real(*of) | {"overall": next(scores)})
+    words = ["train.epochs=4", "train.patience=3"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    impatient = ["name=early", words[0], "train.patience=1"]
+    run = train(load_settings(tiny, impatient), runs=tmp_path).path
+    assert len(lines(run)) == 2
+    train(load_settings(tiny, impatient), resume=True, runs=tmp_path)
+    assert "finished, stopped early by train.patience" in capsys.readouterr().out
+    scores = iter(given[2:])
+    train(load_settings(tiny, ["name=early", *words]), resume=True, runs=tmp_path)
+    assert lines(whole) == lines(run)
+    assert same_weights(whole, run)
+    with pytest.raises(InputError, match="another train.patience"):
+        train(load_settings(tiny, impatient), resume=True, runs=tmp_path)
+
+
+def test_what_makes_training_faster_can_change_on_resume(tiny, tmp_path):
+    words = ["train.epochs=2", "train.schedule=constant", "train.learning_rate=1e-4", "backbone.train=stage4"]
+    words += ["cbn.stages=[4]", "device=cpu", "train.validate_on=null"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    begun = weights(train(load_settings(tiny, ["name=other", *words, "train.epochs=1"]), runs=tmp_path).path)
+    slow = ["speed.fused=false", "speed.share_images=false", "speed.channels_last=false", "speed.recompute=[4]"]
+    run = train(load_settings(tiny, ["name=other", *words, *slow, "data.cache_gib=0"]), resume=True, runs=tmp_path).path
+    ours, theirs = weights(whole), weights(run)
+    for name in ("resnet.network.layer4.0.conv1.weight", "fusion.visual.weight"):
+        apart, way = (ours[name] - theirs[name]).norm(), (ours[name] - begun[name]).norm()
+        assert apart < 0.2 * way, (name, apart, way)
+
+
 def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
     settings = load_settings(tiny, ["name=mine"])
     train(settings, runs=tmp_path)

@@ -24,7 +24,7 @@ from data.vqa_files import unusable
 from vqa.build import build_model
 from vqa.model import VQAModel
 from vqa.recipes import load_saved
-from vqa.settings import Settings
+from vqa.settings import Settings, difference
 from vqa.verified import as_safetensors, read_safetensors
 
 WEIGHTS = "model.safetensors"
@@ -64,10 +64,13 @@ def find_model(run: Path) -> Path:
     """The model directory of a run directory, or the directory itself if it is one.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it was not made with the settings of the run directory.
     """
     for folder in (run / "model", run):
         if (folder / WEIGHTS).is_file():
+            made, asked = folder / "config.yaml", run / "config.yaml"
+            if made != asked and asked.exists() and (why := difference(load_saved(made), load_saved(asked))):
+                raise InputError(f"{made}: not a model of {asked}: {why}; resume the run, or name the model itself")
             return folder
     raise InputError(f"{run}: no model here (neither model/{WEIGHTS} nor {WEIGHTS}); `train` writes runs/NAME/model")
 

@@ -1,13 +1,17 @@
 """One process or many (torchrun): who this process is, and what the processes exchange."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from data.errors import InputError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,23 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agreed(self, work: Callable[[], Result]) -> Result:
+        """The result of this process's work, where no process raises InputError.
+
+        Raises:
+            InputError: the first that a process raised, in all of them.
+        """
+        if self.world_size == 1:
+            return work()
+        result = refusal = None
+        try:
+            result = work()
+        except InputError as error:
+            refusal = str(error)
+        if refusals := [refusal for refusal in self.gather(refusal) if refusal is not None]:
+            raise InputError(refusals[0])
+        return result
 
     def any(self, value: bool, device: torch.device) -> bool:
         """Whether `value` holds in any process, the same in all of them."""

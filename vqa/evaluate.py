@@ -1,6 +1,7 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,14 @@ from data.tokenizer import UNKNOWN_ID
 from data.vqa_files import read_questions
 from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
+from vqa.distributed import Processes, this_process, together
 from vqa.engine import predict_classes
 from vqa.metrics import Scores, question_accuracies, summary
 from vqa.not_finite import NotFiniteError
 from vqa.recipes import load_saved
-from vqa.settings import Settings, split_files
+from vqa.settings import Role, Settings, role_of, split_files
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
-# A model's settings that say where and how it is evaluated, not what it is.
-_OVERRIDABLE = (
-    "data.folder",
-    "data.h5",
-    "data.splits.",
-    "data.skip_bad_images",
-    "device",
-    "precision",
-    "workers",
-    "train.batch_size",
-)
 
 
 def evaluate(
@@ -58,7 +49,8 @@ def evaluate(
 ) -> Scores | None:
     """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json`.
 
-    The questions come from the h5 file of the model's settings or, where that is not, from the raw files.
+    The questions come from the h5 file of the model's settings or, where that is not, from the raw files. Under
+    torchrun all processes share them; the files and scores are those of one process.
 
     Args:
         run: a run directory, or a `model/` directory.
@@ -81,22 +73,35 @@ def evaluate(
         raise InputError(f"{out}: must be a directory")
     folder = find_model(run)
     settings = load_saved(folder / "config.yaml", overrides)
-    device = choose_device(settings.device)
-    bundle = load_bundle(folder, device)
-    trained_on = bundle.training.get("trained_on", [])
-    if split in trained_on and not allow_trained:
-        raise InputError(
-            f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
-        )
-    data = split_data(bundle, settings, split)
-    _tell_of_strangers(bundle, data.table, split)
-    with held(out / f".{split}.lock", f"{out}, split {split!r}"):
-        answers = predict_answers(bundle, data, settings, device)
-        return _write_scores(out, split, data.table, answers, trained_on, per_question)
+    processes = this_process()
+    device = choose_device(settings.device, processes)
+    with together(processes, device), ExitStack() as stack:
+
+        def prepare() -> tuple[Bundle, QuestionDataset]:
+            bundle = load_bundle(folder, device)
+            if split in bundle.training.get("trained_on", []) and not allow_trained:
+                raise InputError(
+                    f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
+                )
+            data = split_data(bundle, settings, split)
+            if processes.is_main:
+                _tell_of_strangers(bundle, data.table, split)
+                stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
+            return bundle, data
+
+        bundle, data = processes.agreed(prepare)
+        answers = predict_answers(bundle, data, settings, device, processes)
+
+        def write() -> Scores | None:
+            if processes.is_main:
+                return _write_scores(out, split, data.table, answers, bundle.training, per_question)
+            return None
+
+        return processes.gather(processes.agreed(write))[0]
 
 
 def _write_scores(
-    out: Path, split: str, table: QuestionTable, answers: Sequence[str], trained_on: Sequence[str], per_question: bool
+    out: Path, split: str, table: QuestionTable, answers: Sequence[str], training: dict[str, Any], per_question: bool
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: where they are, all is there."""
     write_json(out / f"results_{split}.json", complete_results(table.ids.tolist(), answers), indent=None)
@@ -108,7 +113,8 @@ def _write_scores(
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(accuracies)[order])
     scores = summary(accuracies, table)
-    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    trained_on = training.get("trained_on", [])
+    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, "epoch": training.get("epoch"), **scores}
     if split in trained_on:
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)
@@ -118,7 +124,7 @@ def _write_scores(
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raises InputError if a `key=value` word would change what a trained model is."""
     for word in overrides:
-        if not word.startswith(_OVERRIDABLE):
+        if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
             raise InputError(
                 f"command line: {word}: a trained model is taken as it is; only where the data are, "
                 "data.skip_bad_images, device, precision, workers and train.batch_size can be given"
@@ -170,47 +176,63 @@ def _tell_of_strangers(bundle: Bundle, table: QuestionTable, split: str) -> None
         print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
 
 
-def predict_answers(bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device) -> list[str]:
-    """The model's answer to every question, in the order of the table.
+def predict_answers(
+    bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device, processes: Processes
+) -> list[str]:
+    """The model's answer to every question, in the order of the table; each process predicts its share of them.
 
     Raises:
         InputError: the model has no finite scores for a question, or an image cannot be read.
     """
-    try:
-        rows, classes = predict_classes(
-            bundle.model,
-            batches_in_order(data, settings, device, "answering"),
-            see=bundle.preprocessing.normalise,
-            precision=settings.precision,
-            device=device,
-        )
-    except NotFiniteError as error:
-        raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
+
+    def predict() -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return predict_classes(
+                bundle.model,
+                batches_in_order(data, settings, device, "answering", processes),
+                see=bundle.preprocessing.normalise,
+                precision=settings.precision,
+                device=device,
+            )
+        except NotFiniteError as error:
+            raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
+
     answers = [""] * len(data)
-    for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
-        answers[row] = bundle.answers[answer]
+    for rows, classes in processes.gather(processes.agreed(predict)):
+        for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
+            answers[row] = bundle.answers[answer]
     return answers
 
 
-def batches_in_order(data: QuestionDataset, settings: Settings, device: torch.device, what: str) -> Iterator[Batch]:
-    """Every question once, in order of the images, with the progress of `what`.
+def batches_in_order(
+    data: QuestionDataset, settings: Settings, device: torch.device, what: str, processes: Processes | None = None
+) -> Iterator[Batch]:
+    """Every question once, or this process's share of them, in order of the images, with the progress of `what`.
 
     Raises:
         InputError: an image is missing or cannot be read.
     """
-    yield from batches_of(data, InOrderSampler(data.table, settings.train.batch_size), settings, device, what)
+    processes = processes or Processes()
+    sampler = InOrderSampler(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+    yield from batches_of(data, sampler, settings, device, what if processes.is_main else None)
 
 
 def batches_of(
-    data: QuestionDataset, sampler: InOrderSampler | EpochSampler, settings: Settings, device: torch.device, what: str
+    data: QuestionDataset,
+    sampler: InOrderSampler | EpochSampler,
+    settings: Settings,
+    device: torch.device,
+    what: str | None,
 ) -> Iterator[Batch]:
-    """The batches of a sampler, with the progress of `what`; bad images of raw files are listed at the end.
+    """The batches of a sampler, with the progress of `what` (None: not shown); bad images of raw files are listed at
+    the end.
 
     Raises:
         InputError: an image cannot be read, and is not to be skipped.
     """
     skip, images = settings.data.skip_bad_images, data.images
-    for batch in progress(readable(make_loader(data, sampler, settings.workers, device)), len(sampler), what):
+    batches = readable(make_loader(data, sampler, settings.workers, device))
+    for batch in batches if what is None else progress(batches, len(sampler), what):
         if skip or not isinstance(images, FileImages) or not images.bad.any():
             yield batch  # else the others are only read, so that all bad images are listed
     if isinstance(images, FileImages):

@@ -20,6 +20,10 @@ BASE = Path(__file__).parent.parent / "config" / "base.yaml"
 MOST_NODES = 10_000  # keys and values of a file, with what its aliases repeat
 
 
+# What the code did before it had these keys. base.yaml holds today's defaults, which may be others.
+_BEFORE: dict[str, Any] = {"train": {"accumulate": 1, "together": 1, "skip_not_finite": 0}}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-3` is a number, and a key given twice is an error.
 
@@ -99,12 +103,15 @@ def load_settings(
 
 
 def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
-    """Reads the `config.yaml` of a run or a model; a key that came after it has its value of `base.yaml`.
+    """Reads the `config.yaml` of a run or a model.
+
+    A key that is newer than the file has the value that stands for what the code did then, which is a real difference
+    from another value today; a key of speed, which changes no result, has that of `base.yaml`.
 
     Raises:
         InputError: as `load_settings`.
     """
-    return load_settings(file, overrides, under=read_yaml(BASE))
+    return load_settings(file, overrides, under=_merge(read_yaml(BASE), _BEFORE))
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -17,21 +18,11 @@ import torch
 from data.errors import InputError
 from data.files import naming_write_errors, read_json, write_json, write_text
 from vqa.recipes import load_saved
-from vqa.settings import Settings, different_keys
+from vqa.settings import Role, Settings, TrainSettings, different_keys
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
-# Where a run is computed, not what: these may change when it is resumed.
-_MAY_CHANGE = {
-    "device",
-    "workers",
-    "data.folder",
-    "data.h5",  # the checkpoint knows which data these have to be
-    "data.processes",
-    "data.skip_bad_images",
-    "train.checkpoint_every",
-    "train.skip_not_finite",  # of a step that stopped the run
-    "train.tensorboard",
-}
+# What may change when a run is resumed: the checkpoint knows which data it needs.
+_RESUMABLE = (Role.COMPUTING, Role.SPEED, Role.DATA, Role.SKIPPING)
 
 
 class RunDirectory:
@@ -45,7 +36,10 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     def refusal(self, settings: Settings, resume: bool) -> str | None:
-        """Why training here would overwrite a run, or go on with one of other settings; None if it would not."""
+        """Why training here would overwrite a run, or go on with one of other settings; None if it would not.
+
+        Training may end later than the run was to end, where the schedule does not depend on it.
+        """
         config = self.path / "config.yaml"
         if not config.exists() and not self.checkpoint.exists():
             return None
@@ -55,10 +49,16 @@ class RunDirectory:
             theirs = load_saved(config)
         except InputError as error:
             return str(error)
-        for key in different_keys(settings, theirs):
-            if key not in _MAY_CHANGE:
+        for key in different_keys(settings, theirs, _RESUMABLE):
+            if not _lasts_longer(key, settings.train, theirs.train):
                 return (
                     f"{config}: this run has another {key} than asked for; choose another `name` for the new settings"
+                )
+            if key == "train.epochs" and theirs.train.schedule == "one_cycle":
+                return (
+                    f"{config}: train.epochs cannot grow from {theirs.train.epochs} to {settings.train.epochs}: "
+                    "one_cycle lowers the learning rate to 0 over the epochs it began with, constant does not; choose "
+                    "another `name`"
                 )
         return None
 
@@ -100,6 +100,13 @@ class RunDirectory:
                     writer.add_scalar(key, line[key], line["epoch"])
             for kind, value in line.get("val_per_answer_type", {}).items():
                 writer.add_scalar(f"val/{kind}", value, line["epoch"])
+
+
+def _lasts_longer(key: str, asked: TrainSettings, begun: TrainSettings) -> bool:
+    """Whether a key differs only in that training ends later."""
+    if key == "train.patience":
+        return (asked.patience or math.inf) > (begun.patience or math.inf)
+    return key == "train.epochs" and asked.epochs > begun.epochs
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Settings: every key with its type and range. `config/base.yaml` explains them and is the only place of defaults."""
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Collection, Iterable
+from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +20,19 @@ FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00
 SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # names files and groups in h5 files
 
 
+class Role(Enum):
+    """What a setting decides, if not what is learnt; a setting without a role decides what is learnt."""
+
+    COMPUTING = auto()  # where it is computed, and what is written where meanwhile: the same results
+    SPEED = auto()  # how fast and in how much memory: the same results up to rounding
+    DATA = auto()  # where the data are: which they are is known by the h5 file's identity
+    SKIPPING = auto()  # what is skipped, and counted, instead of ending with an error
+    SCORING = auto()  # of training, but a trained model can be evaluated with another value
+
+
+SAME_RESULTS = (Role.COMPUTING, Role.SPEED)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -33,15 +48,15 @@ class SplitSettings(_Section):
 class DataSettings(_Section):
     """Raw data and the h5 file made from it."""
 
-    folder: FileName
-    splits: dict[SplitName, SplitSettings]
-    h5: FileName
+    folder: Annotated[FileName, Role.DATA]
+    splits: Annotated[dict[SplitName, SplitSettings], Role.DATA]
+    h5: Annotated[FileName, Role.DATA]
     image_size: int = Field(ge=32, le=2048)
     min_word_count: Count
     answers: int = Field(ge=2, le=2**20)
-    skip_bad_images: bool
-    processes: Processes
-    cache_gib: float = Field(ge=0)
+    skip_bad_images: Annotated[bool, Role.SKIPPING]
+    processes: Annotated[Processes, Role.COMPUTING]
+    cache_gib: Annotated[float, Role.SPEED] = Field(ge=0)
 
 
 class BackboneSettings(_Section):
@@ -107,13 +122,13 @@ class TrainSettings(_Section):
     schedule: Literal["constant", "one_cycle"]
     clip: float = Field(gt=0)
     epochs: Count
-    batch_size: Size
+    batch_size: Annotated[Size, Role.SCORING]
     patience: int = Field(ge=0, le=2**31)
     accumulate: Size
     together: Size
-    checkpoint_every: int = Field(ge=0, le=2**31)
-    skip_not_finite: int = Field(ge=0, le=2**31)
-    tensorboard: bool
+    checkpoint_every: Annotated[int, Role.COMPUTING] = Field(ge=0, le=2**31)
+    skip_not_finite: Annotated[int, Role.SKIPPING] = Field(ge=0, le=2**31)
+    tensorboard: Annotated[bool, Role.COMPUTING]
 
     @model_validator(mode="after")
     def _validation_is_unseen(self) -> "TrainSettings":
@@ -148,11 +163,11 @@ class ScenesSettings(_Section):
 class Settings(_Section):
     """Every setting of a run."""
 
-    name: str = Field(max_length=1000, pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
+    name: Annotated[str, Role.COMPUTING] = Field(max_length=1000, pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
     seed: int = Field(ge=0, lt=2**63)
-    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
-    precision: Literal["float32", "bfloat16"]
-    workers: int = Field(ge=0, le=256)
+    device: Annotated[str, Role.COMPUTING] = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    precision: Annotated[Literal["float32", "bfloat16"], Role.SCORING]
+    workers: Annotated[int, Role.COMPUTING] = Field(ge=0, le=256)
     inputs: list[Literal["image", "question"]] = Field(min_length=1)
     data: DataSettings
     backbone: BackboneSettings
@@ -161,7 +176,7 @@ class Settings(_Section):
     attention: AttentionSettings
     answer: AnswerSettings
     train: TrainSettings
-    speed: SpeedSettings
+    speed: Annotated[SpeedSettings, Role.SPEED]
     scenes: ScenesSettings | None
 
     def save(self, file: Path) -> None:
@@ -212,8 +227,33 @@ def flat(settings: Settings) -> dict[str, Any]:
     return walk(settings.model_dump(), "")
 
 
-def different_keys(one: Settings, other: Settings) -> list[str]:
-    """Keys whose values differ, dotted and sorted."""
+def role_of(key: str) -> Role | None:
+    """The role of the setting with this dotted key, or of the section or setting that the key is in."""
+    kind: Any = Settings
+    for part in key.split("."):
+        if not hasattr(kind, "model_fields") or part not in kind.model_fields:
+            return None
+        field = kind.model_fields[part]
+        if roles := [mark for mark in field.metadata if isinstance(mark, Role)]:
+            return roles[0]
+        kind = field.annotation
+    return None
+
+
+def different_keys(one: Settings, other: Settings, apart: Collection[Role] = ()) -> list[str]:
+    """Keys whose values differ, dotted and sorted; keys of the roles `apart` may differ."""
     ours, theirs = flat(one), flat(other)
     missing = object()
-    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key, missing) != theirs.get(key, missing))
+    different = (key for key in ours.keys() | theirs.keys() if ours.get(key, missing) != theirs.get(key, missing))
+    return sorted(key for key in different if role_of(key) not in apart)
+
+
+def difference(made: Settings, asked: Settings) -> str | None:
+    """Why results that were made with `made` are not those of `asked`: the keys, and the values of the first of them;
+    None if they are.
+    """
+    keys = different_keys(made, asked, SAME_RESULTS)
+    if not keys:
+        return None
+    theirs, ours = (reprlib.repr(flat(settings).get(keys[0])) for settings in (made, asked))
+    return f"{keys[0]} is {theirs}, not {ours}" + "".join(f", {key} differs" for key in keys[1:])

@@ -128,15 +128,27 @@ class Training:
             raise InputError(f"{self.run.checkpoint}: made by {count} process(es); resume with as many")
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
+        for parameter, state in self.optimiser.state.items():  # a fused step needs them in one layout, and
+            for name, value in state.items():  # `speed.channels_last` may be another than before
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
         self.schedule.load_state_dict(saved["schedule"])
         self.progress = Progress(**saved["progress"] | {"loss_sum": saved["processes"][mine]["loss_sum"]})
+        self.progress.finished = self._is_finished()  # more epochs may be asked for than before
         set_random_state(saved["processes"][mine]["random"], self.device)
         self._say(f"{self.run.path}: goes on at epoch {self.progress.epoch}, step {self.progress.step}")
+
+    def _is_finished(self) -> bool:
+        """Whether all epochs are trained, or the last `train.patience` of them brought no better model."""
+        trained, train = len(self.progress.history), self.settings.train
+        return trained >= train.epochs or 0 < train.patience <= trained - self.progress.best_epoch
 
     def run_epochs(self) -> None:
         """Trains until the last epoch or early stopping; does nothing if that is past."""
         if self.progress.finished:
-            self._say(f"{self.run.path}: finished, nothing to do")
+            early = len(self.progress.history) < self.settings.train.epochs
+            why = ", stopped early by train.patience (which may be raised)" if early else ""
+            self._say(f"{self.run.path}: finished{why}, nothing to do")
             return
         self._say(
             f"{self.run.path}: {len(self.data.training)} questions, {self.trained_count:,} trained parameters, "
@@ -229,7 +241,7 @@ class Training:
         return f"{where}: {error.of(self.data.training.table.ids)}"
 
     def _end_epoch(self) -> None:
-        progress, train = self.progress, self.settings.train
+        progress = self.progress
         if progress.left_out == progress.step:
             raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
         losses = self.processes.gather(progress.loss_sum)
@@ -258,8 +270,7 @@ class Training:
             progress.best_overall, progress.best_epoch = overall, progress.epoch
             if self.processes.is_main:
                 bundle.save_weights(self.run.model, self.model, self._training_facts())
-        stale = train.patience and progress.epoch - progress.best_epoch >= train.patience
-        progress.finished = bool(progress.epoch == train.epochs or stale)
+        progress.finished = self._is_finished()
         self._report(line)
         progress.epoch, progress.step, progress.left_out = progress.epoch + 1, 0, 0
         progress.loss_sum, progress.seconds = 0.0, 0.0

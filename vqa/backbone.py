@@ -9,7 +9,6 @@ import torchvision
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from data.errors import first_line
 from vqa.verified import load_tensors, read_safetensors
 
 
@@ -78,7 +77,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     except UnpicklingError:
         raise ValueError(f"{file}: cannot be read as weights (damaged, or more than tensors: not executed)") from None
     except Exception as error:  # each format raises errors of its own kind on a broken file
-        raise ValueError(f"{file}: cannot be read as weights ({first_line(error):.120})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: cannot be read as weights ({reason:.120})") from None
 
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()

@@ -331,12 +331,28 @@ def test_two_processes_train_as_one(tiny, tmp_path, statistics):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FutureWarning" not in done.stderr
     one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
     ours, theirs = weights(one), weights(tmp_path / "runs/two")
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-4, msg=name)
     for a, b in zip(lines(one), lines(tmp_path / "runs/two"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch):
+    from vqa import distributed
+
+    def before_2_13(module, broadcast_buffers=True):
+        return module, broadcast_buffers
+
+    def since_2_13(module, broadcast_buffers=None, forward_sync_buffers=None):
+        assert broadcast_buffers is None
+        return module, forward_sync_buffers
+
+    for wrapper in (before_2_13, since_2_13):
+        monkeypatch.setattr(distributed, "DistributedDataParallel", wrapper)
+        assert distributed.averaging_gradients("the model") == ("the model", False)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):

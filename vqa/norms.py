@@ -10,12 +10,11 @@ Legend: B samples, C channels, H and W map size, G groups of channels.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from vqa.modulate import Fused, modulate
 
@@ -175,8 +174,22 @@ def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tens
     counts = mean.new_tensor(count)
     dist.all_reduce(counts)
     share = count / counts
-    everyones = all_reduce(share * mean)
-    return everyones, all_reduce(share * (var + (mean - everyones) ** 2)), int(counts)
+    everyones = _SumOverProcesses.apply(share * mean)
+    return everyones, _SumOverProcesses.apply(share * (var + (mean - everyones) ** 2)), int(counts)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_: Any, part: Tensor) -> Tensor:
+        part = part.clone()
+        dist.all_reduce(part)
+        return part
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(gradient)
 
 
 class ModulatedGroupNorm(nn.GroupNorm):

@@ -19,7 +19,7 @@ from data.progress import progress as shown
 from vqa import bundle
 from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
-from vqa.distributed import Processes, this_process, together
+from vqa.distributed import Processes, averaging_gradients, this_process, together
 from vqa.engine import predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
@@ -142,7 +142,7 @@ class Training:
             self.model.resnet.compile()
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
-            wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            wrapped = averaging_gradients(self.model)
         with held_back():  # a signal waits until what it may not cut in two is done
             while not self.progress.finished:
                 self._train_epoch(wrapped)

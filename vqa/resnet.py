@@ -56,7 +56,7 @@ class ModulatedResNet(nn.Module):
         """
         Args:
             name: a ResNet of torchvision, or `resnet10` (torchvision's `ResNet` with one basic block a stage).
-            weights: torchvision's name of the weights, a file (.safetensors or .pth), or None for random ones.
+            weights: torchvision's name of the weights, a file (as `build_resnet` reads), or None for random ones.
             stages: stages (1 to 4) whose norms are conditioned: those after the convolutions of every block.
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.

@@ -118,7 +118,8 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 def _remove_results(folder: Path) -> None:
     """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    for name in ("config.yaml", "environment.json", "metrics_val.json", "accuracies_val.npz", "results_val.json"):
+    of_run, of_test = ("config.yaml", "environment.json", "metrics.jsonl"), ("metrics_val.json", "accuracies_val.npz")
+    for name in (*of_run, *of_test, "results_val.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -123,6 +123,11 @@ class ModulatedResNet(nn.Module):
         """Every batch norm, conditioned or not."""
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
+    def least_batch(self, image_size: int) -> int:
+        """How many samples a batch needs at least where its own statistics normalise: two values a channel."""
+        names = (name for name, module in self.network.named_modules() if isinstance(module, ModulatedBatchNorm2d))
+        return 2 if image_size <= 32 and any(stage_of(name) == 4 for name in names) else 1  # one position in stage 4
+
     def forward(
         self, images: Tensor | StageMap, modulation: Modulation | None = None, places: Tensor | None = None
     ) -> Tensor:

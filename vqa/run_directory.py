@@ -16,6 +16,7 @@ import torch
 
 from data.errors import InputError
 from data.files import naming_write_errors, read_json, write_json, write_text
+from vqa.bundle import WEIGHTS
 from vqa.recipes import load_saved
 from vqa.settings import Settings, different_keys
 
@@ -44,10 +45,15 @@ class RunDirectory:
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
 
+    def holds_training(self) -> bool:
+        """Whether training left anything here; a run that ended before its first checkpoint does not block its name."""
+        left = (self.checkpoint, self.path / "metrics.jsonl", self.model / WEIGHTS)
+        return any(path.exists() for path in left)
+
     def refusal(self, settings: Settings, resume: bool) -> str | None:
         """Why training here would overwrite a run, or go on with one of other settings; None if it would not."""
         config = self.path / "config.yaml"
-        if not config.exists() and not self.checkpoint.exists():
+        if not self.holds_training():
             return None
         if not resume:
             return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
@@ -66,7 +72,7 @@ class RunDirectory:
         """Writes what explains the run."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
-        begun = read_json(file) if file.exists() else None
+        begun = read_json(file) if file.exists() and self.holds_training() else None
         if begun is not None and not (isinstance(begun, dict) and isinstance(begun.get("resumed", []), list)):
             raise InputError(f"{file}: not what a run wrote; remove it")
         environment = {

@@ -77,6 +77,7 @@ class Training:
 
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
+        self._check_batch_statistics()
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(self.model))
         self.optimiser = build_optimiser(settings.train, self.model)
@@ -104,6 +105,20 @@ class Training:
         if model.kinds is not None and fresh:
             model.kinds.set_from(torch.from_numpy(first_words(self.data.training.table)))
         return model.to(self.device)
+
+    def _check_batch_statistics(self) -> None:
+        """Raises InputError where a step would take the statistics of one value a channel."""
+        train, resnet = self.settings.train, self.model.resnet
+        mine = self.sampler(epoch=1).batch_size // self.processes.world_size
+        part = -(-mine // train.accumulate)
+        fewest = (mine % part or part) * self.processes.world_size  # the last part is the smallest
+        needed = resnet.least_batch(self.settings.data.image_size)
+        if self.model.sees_image and resnet.statistics == "batch" and fewest < needed:
+            raise InputError(
+                f"backbone.statistics: at {self.settings.data.image_size} px a batch's statistics need {needed} "
+                f"questions; train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives "
+                f"{fewest}: take a larger batch, larger images, or population"
+            )
 
     def sampler(self, epoch: int) -> EpochSampler:
         """The batches of an epoch, as far as they are this process's."""

@@ -16,7 +16,6 @@ import torch
 
 from data.errors import InputError
 from data.files import naming_write_errors, read_json, write_json, write_text
-from vqa.bundle import WEIGHTS
 from vqa.recipes import load_saved
 from vqa.settings import Settings, different_keys
 
@@ -47,8 +46,7 @@ class RunDirectory:
 
     def holds_training(self) -> bool:
         """Whether training left anything here; a run that ended before its first checkpoint does not block its name."""
-        left = (self.checkpoint, self.path / "metrics.jsonl", self.model / WEIGHTS)
-        return any(path.exists() for path in left)
+        return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
     def refusal(self, settings: Settings, resume: bool) -> str | None:
         """Why training here would overwrite a run, or go on with one of other settings; None if it would not."""

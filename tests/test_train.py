@@ -285,7 +285,7 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
         (["data.answers=3"], "made with answers 20, but data.answers is 3"),
         (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),
         (["train.splits=[dev]"], "no split 'dev'"),
-        (["train.validate_on=dev"], "no split 'dev'"),
+        (["train.validate_on=dev"], "no split 'dev'; it holds train, val; train.validate_on=null trains without"),
         (["backbone.name=resnet19"], "backbone: 'resnet19' is no ResNet"),
         (["backbone.weights=nowhere.pth"], "backbone: nowhere.pth: no such file"),
         (["question.glove=nowhere.txt"], "nowhere.txt: no such file"),

@@ -6,12 +6,28 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.errors import InputError
+from vqa import __version__
 
 DEMO_CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
 RUN = ("--run", "--model")  # one option; torchrun takes --run for its own
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option and refuses a second one, which would silently replace it."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if option_string is not None and self.dest in given:
+            parser.error(f"{'/'.join(self.option_strings)} is given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.register("action", None, _Once)  # what options do unless they say otherwise
+
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
         """As usual, but settings may also stand after options that follow a positional argument."""
         arguments, rest = self.parse_known_args(words, namespace)
@@ -33,6 +49,7 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
         InputError: when it parses what is no command.
     """
     parser = _Parser(prog="main.py", description="Conditional batch normalisation for visual question answering.")
+    parser.add_argument("--version", action="version", version=f"modern-vqa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str) -> argparse.ArgumentParser:

@@ -139,7 +139,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 def _remove_results(folder: Path) -> None:
     """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    for name in (*OF_A_TEST, "results_val.json", "environment.json", "config.yaml"):
+    for name in (*OF_A_TEST, "results_val.json", "metrics.jsonl", "environment.json", "config.yaml"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -268,6 +268,24 @@ def test_batch_statistics_are_those_of_a_network_in_training_mode():
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
+@pytest.mark.parametrize(
+    ("size", "where", "least"),
+    [
+        (32, {}, 2),
+        (33, {}, 1),
+        (32, {"stages": (4,), "normaliser": "layer"}, 2),  # the shortcut's norm is a batch norm still
+        (32, {"stages": (4,), "normaliser": "layer", "shortcuts": True}, 1),
+    ],
+)
+def test_the_least_batch_whose_statistics_can_be_taken(size, where, least):
+    net = ModulatedResNet("resnet10", statistics="batch", **where).train()
+    assert net.least_batch(size) == least
+    net(torch.randn(least, 3, size, size))
+    if least > 1:
+        with pytest.raises(ValueError, match="more than one value a channel"):
+            net(torch.randn(least - 1, 3, size, size))
+
+
 def test_population_statistics_are_those_of_a_network_in_evaluation_mode():
     net = ModulatedResNet("resnet10", statistics="population").train()
     before = {name: value.clone() for name, value in net.state_dict().items()}

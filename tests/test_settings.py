@@ -106,6 +106,17 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
     [
         ("train.epoch=2", "unknown key train.epoch; did you mean train.epochs?"),
         ("epochs=2", "unknown key epochs; did you mean train.epochs?"),
+        ("train.lr=1e-3", "unknown key train.lr; did you mean train.learning_rate?"),
+        ("bs=8", "unknown key bs; did you mean train.batch_size?"),
+        ("train.batch=8", "unknown key train.batch; did you mean train.batch_size?"),
+        ("train.grad-accum=2", "unknown key train.grad-accum; did you mean train.accumulate?"),
+        ("train.max_grad_norm=1", "did you mean train.clip?"),
+        ("num_epochs=3", "did you mean train.epochs?"),
+        ("num_workers=3", "did you mean workers?"),
+        ("arch=resnet18", "did you mean backbone.name?"),
+        ("train.wd=0.1", "unknown key train.wd; there is no weight decay"),
+        ("data.splits.val={questions: q, images: i/{image_id}.jpg}", "quotes, as '{image_id}.jpg'"),
+        ("data.splits.val={questions: q, images: {image_id}}", "images: .*quotes, as '{image_id}.jpg'"),
         ("use_cbn=true", "unknown key use_cbn"),
         ("cbn.use=true", "unknown key cbn.use"),
         ("train.epochs=two", "train.epochs: .*integer"),
@@ -141,6 +152,11 @@ def test_wrong_words_are_one_clear_line(base, word, message):
         ("name: x", "is missing"),
         ("name: !!python/object/apply:os.system ['touch ran']", "wrong.yaml: line 1"),
         ("? [a]\n: 1", "wrong.yaml"),
+        (
+            "data:\n  images: {image_id}.jpg\n",
+            "line 2: .*; a text with braces must stand in quotes, as '{image_id}.jpg'",
+        ),
+        ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must stand in quotes"),
     ],
 )
 def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, message):
@@ -150,6 +166,15 @@ def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, message):
         load_settings(tmp_path / "wrong.yaml")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_programs_names_lead_to_settings_that_exist():
+    from vqa.recipes import _OTHER_NAMES
+
+    names = [name for names in _OTHER_NAMES.values() for name in names.split()]
+    assert _OTHER_NAMES.keys() <= set(setting_keys())
+    assert len(names) == len(set(names))
+    assert not set(names) & {key.rsplit(".", 1)[-1] for key in setting_keys()}
 
 
 def test_a_file_that_is_not_text(tmp_path):

@@ -177,6 +177,49 @@ def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
         train(load_settings(tiny, ["name=mine", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def at_32_px(tiny, tmp_path_factory):
+    """Words for the tiny world at 32 px, where stage 4 has one position."""
+    from data.preprocess import preprocess
+    from vqa.settings import preprocessing_of
+
+    words = [f"data.h5={tmp_path_factory.mktemp('small')}/32.h5", "data.image_size=32"]
+    preprocess(**preprocessing_of(load_settings(tiny, words)))
+    return words
+
+
+@pytest.mark.parametrize("parts", ["train.batch_size=1", "train.accumulate=16", "train.accumulate=6"])
+def test_statistics_of_one_value_are_refused_and_block_nothing(tiny, tmp_path, at_32_px, parts):
+    words = ["name=mine", *at_32_px, "backbone.statistics=batch", "train.batch_size=16"]
+    if parts == "train.accumulate=6":  # parts of three questions, the last of one
+        words.append("train.accumulate=6")
+    with pytest.raises(InputError, match=r"backbone.statistics: at 32 px a batch's statistics need 2 questions"):
+        train(load_settings(tiny, [*words, parts]), runs=tmp_path)
+    assert not (tmp_path / "mine").exists()
+    train(load_settings(tiny, [*words, "train.batch_size=16", "train.accumulate=8"]), runs=tmp_path)
+
+
+def test_statistics_of_one_value_are_not_re_estimated(tiny, tmp_path, at_32_px):
+    from vqa.recalibrate import recalibrate
+
+    run = train(load_settings(tiny, ["name=small", *at_32_px]), runs=tmp_path).path
+    with pytest.raises(InputError, match="train.batch_size: statistics at 32 px need batches of 2 questions, not 1"):
+        recalibrate(run, tmp_path / "new", "train", ["train.batch_size=1"])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(tiny, tmp_path, monkeypatch, resume):
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+    run = train(load_settings(tiny, ["name=mine", "cbn.stages=[4]"]), resume=resume, runs=tmp_path).path
+    assert yaml.safe_load((run / "config.yaml").read_text())["cbn"]["stages"] == [4]
+    assert "resumed" not in json.loads((run / "environment.json").read_text())
+    with pytest.raises(InputError, match="holds a run already"):
+        train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+
+
 def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
     settings = load_settings(tiny, ["name=mine"])
     run = train(settings, runs=tmp_path).path
@@ -300,7 +343,7 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
         (["data.answers=3"], "made with answers 20, but data.answers is 3"),
         (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),
         (["train.splits=[dev]"], "no split 'dev'"),
-        (["train.validate_on=dev"], "no split 'dev'"),
+        (["train.validate_on=dev"], "no split 'dev'; it holds train, val; train.validate_on=null trains without"),
         (["backbone.name=resnet19"], "backbone: 'resnet19' is no ResNet"),
         (["backbone.weights=nowhere.pth"], "backbone: nowhere.pth: no such file"),
         (["question.glove=nowhere.txt"], "nowhere.txt: no such file"),
@@ -389,12 +432,28 @@ def test_two_processes_train_as_one(tiny, tmp_path, statistics):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FutureWarning" not in done.stderr
     one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
     ours, theirs = weights(one), weights(tmp_path / "runs/two")
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-4, msg=name)
     for a, b in zip(lines(one), lines(tmp_path / "runs/two"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch):
+    from vqa import distributed
+
+    def before_2_13(module, broadcast_buffers=True):
+        return module, broadcast_buffers
+
+    def since_2_13(module, broadcast_buffers=None, forward_sync_buffers=None):
+        assert broadcast_buffers is None
+        return module, forward_sync_buffers
+
+    for wrapper in (before_2_13, since_2_13):
+        monkeypatch.setattr(distributed, "DistributedDataParallel", wrapper)
+        assert distributed.averaging_gradients("the model") == ("the model", False)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):

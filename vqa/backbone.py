@@ -1,19 +1,27 @@
 """torchvision's ResNets by name, with weights by torchvision's name or from a file; every unmatched key is an error."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
+from torch.serialization import safe_globals
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from vqa.verified import load_tensors, read_safetensors
 
+ENDINGS = (".safetensors", ".pth", ".pt")  # of files of weights, as usual; a file that is there may have any other
+
 
 def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
     """torchvision's ResNet by name, with weights by torchvision's name or from a file.
+
+    A file is .safetensors or what `torch.save` writes, of torchvision's names of keys (timm's are the same). It holds a
+    state_dict, alone or as the only one in a checkpoint, with or without one prefix of all keys (`module.`).
 
     Raises:
         ValueError: unknown network or weights, or a file that does not fit the network, naming the keys.
@@ -29,16 +37,15 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
     resnet = build(num_classes=classes)
     if weights is None:
         return resnet
-    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
-        _load_exactly(resnet, _read_weights(Path(weights)), str(weights))
-    else:
-        file = _published_weights(name, str(weights))
-        # the published files are older than these counts
-        counts = {key: value for key, value in resnet.state_dict().items() if key.endswith("num_batches_tracked")}
-        try:
-            _load_exactly(resnet, counts | _read_weights(file), str(file))
-        except ValueError as error:
-            raise ValueError(f"{error}; remove it, and it is downloaded again") from None
+    file = Path(weights)
+    if file.suffix in ENDINGS or file.is_file():
+        _load_exactly(resnet, _without_prefix(_read_weights(file)), str(file))
+        return resnet
+    file = _published_weights(name, str(weights))
+    try:
+        _load_exactly(resnet, _read_weights(file), str(file))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and it is downloaded again") from None
     return resnet
 
 
@@ -51,9 +58,10 @@ def _published_weights(name: str, weights: str) -> Path:
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
-        raise ValueError(f"{name} has no published weights; give a file or none, not {weights!r}") from None
+        raise ValueError(f"{name} has no published weights and {weights!r} is no file; give a file, or none") from None
     if weights not in known.__members__:
-        raise ValueError(f"{name} has the weights {', '.join(known.__members__)} (or a file, or none), not {weights!r}")
+        names = ", ".join(known.__members__)
+        raise ValueError(f"{weights!r} is no file and none of the weights of {name}: {names} (or a file, or none)")
     url = known[weights].url
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.exists():
@@ -71,19 +79,46 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
-        if file.suffix == ".safetensors":
+        if _is_safetensors(file):
             return read_safetensors(file)[0]
-        state = load_tensors(file)
-    except UnpicklingError:
-        raise ValueError(f"{file}: cannot be read as weights (damaged, or more than tensors: not executed)") from None
+        with safe_globals([Namespace]):  # the training's arguments, plain values, in checkpoints of many programs
+            content = load_tensors(file)
+    except UnpicklingError as error:
+        found = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        what = f"holds {found[1]}, more than tensors" if found else "damaged, or more than tensors"
+        raise ValueError(f"{file}: cannot be read as weights ({what}: not executed)") from None
     except Exception as error:  # each format raises errors of its own kind on a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: cannot be read as weights ({reason:.120})") from None
+    if _is_state(content):
+        return content
+    states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, dict) else {}
+    if len(states) > 1:
+        raise ValueError(f"{file}: holds several networks ({', '.join(map(str, states))}); save one of them alone")
+    if not states:
+        raise ValueError(f"{file}: must hold weights by name (a state_dict), alone or as one part of a checkpoint")
+    return next(iter(states.values()))
 
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{file}: must hold weights by name alone (a state_dict)")
+
+def _is_safetensors(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by torchvision's names, where all have one prefix before them (`module.`, `_orig_mod.`, …)."""
+    stem = min((key for key in state if key.endswith("conv1.weight")), key=len, default="")
+    prefix = stem.removesuffix("conv1.weight")
+    if all(key.startswith(prefix) for key in state):
+        return {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -91,13 +126,17 @@ def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None
     """Loads every weight but the classifier's, which is not used."""
     expected = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    wrong = [f"missing {key}" for key in expected.keys() - state.keys()]
-    wrong += [f"unknown {key}" for key in state.keys() - expected.keys()]
-    wrong += [f"shape of {key}" for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source}: not the weights of this ResNet: {', '.join(sorted(wrong)[:5])}{more}")
+    counters = {key for key in expected if key.endswith(".num_batches_tracked")}  # not used, and not in all files
+    wrong = {
+        "missing": expected.keys() - state.keys() - counters,
+        "unknown": state.keys() - expected.keys(),
+        "shape of": {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape},
+    }
+    if count := sum(map(len, wrong.values())):
+        named = [f"{what} {key}" for what, keys in wrong.items() for key in sorted(keys)[:2]]
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        raise ValueError(f"{source}: not the weights of this ResNet: {', '.join(named)}{more}")
     for key, value in state.items():
         if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
             raise ValueError(f"{source}: damaged weights: {key} holds values that are not finite or negative variances")
-    resnet.load_state_dict(state | {key: value for key, value in resnet.state_dict().items() if key.startswith("fc.")})
+    resnet.load_state_dict(resnet.state_dict() | state)

@@ -10,12 +10,21 @@ The layers stand alone: each takes the place of a norm in any network. `vqa.norm
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from vqa.norms import NO_MODULATION, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, groups_of, modulated_norm
+from vqa.norms import (
+    NO_MODULATION,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    groups_of,
+    in_place_of,
+    modulated_norm,
+)
 
 __all__ = [
     "CategoricalConditionalBatchNorm2d",
@@ -50,10 +59,11 @@ class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
         norm = ConditionalBatchNorm2d(num_features=64, condition_size=256, hidden_size=128)
         y = norm(x, condition)              # x [B, 64, H, W], condition [B, 256] → [B, 64, H, W]
 
-    γ, β and the running statistics keep the names of `nn.BatchNorm2d`, so a pretrained norm's state loads with
-    `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To keep the
-    pretrained network as the paper does, freeze them (`norm.weight.requires_grad_(False)`, likewise `bias`) and keep
-    the layer in evaluation mode.
+    `ConditionalBatchNorm2d.from_batch_norm(pretrained, condition_size, hidden_size)` takes the place of a pretrained
+    norm and shares its parameters and statistics. They keep the names of `nn.BatchNorm2d`, so a pretrained norm's state
+    loads with `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To
+    keep the pretrained network as the paper does, freeze them (`norm.weight.requires_grad_(False)`, likewise `bias`)
+    and keep the layer in evaluation mode.
     """
 
     def __init__(
@@ -89,18 +99,30 @@ class ConditionalGroupNorm(ModulatedGroupNorm):
         return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
 
 
-class ConditionalInstanceNorm2d(ConditionalGroupNorm):
+class _NormOfKind(ConditionalGroupNorm):
+    """A conditional group norm whose number of groups follows from its kind."""
+
+    kind: str
+
+    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
+        super().__init__(groups_of(self.kind, num_features), num_features, condition_size, hidden_size, eps=eps)
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int) -> Self:
+        """A norm of this kind with the γ and β (shared) and the ε of a batch norm."""
+        return in_place_of(norm, partial(cls, norm.num_features, condition_size, hidden_size, eps=norm.eps))
+
+
+class ConditionalInstanceNorm2d(_NormOfKind):
     """An instance norm whose γ and β are moved by a condition (the kin of Dumoulin et al. 2017 and of AdaIN)."""
 
-    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
-        super().__init__(groups_of("instance", num_features), num_features, condition_size, hidden_size, eps=eps)
+    kind = "instance"
 
 
-class ConditionalLayerNorm2d(ConditionalGroupNorm):
+class ConditionalLayerNorm2d(_NormOfKind):
     """A layer norm (over channels, height and width) whose γ and β are moved by a condition."""
 
-    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
-        super().__init__(groups_of("layer", num_features), num_features, condition_size, hidden_size, eps=eps)
+    kind = "layer"
 
 
 class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
@@ -113,6 +135,15 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
         super().__init__(num_features, eps, momentum)
         self.weight = nn.Parameter(torch.ones(num_classes, num_features))
         self.bias = nn.Parameter(torch.zeros(num_classes, num_features))
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, num_classes: int) -> Self:
+        """The same norm with its γ and β for every class to begin with, sharing its buffers."""
+        modulated = super().from_batch_norm(norm, num_classes)
+        for name in ("weight", "bias"):
+            value = getattr(norm, name)
+            setattr(modulated, name, nn.Parameter(value.detach().repeat(num_classes, 1), value.requires_grad))
+        return modulated
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
         """x [B, C, H, W], classes int64 [B] → [B, C, H, W].

@@ -1,5 +1,6 @@
 """One process or many (torchrun): who this process is, and what the processes exchange."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import InputError
 
@@ -81,3 +84,10 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model so that its gradients are averaged over the processes; a step does not exchange its buffers."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(model, **{buffers: False})

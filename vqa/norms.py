@@ -9,13 +9,13 @@ and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from vqa.modulate import Fused, modulate
 
@@ -84,6 +84,24 @@ def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
     return delta
 
 
+def _check_map(x: Tensor, channels: int) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"a map must be [B, C, H, W] with C = {channels}, got {list(x.shape)}")
+
+
+Norm = TypeVar("Norm", bound=nn.Module)
+
+
+def in_place_of(norm: nn.BatchNorm2d, make: Callable[[], Norm]) -> Norm:
+    """What `make` gives, on the device and in the type of `norm`, with its γ and β (shared) and its mode."""
+    if norm.weight is None or norm.bias is None:
+        raise ValueError("a modulated norm needs γ and β")
+    with norm.weight.device:
+        modulated = make().to(norm.weight.dtype)
+    modulated.weight, modulated.bias = norm.weight, norm.bias
+    return modulated.train(norm.training)
+
+
 def _wants_gradient(*parts: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
@@ -124,10 +142,11 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         A residual and a ReLU may follow as in `modulate`. In evaluation mode the delta may be folded already.
 
         Raises:
-            ValueError: a delta is not [B, C], or in training mode there is but one value a channel.
+            ValueError: x is not [B, C, H, W], a delta not [B, C], or in training mode there is but one value a channel.
         """
         if isinstance(delta, Folded):
             return modulate(x, *delta, residual, relu=relu, fused=self.fused)
+        _check_map(x, self.num_features)
         delta = _checked(delta, x)
         unmodulated = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         if unmodulated and not _wants_gradient(x, residual, self.weight):
@@ -141,6 +160,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
+        _check_map(x, self.num_features)
         if not self.training:
             return self.running_mean, self.running_var
         if x.ndim != 4 or x.shape[1] != self.num_features:
@@ -185,20 +205,43 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.fill_(pooled.batches)
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> "ModulatedBatchNorm2d":
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, *sizes: int, **named_sizes: int) -> Self:
         """The same norm, sharing its parameters and buffers, able to take deltas.
+
+        `sizes` are what the constructor takes beside `num_features`, `eps` and `momentum`, which are those of `norm`.
 
         Raises:
             ValueError: `norm` has no γ and β, or no running statistics.
         """
-        if not (norm.affine and norm.track_running_stats):
-            raise ValueError("a modulated norm needs γ, β and running statistics")
-        modulated = cls(norm.num_features, norm.eps, norm.momentum)
-        for name, parameter in norm.named_parameters():
-            modulated.register_parameter(name, parameter)
-        for name, buffer in norm.named_buffers():
+        if not norm.track_running_stats:
+            raise ValueError("a modulated batch norm needs running statistics")
+        kept = {"eps": norm.eps, "momentum": norm.momentum}
+        modulated = in_place_of(norm, partial(cls, norm.num_features, *sizes, **named_sizes, **kept))
+        for name, buffer in norm.named_buffers(recurse=False):
             modulated.register_buffer(name, buffer)
-        return modulated.train(norm.training)
+        modulated.synchronised = isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "synchronised", False)
+        return modulated
+
+
+_convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
+
+
+def _keep_modulated_norms(
+    cls: type[nn.SyncBatchNorm], module: nn.Module, process_group: dist.ProcessGroup | None = None
+) -> nn.Module:
+    """As `nn.SyncBatchNorm.convert_sync_batchnorm`, which would replace a modulated norm by one without deltas: it is
+    made `synchronised` instead.
+    """
+    if not isinstance(module, ModulatedBatchNorm2d):
+        return _convert_sync_batchnorm(cls, module, process_group)
+    if process_group is not None:
+        raise ValueError("a modulated norm is synchronised over all processes, not over a process group")
+    module.synchronised = True
+    return module
+
+
+# torch asks a module nothing before it replaces it, and calls this for every child
+nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_keep_modulated_norms)
 
 
 def folded_at_once(norms: Sequence[ModulatedBatchNorm2d], modulation: Modulation) -> list[Folded]:
@@ -218,8 +261,22 @@ def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tens
     counts = mean.new_tensor(count)
     dist.all_reduce(counts)
     share = count / counts
-    everyones = all_reduce(share * mean)
-    return everyones, all_reduce(share * (var + (mean - everyones) ** 2)), int(counts)
+    everyones = _SumOverProcesses.apply(share * mean)
+    return everyones, _SumOverProcesses.apply(share * (var + (mean - everyones) ** 2)), int(counts)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_: Any, part: Tensor) -> Tensor:
+        part = part.clone()
+        dist.all_reduce(part)
+        return part
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(gradient)
 
 
 class ModulatedGroupNorm(nn.GroupNorm):
@@ -237,8 +294,9 @@ class ModulatedGroupNorm(nn.GroupNorm):
         A residual and a ReLU may follow as in `modulate`.
 
         Raises:
-            ValueError: a delta is not [B, C], or a group holds but one value.
+            ValueError: x is not [B, C, H, W], a delta not [B, C], or a group holds but one value.
         """
+        _check_map(x, self.num_channels)
         delta = _checked(delta, x)
         grouped = x.to(self.weight.dtype).reshape(len(x), self.num_groups, -1)  # [B, G, C / G * H * W]
         if grouped.shape[2] < 2:
@@ -250,12 +308,9 @@ class ModulatedGroupNorm(nn.GroupNorm):
         )
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int) -> "ModulatedGroupNorm":
-        """A group norm with the γ and β (shared) and the ε of a batch norm."""
-        modulated = cls(groups, norm.num_features, norm.eps)
-        for name, parameter in norm.named_parameters():
-            modulated.register_parameter(name, parameter)
-        return modulated
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **named_sizes: int) -> Self:
+        """A group norm with the γ and β (shared) and the ε of a batch norm; `sizes` as of `ModulatedBatchNorm2d`."""
+        return in_place_of(norm, partial(cls, groups, norm.num_features, *sizes, **named_sizes, eps=norm.eps))
 
 
 GROUPS = 32  # of group normalisation (Wu and He 2018)

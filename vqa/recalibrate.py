@@ -47,6 +47,11 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     data = split_data(bundle, settings, split)
     sampler = EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1)
     sampler.batches = min(sampler.batches, batches)
+    if sampler.batch_size < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
+        raise InputError(
+            f"train.batch_size: statistics at {settings.data.image_size} px need batches of {needed} questions, not "
+            f"{sampler.batch_size}"
+        )
     model = bundle.model
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():

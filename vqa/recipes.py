@@ -139,13 +139,17 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+_QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}") from None
+        braces = _QUOTES if mark and "{image_id" in text.splitlines()[mark.line] else ""
+        raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}{braces}") from None
     except Exception:  # PyYAML raises errors of every kind on values that do not fit their tag (`!!bool x`)
         raise InputError(f"{where}: malformed YAML") from None
 
@@ -171,10 +175,35 @@ def _explain(error: ValidationError, file: str, overridden: list[str], words: st
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # of our own validators: says all there is to say
         return f"{where}: {key}.{message}{more}"
-    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{more}"
+    braces = _QUOTES if first["type"] == "string_type" and isinstance(first["input"], dict) else ""
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}{more}"
+
+
+_OTHER_NAMES = {  # of settings, in other programs
+    "train.learning_rate": "lr base_lr",
+    "train.batch_size": "bs batch batchsize",
+    "train.accumulate": "accum grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
+    "train.clip": "grad_clip clip_grad clip_norm clip_grad_norm max_norm max_grad_norm gradient_clip_val",
+    "train.schedule": "scheduler lr_scheduler lr_schedule warmup",
+    "train.patience": "early_stop early_stopping",
+    "train.validate_on": "val validation val_split",
+    "train.checkpoint_every": "save_every save_steps",
+    "backbone.name": "arch resnet network",
+    "backbone.weights": "pretrained",
+    "data.image_size": "img_size imgsz resolution",
+    "data.h5": "hdf5",
+    "precision": "amp fp16 bf16 dtype mixed_precision",
+    "device": "gpu gpus cuda",
+}
 
 
 def _suggestion(key: str) -> str:
+    last = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if last in ("wd", "weight_decay"):
+        return "; there is no weight decay: the optimiser is plain Adam"
+    for ours, others in _OTHER_NAMES.items():
+        if last in others.split():
+            return f"; did you mean {ours}?"
     known = list(setting_keys())
     by_last = {name.rsplit(".", 1)[-1]: name for name in known}
     close = difflib.get_close_matches(key, known, 1, 0.75)

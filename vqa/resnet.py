@@ -64,7 +64,7 @@ class ModulatedResNet(nn.Module):
         """
         Args:
             name: a ResNet of torchvision, or `resnet10` (torchvision's `ResNet` with one basic block a stage).
-            weights: torchvision's name of the weights, a file (.safetensors or .pth), or None for random ones.
+            weights: torchvision's name of the weights, a file (as `build_resnet` reads), or None for random ones.
             stages: stages (1 to 4) whose norms are conditioned: those after the convolutions of every block.
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.
@@ -132,6 +132,11 @@ class ModulatedResNet(nn.Module):
     def batch_norms(self) -> list[ModulatedBatchNorm2d]:
         """Every batch norm, conditioned or not."""
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
+
+    def least_batch(self, image_size: int) -> int:
+        """How many samples a batch needs at least where its own statistics normalise: two values a channel."""
+        names = (name for name, module in self.network.named_modules() if isinstance(module, ModulatedBatchNorm2d))
+        return 2 if image_size <= 32 and any(stage_of(name) == 4 for name in names) else 1  # one position in stage 4
 
     def forward(
         self, images: Tensor | StageMap, modulation: Modulation | None = None, places: Tensor | None = None

@@ -35,13 +35,17 @@ class RunDirectory:
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
 
+    def holds_training(self) -> bool:
+        """Whether training left anything here; a run that ended before its first checkpoint does not block its name."""
+        return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
+
     def refusal(self, settings: Settings, resume: bool) -> str | None:
         """Why training here would overwrite a run, or go on with one of other settings; None if it would not.
 
         Training may end later than the run was to end, where the schedule does not depend on it.
         """
         config = self.path / "config.yaml"
-        if not config.exists() and not self.checkpoint.exists():
+        if not self.holds_training():
             return None
         if not resume:
             return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
@@ -66,7 +70,7 @@ class RunDirectory:
         """Writes what explains the run."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
-        begun = read_json(file) if file.exists() else None
+        begun = read_json(file) if file.exists() and self.holds_training() else None
         if begun is not None and not (isinstance(begun, dict) and isinstance(begun.get("resumed", []), list)):
             raise InputError(f"{file}: not what a run wrote; remove it")
         environment = {

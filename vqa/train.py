@@ -19,7 +19,7 @@ from data.progress import progress as shown
 from vqa import bundle
 from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
 from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
-from vqa.distributed import Processes, this_process, together
+from vqa.distributed import Processes, averaging_gradients, this_process, together
 from vqa.engine import predict_classes, train_steps
 from vqa.metrics import Scores, score
 from vqa.model import VQAModel
@@ -79,6 +79,7 @@ class Training:
 
         torch.manual_seed(settings.seed)  # the same initial weights in every process
         self.model = self._new_model()
+        self._check_batch_statistics()
         torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(self.model))
         self.optimiser = build_optimiser(settings.train, self.model)
@@ -108,6 +109,20 @@ class Training:
         if model.condition == "mean_question" and fresh:
             model.set_mean_question(*self.data.training.words(range(min(len(self.data.training), MEAN_OF))))
         return model.to(self.device)
+
+    def _check_batch_statistics(self) -> None:
+        """Raises InputError where a step would take the statistics of one value a channel."""
+        train, resnet = self.settings.train, self.model.resnet
+        mine = self.sampler(epoch=1).batch_size // self.processes.world_size
+        part = -(-mine // train.accumulate)
+        fewest = (mine % part or part) * self.processes.world_size  # the last part is the smallest
+        needed = resnet.least_batch(self.settings.data.image_size)
+        if self.model.sees_image and resnet.statistics == "batch" and fewest < needed:
+            raise InputError(
+                f"backbone.statistics: at {self.settings.data.image_size} px a batch's statistics need {needed} "
+                f"questions; train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives "
+                f"{fewest}: take a larger batch, larger images, or population"
+            )
 
     def sampler(self, epoch: int) -> EpochSampler:
         """The batches of an epoch, as far as they are this process's."""
@@ -164,7 +179,7 @@ class Training:
             self.model.resnet.compile()
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
-            wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            wrapped = averaging_gradients(self.model)
         with held_back():  # a signal waits until what it may not cut in two is done
             while not self.progress.finished:
                 self._train_epoch(wrapped)

@@ -38,11 +38,14 @@ class TrainingData:
         images, share = H5Images(store.path), settings.speed.share_images
         self.training = QuestionDataset(_trainable_questions(store, settings.train.splits), images, share=share)
         self.validation = None
-        if settings.train.validate_on is not None:
-            self.validation = QuestionDataset(store.table(settings.train.validate_on), images, share=share)
+        if (split := settings.train.validate_on) is not None:
+            without = "train.validate_on=null trains without validation"
+            if split not in store.splits:
+                raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
+            self.validation = QuestionDataset(store.table(split), images, share=share)
             if not self.validation.labels.size:
-                raise InputError(f"train.validate_on: split {settings.train.validate_on!r} has no annotations")
-        splits = [*settings.train.splits, *filter(None, [settings.train.validate_on])]
+                raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
+        splits = [*settings.train.splits, *filter(None, [split])]
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
         self._see: Callable[[Tensor], Tensor | StageMap] = self.preprocessing.normalise

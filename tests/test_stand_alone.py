@@ -1,0 +1,124 @@
+"""The conditional layers in other people's networks: made of their norms, synchronised, given maps of other shapes."""
+
+import pytest
+import torch
+from torch import nn
+
+from vqa.cbn import (
+    CategoricalConditionalBatchNorm2d,
+    ConditionalBatchNorm2d,
+    ConditionalGroupNorm,
+    ConditionalInstanceNorm2d,
+    ConditionalLayerNorm2d,
+    Modulation,
+)
+from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm
+
+C = 6
+LAYERS = {  # the class, what its constructor takes after the channels, and what its forward takes after the map
+    ConditionalBatchNorm2d: ((4, 5), torch.randn(2, 4)),
+    ConditionalInstanceNorm2d: ((4, 5), torch.randn(2, 4)),
+    ConditionalLayerNorm2d: ((4, 5), torch.randn(2, 4)),
+    ConditionalGroupNorm: ((3, 4, 5), torch.randn(2, 4)),
+    CategoricalConditionalBatchNorm2d: ((3,), torch.tensor([2, 0])),
+}
+
+
+def pretrained(**made):
+    norm = nn.BatchNorm2d(C, eps=1e-3, momentum=0.2, **made)
+    for value in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(value)
+    nn.init.uniform_(norm.running_var, 0.3, 3.0)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_takes_the_place_of_a_pretrained_norm(kind, training):
+    plain = pretrained(dtype=torch.float64).train(training)
+    sizes, condition = LAYERS[kind]
+    layer = kind.from_batch_norm(plain, *sizes)
+    assert type(layer) is kind
+    assert (layer.eps, layer.training) == (1e-3, training)
+    assert {value.dtype for value in layer.parameters()} == {torch.float64}
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
+    for name, value in plain.state_dict().items():
+        ours = getattr(layer, name, None)
+        if kind is CategoricalConditionalBatchNorm2d and name in ("weight", "bias"):
+            assert torch.equal(ours, value.expand(3, C)), name
+        elif name in ("weight", "bias") or issubclass(kind, ModulatedBatchNorm2d):
+            assert ours.data_ptr() == value.data_ptr(), name
+    if issubclass(kind, ModulatedBatchNorm2d):
+        assert layer.momentum == 0.2
+        for part in ("delta_gamma", "delta_beta"):
+            if hasattr(layer, part):
+                nn.init.zeros_(getattr(layer, part)[2].weight)
+        x = torch.randn(2, C, 3, 3).double()
+        condition = condition.double() if condition.is_floating_point() else condition
+        torch.testing.assert_close(layer(x, condition), nn.BatchNorm2d.forward(plain, x))
+
+
+def test_a_layer_is_made_on_the_norms_device_by_names_of_sizes_and_of_a_conditional_norm():
+    layer = ConditionalBatchNorm2d.from_batch_norm(pretrained().to("meta"), condition_size=4, hidden_size=5)
+    assert {value.device.type for value in (*layer.parameters(), *layer.buffers())} == {"meta"}
+    first = ConditionalBatchNorm2d.from_batch_norm(pretrained(), 4, 5)
+    second = ConditionalBatchNorm2d.from_batch_norm(first, 7, 5)
+    assert second.weight is first.weight
+    assert second(torch.randn(2, C, 3, 3), torch.randn(2, 7)).shape == (2, C, 3, 3)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_norm_without_gamma_and_beta_cannot_be_taken_over(kind):
+    with pytest.raises(ValueError, match="needs γ and β"):
+        kind.from_batch_norm(nn.BatchNorm2d(C, affine=False), *LAYERS[kind][0])
+
+
+class Net(nn.Module):
+    """A network that conditions a layer of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.layer = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C)), layer
+
+    def forward(self, x, condition):
+        return self.layer(self.first(x), condition)
+
+
+@pytest.mark.parametrize("kind", [ConditionalBatchNorm2d, CategoricalConditionalBatchNorm2d])
+def test_conversion_to_synchronised_norms_keeps_the_conditioning(kind):
+    sizes, condition = LAYERS[kind]
+    net = Net(kind(C, *sizes)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected, layer = net(x, condition), net.layer
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert converted.layer is layer
+    assert layer.synchronised
+    assert type(converted.first[1]) is nn.SyncBatchNorm
+    torch.testing.assert_close(converted(x, condition), expected)
+    assert kind.from_batch_norm(converted.first[1], *sizes).synchronised
+    with pytest.raises(ValueError, match="over all processes, not over a process group"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(Net(kind(C, *sizes)), process_group=object())
+
+
+@pytest.mark.parametrize("shape", [(2, C, 4, 4, 4), (2, C, 4), (2, C), (2, C + 1, 4, 4), (C, 4, 4)])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_map_of_another_shape_is_refused_and_moves_nothing(kind, training, shape):
+    sizes, condition = LAYERS[kind]
+    layer = kind.from_batch_norm(pretrained(), *sizes).train(training)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a map must be \[B, C, H, W\] with C = 6, got \["):
+        layer(torch.randn(shape), condition)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", [ModulatedBatchNorm2d(C), ModulatedGroupNorm(3, C)])
+def test_a_modulated_norm_refuses_a_map_of_another_shape(norm):
+    with pytest.raises(ValueError, match="a map must be"):
+        norm(torch.randn(2, C, 4, 4, 4), Modulation(torch.zeros(2, C), None))

@@ -61,6 +61,10 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
     def takes_settings(added: argparse.ArgumentParser) -> None:
         added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
 
+    def of_a_recipe(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+        takes_settings(added)
+
     def of_a_run(added: argparse.ArgumentParser) -> None:
         added.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
 
@@ -74,13 +78,11 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
     takes_settings(added)
 
     added = command("preprocess")
-    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
-    takes_settings(added)
+    of_a_recipe(added)
 
     added = command("train")
-    added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    of_a_recipe(added)
     added.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    takes_settings(added)
 
     added = command("eval")
     of_a_run(added)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import InputError, printable
+from data.errors import InputError, NotWrittenError, printable
 from data.interruption import Interrupted, listen
 from data.workers import is_of_lost_worker
 from experiments.command_line import build_parser
@@ -215,13 +215,15 @@ def main() -> int:
     """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 130 or 143 after a signal."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = argparse.Namespace()
     try:
         listen()
         arguments = build_parser(COMMANDS).parse_args()
         arguments.function(arguments)
         sys.stdout.flush()
     except InputError as error:
-        return _failed(error)
+        elsewhere = isinstance(error, NotWrittenError) and getattr(arguments, "out", "") is None
+        return _failed(f"{error}; --out can name another directory" if elsewhere else error)
     except OSError as error:
         if error.filename is None and error.errno not in OF_OUTPUT:
             raise

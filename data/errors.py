@@ -17,6 +17,10 @@ class InputError(ValueError):
         return printable(super().__str__())
 
 
+class NotWrittenError(InputError):
+    """An output cannot be written: its disk is full, read-only, or fails. Work goes on without an optional output."""
+
+
 def printable(text: str) -> str:
     """A text as it may be shown on a terminal: one line, with control characters and lone surrogates as escapes."""
     if text.isprintable():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import InputError
+from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
 from data.interruption import Interrupted, held_back, let_through, stop, waits
 from data.loading import Batch, EpochSampler, InOrderSampler, make_loader, readable
@@ -83,6 +83,7 @@ class Training:
         steps = settings.train.epochs * len(self.sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
+        self.writes_tensorboard = settings.train.tensorboard
         if run.checkpoint.exists():
             self._resume()
         if not self.progress.finished:
@@ -289,8 +290,12 @@ class Training:
         if not self.processes.is_main:
             return
         self.run.write_metrics(self.progress.history)
-        if self.settings.train.tensorboard:
-            self.run.write_tensorboard(line)
+        if self.writes_tensorboard:
+            try:
+                self.run.write_tensorboard(line)
+            except NotWrittenError as error:
+                self._say(f"{error}; training goes on without TensorBoard")
+                self.writes_tensorboard = False
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
         epochs = self.settings.train.epochs

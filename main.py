@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "experiments" / "results"
 README = Path(__file__).parent / "README.md"
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
 GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
 
@@ -225,9 +226,13 @@ def main() -> int:
         elsewhere = isinstance(error, NotWrittenError) and getattr(arguments, "out", "") is None
         return _failed(f"{error}; --out can name another directory" if elsewhere else error)
     except OSError as error:
-        if error.filename is None and error.errno not in OF_OUTPUT:
+        if error.errno in TOO_MANY_FILES:
+            why = "too many open files: raise `ulimit -n`, or set fewer `workers` or `data.processes`"
+        elif error.filename is None and error.errno not in OF_OUTPUT:
             raise
-        return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
+        else:
+            why = f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}"
+        return _failed(why)
     except RuntimeError as error:
         if not is_of_lost_worker(error):
             raise

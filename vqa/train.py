@@ -13,7 +13,7 @@ from torch import nn
 from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
 from data.interruption import Interrupted, held_back, let_through, stop, waits
-from data.loading import Batch, EpochSampler, InOrderSampler, make_loader, readable
+from data.loading import Batch, EpochSampler, InOrderSampler, check_shared_memory, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
 from vqa import bundle
@@ -88,6 +88,7 @@ class Training:
             self._resume()
         if not self.progress.finished:
             self.data.read_stored_maps(self.model.resnet, self.device, processes)
+            check_shared_memory(self.data.training, self.sampler(self.progress.epoch), settings.workers)
         if processes.is_main and not self.progress.finished:
             run.start(settings, self.device, processes.world_size, self.trained_count)
             store = self.data.store
@@ -157,6 +158,13 @@ class Training:
                 self._save_checkpoint()
             stop()
 
+    def _stop_waiting_if_asked(self) -> None:
+        """Ends the run where a signal waits while batches do not come."""
+        if waits():
+            if self.processes.world_size == 1:  # several have their last checkpoint
+                self._save_checkpoint()
+            stop()
+
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
         sampler = self.sampler(progress.epoch)
@@ -164,9 +172,10 @@ class Training:
         loader = make_loader(self.data.training, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
 
-        def after_step(loss: float) -> None:
+        def after_step(loss: float | None) -> None:
             progress.step += 1
-            progress.loss_sum += loss
+            progress.loss_sum += loss or 0.0
+            progress.left_out += loss is None
             progress.seconds = time.monotonic() - begun
             every = settings.train.checkpoint_every
             due = bool(every) and (progress.step % every == 0 or progress.step == sampler.batches)
@@ -174,7 +183,7 @@ class Training:
                 self._save_checkpoint()
             self._stop_if_asked(save=not due)
 
-        batches = readable(loader)
+        batches = readable(loader, self._stop_waiting_if_asked)
         bar = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         try:
             self.take_steps(model, bar if self.processes.is_main else batches, after_step)
@@ -184,8 +193,10 @@ class Training:
                 "train.skip_not_finite leaves such steps out; the last checkpoint is kept"
             ) from None
 
-    def take_steps(self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float], None]) -> None:
-        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` gets each loss.
+    def take_steps(
+        self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float | None], None]
+    ) -> None:
+        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` is as in `train_steps`.
 
         Raises:
             NotFiniteError: as `train_steps`.
@@ -211,8 +222,6 @@ class Training:
         if self.progress.left_out == self.settings.train.skip_not_finite:
             return False
         self._say(f"{self._at_step(error)}; this step is left out")
-        self.progress.step += 1
-        self.progress.left_out += 1
         return True
 
     def _at_step(self, error: NotFiniteError) -> str:

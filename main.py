@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import InputError, printable
+from data.errors import InputError, NotWrittenError, printable
 from data.interruption import Interrupted, listen
 from data.workers import is_of_lost_worker
 from experiments.command_line import build_parser
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "experiments" / "results"
 README = Path(__file__).parent / "README.md"
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
 GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
 
@@ -236,17 +237,23 @@ def main() -> int:
     """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 128 + N after signal N."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = argparse.Namespace()
     try:
         listen()
         arguments = build_parser(COMMANDS).parse_args()
         arguments.function(arguments)
         sys.stdout.flush()
     except InputError as error:
-        return _failed(error)
+        elsewhere = isinstance(error, NotWrittenError) and getattr(arguments, "out", "") is None
+        return _failed(f"{error}; --out can name another directory" if elsewhere else error)
     except OSError as error:
-        if error.filename is None and error.errno not in OF_OUTPUT:
+        if error.errno in TOO_MANY_FILES:
+            why = "too many open files: raise `ulimit -n`, or set fewer `workers` or `data.processes`"
+        elif error.filename is None and error.errno not in OF_OUTPUT:
             raise
-        return _failed(f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}")
+        else:
+            why = f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}"
+        return _failed(why)
     except RuntimeError as error:
         if not is_of_lost_worker(error):
             raise

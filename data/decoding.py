@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.files import naming_write_errors
 from data.images import decode_image
 from data.rows import RowPlace
-from data.workers import WorkerContext
+from data.workers import WorkerContext, naming_worker_limits
 
 _IMAGES_A_TASK = 32  # large enough to hide the cost of handing a task over
 _SECONDS_BETWEEN = 0.25
@@ -37,13 +37,11 @@ class Decoding:
     def __enter__(self) -> "Decoding":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._pool is None:
-            return
-        if kind is None or issubclass(kind, BrokenExecutor):
-            self._workers.kill()  # nothing is left to do; a pool that lost a worker may wait for another for ever
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._workers.kill()  # what is not done by now is not wanted, and a stopped process would be waited for
+            self._pool.shutdown(cancel_futures=True)
 
     def begin(self, place: RowPlace, files: Sequence[tuple[int, str]]) -> Iterator[tuple[int, int | str]]:
         """Begins with images of (row, file name).
@@ -58,13 +56,14 @@ class Decoding:
         if self.processes == 1 or len(tasks) <= 1:
             done = map(decode, tasks)
         else:
-            self._pool = ProcessPoolExecutor(self.processes, mp_context=self._workers)
-            try:
-                done = self._pool.map(decode, tasks)
-            except (OSError, ValueError) as error:  # that its queues are closed
-                if getattr(error, "errno", None) is not None:
-                    raise
-                raise BrokenExecutor("a worker was lost while others were started") from error
+            with naming_worker_limits("data.processes=1"):
+                self._pool = ProcessPoolExecutor(self.processes, mp_context=self._workers)
+                try:
+                    done = self._pool.map(decode, tasks)
+                except (OSError, ValueError) as error:  # that its queues are closed
+                    if getattr(error, "errno", None) is not None:
+                        raise
+                    raise BrokenExecutor("a worker was lost while others were started") from error
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 threading.Thread(target=self._give_memory_back, args=(place.opened(),), daemon=True).start()
         return chain.from_iterable(done)

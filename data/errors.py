@@ -17,6 +17,10 @@ class InputError(ValueError):
         return printable(super().__str__())
 
 
+class NotWrittenError(InputError):
+    """An output cannot be written: its disk is full, read-only, or fails. Work goes on without an optional output."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, NotWrittenError
 
 _MARKS = {mark: re.compile(rf"[ \t\n\r]*{re.escape(mark)}[ \t\n\r]*") for mark in ["", *"{}[]:,"]}  # of JSON
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,14 +41,14 @@ def naming_write_errors(path: Path) -> Iterator[None]:
     """Names the file that is written in the block where the system does not let it.
 
     Raises:
-        InputError: the disk is full, fails or is read-only, or the like.
+        NotWrittenError: the disk is full, fails or is read-only, or the like.
     """
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else f"{error!s:.100}"
         remedy = "; make space, then go on" if error.errno in _FULL else ""
-        raise InputError(f"{path}: cannot be written ({reason}){remedy}") from None
+        raise NotWrittenError(f"{path}: cannot be written ({reason}){remedy}") from None
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,7 @@ to be ended first.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -79,6 +79,18 @@ def let_through() -> Iterator[None]:
         yield
     finally:
         _State.held = held
+
+
+@contextmanager
+def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls a function every so many seconds within the block, in the main thread; its exception ends a wait there."""
+    before = signal.signal(signal.SIGALRM, lambda *_: function())
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def waits() -> bool:

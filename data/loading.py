@@ -3,8 +3,13 @@
 Legend: B questions a batch, T words, S image side, K answers a question.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
+from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,9 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.bad_images import settle_bad_images, stand_in
 from data.errors import InputError
 from data.images import decode_image
+from data.interruption import calling
+from data.space import shown
 from data.table import QuestionTable
 from data.tokenizer import PAD_ID
-from data.workers import WorkerContext
+from data.workers import SHARED_MEMORY, WorkerContext, naming_worker_limits, require_files
+
+_AHEAD = 2  # batches that a worker prepares before they are asked for
+_FILES_A_BATCH = 32  # that may be open while a batch goes from one process to another, and some more
+_SECONDS_OF_WAITING = 5  # for a batch, from one look at signals to the next
 
 
 class Batch(NamedTuple):
@@ -117,6 +128,11 @@ class QuestionDataset(Dataset):
             tokens[place, : lengths[place]] = self.table.words(row)
         return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
+    def image_bytes(self, rows: Sequence[int]) -> int:
+        """The size of the images in the batch of these rows."""
+        images = self.table.images[rows]
+        return (len(np.unique(images)) if self.share else len(images)) * self.images[images[0]].nbytes
+
 
 class EpochSampler(Sampler[list[int]]):
     """Batches of one epoch for one process: a formula of (seed, epoch, rank, world size), so nothing is to be saved.
@@ -196,8 +212,9 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=_Packed if workers else _as_it_is,
         num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context=WorkerContext() if workers else None,
         # a generator of its own: making an iterator draws a number, which must not move the one of dropout
@@ -205,20 +222,52 @@ def make_loader(
     )
 
 
-def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader.
+def check_shared_memory(dataset: QuestionDataset, sampler: Sampler[list[int]], workers: int) -> None:
+    """Refuses workers whose first batches do not fit into shared memory together.
 
     Raises:
-        InputError: an image is missing, damaged or cannot be read; one line, also from a worker process.
+        InputError: they do not.
+    """
+    if not workers or not Path(SHARED_MEMORY).is_dir():
+        return
+    together = islice(sampler, workers * _AHEAD + 1)  # those that are ready, and the one in use
+    needed, free = sum(map(dataset.image_bytes, together)), shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f"{SHARED_MEMORY}: batches of {workers} workers need {shown(needed)}, but it has {shown(free)} left; "
+            f"enlarge it (docker: --shm-size={math.ceil(needed / 2**29)}g), or set fewer `workers` (0 needs none)"
+        )
+
+
+def readable(loader: DataLoader, on_wait: Callable[[], None] | None = None) -> Iterator[Batch]:
+    """The batches of a loader. `on_wait` is called every few seconds without a batch, and may raise to end the wait.
+
+    Raises:
+        InputError: an image is missing, damaged or cannot be read, or the workers cannot share memory; one line, also
+            from a worker process.
     """
     try:
-        yield from batches
+        with naming_worker_limits("workers=0"):
+            if loader.num_workers:  # tried out before, since torch prints a traceback of its own where it cannot begin
+                require_files(_FILES_A_BATCH + 8 * loader.num_workers)
+                loader.multiprocessing_context.Lock()
+            batches = iter(loader)
+        while (batch := _next_batch(batches, on_wait)) is not None:
+            yield batch
     except InputError as error:
         text = error.args[0]
         if not text.startswith("Caught InputError in DataLoader worker"):
             raise
         # with that process's traceback as its text
         raise InputError(text.rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
+
+
+def _next_batch(batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None) -> Batch | None:
+    with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
+        batch = next(batches, None)
+    if isinstance(batch, InputError):
+        raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+    return batch
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
@@ -242,3 +291,31 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batc
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+class _Packed:
+    """A batch on its way to another process, pickled, its tensors in shared memory.
+
+    A queue pickles in a thread of its own, which would print an error and lose the batch, and the training process
+    would wait for it for ever. Here the loader hands the error over.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        with naming_worker_limits("workers=0"):
+            require_files(_FILES_A_BATCH)
+            self.pickled = bytes(ForkingPickler.dumps(batch))
+
+    def __reduce__(self) -> tuple[Callable, tuple[bytes]]:
+        return _unpacked, (self.pickled,)
+
+
+def _unpacked(pickled: bytes) -> Batch | InputError:
+    """The batch, or why it cannot be received: an error that is raised here would end the thread that pins memory."""
+    try:
+        return pickle.loads(pickled)
+    except (OSError, EOFError, RuntimeError) as error:
+        why = str(error) or "the connection is closed"
+        return InputError(
+            f"a batch cannot be received ({why}): its worker was killed, or too many files are open; "
+            "raise `ulimit -n` or set fewer `workers`"
+        )

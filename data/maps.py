@@ -44,13 +44,14 @@ def cached_maps(
         encode: the maps of some rows, [B, H, W, C].
 
     Raises:
-        InputError: the file is of other data or another network, or damaged, or does not fit on its disk, or a map does
-            not fit into half precision.
+        InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.
+        NotWrittenError: it is not there and cannot be written, or does not fit on its disk.
     """
-    # several runs may need it at once: one makes it, the others wait
-    with held(path.with_name(f".{path.name}.lock"), path, wait=True):
-        if not path.exists():
-            _make(path, identity, count, encode)
+    if not path.exists():
+        # several runs may need it at once: one makes it, the others wait
+        with held(path.with_name(f".{path.name}.lock"), path, wait=True):
+            if not path.exists():
+                _make(path, identity, count, encode)
     with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:
         _check(path, file, identity)
     return H5Rows(path, "maps", _REMEDY)

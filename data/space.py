@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from data.errors import InputError
+from data.errors import NotWrittenError
 
 
 def check_room(file: Path, size: int, otherwise: str) -> None:
@@ -15,13 +15,13 @@ def check_room(file: Path, size: int, otherwise: str) -> None:
         otherwise: what the user can do but make room.
 
     Raises:
-        InputError: it does not fit.
+        NotWrittenError: it does not fit.
     """
     missing = max(0, size - (file.stat().st_blocks * 512 if file.exists() else 0))
     free = shutil.disk_usage(next(folder for folder in file.absolute().parents if folder.exists())).free
     if missing > free:
         has = f"needs {shown(missing)} more, but its disk has {shown(free)} left"
-        raise InputError(f"{file}: {has}; make room or {otherwise}")
+        raise NotWrittenError(f"{file}: {has}; make room or {otherwise}")
 
 
 def shown(size: int) -> str:

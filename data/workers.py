@@ -1,17 +1,21 @@
-"""Processes that work for this one: they leave signals to it, and they end when it does."""
+"""Worker processes: they ignore signals, exit with their parent, and name the limits that stop them."""
 
+import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from data.errors import InputError
 from data.interruption import SIGNALS
 
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps shared memory and semaphores
 _TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
 _LEFT_TO_PARENT = [number for number in SIGNALS if _TELLS_SENDER or number != signal.SIGTERM]
 
@@ -34,6 +38,9 @@ class _Worker(SpawnProcess):
     def run(self) -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         super().run()
+
+    def terminate(self) -> None:
+        self.kill()  # a stopped or blocked process does not handle SIGTERM, and would be waited for
 
 
 class WorkerContext(SpawnContext):
@@ -63,6 +70,47 @@ def is_of_lost_worker(error: RuntimeError) -> bool:
     return isinstance(error, BrokenExecutor) or str(error).startswith("DataLoader worker (pid")
 
 
+def require_files(count: int) -> None:
+    """Raises OSError unless this process can open so many more files."""
+    with ExitStack() as opened:
+        for _ in range(count):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+@contextmanager
+def naming_worker_limits(setting: str) -> Iterator[None]:
+    """Names the limit of the system that keeps worker processes from starting or from sharing memory in the block.
+
+    `setting` is the `key=value` that does without such processes.
+
+    Raises:
+        InputError: there is no room in /dev/shm or it is not writable, or too many files or processes are open.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch raises the latter, with the system's words
+        if (limit := _limit_behind(error)) is None:
+            raise
+        raise InputError(f"{limit}, or use fewer worker processes ({setting}: none)") from None
+
+
+def _limit_behind(error: OSError | RuntimeError) -> str | None:
+    def is_any(*numbers: int) -> bool:
+        return any(os.strerror(number) in str(error) for number in numbers)
+
+    if is_any(errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise `ulimit -n`"
+    if is_any(errno.EAGAIN, errno.ENOMEM):
+        return "too many processes, or too little memory: raise `ulimit -u` or the memory limit"
+    if sys.platform != "linux":
+        return None
+    if is_any(errno.ENOSPC):
+        return f"{SHARED_MEMORY}: full; enlarge it (docker: --shm-size=1g)"
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return f"{SHARED_MEMORY}: cannot be written, but worker processes share memory there; mount it writable"
+    return None
+
+
 def _end_with_parent() -> None:
     """A parent that was killed leaves workers that wait for work for ever; one that lives may end them itself."""
     parent = parent_process()
@@ -71,4 +119,4 @@ def _end_with_parent() -> None:
             parent.join()
         elif (heard := signal.sigtimedwait([signal.SIGTERM], 1)) and heard.si_pid == os.getppid():
             break
-    os._exit(1)
+    os._exit(0)  # torch reports any other code of a loader's worker, also when it is told to end

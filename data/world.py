@@ -15,7 +15,7 @@ from data.files import read_json, write_json
 from data.progress import progress
 from data.scene_questions import MAX_QUESTIONS, SceneQuestion
 from data.scenes import LOOKS, draw_scene
-from data.workers import WorkerContext
+from data.workers import WorkerContext, naming_worker_limits
 from data.worlds import WORLDS
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
@@ -96,8 +96,16 @@ def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -
     if processes == 1:
         yield from map(make, items)
         return
-    with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
-        yield from pool.map(make, items, chunksize=50)
+    workers = WorkerContext()
+    with naming_worker_limits("data.processes=1"):
+        pool = ProcessPoolExecutor(processes, mp_context=workers)
+    with pool:
+        try:
+            with naming_worker_limits("data.processes=1"):
+                made = pool.map(make, items, chunksize=50)
+            yield from made
+        finally:
+            workers.kill()  # what is not done by now is not wanted, and a stopped process would be waited for
 
 
 def _make_image(

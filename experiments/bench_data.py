@@ -16,7 +16,7 @@ import torch
 
 from data.coco_like import write_coco_like
 from data.images import decode_image
-from data.loading import Batch, make_loader
+from data.loading import Batch, make_loader, readable
 from data.preprocess import preprocess
 from data.rows import H5Rows
 from experiments.bench_decoding import decode_alone
@@ -140,7 +140,8 @@ def waiting_rows(
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
         training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
-        waited = Waiting(make_loader(training.data.training, training.sampler(1), workers, training.device))
+        loader = make_loader(training.data.training, training.sampler(1), workers, training.device)
+        waited = Waiting(readable(loader))
         begun = time.perf_counter()
         training.take_steps(training.model, waited, lambda _loss: None)
         whole = time.perf_counter() - begun - waited.first

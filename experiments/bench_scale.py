@@ -203,7 +203,7 @@ def _preprocess(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str], run: Path, steps: int) -> int:
-    from data.loading import make_loader
+    from data.loading import make_loader, readable
     from vqa.bundle import save_weights
     from vqa.distributed import Processes
     from vqa.recipes import load_settings
@@ -213,7 +213,7 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
     training = Training(settings, RunDirectory(run), Processes())
     loader = make_loader(training.data.training, training.sampler(1), settings.workers, training.device)
-    training.take_steps(training.model, islice(loader, steps), lambda _loss: None)
+    training.take_steps(training.model, islice(readable(loader), steps), lambda _loss: None)
     save_weights(training.run.model, training.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size
 

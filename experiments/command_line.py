@@ -61,8 +61,8 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
     def takes_settings(added: argparse.ArgumentParser) -> None:
         added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
 
-    def of_a_recipe(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    def of_a_recipe(added: argparse.ArgumentParser, required: bool = True, default: Path | None = None) -> None:
+        added.add_argument("--config", type=Path, required=required, default=default, metavar="FILE.yaml")
         takes_settings(added)
 
     def of_a_run(added: argparse.ArgumentParser) -> None:
@@ -73,12 +73,9 @@ def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) 
         added.add_argument("--image", type=Path, required=True, metavar="FILE")
         added.add_argument("--question", required=True, metavar="TEXT")
 
-    added = command("demo")
-    added.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml")
-    takes_settings(added)
+    of_a_recipe(command("demo"), required=False, default=DEMO_CONFIG)
 
-    added = command("preprocess")
-    of_a_recipe(added)
+    of_a_recipe(command("preprocess"))
 
     added = command("train")
     of_a_recipe(added)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.loading import Batch, make_loader
+from data.loading import Batch, make_loader, readable
 from data.preprocess import preprocess
 from experiments import bench_step
 from experiments.bench_data import Waiting
@@ -236,7 +236,7 @@ def _questions_a_second(settings: Settings, check: Check) -> tuple[float, float]
     ends: list[tuple[float, float]] = []
 
     def some(batches: Any) -> Iterator[Batch]:
-        yield from itertools.islice(batches, most)
+        yield from itertools.islice(readable(batches), most)
 
     waited = Waiting(some(loader))
     training.take_steps(training.model, waited, lambda _loss: ends.append((time.perf_counter(), waited.seconds)))

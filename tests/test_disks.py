@@ -228,6 +228,53 @@ def test_a_read_only_disk_is_named(mounted, tiny, trained, refused, monkeypatch)
         assert "cannot be written (read-only file system)" in refused(*words)
 
 
+def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_training_goes_on(
+    mounted, tiny, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    h5 = mounted.folder / "world.h5"
+    shutil.copyfile(load_settings(tiny).data.h5, h5)
+    words = ["train", "--config", tiny, f"data.h5={h5}", "train.validate_on=null"]
+    assert command(*words, "name=makes", "cbn.stages=[4]").code == 0
+    before = sorted(mounted.folder.iterdir())
+    subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
+    ended = command(*words, "name=reads", "cbn.stages=[4]")
+    assert (ended.code, ended.err) == (0, "")
+    assert "stored maps" not in ended.out
+    assert Path("runs/reads/metrics.jsonl").read_text().splitlines()
+    ended = command(*words, "name=without", "cbn.stages=[]", "train.epochs=2")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("cannot be written (read-only file system); training goes on without stored maps\n") == 1
+    assert sorted(mounted.folder.iterdir()) == before
+
+
+def test_maps_that_do_not_fit_are_done_without(tiny, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(load_settings(tiny).data.h5, "world.h5")
+    monkeypatch.setattr("data.space.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    ended = command("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[]")
+    assert ended.code == 0, ended.err
+    assert "left; make room or set data.cache_gib=0 to do without; training goes on without stored maps\n" in ended.out
+
+
+def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/new").mkdir(parents=True)
+    Path("runs/new/tensorboard").write_text("in the way")
+    ended = command("train", "--config", tiny, "name=new", "train.epochs=2", "train.tensorboard=true")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("tensorboard: cannot be written (file exists); training goes on without TensorBoard\n") == 1
+
+
+def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, tmp_path, command):
+    run = mounted.folder / "run"
+    shutil.copytree(trained, run)
+    subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
+    said = refused("eval", "--run", run)
+    assert said.endswith("cannot be written (read-only file system); --out can name another directory")
+    assert command("eval", "--run", run, "--out", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS])
 def test_what_the_system_says_is_told_and_the_file_before_is_kept(tmp_path, monkeypatch, number):
     file = tmp_path / "file.json"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loading import EpochSampler, FileImages, InOrderSampler, QuestionDataset, make_loader
+from data.loading import EpochSampler, FileImages, InOrderSampler, QuestionDataset, make_loader, readable
 from data.store import H5Images, Store
 from data.tokenizer import PAD_ID
 
@@ -103,7 +103,8 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
     dataset.images[0]  # the parent's handle is open when the workers start
     sampler = EpochSampler(len(dataset), 8, 0, 1)
     expected = [dataset.__getitems__(rows) for rows in EpochSampler(len(dataset), 8, 0, 1)]
-    for batch, true in zip(make_loader(dataset, sampler, workers, torch.device("cpu")), expected, strict=True):
+    batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
+    for batch, true in zip(batches, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
 
 

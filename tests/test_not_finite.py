@@ -1,7 +1,9 @@
 """Numbers that go wrong: said where, why and by which question; left out where a setting allows it."""
 
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,15 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.errors import InputError
+from data.interruption import Interrupted
 from data.table import NO_ANSWER
 from data.tokenizer import UNKNOWN_ID
+from tests.test_interruption import listening  # noqa: F401  (used by all tests)
 from tests.test_train import lines
 from vqa.backbone import build_resnet
 from vqa.cbn import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
+from vqa.checkpoint import load_checkpoint
 from vqa.not_finite import place_of_first
 from vqa.question import QuestionEncoder
 from vqa.recipes import load_settings
-from vqa.train import train
+from vqa.train import Training, train
 
 
 def spoil(monkeypatch, at):
@@ -69,6 +74,21 @@ def test_a_bad_step_is_left_out_where_it_may_be(tiny, tmp_path, monkeypatch, cap
     assert np.isfinite(line["train_loss"])
     weights = load_file(run / "model" / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_signal_in_a_step_that_is_left_out_ends_the_run_after_it(tiny, tmp_path, monkeypatch):
+    spoil(monkeypatch, at=[1, 2])
+    leave_out = Training._leave_out
+
+    def signalled(self, error):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return leave_out(self, error)
+
+    monkeypatch.setattr(Training, "_leave_out", signalled)
+    with pytest.raises(Interrupted):
+        train(load_settings(tiny, ["name=wild", "train.skip_not_finite=9"]), runs=tmp_path)
+    progress = load_checkpoint(tmp_path / "wild/checkpoints/last.pt")["progress"]
+    assert (progress["epoch"], progress["step"], progress["left_out"]) == (1, 2, 1)
 
 
 def test_one_bad_step_too_many_stops(tiny, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def train_steps(
     clip: float,
     accumulate: int,
     device: torch.device,
-    after_step: Callable[[float], None],
+    after_step: Callable[[float | None], None],
     leave_out: Callable[[NotFiniteError], bool] | None = None,
 ) -> None:
     """Trains on batches in their order.
@@ -68,7 +68,7 @@ def train_steps(
         clip: largest norm of the gradient.
         accumulate: parts that a batch goes through the model in.
         device: where the model is.
-        after_step: called with each step's loss.
+        after_step: called with each step's loss, None for a step that is left out.
         leave_out: asked, where a loss or gradient is not finite, whether to go on without that step; the model is then
             as it was before it, running statistics included.
 
@@ -107,6 +107,7 @@ def train_steps(
                 raise error
             for buffer, kept in zip(model.buffers(), before, strict=True):
                 buffer.copy_(kept)
+            after_step(None)
             continue
         optimiser.step()
         schedule.step()

@@ -33,7 +33,7 @@ def prefix_maps(
         None where no stage is fixed or the file would be larger.
 
     Raises:
-        InputError: as `cached_maps`.
+        InputError: as `cached_maps`; NotWrittenError, too.
     """
     stage = resnet.fixed_stage()
     if stage is None:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import InputError
+from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
 from data.interruption import Interrupted, held_back, let_through, stop, waits
-from data.loading import Batch, EpochSampler, InOrderSampler, make_loader, readable
+from data.loading import Batch, EpochSampler, InOrderSampler, check_shared_memory, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
 from vqa import bundle
@@ -86,10 +86,12 @@ class Training:
         steps = settings.train.epochs * len(self.sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
+        self.writes_tensorboard = settings.train.tensorboard
         if run.checkpoint.exists():
             self._resume()
         if not self.progress.finished:
             self.data.read_stored_maps(self.model.resnet, self.device, processes)
+            check_shared_memory(self.data.training, self.sampler(self.progress.epoch), settings.workers)
         if processes.is_main and not self.progress.finished:
             run.start(settings, self.device, processes.world_size, self.trained_count)
             store = self.data.store
@@ -193,6 +195,13 @@ class Training:
                 self._save_checkpoint()
             stop()
 
+    def _stop_waiting_if_asked(self) -> None:
+        """Ends the run where a signal waits while batches do not come."""
+        if waits():
+            if self.processes.world_size == 1:  # several have their last checkpoint
+                self._save_checkpoint()
+            stop()
+
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
         sampler = self.sampler(progress.epoch)
@@ -200,9 +209,10 @@ class Training:
         loader = make_loader(self.data.training, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
 
-        def after_step(loss: float) -> None:
+        def after_step(loss: float | None) -> None:
             progress.step += 1
-            progress.loss_sum += loss
+            progress.loss_sum += loss or 0.0
+            progress.left_out += loss is None
             progress.seconds = time.monotonic() - begun
             every = settings.train.checkpoint_every
             due = bool(every) and (progress.step % every == 0 or progress.step == sampler.batches)
@@ -210,7 +220,7 @@ class Training:
                 self._save_checkpoint()
             self._stop_if_asked(save=not due)
 
-        batches = readable(loader)
+        batches = readable(loader, self._stop_waiting_if_asked)
         bar = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         try:
             self.take_steps(model, bar if self.processes.is_main else batches, after_step)
@@ -220,8 +230,10 @@ class Training:
                 "train.skip_not_finite leaves such steps out; the last checkpoint is kept"
             ) from None
 
-    def take_steps(self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float], None]) -> None:
-        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` gets each loss.
+    def take_steps(
+        self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float | None], None]
+    ) -> None:
+        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` is as in `train_steps`.
 
         Raises:
             NotFiniteError: as `train_steps`.
@@ -247,8 +259,6 @@ class Training:
         if self.progress.left_out == self.settings.train.skip_not_finite:
             return False
         self._say(f"{self._at_step(error)}; this step is left out")
-        self.progress.step += 1
-        self.progress.left_out += 1
         return True
 
     def _at_step(self, error: NotFiniteError) -> str:
@@ -325,8 +335,12 @@ class Training:
         if not self.processes.is_main:
             return
         self.run.write_metrics(self.progress.history)
-        if self.settings.train.tensorboard:
-            self.run.write_tensorboard(line)
+        if self.writes_tensorboard:
+            try:
+                self.run.write_tensorboard(line)
+            except NotWrittenError as error:
+                self._say(f"{error}; training goes on without TensorBoard")
+                self.writes_tensorboard = False
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
         epochs = self.settings.train.epochs

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, NotWrittenError
 from data.images import Preprocessing
 from data.loading import EpochSampler, QuestionDataset
 from data.store import H5Images, Store
@@ -53,13 +53,20 @@ class TrainingData:
     def read_stored_maps(self, resnet: ModulatedResNet, device: torch.device, processes: Processes) -> None:
         """Where the first stages are fixed, their maps are read instead of pictures; one process makes the file.
 
+        Where it cannot be written, pictures are read, and this is said.
+
         Raises:
             InputError: as `prefix_maps`.
         """
-        for alone in (True, False):
-            if processes.is_main == alone:
-                found = prefix_maps(resnet, self.store, self.preprocessing, device, self.settings.data.cache_gib)
-            processes.gather(None)
+        find = partial(prefix_maps, resnet, self.store, self.preprocessing, device, self.settings.data.cache_gib)
+        found = None
+        if processes.is_main:
+            try:
+                found = find()
+            except NotWrittenError as error:
+                print(f"{error}; training goes on without stored maps", flush=True)
+        if processes.gather(found is not None)[0] and not processes.is_main:
+            found = find()
         if found is None:
             return
         stage, maps = found

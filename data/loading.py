@@ -3,6 +3,7 @@
 Legend: B questions a batch, T words, S image side, K answers a question.
 """
 
+import math
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence

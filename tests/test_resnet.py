@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from vqa.backbone import build_resnet
 from vqa.cbn import Modulation
@@ -287,6 +288,20 @@ def test_an_estimate_that_is_interrupted_or_has_no_batch_changes_nothing(statist
     net(torch.randn(2, 3, 64, 64))
     moved = not torch.equal(before["network.bn1.running_mean"], net.norm("bn1").running_mean)
     assert moved == (statistics == "batch")
+
+
+def test_update_bn_is_refused_where_no_batch_would_move_the_statistics():
+    batches = [3 * torch.randn(4, 3, 64, 64) + 1 for _ in range(2)]
+    net = pair("resnet10")[1]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match="estimating_statistics"):
+        update_bn(batches, net)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net.norm("bn1").training
+    net.set_statistics("batch")
+    update_bn(batches, net)
+    means = [net.network.conv1(batch).mean((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(net.norm("bn1").running_mean, torch.stack(means).mean(0))
 
 
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])

@@ -113,6 +113,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     synchronised = False
     fused: Fused = True  # as `modulate`
+    fixed = False  # set: the running statistics cannot be reset
     pooled: Pooled | None = None  # set: in training mode the batch's statistics go there, the running ones stay
 
     def forward(
@@ -162,6 +163,19 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
+
+    def reset_running_stats(self) -> None:
+        """As that of `nn.BatchNorm2d`.
+
+        Raises:
+            RuntimeError: the statistics are fixed, so that no batch would move them from mean 0 and variance 1 again.
+        """
+        if self.fixed:
+            raise RuntimeError(
+                "statistics under the policy `population` cannot be reset (as swa_utils.update_bn does); estimate them "
+                'in `with net.estimating_statistics():`, or call `net.set_statistics("batch")` first'
+            )
+        super().reset_running_stats()
 
     @torch.no_grad()
     def take_statistics(self, pooled: Pooled) -> None:

@@ -110,6 +110,8 @@ class ModulatedResNet(nn.Module):
                 module.fused = fused
         self.requires_grad_(False)
         self.statistics: Statistics = "population"
+        for norm in self.batch_norms():
+            norm.fixed = True
         self.set_statistics(statistics)
         self.eval()
 
@@ -121,7 +123,7 @@ class ModulatedResNet(nn.Module):
             return
         self.statistics = policy
         for norm in self.batch_norms():
-            norm.synchronised = policy == "batch"
+            norm.synchronised, norm.fixed = policy == "batch", policy == "population"
             if policy == "batch":
                 norm.reset_running_stats()
                 norm.momentum = 1 - DECAY

@@ -54,21 +54,20 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
     name = row.run.seeded(seed).name
     folder = runs / name
     tested = folder_of(folder, row.test)
-    if not (tested / "metrics_val.json").exists():
+    scored, answered_in = (tested / name for name in row.test.files)
+    if not scored.exists():
         return None
     check_settings(row.run.seeded(seed), runs)
-    metrics, environment = read_json(tested / "metrics_val.json"), read_json(folder / "environment.json")
-    answered = _answered(tested / "accuracies_val.npz")
+    metrics, environment = read_json(scored), read_json(folder / "environment.json")
+    answered = _answered(answered_in)
     if len(answered.ids) != metrics["questions"] or abs(100 * answered.accuracies.mean() - metrics["overall"]) > 1e-3:
-        raise InputError(
-            f"{tested / 'metrics_val.json'}: not of the same test as accuracies_val.npz; remove it, run again"
-        )
+        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
     kinds = {KIND + kind: score for kind, score in metrics["per_question_type"].items()}
     epochs = _epochs(folder / "metrics.jsonl")
     best = _best(epochs)
     if metrics.get("epoch", best) != best:
         raise InputError(
-            f"{tested / 'metrics_val.json'}: of the model of epoch {metrics['epoch']}, but that of epoch {best} was "
+            f"{scored}: of the model of epoch {metrics['epoch']}, but that of epoch {best} was "
             "kept; remove it, run again"
         )
     facts = {
@@ -110,7 +109,7 @@ def _answered(file: Path) -> Answered:
         with np.load(file) as arrays:
             return Answered(arrays["ids"], arrays["accuracies"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise InputError(f"{file}: missing or damaged; remove metrics_val.json beside it and run again") from None
+        raise InputError(f"{file}: missing or damaged; remove the metrics beside it and run again") from None
 
 
 def run_lines(results: Sequence[Result]) -> list[Line]:

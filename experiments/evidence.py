@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from data.files import written_whole
-from experiments.runner import OF_A_TEST, folder_of, jobs_of
+from experiments.runner import folder_of, jobs_of
 from experiments.suite import Suite
 
 _OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
@@ -22,7 +22,7 @@ def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
             continue
         folder = job.folder(runs)
         paths = [folder / name for name in _OF_A_RUN]
-        paths += [folder_of(folder, test) / name for test in suite.tests for name in OF_A_TEST]
+        paths += [folder_of(folder, test) / name for test in suite.tests for name in test.files]
         contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
     if not contents:
         return

@@ -27,7 +27,6 @@ from vqa.run_directory import RunDirectory
 from vqa.settings import Role, Settings, difference, role_of
 from vqa.train import train
 
-OF_A_TEST = ("metrics_val.json", "accuracies_val.npz")
 MAIN = Path(__file__).parent.parent / "main.py"
 # glibc gives large arrays back to the system at each step, and each page of them is a fault when it is used again
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -90,7 +89,7 @@ def folder_of(folder: Path, test: Test) -> Path:
 def is_tested(settings: Settings, runs: Path, test: Test) -> bool:
     """Whether the run directory that these settings name holds the results of a test; raises as `check_settings`."""
     tested = folder_of(runs / settings.name, test)
-    if not all((tested / name).exists() for name in OF_A_TEST):
+    if not all((tested / name).exists() for name in test.files):
         return False
     check_settings(settings, runs)
     return True
@@ -133,14 +132,15 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
             words = [word for word in (*suite.words, *test.words) if role_of(word.partition("=")[0]) is Role.DATA]
             if test.recalibrate:
                 recalibrate(folder, out, test.recalibrate, words)
-            evaluate(out if test.recalibrate else folder, "val", out, words, per_question=True)
+            evaluate(out if test.recalibrate else folder, test.split, out, words, per_question=True)
 
 
 def _remove_results(folder: Path) -> None:
     """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    for name in (*OF_A_TEST, "results_val.json", "metrics.jsonl", "environment.json", "config.yaml"):
-        (folder / name).unlink(missing_ok=True)
+    of_tests = [file for kind in ("metrics_*.json", "accuracies_*.npz", "results_*.json") for file in folder.glob(kind)]
+    for file in (*of_tests, *(folder / name for name in ("metrics.jsonl", "environment.json", "config.yaml"))):
+        file.unlink(missing_ok=True)
 
 
 def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | None:
@@ -169,7 +169,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
             for number, (job, failure, seconds) in enumerate(ended, 1):
                 said = failure
                 if failure is None:
-                    scores = [read_json(folder_of(job.folder(runs), test) / "metrics_val.json") for test in suite.tests]
+                    scores = [read_json(folder_of(job.folder(runs), test) / test.files[0]) for test in suite.tests]
                     said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
                 else:
                     failed.append(job)

@@ -9,6 +9,7 @@ A suite file (`experiments/suites/*.yaml`) holds
     runs:      NAME: {settings: "key.sub=value …", paper: {column: number}}
     tests:     (may be absent) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of
                these ways: on other data, or with the norms' statistics re-estimated on a split's images
+    split:     (may be absent) the split whose accuracy is reported; `val` if absent
     order:     (may be absent) rows whose accuracies are claimed to rise in this order
     paper:     (may be absent) what the paper's numbers are of
     not_run:   (may be absent) NAME: {column: number} of the paper that have no run here
@@ -57,6 +58,7 @@ class _SuiteForm(_Form):
     baseline: str
     runs: dict[_Name, _RunForm] = Field(min_length=1)
     tests: dict[_TestName, _TestForm] = {"": _TestForm()}
+    split: SplitName = "val"
     order: list[str] = []
     paper: str = ""
     not_run: dict[_Name, dict[str, float]] = {}
@@ -69,6 +71,12 @@ class Test:
     name: str
     words: tuple[str, ...]  # `key.sub=value` over the run's settings: where other data are
     recalibrate: str | None  # the split on whose images the norms' statistics are re-estimated first
+    split: str = "val"  # whose questions are answered
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The names of its results: the metrics, and every question's accuracy."""
+        return f"metrics_{self.split}.json", f"accuracies_{self.split}.npz"
 
     @property
     def label(self) -> str:
@@ -161,8 +169,10 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         _check_columns(file, name, run.paper)
     for name, numbers in form.not_run.items():
         _check_columns(file, name, numbers)
-    _check_runs_differ(file, runs)
-    tests = tuple(Test(name, _words(file, name, test.settings), test.recalibrate) for name, test in form.tests.items())
+    _check_runs_differ(file, runs, form.split)
+    tests = tuple(
+        Test(name, _words(file, name, test.settings), test.recalibrate, form.split) for name, test in form.tests.items()
+    )
     if len(set(form.seeds)) < len(form.seeds):
         raise InputError(f"{file}: seeds: one stands twice")
     for test in tests:
@@ -187,14 +197,14 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     return suite
 
 
-def _check_runs_differ(file: Path, runs: list[Run]) -> None:
+def _check_runs_differ(file: Path, runs: list[Run], split: str) -> None:
     named: dict[str, str] = {}
     for run in runs:
         other = named.setdefault(run.settings.name, run.name)
         if other != run.name:
             raise InputError(f"{file}: {other!r} and {run.name!r} come to the same settings")
-        if "val" in run.settings.train.splits:
-            raise InputError(f"{file}: {run.name}: trains on val, which it is tested on")
+        if split in run.settings.train.splits:
+            raise InputError(f"{file}: {run.name}: trains on {split}, which it is tested on")
 
 
 def _check_test(file: Path, test: Test, recipe: Settings) -> None:

@@ -10,7 +10,7 @@ from data.errors import InputError
 from experiments.command_line import build_parser
 from tests.conftest import ROOT
 
-SEVERAL = {"features --run"}  # options that may be given as often as wanted
+SEVERAL = {"features --run", "gpu-check --step", "gpu-check --suite"}  # options that may be given as often as wanted
 
 
 def options_with_a_value():

@@ -30,7 +30,7 @@ SMALL_MODEL = [
     "workers=0",
 ]
 SMALL_WORLD = [
-    "scenes.images={train: 8, val: 4}",
+    "scenes.images={train: 8, val: 4, test: 4}",
     "scenes.pretrain_size=64",
     "scenes.pretrain_images=64",
     "scenes.pretrain_epochs=1",

@@ -21,7 +21,7 @@ TINY = (
     "answer.hidden_size=8",
     "question.embedding_size=8",
     "question.hidden_size=16",
-    "scenes.images={train: 8, val: 4}",
+    "scenes.images={train: 8, val: 4, test: 4}",
     "scenes.pretrain_size=64",
     "scenes.pretrain_images=64",
     "scenes.pretrain_epochs=1",
@@ -60,7 +60,7 @@ def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())
         assert (line["epoch"], line["steps"]) == (1, 2)
         for test in suite.tests:
-            scores = json.loads((folder_of(job.folder(runs), test) / "metrics_val.json").read_text())
+            scores = json.loads((folder_of(job.folder(runs), test) / test.files[0]).read_text())
             assert 0 <= scores["overall"] <= 100
 
 

@@ -88,3 +88,10 @@ def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_pat
         assert "statistics of 16 questions' images" in ended.out
         made.append(load_bundle(tmp_path / name).model.state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+def test_a_batch_that_is_too_small_without_them_is_left_out(refused, trained, skipped, tmp_path, monkeypatch):
+    monkeypatch.setattr("vqa.resnet.ModulatedResNet.least_batch", lambda *_: 17)  # 16 of 24 questions have an image
+    words = ("--out", tmp_path / "out", "--split", "val", f"data.h5={skipped}", "train.batch_size=24")
+    assert "split 'val': too few of its images can be read" in refused("recalibrate", "--run", trained, *words)
+    assert not (tmp_path / "out").exists()

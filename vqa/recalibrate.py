@@ -57,7 +57,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     with torch.inference_mode(), model.resnet.estimating_statistics():
         for batch in batches_of(data, sampler, settings, device, "re-estimating"):
             good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
-            if not good.any():
+            if good.sum() < needed:
                 continue
             questions += int(good.sum())
             moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
@@ -65,7 +65,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
                 images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
                 model(images, moved.tokens, moved.lengths)
         if not questions:
-            raise InputError(f"split {split!r}: not one of the images can be read")
+            raise InputError(f"split {split!r}: too few of its images can be read")
     save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
     save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
     return questions

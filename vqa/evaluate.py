@@ -58,7 +58,8 @@ def evaluate(
         out: where the two files are written; by default `run`.
         overrides: `key=value` words over the model's settings: where the data are, and the device.
         allow_trained: score a split that was trained on; the metrics are marked so.
-        per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids.
+        per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids;
+            the metrics then name the `epoch` whose model was scored.
 
     Returns:
         The scores; None for a split without annotations, of which only the results are written.
@@ -114,7 +115,9 @@ def _write_scores(
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(accuracies)[order])
     scores = summary(accuracies, table)
     trained_on = training.get("trained_on", [])
-    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, "epoch": training.get("epoch"), **scores}
+    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    if per_question:
+        metrics["epoch"] = training.get("epoch")
     if split in trained_on:
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)

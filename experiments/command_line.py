@@ -1,6 +1,7 @@
 """The command line: each command's options. Nothing heavy is imported, so that `--help` answers at once."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -127,7 +128,7 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file a step, and gpu-check.zip of all")
-    added.add_argument("--minutes", type=_positive, default=9, metavar="N", help="after which all is ended (9)")
+    added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="after which all is ended (9)")
     added.add_argument("--step", action="append", default=[], metavar="STEP", help="only this one; as often as wanted")
     added.add_argument("--suite", action="append", metavar="NAME", help="of experiments/suites; instead of the usual")
     added.add_argument("--no-suites", action="store_true", help="the steps alone")
@@ -165,6 +166,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is no positive number below a thousand million")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of minutes")
+    return float(text)
 
 
 def _natural(text: str) -> int:

@@ -74,25 +74,28 @@ def test_a_pool_that_cannot_begin_is_an_input_error():
 
 
 class Stopping(QuestionDataset):
-    """Its worker gives one batch, then it is stopped, as by a debugger or a frozen container."""
+    """Its worker gives one batch; when that has arrived it is stopped, as by a debugger or a frozen container."""
 
     asked = itertools.count()
 
-    def __init__(self, dataset):
-        self.__dict__ = dataset.__dict__
+    def __init__(self, dataset, arrived):
+        self.__dict__ = dataset.__dict__ | {"arrived": arrived}
 
     def __getitems__(self, rows):
         if next(self.asked):
+            while not self.arrived.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().__getitems__(rows)
 
 
-def after_the_first_step(what):
-    """The function of a step's end, which after the first one does `what` a little later, in a thread."""
+def after_the_first_step(arrived, what):
+    """The function of a step's end, which after the first one says so and does `what` a little later, in a thread."""
     real = vqa.train.Training._stop_if_asked
 
     def function(self, save=False):
         if self.progress.step == 1:
+            arrived.touch()
             threading.Timer(0.5, what).start()
         return real(self, save)
 
@@ -102,11 +105,11 @@ def after_the_first_step(what):
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
 def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    words = ["workers=1"]
+    words, arrived = ["workers=1"], tmp_path / "arrived"
     with monkeypatch.context() as patched:
         patched.setattr(data.loading, "_SECONDS_OF_WAITING", 1)
-        patched.setattr(vqa.train, "make_loader", lambda dataset, *rest: make_loader(Stopping(dataset), *rest))
-        asking = after_the_first_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patched.setattr(vqa.train, "make_loader", lambda dataset, *rest: make_loader(Stopping(dataset, arrived), *rest))
+        asking = after_the_first_step(arrived, lambda: os.kill(os.getpid(), signal.SIGTERM))
         patched.setattr(vqa.train.Training, "_stop_if_asked", asking)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == 143

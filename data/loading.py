@@ -4,7 +4,6 @@ Legend: B questions a batch, T words, S image side, K answers a question.
 """
 
 import math
-import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -313,7 +312,7 @@ class _Packed:
 def _unpacked(pickled: bytes) -> Batch | InputError:
     """The batch, or why it cannot be received: an error that is raised here would end the thread that pins memory."""
     try:
-        return pickle.loads(pickled)
+        return ForkingPickler.loads(pickled)
     except (OSError, EOFError, RuntimeError) as error:
         why = str(error) or "the connection is closed"
         return InputError(

@@ -150,7 +150,7 @@ def test_a_map_of_another_shape_is_refused_before_the_statistics_move(shape):
         (ModulatedBatchNorm2d(C).train(), Modulation(delta, delta)),
         (CategoricalConditionalBatchNorm2d(C, 3).train(), torch.tensor([0, 1])),
     ):
-        with pytest.raises(ValueError, match=rf"must be \[B, {C}, H, W\], got \[2"):
+        with pytest.raises(ValueError, match=rf"a map must be \[B, C, H, W\] with C = {C}, got \[2"):
             norm(x, argument)
         assert norm.num_batches_tracked == 0
         assert not norm.running_mean.any()

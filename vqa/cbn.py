@@ -21,6 +21,7 @@ from vqa.norms import (
     ModulatedBatchNorm2d,
     ModulatedGroupNorm,
     Modulation,
+    check_map,
     groups_of,
     in_place_of,
     modulated_norm,
@@ -151,6 +152,7 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
         Raises:
             ValueError: classes are not [B], or (on a CPU; CUDA asserts it) not from 0 to K − 1.
         """
+        check_map(x, self.num_features)
         if classes.shape != x.shape[:1]:
             raise ValueError(f"classes must be [B] = [{len(x)}], got {list(classes.shape)}")
         try:  # before the running statistics move

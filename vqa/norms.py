@@ -84,7 +84,8 @@ def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
     return delta
 
 
-def _check_map(x: Tensor, channels: int) -> None:
+def check_map(x: Tensor, channels: int) -> None:
+    """Raises ValueError if a map is not [B, C, H, W] with so many channels C."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"a map must be [B, C, H, W] with C = {channels}, got {list(x.shape)}")
 
@@ -146,7 +147,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """
         if isinstance(delta, Folded):
             return modulate(x, *delta, residual, relu=relu, fused=self.fused)
-        _check_map(x, self.num_features)
+        check_map(x, self.num_features)
         delta = _checked(delta, x)
         unmodulated = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         if unmodulated and not _wants_gradient(x, residual, self.weight):
@@ -160,11 +161,9 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
-        _check_map(x, self.num_features)
+        check_map(x, self.num_features)
         if not self.training:
             return self.running_mean, self.running_var
-        if x.ndim != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f"a map must be [B, {self.num_features}, H, W], got {list(x.shape)}")
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
         count = x.numel() // x.shape[1]
         if self.synchronised and dist.is_initialized():
@@ -296,7 +295,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
         Raises:
             ValueError: x is not [B, C, H, W], a delta not [B, C], or a group holds but one value.
         """
-        _check_map(x, self.num_channels)
+        check_map(x, self.num_channels)
         delta = _checked(delta, x)
         grouped = x.to(self.weight.dtype).reshape(len(x), self.num_groups, -1)  # [B, G, C / G * H * W]
         if grouped.shape[2] < 2:

@@ -6,8 +6,8 @@ import zipfile
 import pytest
 
 from experiments.collection import collect, row_lines
-from experiments.suite import load_suite
-from experiments.tables import read_lines, write_lines
+from experiments.suite import COLUMNS, load_suite
+from experiments.tables import markdown_table, read_lines, write_lines
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -24,16 +24,48 @@ def test_a_published_table_is_what_its_evidence_gives(table, tmp_path):
     suite = load_suite(ROOT / "experiments" / "suites" / f"{table.stem}.yaml")
     write_lines(tmp_path / "again.csv", row_lines(suite, collect(suite, tmp_path)))
     assert read_lines(tmp_path / "again.csv") == read_lines(table)
+    assert markdown_table(read_lines(table)) in table.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_the_controls_first():
-    first, *others = re.findall(r"<!-- table: (.*) -->", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {"shuffled question", "constant", "MODERN", "baseline"} <= set(re.split(r" *[:|;] *", first))
-    assert {"table1", "table2"} <= set(others)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+SHOWN = {column: (f"{column}_mean", f"{column}_std") for column in COLUMNS}
+SHOWN["difference"] = ("difference", "difference_std", "ci_low", "ci_high")
+
+
+def rows_of_accuracies(text):
+    """The rows of every table of `overall` and `seeds`: the cells by the first word of their column's heading."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        heading, _, *rows = ([cell.strip(" *") for cell in line[1:-1].split("|")] for line in table.splitlines())
+        if {"overall", "seeds"} <= set(heading):
+            words = ["row", *(title.partition(" ")[0] for title in heading[1:])]
+            yield from (dict(zip(words, row, strict=True)) for row in rows)
+
+
+def is_measured(cells, line):
+    """Whether the cells of a row say, rounded, what a line of a CSV file says."""
+    if cells["row"] != line["row"] or cells.get("seeds") not in (None, "", str(len(line["seeds"].split()))):
+        return False
+    for column, keys in SHOWN.items():
+        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", cells.get(column, "").replace("−", "-"))
+        for number, key in zip(numbers, keys, strict=False):
+            half_a_digit = 0.501 * 10 ** -len(number.partition(".")[2])
+            if not line[key] or abs(float(number) - float(line[key])) > half_a_digit:
+                return False
+    return True
+
+
+def test_the_readmes_accuracies_are_measured_ones_and_the_controls_stand_first():
+    lines = [line for table in TABLES for line in read_lines(table)]
+    rows = list(rows_of_accuracies(README))
+    assert [row for row in rows if not any(is_measured(row, line) for line in lines)] == []
+    changed = rows[0] | {"overall": "99.9"}
+    assert not any(is_measured(changed, line) for line in lines)
+    assert {"baseline", "constant", "shuffled question", "MODERN"} <= {row["row"] for row in rows[:6]}
 
 
 HALF_A_TENTH = 0.0501
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 ITEMS = re.findall(
     r"^- \[[^\]]+\]\(experiments/results/(\w+)\.md\):(.*?)(?=\n- |\n\n)", README, re.MULTILINE | re.DOTALL
 )

@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 
-from data.images import Preprocessing
 from data.loading import Batch, InOrderSampler, make_loader, readable
 from vqa.bundle import load_bundle
 from vqa.engine import predict_classes, train_steps
 from vqa.evaluate import split_data
 from vqa.model import Output
 from vqa.not_finite import NotFiniteError
+from vqa.preprocessing import Preprocessing
 from vqa.recipes import load_saved
 
 

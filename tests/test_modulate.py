@@ -87,14 +87,6 @@ def test_lower_precision_is_rounded_once(kind, layout, residual, relu, fused):
         torch.testing.assert_close(one.double(), other.double(), rtol=2 * epsilon, atol=20 * epsilon)
 
 
-def test_many_chunks_give_what_one_gives(monkeypatch):
-    parts = inputs((7, 6, 3, 3), CL, True)
-    whole = torch.autograd.grad(modulate(*parts, relu=True).square().sum(), parts)
-    monkeypatch.setattr(modulate_eager, "_CHUNK", 2 * 6 * 9 * 8)  # two samples
-    for one, other in zip(torch.autograd.grad(modulate(*parts, relu=True).square().sum(), parts), whole, strict=True):
-        assert torch.equal(one, other)
-
-
 def test_it_saves_the_map_once_and_a_bit_an_element():
     x, scale, shift, other = inputs((2, 16, 8, 8), CL, True, torch.float32)
     map_, small = x.numel() * 4, scale.numel() * 4

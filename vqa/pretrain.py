@@ -16,11 +16,11 @@ from torchvision.models.resnet import ResNet
 
 from data.errors import InputError
 from data.files import written_whole
-from data.images import Preprocessing
 from data.progress import progress
 from data.worlds import WORLDS, draw_single_objects
 from vqa.backbone import build_resnet
 from vqa.engine import autocast
+from vqa.preprocessing import Preprocessing
 from vqa.verified import as_safetensors
 
 

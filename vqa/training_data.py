@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError, NotWrittenError
-from data.images import Preprocessing
 from data.loading import EpochSampler, QuestionDataset
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
 from data.tokenizer import PAD_ID
 from vqa.distributed import Processes
 from vqa.prefix import as_stage_map, prefix_maps
+from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.resnet import ModulatedResNet, StageMap
 from vqa.settings import Settings

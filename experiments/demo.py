@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,11 @@ def _write_report(
     settings: Settings, out: Path, summary: dict[str, Any], table: QuestionTable, started: float
 ) -> list[str]:
     """Writes the inspection of one question and the report; returns the questions inspected."""
-    answers = {model: [entry["answer"] for entry in read_json(out / model / "results_val.json")] for model in MODELS}
+    results = {model: read_json(out / model / "results_val.json") for model in MODELS}
+    answers = {model: _in_order(table, entries, "answer") for model, entries in results.items()}
     right = {model: [accuracy == 1 for accuracy in question_accuracies(answers[model], table)] for model in MODELS}
-    files = [split_files(settings)["val"].image(id_) for id_ in _image_ids(settings, table)]
+    raw = split_files(settings)["val"]
+    files = [raw.image(id_) for id_ in _in_order(table, read_json(raw.questions)["questions"], "image_id")]
     # most telling where MODERN is right about a colour and the baseline is not; any question does for a tiny world
     telling = [right["modern"][row] - right["baseline"][row] for row in range(len(table))]
     chosen = max(range(len(table)), key=lambda row: (telling[row], table.question_types[row] == "what color", -row))
@@ -137,15 +140,7 @@ def _write_report(
         "machine": summary["machine"],
         "seed": settings.seed,
         "questions": len(table),
-        "rows": [
-            {
-                "name": name,
-                "title": title,
-                "overall": summary[name]["overall"],
-                "per_question_type": summary[name]["per_question_type"],
-            }
-            for name, title in titles.items()
-        ],
+        "rows": [summary[name] | {"name": name, "title": title} for name, title in titles.items()],
         "curves": {model: _curve(out / model) for model in MODELS},
         "settings": {
             "training questions": len(Store(Path(settings.data.h5)).table("train")),
@@ -171,10 +166,9 @@ def _ask_command(out: Path, question: str) -> str:
     return shlex.join(["python", "main.py", *words])
 
 
-def _image_ids(settings: Settings, table: QuestionTable) -> list[int]:
-    """The official image id of each question of the validation split, in the order of the table."""
-    asked = read_json(split_files(settings)["val"].questions)["questions"]
-    by_question = {entry["question_id"]: entry["image_id"] for entry in asked}
+def _in_order(table: QuestionTable, entries: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    """What entries with a `question_id` hold under a key, in the order of the table's questions."""
+    by_question = {entry["question_id"]: entry[key] for entry in entries}
     return [by_question[id_] for id_ in table.ids.tolist()]
 
 
@@ -184,10 +178,9 @@ def _curve(run: Path) -> list[float]:
 
 
 def _comparison(summary: dict[str, Any]) -> str:
-    kinds = list(summary["modern"]["per_question_type"])
-    rows = [["", "overall", *kinds]]
+    rows = [["", "overall", *summary["modern"]["per_question_type"]]]
     for name in ("blind", *MODELS):
-        values = [summary[name]["overall"], *(summary[name]["per_question_type"][kind] for kind in kinds)]
+        values = [summary[name]["overall"], *summary[name]["per_question_type"].values()]
         rows.append([name, *(f"{value:.1f} %" for value in values)])
     lines = ["  ".join([f"{row[0]:<10}", *(f"{cell:>11}" for cell in row[1:])]) for row in rows]
     return "\n".join(["", *lines, f"MODERN is {summary['difference']:+.1f} points from the baseline", ""])

@@ -1,6 +1,7 @@
 """The demo on a world of a few images: the same code, the same files; and its blind reference."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
+from data.files import write_json
 from data.store import Store
 from experiments.demo import best_blind_answers, run_demo
+from vqa.evaluate import evaluate
 from vqa.metrics import score
 from vqa.recipes import load_settings
 
@@ -20,7 +23,11 @@ def settings(tiny, tmp_path):
     return load_settings(tiny, ["name=demo", *places])
 
 
-def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys):
+def without_seconds(page):
+    return re.sub(r"\b[\d.]+\s*(s|seconds)\b", "", page)
+
+
+def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monkeypatch):
     summary = run_demo(settings, runs=tmp_path / "runs")
     out = tmp_path / "runs" / "demo"
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -36,8 +43,18 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "says nothing about VQA" in page
     assert "blind" in capsys.readouterr().out
-    # run again, it is made anew, and the same
+    inspected = (out / "inspect" / "modulation.json").read_bytes()
+
+    def evaluate_and_reverse(run, split):
+        scores = evaluate(run, split)
+        write_json(run / "results_val.json", json.loads((run / "results_val.json").read_text())[::-1])
+        return scores
+
+    # run again, it is made anew, and the same in whatever order the results are written
+    monkeypatch.setattr("experiments.demo.evaluate", evaluate_and_reverse)
     again = run_demo(settings, runs=tmp_path / "runs")
+    assert (out / "inspect" / "modulation.json").read_bytes() == inspected
+    assert without_seconds((out / "report.html").read_text()) == without_seconds(page)
     for model in ("blind", "baseline", "modern"):
         assert again[model] == summary[model]
 

@@ -1,6 +1,7 @@
 """The demo on a world of a few images: the same code, the same files; and its blind reference."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -34,7 +35,9 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys):
     assert (out / "example.png").exists()
     page = (out / "report.html").read_text()
     assert "says nothing about VQA" in page
-    assert "blind" in capsys.readouterr().out
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert (out / link).stat().st_size > 0
+    assert {"blind", "baseline", "MODERN"} <= set(re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE))
     # run again, it is made anew, and the same
     again = run_demo(settings, runs=tmp_path / "runs")
     for model in ("blind", "baseline", "modern"):

@@ -187,6 +187,7 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
     page = (out / "report.html").read_text()
     HTMLParser().feed(page)
     assert "layer4.0.bn2" in page
+    assert {'href="modulation.json"', 'href="modulation.csv"'} <= set(re.findall(r'href="[^"]+"', page))
 
 
 def test_the_numbers_are_the_networks_own(trained, image):

@@ -42,7 +42,9 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
     assert (out / "example.png").exists()
     page = (out / "report.html").read_text()
     assert "says nothing about VQA" in page
-    assert "blind" in capsys.readouterr().out
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert (out / link).stat().st_size > 0
+    assert {"blind", "baseline", "MODERN"} <= set(re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE))
     inspected = (out / "inspect" / "modulation.json").read_bytes()
 
     def evaluate_and_reverse(run, split):

@@ -5,13 +5,15 @@ Legend: B questions a batch, T words, S image side, K answers a question.
 
 import math
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -210,9 +212,9 @@ def make_loader(
 ) -> DataLoader:
     """Batches of `dataset` in the sampler's order, prepared by `workers` processes (0: by this one)."""
     return DataLoader(
-        dataset,
+        _InWorker(dataset) if workers else dataset,
         batch_sampler=sampler,
-        collate_fn=_Packed if workers else _as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
@@ -243,30 +245,33 @@ def readable(loader: DataLoader, on_wait: Callable[[], None] | None = None) -> I
     """The batches of a loader. `on_wait` is called every few seconds without a batch, and may raise to end the wait.
 
     Raises:
-        InputError: an image is missing, damaged or cannot be read, or the workers cannot share memory; one line, also
-            from a worker process.
+        InputError: an image is missing, damaged or cannot be read, or the workers cannot share memory.
+        BrokenExecutor: a worker process was killed.
     """
+    with naming_worker_limits("workers=0"):
+        if loader.num_workers:  # tried out before, since torch prints a traceback of its own where it cannot begin
+            require_files(_FILES_A_BATCH + 8 * loader.num_workers)
+            loader.multiprocessing_context.Lock()
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's handler would raise in the middle of anything
+            signal.signal(signal.SIGCHLD, handler)
+    while (batch := _next_batch(loader, batches, on_wait)) is not None:
+        yield batch
+
+
+def _next_batch(
+    loader: DataLoader, batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None
+) -> Batch | None:
     try:
-        with naming_worker_limits("workers=0"):
-            if loader.num_workers:  # tried out before, since torch prints a traceback of its own where it cannot begin
-                require_files(_FILES_A_BATCH + 8 * loader.num_workers)
-                loader.multiprocessing_context.Lock()
-            batches = iter(loader)
-        while (batch := _next_batch(batches, on_wait)) is not None:
-            yield batch
-    except InputError as error:
-        text = error.args[0]
-        if not text.startswith("Caught InputError in DataLoader worker"):
-            raise
-        # with that process's traceback as its text
-        raise InputError(text.rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
-
-
-def _next_batch(batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None) -> Batch | None:
-    with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
-        batch = next(batches, None)
-    if isinstance(batch, InputError):
-        raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+        with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
+            batch = next(batches, None)
+        if isinstance(batch, InputError):
+            raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+    except (InputError, RuntimeError):
+        if loader.num_workers and loader.multiprocessing_context.any_was_killed():
+            raise BrokenExecutor("a worker process was killed") from None
+        raise
     return batch
 
 
@@ -289,15 +294,30 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batc
         yield ahead
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
+
+
+class _InWorker(Dataset):
+    """A dataset in a worker process. It hands errors of the user's input over as values: torch would make texts of
+    them.
+    """
+
+    def __init__(self, dataset: QuestionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: Sequence[int]) -> "_Packed | InputError":
+        try:
+            return _Packed(self.dataset.__getitems__(rows))
+        except InputError as error:
+            return error
 
 
 class _Packed:
     """A batch on its way to another process, pickled, its tensors in shared memory.
 
     A queue pickles in a thread of its own, which would print an error and lose the batch, and the training process
-    would wait for it for ever. Here the loader hands the error over.
+    would wait for it for ever. Here an error is handed over.
     """
 
     def __init__(self, batch: Batch) -> None:

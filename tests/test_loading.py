@@ -1,12 +1,16 @@
 """Batches: their content, their order, and one handle a process."""
 
 import itertools
+import os
 import pickle
+import signal
+from concurrent.futures import BrokenExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from data.errors import InputError, NotWrittenError
 from data.loading import EpochSampler, FileImages, InOrderSampler, QuestionDataset, make_loader, readable
 from data.store import H5Images, Store
 from data.tokenizer import PAD_ID
@@ -106,6 +110,34 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
     batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
     for batch, true in zip(batches, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
+
+
+class Failing(QuestionDataset):
+    """Its worker gives one batch and fails at the second."""
+
+    def __init__(self, dataset, fail):
+        self.__dict__ = dataset.__dict__ | {"asked": itertools.count(), "fail": fail}
+
+    def __getitems__(self, rows):
+        if next(self.asked):
+            self.fail()
+        return super().__getitems__(rows)
+
+
+def raise_error():
+    raise NotWrittenError("disk.h5: full")
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("fail", "error"), [(raise_error, InputError), (be_killed, BrokenExecutor)])
+def test_what_ends_a_worker_is_known_by_its_type(dataset, fail, error):
+    loader = make_loader(Failing(dataset, fail), InOrderSampler(dataset.table, 8), 1, torch.device("cpu"))
+    with pytest.raises(error) as raised:
+        list(readable(loader))
+    assert str(raised.value) == ("disk.h5: full" if error is InputError else "a worker process was killed")
 
 
 def test_a_dataset_holds_no_pixels(dataset):

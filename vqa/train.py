@@ -12,7 +12,7 @@ from torch import nn
 
 from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
-from data.interruption import Interrupted, held_back, let_through, stop, waits
+from data.interruption import Interrupted, StopRequest
 from data.loading import Batch, EpochSampler, InOrderSampler, check_shared_memory, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
@@ -86,6 +86,7 @@ class Training:
         steps = settings.train.epochs * len(self.sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
+        self.stop = StopRequest()
         self.writes_tensorboard = settings.train.tensorboard
         if run.checkpoint.exists():
             self._resume()
@@ -182,7 +183,7 @@ class Training:
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
             wrapped = averaging_gradients(self.model)
-        with held_back():  # a signal waits until what it may not cut in two is done
+        with self.stop:  # a signal waits until what it may not cut in two is done
             while not self.progress.finished:
                 self._train_epoch(wrapped)
                 self._end_epoch()
@@ -190,17 +191,17 @@ class Training:
 
     def _stop_if_asked(self, save: bool = False) -> None:
         """Ends the run where a signal waits in any process; `save` says that it is not saved yet."""
-        if self.processes.any(waits(), self.device):
+        if self.processes.any(self.stop.made, self.device):
             if save:
                 self._save_checkpoint()
-            stop()
+            self.stop.obey()
 
     def _stop_waiting_if_asked(self) -> None:
         """Ends the run where a signal waits while batches do not come."""
-        if waits():
+        if self.stop.made:
             if self.processes.world_size == 1:  # several have their last checkpoint
                 self._save_checkpoint()
-            stop()
+            self.stop.obey()
 
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
@@ -282,7 +283,7 @@ class Training:
         }
         if self.data.validation is not None:
             try:
-                with let_through():
+                with self.stop.suspended():
                     scores = self._validate()
             except Interrupted:
                 if self.processes.world_size == 1:  # several have their last checkpoint

@@ -6,7 +6,7 @@ Legend: B questions a batch, T words, S image side, K answers a question.
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -155,32 +155,36 @@ class EpochSampler(Sampler[list[int]]):
         *,
         images: np.ndarray | None = None,
         together: int = 1,
+        start: int = 0,
     ) -> None:
-        """`batch_size` counts over all processes. Set `start` to begin at a later batch (after a resume).
+        """`batch_size` counts over all processes; `start` is the first batch, from 0 (after a resume).
 
         Where `together` is above 1, up to so many questions on the same image stand beside each other; which, and in
         which order, is random all the same. `images` are then the images of the questions, int64 [N].
         """
-        random = np.random.default_rng([seed, epoch])
-        self.order = random.permutation(size)
-        if together > 1:
-            self.order = _grouped(self.order, images, together, random)
-        if size < world_size:
-            self.order = np.resize(self.order, world_size)
-        size = len(self.order)
-        self.batch_size = min(batch_size, size - size % world_size)
-        self.batches = size // self.batch_size
-        self.rank, self.world_size = rank, world_size
-        self.start = 0
+        self.size, self.seed, self.epoch, self.images, self.together = size, seed, epoch, images, together
+        self.rank, self.world_size, self.start = rank, world_size, start
+        shared = max(size, world_size)
+        self.batch_size = min(batch_size, shared - shared % world_size)
+        self.batches = shared // self.batch_size
 
     def __len__(self) -> int:
         return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
         for batch in range(self.start, self.batches):
-            rows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             # neighbours stay together: they may share an image
             yield np.array_split(rows, self.world_size)[self.rank].tolist()
+
+    def order(self) -> np.ndarray:
+        """The questions of the epoch for all processes, int64 [N]."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(self.size)
+        if self.together > 1:
+            order = _grouped(order, self.images, self.together, random)
+        return np.resize(order, max(self.size, self.world_size))
 
 
 def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.random.Generator) -> np.ndarray:
@@ -193,22 +197,14 @@ def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.ra
     return by_image[np.argsort(random.permutation(groups[-1] + 1)[groups], kind="stable")]
 
 
-class InOrderSampler(Sampler[list[int]]):
+def batches_by_image(table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Every row once, in order of the images, for evaluation; several processes share the batches of one."""
-
-    def __init__(self, table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        rows = np.argsort(table.images, kind="stable")
-        self.batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from (batch.tolist() for batch in self.batches)
+    rows = np.argsort(table.images, kind="stable").tolist()
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
 
 
 def make_loader(
-    dataset: QuestionDataset, sampler: Sampler[list[int]], workers: int, device: torch.device
+    dataset: QuestionDataset, sampler: Collection[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """Batches of `dataset` in the sampler's order, prepared by `workers` processes (0: by this one)."""
     return DataLoader(
@@ -224,7 +220,7 @@ def make_loader(
     )
 
 
-def check_shared_memory(dataset: QuestionDataset, sampler: Sampler[list[int]], workers: int) -> None:
+def check_shared_memory(dataset: QuestionDataset, sampler: Iterable[list[int]], workers: int) -> None:
     """Refuses workers whose first batches do not fit into shared memory together.
 
     Raises:

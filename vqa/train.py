@@ -13,7 +13,7 @@ from torch import nn
 from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
 from data.interruption import Interrupted, StopRequest
-from data.loading import Batch, EpochSampler, InOrderSampler, check_shared_memory, make_loader, readable
+from data.loading import Batch, EpochSampler, batches_by_image, check_shared_memory, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
 from vqa import bundle
@@ -127,9 +127,9 @@ class Training:
                 f"{fewest}: take a larger batch, larger images, or population"
             )
 
-    def sampler(self, epoch: int) -> EpochSampler:
-        """The batches of an epoch, as far as they are this process's."""
-        return self.data.sampler(epoch, self.processes)
+    def sampler(self, epoch: int, start: int = 0) -> EpochSampler:
+        """The batches of an epoch from `start` on, as far as they are this process's."""
+        return self.data.sampler(epoch, start, self.processes)
 
     def _resume(self) -> None:
         """Takes everything from the last checkpoint.
@@ -205,8 +205,7 @@ class Training:
 
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
-        sampler = self.sampler(progress.epoch)
-        sampler.start = progress.step
+        sampler = self.sampler(progress.epoch, progress.step)
         loader = make_loader(self.data.training, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
 
@@ -308,7 +307,7 @@ class Training:
 
     def _validate(self) -> Scores:
         data, processes = self.data.validation, self.processes
-        sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
+        sampler = batches_by_image(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
         batches = readable(make_loader(data, sampler, self.settings.workers, self.device))
         bar = shown(batches, len(sampler), f"validation {self.progress.epoch}")
         try:

@@ -82,8 +82,8 @@ class TrainingData:
             return seen
         return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
 
-    def sampler(self, epoch: int, processes: Processes) -> EpochSampler:
-        """The batches of an epoch, as far as they are this process's."""
+    def sampler(self, epoch: int, start: int, processes: Processes) -> EpochSampler:
+        """The batches of an epoch from `start` on, as far as they are this process's."""
         train = self.settings.train
         return EpochSampler(
             len(self.training),
@@ -94,6 +94,7 @@ class TrainingData:
             processes.world_size,
             images=self.training.table.images,
             together=train.together,
+            start=start,
         )
 
 

@@ -86,7 +86,7 @@ def test_the_readme_shows_the_controls():
             deviation = [float(line["overall_std"])] if line["overall_std"] else []
             assert shown(tested, float(line["overall_mean"]), *deviation)
             assert int(tested_seeds) == len(line["seeds"].split())
-            assert shown(gain, *([float(line["difference"])] if line["difference"] else []))
+            assert shown(gain, *(float(line[key]) for key in ("difference", "ci_low", "ci_high") if line[key]))
         else:
             assert tested == "not run"
         if name in controls:

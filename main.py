@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from experiments.suite import Suite
 
 RESULTS = Path(__file__).parent / "experiments" / "results"
-README = Path(__file__).parent / "README.md"
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
 GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
@@ -151,7 +150,6 @@ def experiment(arguments: argparse.Namespace) -> None:
 def _publish(suite: "Suite", runs: Path) -> None:
     from experiments.collection import collect
     from experiments.evidence import keep_evidence
-    from experiments.readme import update_readme
     from experiments.report import write_report
     from experiments.runner import missing_jobs
 
@@ -163,7 +161,6 @@ def _publish(suite: "Suite", runs: Path) -> None:
         print(f"{len(missing)} runs are not finished; they are published without them")
     write_report(suite, runs, RESULTS)
     keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")
-    update_readme(README, RESULTS)
 
 
 def bench(arguments: argparse.Namespace) -> None:

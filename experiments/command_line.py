@@ -155,7 +155,7 @@ def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable
     added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
     instead = added.add_mutually_exclusive_group()
     instead.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
-    instead.add_argument("--publish", action="store_true", help="that, and into experiments/results and README.md")
+    instead.add_argument("--publish", action="store_true", help="that, and into experiments/results")
     instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
     instead.add_argument("--list", action="store_true", help="the commands of the runs that are missing")
     instead.add_argument("--submit", choices=("slurm",), help="hand them to a cluster as one array job")

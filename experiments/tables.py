@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError, printable
+from data.errors import printable
 from data.files import write_text
 from experiments.collection import KIND
 from experiments.suite import COLUMNS
@@ -26,16 +26,9 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read_lines(file: Path) -> list[Line]:
-    """The lines of a CSV file.
-
-    Raises:
-        InputError: no such file.
-    """
-    try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            return list(csv.DictReader(opened))
-    except OSError as error:
-        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+    """The lines of a CSV file."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
@@ -44,7 +37,7 @@ def markdown_table(lines: Sequence[Line]) -> str:
     for column in COLUMNS:
         columns += [(column, _spread(column)), ("paper", _paper(column))]
     columns += [
-        _difference(lines, _with_spread),
+        (f"difference to {lines[0]['baseline']}", _with_spread),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
         ("memory, GiB", lambda line: _number(line["peak_memory_mib"], "{:.2f}", 1 / 1024)),
@@ -69,7 +62,7 @@ def terminal_table(lines: Sequence[Line]) -> str:
     columns += [("overall", _spread("overall")), ("paper", _paper("overall"))]
     columns += [(column, _mean(f"{column}_mean")) for column in COLUMNS[1:]]
     columns += [
-        _difference(lines, _without_spread),
+        (f"difference to {lines[0]['baseline']}", _without_spread),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
     ]
@@ -93,14 +86,6 @@ def _claim(line: Line) -> str:
     if line["order_seeds_low"]:
         seeds += f", 95 % interval over seeds [{signed(line['order_seeds_low'])}, {signed(line['order_seeds_high'])}]"
     return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
-
-
-def _difference(lines: Sequence[Line], shown: Callable[[Line], str]) -> _Column:
-    """The column of differences: the baseline stands in its heading if it is the same in all lines, else in each."""
-    baselines = {line["baseline"] for line in lines if line["difference"]}
-    if len(baselines) <= 1:
-        return (f"difference to {''.join(baselines)}", shown)
-    return ("difference", lambda line: line["difference"] and f"{shown(line)} to {line['baseline']}")
 
 
 def _without_spread(line: Line) -> str:

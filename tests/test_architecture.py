@@ -14,7 +14,6 @@ MODEL = (
     "modulate",
     "modulate_cpu",
     "modulate_eager",
-    "modulate_triton",
     "convolution",
     "cbn",
     "resnet_graph",

@@ -29,7 +29,18 @@ def copied(trained, tmp_path, monkeypatch):
 
 
 def test_help_imports_nothing_heavy():
-    heavy = "torch", "torchvision", "transformers", "h5py", "numpy", "pydantic", "yaml", "sklearn", "matplotlib"
+    heavy = (
+        "torch",
+        "torchvision",
+        "transformers",
+        "h5py",
+        "numpy",
+        "pydantic",
+        "msgspec",
+        "yaml",
+        "sklearn",
+        "matplotlib",
+    )
     shown = "main.build_parser(main.COMMANDS).format_help()"
     code = f"import sys, main; {shown}; print([m for m in {heavy} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

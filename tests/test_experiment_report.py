@@ -264,10 +264,7 @@ def test_the_command_reports_without_running(command, suite, tmp_path, monkeypat
 def test_the_command_publishes(command, refused, suite, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("main.RESULTS", tmp_path / "results")
-    monkeypatch.setattr("main.README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("<!-- table: stages: none -->\n<!-- /table -->\n")
     finish(suite, tmp_path / "runs", "none", 1, OFTEN_RIGHT)
     assert command("experiment", suite.file, "--publish").code == 0
-    assert (tmp_path / "results/stages.md").exists()
-    assert "| none | 86.25 | 56.12 |" in (tmp_path / "README.md").read_text()
+    assert "| none | 86.25 | 56.12 |" in (tmp_path / "results/stages.md").read_text()
     assert "not allowed with" in refused("experiment", suite.file, "--publish", "--only", "none", "--seed", "1")

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.collection import collect, row_lines
 from experiments.suite import load_suite
-from experiments.tables import read_lines, write_lines
+from experiments.tables import markdown_table, read_lines, write_lines
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -23,3 +23,4 @@ def test_a_published_table_is_what_its_evidence_gives(table, tmp_path):
     suite = load_suite(ROOT / "experiments" / "suites" / f"{table.stem}.yaml")
     write_lines(tmp_path / "again.csv", row_lines(suite, collect(suite, tmp_path)))
     assert read_lines(tmp_path / "again.csv") == read_lines(table)
+    assert markdown_table(read_lines(table)) in table.with_suffix(".md").read_text(encoding="utf-8")

@@ -29,51 +29,47 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: there are no answers.
     """
-    if not answers:
-        raise ValueError("accuracy needs at least one given answer")
-    prediction, answers = strip_answer(prediction), [strip_answer(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction, answers = normalise_answer(prediction), [normalise_answer(answer) for answer in answers]
-    matches = answers.count(prediction)
-    return float(_mean_over_annotators(np.array(matches), np.array(len(answers))))
+    return _accuracies([prediction], answers, np.arange(len(answers))[None])[0]
 
 
 def question_accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
-    """Accuracy (0 to 1) of one prediction for each question of the table, in its order.
-
-    `question_accuracy` of all at once: each different text is normalised once, and texts are compared as numbers.
+    """`question_accuracy` of one prediction for each question of the table, in its order.
 
     Raises:
         ValueError: a question has no answers.
     """
     if len(predictions) != len(table):
         raise ValueError(f"{len(predictions)} predictions for {len(table)} questions")
-    given = table.given != NO_ANSWER
-    counts = given.sum(1)
-    if not counts.all():
+    return _accuracies(predictions, table.spellings, table.given)
+
+
+def _accuracies(predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray) -> list[float]:
+    """The accuracy of N predictions; `rows` [N, K] are the given answers' places in `spellings`, or NO_ANSWER."""
+    given = rows != NO_ANSWER
+    count = given.sum(1)
+    if not count.all():
         raise ValueError("accuracy needs at least one given answer")
-    if not len(table):
-        return []
-    plain, right = _matches(strip_answer, predictions, table)
+    plain, right = _matches(strip_answer, predictions, spellings, rows)
     alike = ((plain == plain[:, :1]) | ~given).all(1)
     if not alike.all():
-        right[~alike] = _matches(normalise_answer, predictions, table)[1][~alike]
+        right[~alike] = _matches(normalise_answer, predictions, spellings, rows)[1][~alike]
     matches = (right & given).sum(1)
-    return _mean_over_annotators(matches, counts).tolist()
+    # for an annotator who gave the predicted answer, one match fewer is among the others
+    total = matches * np.minimum(1, (matches - 1) / 3) + (count - matches) * np.minimum(1, matches / 3)
+    return (total / count).tolist()
 
 
-def _matches(form: Callable[[str], str], predictions: Sequence[str], table: QuestionTable) -> tuple[np.ndarray, ...]:
-    """A number for the form of each given answer, int64 [N, K], and whether it is the prediction's, bool [N, K]."""
+def _matches(
+    form: Callable[[str], str], predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A number for the form of each given answer, int64 [N, K], and whether it is the prediction's, bool [N, K].
+
+    Each different text is brought into the form once.
+    """
     numbers: dict[str, int] = {}
-    of_text = {text: numbers.setdefault(form(text), len(numbers)) for text in {*table.spellings, *predictions}}
-    given = np.array([of_text[text] for text in table.spellings])[table.given]
-    return given, given == np.array([of_text[prediction] for prediction in predictions])[:, None]
-
-
-def _mean_over_annotators(matches: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """An annotator who gave the predicted answer has one match fewer among the others."""
-    right = matches * np.minimum(1, (matches - 1) / 3)
-    return (right + (count - matches) * np.minimum(1, matches / 3)) / count
+    of_text = {text: numbers.setdefault(form(text), len(numbers)) for text in {*spellings, *predictions}}
+    given = np.array([of_text[text] for text in spellings], np.int64)[rows]
+    return given, given == np.array([of_text[prediction] for prediction in predictions], np.int64)[:, None]
 
 
 def score(predictions: Sequence[str], table: QuestionTable) -> Scores:

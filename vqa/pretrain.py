@@ -151,4 +151,4 @@ def _made_before(file: Path) -> dict[str, Any] | None:
         raise InputError(
             f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
         ) from None
-    return {"world": "small", "precision": "float32"} | said  # older files do not say these
+    return said

@@ -17,9 +17,9 @@ _Column = tuple[str, Callable[[Line], str]]  # a heading, and what stands below 
 
 
 def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes lines as CSV; the first one's keys are the columns."""
+    """Writes lines as CSV; their keys are the columns."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_text(file, text.getvalue())

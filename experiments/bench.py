@@ -4,7 +4,6 @@ Each part is a table with a line a measurement; what is compared takes turns, an
 compared between machines of a kind, milliseconds cannot.
 """
 
-import csv
 import io
 import json
 import tempfile
@@ -17,9 +16,9 @@ import torch
 
 from data.coco_like import QUESTIONS
 from data.errors import InputError
-from data.files import write_text
 from experiments import bench_data, bench_scale, bench_step
 from experiments.bench_step import Case
+from experiments.tables import write_lines
 from vqa.build import choose_device
 from vqa.run_directory import surroundings
 
@@ -61,7 +60,8 @@ def bench(
                 results[part] = _measured(part, turns, chosen, Path(folder) / part, tiny, images)
             print(f"\n{part}\n{table_of(results[part])}", flush=True)
             if out is not None:
-                write_text(out / f"bench_{part}.csv", _csv_of(results[part], surroundings(chosen), turns))
+                told = _machine(chosen) | {"repeats": turns}
+                write_lines(out / f"bench_{part}.csv", [row | told for row in results[part]])
     return {"machine": surroundings(chosen), "repeats": repeats, "parts": results}
 
 
@@ -80,7 +80,7 @@ def _measured(
         "scale": lambda: (
             bench_scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, repeats, folder)
             if tiny
-            else bench_scale.scale_rows(QUESTIONS["v1"], size, scale, 50, 2, repeats, folder)
+            else bench_scale.scale_rows(QUESTIONS, size, scale, 50, 2, repeats, folder)
         ),
     }
     return measure[part]()
@@ -100,15 +100,9 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _csv_of(rows: Sequence[dict[str, Any]], machine: dict[str, Any], repeats: int) -> str:
-    told = {"cpu": machine["cpu"], "threads": machine["threads"], "device": machine["device"]}
-    told |= {"torch": machine["torch"], "commit": machine["git_commit"], "repeats": repeats}
-    columns = list(dict.fromkeys(key for row in rows for key in (*row, *told)))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **told} for row in rows)
-    return text.getvalue()
+def _machine(device: torch.device) -> dict[str, Any]:
+    told = surroundings(device)
+    return {key: told[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": told["git_commit"]}
 
 
 def as_json(results: dict[str, Any]) -> str:

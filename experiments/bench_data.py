@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import torch
 
 from data.coco_like import write_coco_like
@@ -174,7 +175,7 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dic
     """Images a second: random batches of 64 from an h5 file beside decoding the same JPEGs, in one process; and
     `preprocess` beside decoding alone, with as many processes.
     """
-    splits = write_coco_like(folder, images={"train": images}, questions={"train": images}, distinct=images)
+    splits = write_coco_like(folder, {"train": images}, {"train": images})
     files = sorted((folder / "train2014").iterdir())
     order = np.random.default_rng(0).permutation(images)[:64]
     h5 = folder / "photographs.h5"
@@ -221,17 +222,14 @@ def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
         file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")
         file["images/pixels"][images - 1] = 1
     rows = H5Rows(path, "images/pixels")
-    before = _resident_mib()
+    process = psutil.Process()
+    before = process.memory_info().rss
     for row in np.random.default_rng(0).integers(images, size=2000):
         rows[row]
-    added = _resident_mib() - before
+    added = (process.memory_info().rss - before) / 2**20
     path.unlink()
     what = "memory that 2 000 random reads add, MiB"
     return {"pixels": size, "images": images, "what": what, "added_mib": round(added, 1)}
-
-
-def _resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096 / 2**20
 
 
 def _words(network: str, size: int, images: int, folder: Path, device: torch.device) -> list[str]:

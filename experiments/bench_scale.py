@@ -5,11 +5,9 @@ two numbers of them.
 """
 
 import os
-import resource
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import islice
 from multiprocessing import get_context
@@ -17,6 +15,8 @@ from multiprocessing.connection import Connection
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from data.answers import answer_vocabulary
 from data.coco_like import write_coco_like
@@ -58,7 +58,7 @@ def scale_rows(
         raw, h5, run = here / "raw", here / "data.h5", here / "run"
         val = max(1, count // 5)
         made = {"train": count - val, "val": val}
-        splits = write_coco_like(raw, images=made, questions=questions, distinct=count)
+        splits = write_coco_like(raw, made, questions)
         words = [*_WORDS, f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
         files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
         jobs: dict[str, tuple[Callable[..., int], ...]] = {
@@ -98,19 +98,21 @@ def measured(job: Callable[..., int], *arguments: Any) -> dict[str, Any]:
     process = context.Process(target=_run, args=(theirs, job, arguments))
     process.start()
     theirs.close()
-    with _Watched(process.pid) as watched:
-        try:
-            done, seconds, cpu = ours.recv()
-        except EOFError:
-            raise RuntimeError(f"{job.__name__.strip('_')} failed") from None
-        finally:
-            process.join()
+    peak = 0
+    while not ours.poll(0.1):
+        peak = max(peak, _memory(process.pid))
+    try:
+        done, seconds, cpu = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{job.__name__.strip('_')} failed") from None
+    finally:
+        process.join()
     return {
         "done": done,
         "seconds": round(seconds, 2),
         "done_a_second": round(done / seconds, 1),
         "cpu_seconds": round(cpu, 2),
-        "peak_mib": round(watched.peak / 2**20),
+        "peak_mib": round(peak / 2**20),
         "file_mb": None,
     }
 
@@ -120,49 +122,19 @@ def _run(sender: Connection, job: Callable[..., int], arguments: tuple[Any, ...]
         begun = time.perf_counter()
         done = job(*arguments)
         seconds = time.perf_counter() - begun
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    sender.send((done, seconds, sum(one.ru_utime + one.ru_stime for one in used)))
+    sender.send((done, seconds, sum(psutil.Process().cpu_times()[:4])))  # its own and its children's
 
 
-class _Watched(threading.Thread):
-    """The most memory that a process and its children, and theirs, held together, in bytes; from /proc of Linux."""
-
-    def __init__(self, process: int) -> None:
-        super().__init__(daemon=True)
-        self.process, self.peak, self._over = process, 0, threading.Event()
-
-    def __enter__(self) -> "_Watched":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._over.wait(0.1):
-            parents = dict(_processes())
-            family = {self.process}
-            while more := {process for process, parent in parents.items() if parent in family} - family:
-                family |= more
-            self.peak = max(self.peak, sum(map(_proportional_bytes, family)))
-
-
-def _processes() -> Iterator[tuple[int, int]]:
-    """Every process and its parent."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
-            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            yield int(folder.name), int(fields[1])
-
-
-def _proportional_bytes(process: int) -> int:
-    """The memory of a process; of what n processes share, an n-th."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return 1024 * int(line.split()[1])
-    return 0
+def _memory(process: int) -> int:
+    """The bytes that a process, its children and theirs hold; of what n processes share, each is counted an n-th."""
+    held = 0
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process)
+        for one in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.Error):  # it has ended
+                info = one.memory_full_info()
+                held += getattr(info, "pss", info.uss)  # without Linux's pss, what is the process's alone
+    return held
 
 
 _WORDS = [

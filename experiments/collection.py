@@ -116,12 +116,12 @@ def run_lines(results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
     columns = [*COLUMNS, *_kinds(results)]
     return [
-        {
-            **_names(result.row),
-            "seed": result.seed,
-            **{column: _rounded(result.scores.get(column)) for column in columns},
-            **result.facts,
-        }
+        _rounded(
+            _names(result.row)
+            | {"seed": result.seed}
+            | {column: result.scores.get(column) for column in columns}
+            | result.facts
+        )
         for result in results
     ]
 
@@ -134,23 +134,24 @@ def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     lines = []
     for row in suite.rows:
         own = by_row[row.name]
-        baseline = [] if row.name == suite.baseline else by_row[suite.baseline]
-        paper = row.run.paper if row.test.label == "plain" else {}
-        lines.append(
-            {
-                **_names(row),
-                "settings": shlex.join(row.run.words),
-                "seeds": " ".join(str(result.seed) for result in own),
-                "questions": own[0].facts["questions"] if own else None,
-                **_means(own, kinds),
-                "baseline": suite.baseline,
-                **_difference(own, baseline),
-                **_paper(paper),
-                **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
-                "trained_parameters": own[0].facts["trained_parameters"] if own else None,
-                **_claim(own, after.get(row.name), by_row),
-            }
-        )
+        compared = None if row.name == suite.baseline else _compared(own, by_row[suite.baseline])
+        below = after.get(row.name)
+        line = _names(row) | {
+            "settings": shlex.join(row.run.words),
+            "seeds": " ".join(str(result.seed) for result in own),
+            "questions": own[0].facts["questions"] if own else None,
+            **_means(own, kinds),
+            "baseline": suite.baseline,
+            **_interval(compared),
+            "difference_std": compared and compared.deviation,
+            "compared": compared and compared.questions,
+            **_paper(row.run.paper if row.test.label == "plain" else {}),
+            **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
+            "trained_parameters": own[0].facts["trained_parameters"] if own else None,
+            "order_above": below,
+            **_claim(_compared(own, by_row[below]) if below is not None else None),
+        }
+        lines.append(_rounded(line))
     return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
 
 
@@ -169,52 +170,32 @@ def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
     for column in [*COLUMNS, *kinds]:
         scores = [result.scores[column] for result in results if column in result.scores]
         mean, deviation = mean_and_deviation(scores) if scores else (None, None)
-        if column in COLUMNS:
-            line |= {f"{column}_mean": _rounded(mean), f"{column}_std": _rounded(deviation)}
-        else:
-            line[column] = _rounded(mean)
+        line |= {f"{column}_mean": mean, f"{column}_std": deviation} if column in COLUMNS else {column: mean}
     return line
 
 
-def _difference(ours: Sequence[Result], theirs: Sequence[Result]) -> Line:
-    """How a row compares with the baseline."""
-    found = _compared(ours, theirs)
-    return _interval(found) | {
-        "difference_std": _rounded(found.deviation) if found else None,
-        "compared": found.questions if found else None,
-    }
-
-
-def _claim(ours: Sequence[Result], below: str | None, by_row: dict[str, list[Result]]) -> Line:
-    """How a row compares with the one that is claimed to be next below it."""
-    found = _compared(ours, by_row[below]) if below is not None else None
-    return {
-        "order_above": below,
-        **{f"order_{key}": value for key, value in _interval(found).items()},
-        **{f"order_seeds_{key}": value for key, value in _seed_interval(found).items()},
-        "order_verdict": found.verdict if found else None,
-        "order_seeds_above": found.seeds_above if found else None,
-        "order_seeds": len(found.per_seed) if found else None,
-    }
-
-
 def _interval(found: Difference | None) -> Line:
-    points, low, high = (found.points, found.low, found.high) if found else (None, None, None)
-    return {"difference": _rounded(points), "ci_low": _rounded(low), "ci_high": _rounded(high)}
+    """A difference in points and its 95 % interval over questions."""
+    return {"difference": found and found.points, "ci_low": found and found.low, "ci_high": found and found.high}
 
 
-def _seed_interval(found: Difference | None) -> Line:
+def _claim(found: Difference | None) -> Line:
+    """How a row compares with the one that is claimed to be next below it."""
     low, high = (found and found.seed_interval) or (None, None)
-    return {"low": _rounded(low), "high": _rounded(high)}
+    return {f"order_{key}": value for key, value in _interval(found).items()} | {
+        "order_seeds_low": low,
+        "order_seeds_high": high,
+        "order_verdict": found and found.verdict,
+        "order_seeds_above": found and found.seeds_above,
+        "order_seeds": found and len(found.per_seed),
+    }
 
 
 def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
+    """Two rows question by question; None where one was not run, or they were asked different questions."""
     if not ours or not theirs:
         return None
-    try:
-        return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
-    except ValueError:  # tested on other data: nothing to compare question by question
-        return None
+    return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
 
 
 def _paper(numbers: dict[str, float]) -> Line:
@@ -226,5 +207,8 @@ def _mean(results: Sequence[Result], key: str) -> float | None:
     return round(float(np.mean(known)), 1) if known else None
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4) + 0.0  # + 0.0, as there is a −0.0
+def _rounded(line: Line) -> Line:
+    return {
+        key: round(value, 4) + 0.0 if isinstance(value, float) else value  # + 0.0, as there is a −0.0
+        for key, value in line.items()
+    }

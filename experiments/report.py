@@ -7,18 +7,11 @@ from pathlib import Path
 from data.files import write_text
 from experiments.collection import collect, row_lines, run_lines
 from experiments.figure import write_figure
+from experiments.runner import MAIN
 from experiments.suite import Suite
-from experiments.tables import (
-    Line,
-    claims,
-    markdown_kinds,
-    markdown_table,
-    read_lines,
-    terminal_table,
-    write_lines,
-)
+from experiments.tables import Line, claims, markdown_kinds, markdown_table, read_lines, terminal_table, write_lines
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = MAIN.parent.resolve()
 _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds. Difference, in points: of the means over seeds,
 ± the standard deviation of the differences seed by seed, and the 95 % interval of a paired bootstrap over {questions}

@@ -63,18 +63,15 @@ class Difference:
         return "reversed" if all(high < 0 for _, high in intervals) else "not told apart"
 
 
-def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference:
-    """Compares two rows, each given by seed, question by question.
+def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference | None:
+    """Compares two rows, each given by seed, question by question; None if no question was asked of all trainings.
 
     The interval is of the questions alone: the trainings are taken as they are. How much another seed would change the
     difference is told by `per_seed`.
-
-    Raises:
-        ValueError: no question was asked of all trainings.
     """
     common = reduce(np.intersect1d, [answered.ids for answered in (*ours.values(), *theirs.values())])
     if not common.size:
-        raise ValueError("the rows have no question in common")
+        return None
     our, their = ({seed: _of(common, answered) for seed, answered in row.items()} for row in (ours, theirs))
     differences = np.mean(list(our.values()), axis=0) - np.mean(list(their.values()), axis=0)
     low, high = bootstrap_interval(differences)

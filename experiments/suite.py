@@ -21,7 +21,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,7 +29,8 @@ from data.errors import InputError
 from vqa.recipes import BASE, load_settings, read_yaml
 from vqa.settings import FileName, Role, Settings, SplitName, different_keys, flat, role_of
 
-COLUMNS = ("overall", "yes/no", "number", "other")
+_Column = Literal["overall", "yes/no", "number", "other"]
+COLUMNS = get_args(_Column)
 
 
 class _Form(BaseModel):
@@ -43,7 +44,7 @@ _TestName = Annotated[str, Field(max_length=100, pattern=r"^([^=+\-@\s\x00-\x1f]
 
 class _RunForm(_Form):
     settings: str = ""
-    paper: dict[str, float] = {}
+    paper: dict[_Column, float] = {}
 
 
 class _TestForm(_Form):
@@ -61,7 +62,7 @@ class _SuiteForm(_Form):
     split: SplitName = "val"
     order: list[str] = []
     paper: str = ""
-    not_run: dict[_Name, dict[str, float]] = {}
+    not_run: dict[_Name, dict[_Column, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -166,30 +167,17 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         settings = load_settings(recipe, (*delta, *words), where=f"{file}: {name}")
         directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
         runs.append(Run(name, delta, settings.model_copy(update={"name": directory}), run.paper))
-        _check_columns(file, name, run.paper)
-    for name, numbers in form.not_run.items():
-        _check_columns(file, name, numbers)
     _check_runs_differ(file, runs, form.split)
     tests = tuple(
         Test(name, _words(file, name, test.settings), test.recalibrate, form.split) for name, test in form.tests.items()
     )
     if len(set(form.seeds)) < len(form.seeds):
-        raise InputError(f"{file}: seeds: one stands twice")
+        raise InputError(f"{file}: seeds: duplicate value")
     for test in tests:
         _check_test(file, test, plain)
-    suite = Suite(
-        file,
-        form.title,
-        recipe,
-        tuple(form.seeds),
-        form.baseline,
-        tuple(runs),
-        tests,
-        tuple(form.order),
-        form.paper,
-        form.not_run,
-        words,
-    )
+    same = form.model_dump(include={"title", "baseline", "paper", "not_run"})
+    order, seeds = tuple(form.order), tuple(form.seeds)
+    suite = Suite(file, recipe=recipe, seeds=seeds, runs=tuple(runs), tests=tests, order=order, words=words, **same)
     rows = [row.name for row in suite.rows]
     for named in (form.baseline, *form.order):
         if named not in rows:
@@ -224,11 +212,6 @@ def _words(file: Path, name: str, settings: str) -> tuple[str, ...]:
         return tuple(shlex.split(settings))
     except ValueError as error:
         raise InputError(f"{file}: {name}: {str(error).lower()} in its settings") from None
-
-
-def _check_columns(file: Path, name: str, numbers: dict[str, float]) -> None:
-    if unknown := numbers.keys() - set(COLUMNS):
-        raise InputError(f"{file}: {name}: no column {min(unknown)!r}; columns are {', '.join(COLUMNS)}")
 
 
 def slug(text: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ _Column = tuple[str, Callable[[Line], str]]  # a heading, and what stands below 
 
 
 def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes lines as CSV; the first one's keys are the columns."""
+    """Writes lines as CSV; their keys are the columns."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_text(file, text.getvalue())
@@ -33,11 +34,11 @@ def read_lines(file: Path) -> list[Line]:
 
 def markdown_table(lines: Sequence[Line]) -> str:
     """Rows as a table: every column beside the paper's, the difference to the baseline, and what a training costs."""
-    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
+    columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
     for column in COLUMNS:
-        columns += [(column, _spread(column)), ("paper", _paper(column))]
+        columns += [(column, _spread(column)), ("paper", _mean(f"paper_{column}"))]
     columns += [
-        (f"difference to {lines[0]['baseline']}", _with_spread),
+        (f"difference to {lines[0]['baseline']}", _difference(with_spread=True)),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
         ("memory, GiB", lambda line: _number(line["peak_memory_mib"], "{:.2f}", 1 / 1024)),
@@ -51,18 +52,18 @@ def markdown_kinds(lines: Sequence[Line]) -> str:
     kinds = [key for key in lines[0] if key.startswith(KIND)]
     if not kinds:
         return ""
-    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
-    columns += [(key.removeprefix(KIND), _mean(key)) for key in kinds]
+    columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), _mean(key)) for key in kinds)]
     return _markdown([line for line in lines if line["seeds"]], columns)
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
     """Rows as aligned text, narrower: spreads stand only beside the overall accuracy."""
-    columns: list[_Column] = [("accuracy, %", lambda line: line["row"])]
-    columns += [("overall", _spread("overall")), ("paper", _paper("overall"))]
-    columns += [(column, _mean(f"{column}_mean")) for column in COLUMNS[1:]]
-    columns += [
-        (f"difference to {lines[0]['baseline']}", _without_spread),
+    columns: list[_Column] = [
+        ("accuracy, %", itemgetter("row")),
+        ("overall", _spread("overall")),
+        ("paper", _mean("paper_overall")),
+        *((column, _mean(f"{column}_mean")) for column in COLUMNS[1:]),
+        (f"difference to {lines[0]['baseline']}", _difference(with_spread=False)),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
     ]
@@ -88,17 +89,16 @@ def _claim(line: Line) -> str:
     return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
 
 
-def _without_spread(line: Line) -> str:
-    return line["difference"] and f"{signed(line['difference'])} {_interval(line)}"
+def _difference(*, with_spread: bool) -> Callable[[Line], str]:
+    """The difference to the baseline with its 95 % interval over questions."""
 
+    def shown(line: Line) -> str:
+        if not line["difference"]:
+            return ""
+        spread = f" ± {_number(line['difference_std'])}" if with_spread and line["difference_std"] else ""
+        return f"{signed(line['difference'])}{spread} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
 
-def _with_spread(line: Line) -> str:
-    spread = f" ± {_number(line['difference_std'])}" if line["difference_std"] else ""
-    return line["difference"] and f"{signed(line['difference'])}{spread} {_interval(line)}"
-
-
-def _interval(line: Line) -> str:
-    return f"[{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
+    return shown
 
 
 def _spread(column: str) -> Callable[[Line], str]:
@@ -115,10 +115,6 @@ def _spread(column: str) -> Callable[[Line], str]:
 
 def _mean(key: str) -> Callable[[Line], str]:
     return lambda line: _number(line[key])
-
-
-def _paper(column: str) -> Callable[[Line], str]:
-    return lambda line: _number(line[f"paper_{column}"])
 
 
 def _seeds(line: Line) -> str:

@@ -113,7 +113,10 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ("seeds: [1]\nbaseline: a\nruns: {a: {setings: x}}\n", "runs.a.setings"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {settings: trian.epochs=2}}\n", "did you mean train"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is no setting"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n", "no column 'overal'"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n",
+            "runs.a.paper.overal.*should be 'overall', 'yes/no', 'number' or 'other'",
+        ),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
         ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
         ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
@@ -124,7 +127,7 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
-        ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
+        ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
     ],
 )
 def test_a_wrong_suite_is_refused(suite_of, text, says):

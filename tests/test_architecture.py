@@ -17,7 +17,6 @@ MODEL = (
     "modulate_triton",
     "convolution",
     "cbn",
-    "resnet_graph",
     "resnet",
     "question",
     "attention",

@@ -16,7 +16,6 @@ MODEL = (
     "modulate_eager",
     "convolution",
     "cbn",
-    "resnet_graph",
     "resnet",
     "question",
     "attention",

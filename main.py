@@ -8,13 +8,13 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import InputError, NotWrittenError, printable
 from data.interruption import Interrupted, listen
-from data.workers import is_of_lost_worker
 from experiments.command_line import build_parser
 
 if TYPE_CHECKING:
@@ -250,9 +250,7 @@ def main() -> int:
         else:
             why = f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}"
         return _failed(why)
-    except RuntimeError as error:
-        if not is_of_lost_worker(error):
-            raise
+    except BrokenExecutor:
         why = "a worker process was killed, as the system does where memory is short"
         return _failed(f"{why} (`workers` or `data.processes` can be less); {_how_to_go_on(sys.argv[1:])}")
     except KeyboardInterrupt as interrupted:

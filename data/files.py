@@ -3,15 +3,13 @@
 import errno
 import json
 import os
-import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError, NotWrittenError
 
-_MARKS = {mark: re.compile(rf"[ \t\n\r]*{re.escape(mark)}[ \t\n\r]*") for mark in ["", *"{}[]:,"]}  # of JSON
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -108,97 +106,8 @@ def read_json(path: Path) -> Any:
         InputError: no such file, not UTF-8, or malformed (with its line).
     """
     text = read_text(path)
-    with _naming_json_errors(path):
-        return json.loads(text, parse_constant=_refuse_constant)
-
-
-def read_json_list(path: Path, key: str) -> Iterator[Any]:
-    """The values of the list `key` of the JSON object in `path`, one at a time.
-
-    As Python objects all of them together can take ten times the memory of the file.
-
-    Raises:
-        InputError: as `read_json`, when it comes to it; at the end, if there is no object with such a list.
-    """
-    text = read_text(path)
-    with _naming_json_errors(path):
-        found = yield from _values_of_list(_JsonText(text), key)
-    if not found:
-        raise InputError(f"{path}: must be an object with a list '{key}', as an official VQA file is")
-
-
-class _JsonText:
-    """A JSON text, and how far it is read."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.place = text, 0
-        self._decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
-        self.sees("")
-
-    def value(self) -> Any:
-        """Reads the value that comes next."""
-        value, self.place = self._decode(self.text, self.place)
-        return value
-
-    def sees(self, mark: str) -> bool:
-        """Whether a mark comes next, which is read then, with the blanks around it."""
-        seen = _MARKS[mark].match(self.text, self.place)
-        if seen:
-            self.place = seen.end()
-        return seen is not None
-
-    def expect(self, mark: str) -> None:
-        """Reads a mark, or raises json.JSONDecodeError."""
-        if not self.sees(mark):
-            self.sees("")
-            raise json.JSONDecodeError(f"Expecting {mark!r}", self.text, self.place)
-
-    def name(self) -> str:
-        """Reads the name of a member, or raises json.JSONDecodeError."""
-        if not self.text.startswith('"', self.place):
-            raise json.JSONDecodeError("Expecting a name in double quotes", self.text, self.place)
-        name = self.value()
-        self.expect(":")
-        return name
-
-    def items(self, end: str) -> Iterator[None]:
-        """Comes before each item of an object or a list, which is then to be read, until its `end` is read."""
-        more = not self.sees(end)
-        while more:
-            yield
-            more = self.sees(",")
-            if not more:
-                self.expect(end)
-
-    def end(self) -> None:
-        """Raises json.JSONDecodeError if there is more."""
-        if self.place < len(self.text):
-            raise json.JSONDecodeError("Extra data", self.text, self.place)
-
-
-def _values_of_list(json_text: _JsonText, key: str) -> Generator[Any, None, bool]:
-    """Yields them, and returns whether there was such a list."""
-    found = False
-    if not json_text.sees("{"):
-        json_text.value()
-        return found
-    for _ in json_text.items("}"):
-        if json_text.name() != key or not json_text.sees("["):
-            json_text.value()
-        elif found:
-            raise ValueError(f"'{key}' occurs twice")
-        else:
-            found = True
-            for _ in json_text.items("]"):
-                yield json_text.value()
-    json_text.end()
-    return found
-
-
-@contextmanager
-def _naming_json_errors(path: Path) -> Iterator[None]:
     try:
-        yield
+        return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except ValueError as error:  # NaN, or a number of thousands of digits

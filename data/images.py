@@ -1,10 +1,9 @@
-"""Images: decoded and resized as the paper does, and normalised on the device they are used on."""
+"""Decode image files to RGB and resize them as the paper does; needs no torch."""
 
 import math
 import struct
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -12,15 +11,12 @@ import numpy as np
 
 from data import png
 from data.errors import InputError
-from data.files import read_json, write_json
 
-if TYPE_CHECKING:  # decoding processes do without torch
-    import torch
+if TYPE_CHECKING:
     from PIL import Image
 
 # Pillow knows more, some of which run other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
-MOST_SIZE = 2048  # side of the pictures that a network sees
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 # Of the training set of torchvision's ImageNet weights.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -106,59 +102,3 @@ def _upright(image: "Image.Image") -> "Image.Image":
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to every image, in training, evaluation, `ask` and `inspect` alike; stored with the model."""
-
-    size: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    resize: str = "bilinear"
-
-    def decode(self, path: Path) -> np.ndarray:
-        """The image of a file as uint8 [S, S, 3]. Raises InputError as `decode_image` does."""
-        return decode_image(path, self.size)
-
-    def normalise(self, images: "torch.Tensor") -> "torch.Tensor":
-        """uint8 [B, S, S, 3] → float32 [B, 3, S, S] with the mean and deviation of each channel taken out.
-
-        The result stays channels-last in memory, as the images come; convolutions are faster so.
-        """
-        mean = images.new_tensor([255 * value for value in self.mean], dtype=_float32())
-        scale = images.new_tensor([1 / (255 * value) for value in self.std], dtype=_float32())
-        return ((images - mean) * scale).permute(0, 3, 1, 2)
-
-    def save(self, file: Path) -> None:
-        """Writes the preprocessing as JSON."""
-        write_json(file, asdict(self))
-
-    @classmethod
-    def load(cls, file: Path) -> "Preprocessing":
-        """Reads what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, malformed or of another form.
-        """
-        content: dict[str, Any] = read_json(file)
-        try:
-            mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
-            loaded = cls(int(content["size"]), mean, std, content["resize"])
-            known = len(mean) == len(std) == 3 and min(std) > 0 and 1 <= loaded.size <= MOST_SIZE
-            known = known and bool(np.isfinite([*mean, *std]).all())
-        except (TypeError, KeyError, ValueError, OverflowError):
-            known = False
-        if not known:
-            raise InputError(
-                f"{file}: not an image preprocessing: needs size (1 to {MOST_SIZE}), 3 means, 3 positive stds, resize"
-            )
-        if loaded.resize != "bilinear":
-            raise InputError(f"{file}: resize must be bilinear, got {loaded.resize!r}")
-        return loaded
-
-
-def _float32() -> "torch.dtype":
-    import torch
-
-    return torch.float32

@@ -1,12 +1,10 @@
-"""SIGINT (Ctrl-C), SIGTERM and a cluster's signal before a time limit: heard everywhere, held back where something is
-to be ended first.
-"""
+"""Handle SIGINT (Ctrl-C), SIGTERM and a cluster's signal before a time limit; defer them in critical sections."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import ClassVar, NoReturn, Self
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # SLURM sends the last two where `sbatch --signal` asks for them
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
@@ -25,60 +23,69 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
-class _State:
-    held = 0  # blocks that hold signals back
-    waiting: int | None = None  # the signal that came meanwhile
+class StopRequest:
+    """The signal that asked this process to end within the object's `with` block; it is raised when the block ends.
+
+    A second Ctrl-C is raised at once. A second one of the other signals is not: a process may get it from its group and
+    from its parent.
+    """
+
+    receiver: "ClassVar[StopRequest | None]" = None  # of signals; None raises them at once
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> Self:
+        StopRequest.receiver = self
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        StopRequest.receiver = None
+        if error is None and self.made:
+            self.obey()
+
+    def receive(self, number: int) -> None:
+        """Remembers a signal. Raises Interrupted for a second Ctrl-C."""
+        if self.made and number == signal.SIGINT:
+            raise Interrupted(number)
+        self.number = self.number or number
+
+    @property
+    def made(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
+
+    def obey(self) -> NoReturn:
+        """Raises the signal that came; SIGTERM, if it came to another process of this run."""
+        raise Interrupted(self.number or signal.SIGTERM)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within this block, inside of the object's own, a signal is raised at once.
+
+        Raises:
+            Interrupted: anywhere in the block.
+        """
+        StopRequest.receiver = None
+        try:
+            if self.made:
+                self.obey()
+            yield
+        finally:
+            StopRequest.receiver = self
 
 
 def listen() -> None:
-    """From here on a signal raises Interrupted; one that was ignored when the process began (nohup) still is."""
+    """Raises Interrupted, or tells a StopRequest, when a signal comes; one that was ignored from the start still is."""
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _heard)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, _handle)
 
 
-def _heard(number: int, _frame: FrameType | None) -> None:
-    # A second Ctrl-C is impatience. A second one of the others is not: a process may get it from its group and from its
-    # parent.
-    if _State.held and (_State.waiting is None or number != signal.SIGINT):
-        _State.waiting = _State.waiting or number
-        return
-    raise Interrupted(number)
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Within the block a signal waits (ask `waits`); at its end it is raised. A second Ctrl-C does not wait.
-
-    Raises:
-        Interrupted: at the end of the block.
-    """
-    _State.held += 1
-    try:
-        yield
-    except BaseException:
-        _State.waiting = None  # it ends anyway
-        raise
-    finally:
-        _State.held -= 1
-    if waits() and not _State.held:
-        stop()
-
-
-@contextmanager
-def let_through() -> Iterator[None]:
-    """Within the block, inside one of `held_back`, a signal is raised at once.
-
-    Raises:
-        Interrupted: anywhere in the block.
-    """
-    held, _State.held = _State.held, 0
-    try:
-        if waits():
-            stop()
-        yield
-    finally:
-        _State.held = held
+def _handle(number: int, _frame: FrameType | None) -> None:
+    if StopRequest.receiver is None:
+        raise Interrupted(number)
+    StopRequest.receiver.receive(number)
 
 
 @contextmanager
@@ -91,14 +98,3 @@ def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def waits() -> bool:
-    """Whether a signal came that is held back."""
-    return _State.waiting is not None
-
-
-def stop() -> NoReturn:
-    """Raises the signal that waits; SIGTERM, if it came to another process of this run."""
-    number, _State.waiting = _State.waiting or signal.SIGTERM, None
-    raise Interrupted(number)

@@ -5,13 +5,15 @@ Legend: B questions a batch, T words, S image side, K answers a question.
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -153,32 +155,36 @@ class EpochSampler(Sampler[list[int]]):
         *,
         images: np.ndarray | None = None,
         together: int = 1,
+        start: int = 0,
     ) -> None:
-        """`batch_size` counts over all processes. Set `start` to begin at a later batch (after a resume).
+        """`batch_size` counts over all processes; `start` is the first batch, from 0 (after a resume).
 
         Where `together` is above 1, up to so many questions on the same image stand beside each other; which, and in
         which order, is random all the same. `images` are then the images of the questions, int64 [N].
         """
-        random = np.random.default_rng([seed, epoch])
-        self.order = random.permutation(size)
-        if together > 1:
-            self.order = _grouped(self.order, images, together, random)
-        if size < world_size:
-            self.order = np.resize(self.order, world_size)
-        size = len(self.order)
-        self.batch_size = min(batch_size, size - size % world_size)
-        self.batches = size // self.batch_size
-        self.rank, self.world_size = rank, world_size
-        self.start = 0
+        self.size, self.seed, self.epoch, self.images, self.together = size, seed, epoch, images, together
+        self.rank, self.world_size, self.start = rank, world_size, start
+        shared = max(size, world_size)
+        self.batch_size = min(batch_size, shared - shared % world_size)
+        self.batches = shared // self.batch_size
 
     def __len__(self) -> int:
         return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
         for batch in range(self.start, self.batches):
-            rows = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             # neighbours stay together: they may share an image
             yield np.array_split(rows, self.world_size)[self.rank].tolist()
+
+    def order(self) -> np.ndarray:
+        """The questions of the epoch for all processes, int64 [N]."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(self.size)
+        if self.together > 1:
+            order = _grouped(order, self.images, self.together, random)
+        return np.resize(order, max(self.size, self.world_size))
 
 
 def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.random.Generator) -> np.ndarray:
@@ -191,28 +197,20 @@ def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.ra
     return by_image[np.argsort(random.permutation(groups[-1] + 1)[groups], kind="stable")]
 
 
-class InOrderSampler(Sampler[list[int]]):
+def batches_by_image(table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Every row once, in order of the images, for evaluation; several processes share the batches of one."""
-
-    def __init__(self, table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        rows = np.argsort(table.images, kind="stable")
-        self.batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from (batch.tolist() for batch in self.batches)
+    rows = np.argsort(table.images, kind="stable").tolist()
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
 
 
 def make_loader(
-    dataset: QuestionDataset, sampler: Sampler[list[int]], workers: int, device: torch.device
+    dataset: QuestionDataset, sampler: Collection[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """Batches of `dataset` in the sampler's order, prepared by `workers` processes (0: by this one)."""
     return DataLoader(
-        dataset,
+        _InWorker(dataset) if workers else dataset,
         batch_sampler=sampler,
-        collate_fn=_Packed if workers else _as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=device.type == "cuda",
@@ -222,7 +220,7 @@ def make_loader(
     )
 
 
-def check_shared_memory(dataset: QuestionDataset, sampler: Sampler[list[int]], workers: int) -> None:
+def check_shared_memory(dataset: QuestionDataset, sampler: Iterable[list[int]], workers: int) -> None:
     """Refuses workers whose first batches do not fit into shared memory together.
 
     Raises:
@@ -243,30 +241,33 @@ def readable(loader: DataLoader, on_wait: Callable[[], None] | None = None) -> I
     """The batches of a loader. `on_wait` is called every few seconds without a batch, and may raise to end the wait.
 
     Raises:
-        InputError: an image is missing, damaged or cannot be read, or the workers cannot share memory; one line, also
-            from a worker process.
+        InputError: an image is missing, damaged or cannot be read, or the workers cannot share memory.
+        BrokenExecutor: a worker process was killed.
     """
+    with naming_worker_limits("workers=0"):
+        if loader.num_workers:  # tried out before, since torch prints a traceback of its own where it cannot begin
+            require_files(_FILES_A_BATCH + 8 * loader.num_workers)
+            loader.multiprocessing_context.Lock()
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's handler would raise in the middle of anything
+            signal.signal(signal.SIGCHLD, handler)
+    while (batch := _next_batch(loader, batches, on_wait)) is not None:
+        yield batch
+
+
+def _next_batch(
+    loader: DataLoader, batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None
+) -> Batch | None:
     try:
-        with naming_worker_limits("workers=0"):
-            if loader.num_workers:  # tried out before, since torch prints a traceback of its own where it cannot begin
-                require_files(_FILES_A_BATCH + 8 * loader.num_workers)
-                loader.multiprocessing_context.Lock()
-            batches = iter(loader)
-        while (batch := _next_batch(batches, on_wait)) is not None:
-            yield batch
-    except InputError as error:
-        text = error.args[0]
-        if not text.startswith("Caught InputError in DataLoader worker"):
-            raise
-        # with that process's traceback as its text
-        raise InputError(text.rstrip().splitlines()[-1].removeprefix("data.errors.InputError: ")) from None
-
-
-def _next_batch(batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None) -> Batch | None:
-    with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
-        batch = next(batches, None)
-    if isinstance(batch, InputError):
-        raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+        with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
+            batch = next(batches, None)
+        if isinstance(batch, InputError):
+            raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+    except (InputError, RuntimeError):
+        if loader.num_workers and loader.multiprocessing_context.any_was_killed():
+            raise BrokenExecutor("a worker process was killed") from None
+        raise
     return batch
 
 
@@ -289,15 +290,30 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batc
         yield ahead
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
+
+
+class _InWorker(Dataset):
+    """A dataset in a worker process. It hands errors of the user's input over as values: torch would make texts of
+    them.
+    """
+
+    def __init__(self, dataset: QuestionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: Sequence[int]) -> "_Packed | InputError":
+        try:
+            return _Packed(self.dataset.__getitems__(rows))
+        except InputError as error:
+            return error
 
 
 class _Packed:
     """A batch on its way to another process, pickled, its tensors in shared memory.
 
     A queue pickles in a thread of its own, which would print an error and lose the batch, and the training process
-    would wait for it for ever. Here the loader hands the error over.
+    would wait for it for ever. Here an error is handed over.
     """
 
     def __init__(self, batch: Batch) -> None:

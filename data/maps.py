@@ -7,7 +7,7 @@
 
 A row is marked in `filled` only after it was flushed to the disk, and the file (`NAME.partial` until then) takes its
 name when every row is filled: a killed run loses what was not flushed, and nothing half-written is taken for whole. A
-row that is read is verified by its checksum; files that were made before there were checksums are read as they are.
+row that is read is verified by its checksum.
 """
 
 import json
@@ -64,10 +64,8 @@ def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Se
     with opened_for_filling(partial) as file:
         with damage_named(partial, _REMEDY):
             _check(partial, file, identity)
-            if "crc32" not in file:
-                raise InputError(f"{partial}: begun before there were checksums; remove it")
             pending = np.flatnonzero(~file["filled"][:])
-            size = file["maps"].nbytes
+            size = file["maps"].nbytes + file["crc32"].nbytes
         check_room(partial, size, "set data.cache_gib=0 to do without")
         _fill(file, pending, encode, path.name)
     with naming_write_errors(path):

@@ -203,7 +203,7 @@ class H5Rows:
     """Random access to the rows of an array in an h5 file, verified; safe to hand to worker processes and threads."""
 
     def __init__(self, path: Path, array: str, remedy: str = "make it again") -> None:
-        """`remedy` is what is to be done with a damaged file; one without checksums is read unverified."""
+        """`remedy` is what is to be done with a damaged file."""
         self.path, self.array, self.remedy = path, array, remedy
         self._file = None
 
@@ -224,17 +224,17 @@ class H5Rows:
             raise InputError(f"{self.path}: cannot be read ({os.strerror(error.errno).lower()})") from None
         if len(read) != self._bytes:
             raise InputError(f"{self.path}: ends before row {row} of {self.array}: truncated; {self.remedy}")
-        if self._checksums is not None and zlib.crc32(read) != self._checksums[row]:
+        if zlib.crc32(read) != self._checksums[row]:
             raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum); {self.remedy}")
         return np.frombuffer(read, self._dtype).reshape(self._shape)
 
     def _open(self) -> None:
         try:
             with h5py.File(self.path, "r", locking=False) as file:
-                data, checksums = file[self.array], file[self.array].parent.get("crc32")
+                data = file[self.array]
                 self._count, self._shape, self._dtype = len(data), data.shape[1:], data.dtype
                 self._offset = data.id.get_offset()
-                self._checksums = None if checksums is None else checksums[:]
+                self._checksums = data.parent["crc32"][:]
         except (OSError, KeyError, RuntimeError) as error:  # h5py raises each of these on damaged files
             raise InputError(f"{self.path}: cannot be read as an h5 file ({error!s:.100}); {self.remedy}") from None
         if self._offset is None:

@@ -14,7 +14,6 @@ processes that decode, without h5py, also while the tables are made; a row is ma
 flushed to the disk, so a killed run loses at most the rows of one flush.
 
 What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
-Files of version 1 have neither; they are read as they are.
 """
 
 import hashlib
@@ -45,7 +44,6 @@ from data.table import QuestionTable
 from data.tokenizer import read_tokenizer
 
 FORMAT, VERSION = "modern-vqa", 2
-_READ = (1, 2)  # versions; the first has no checksums
 _ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")
 _TEXTS = ("texts", "question_types", "answer_types", "spellings")
 _TEXT = h5py.string_dtype("utf-8")
@@ -125,9 +123,7 @@ def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> No
 
 def opened_for_writing(partial: Path) -> h5py.File:
     """A partial file to fill. Raises InputError if it is damaged, or of another version."""
-    with _opened(partial) as file:
-        if file.attrs["version"] != VERSION:
-            raise InputError(f"{partial}: begun by an older version; remove it and run `preprocess` again")
+    _opened(partial).close()
     return opened_for_filling(partial)
 
 
@@ -176,10 +172,10 @@ class Store:
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
             self.usable: np.ndarray = file["images/usable"][:]
             self.image_ids: np.ndarray = file["images/id"][:]
-            self.checksums: np.ndarray | None = file["images/crc32"][:] if file.attrs["version"] > 1 else None
+            self.checksums: np.ndarray = file["images/crc32"][:]
             self.splits = list(file["splits"])
-            self._digest = file.attrs.get("digest")
-            if file.attrs["version"] > 1 and file.attrs["digest"].decode() != _digest_of(file):
+            self._digest = file.attrs["digest"].decode()
+            if self._digest != _digest_of(file):
                 raise ValueError("its digest is another")
 
     def stand_ins(self, splits: Sequence[str]) -> int:
@@ -199,8 +195,6 @@ class Store:
     @property
     def images_identity(self) -> str:
         """A digest of the images, whatever is asked about them."""
-        if self.checksums is None:
-            return self.identity(self.splits)
         return hashlib.sha256(f"{self.image_size}".encode() + self.checksums.tobytes()).hexdigest()
 
     def table(self, split: str) -> QuestionTable:
@@ -212,13 +206,13 @@ class Store:
         if split not in self.splits:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
-            if file.attrs.get("digest") != self._digest:
+            if file.attrs["digest"].decode() != self._digest:
                 raise InputError(f"{self.path}: was made anew meanwhile; start the command again")
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
             table = QuestionTable(**arrays, **texts)
-            if file.attrs["version"] > 1 and group.attrs["digest"].decode() != _digest_of_table(table):
+            if group.attrs["digest"].decode() != _digest_of_table(table):
                 raise ValueError(f"the digest of split {split!r} is another")
         return table
 
@@ -244,10 +238,11 @@ def _opened(path: Path) -> h5py.File:
         raise InputError(f"{path}: cannot be read as an h5 file ({error!s:.100})") from None
     with damage_named(path, _REMEDY):
         made = file.attrs.get("format", "another program"), file.attrs.get("version", "?")
-    if made[0] != FORMAT or made[1] not in _READ:
-        found = f"{made[0]!s} version {made[1]}"
-        file.close()
-        raise InputError(f"{path}: made by {found}, this code reads {FORMAT} version 1 and 2; preprocess again")
+        if made != (FORMAT, VERSION):
+            raise InputError(
+                f"{path}: made by {made[0]} version {made[1]}, not {FORMAT} version {VERSION}; name another data.h5, "
+                "or remove it and run `preprocess`"
+            )
     return file
 
 

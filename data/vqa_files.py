@@ -1,18 +1,18 @@
 """Reader of the official VQA v1 and v2 open-ended question and annotation files (visualqa.org)."""
 
-import gc
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from data.errors import InputError
-from data.files import read_json_list
+from data.files import read_text
 
 LONGEST = 10_000  # characters of a text; a batch is as wide as its longest question
 MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
@@ -21,8 +21,10 @@ _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{2}"
 )
 
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an h5 file holds
 
-class Question(NamedTuple):
+
+class Question(msgspec.Struct, frozen=True, gc=False):
     """One question about one image; types and answers are empty where the split has no annotations."""
 
     question_id: int
@@ -32,6 +34,46 @@ class Question(NamedTuple):
     answer_type: str = ""
     answers: tuple[str, ...] = ()  # ten in the official files, as given
     answer_ids: bool = True  # whether each answer has an `answer_id` of its own
+
+
+class _Asked(msgspec.Struct, gc=False):
+    """An entry of a question file; other fields are ignored."""
+
+    question_id: _Id
+    image_id: _Id
+    question: str
+
+    def __post_init__(self) -> None:
+        _check_texts([self.question])
+
+
+class _Answer(msgspec.Struct, gc=False):
+    answer: str
+    answer_id: Any = None
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    """An entry of an annotation file; other fields are ignored."""
+
+    question_id: _Id
+    image_id: _Id
+    question_type: str
+    answer_type: str
+    answers: Annotated[tuple[_Answer, ...], msgspec.Meta(min_length=1, max_length=MOST_ANSWERS)]
+
+    def __post_init__(self) -> None:
+        _check_texts({self.question_type, self.answer_type, *(given.answer for given in self.answers)})
+
+
+class _QuestionFile(msgspec.Struct):
+    entries: Annotated[list[_Asked], msgspec.Meta(min_length=1)] = msgspec.field(name="questions")
+
+
+class _AnnotationFile(msgspec.Struct):
+    entries: Annotated[list[_Annotation], msgspec.Meta(min_length=1)] = msgspec.field(name="annotations")
+
+
+_File = TypeVar("_File", _QuestionFile, _AnnotationFile)
 
 
 @dataclass(frozen=True)
@@ -73,35 +115,31 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
 
 def read_asked(questions: Path) -> list[Question]:
     """The questions of a split without their annotations. Raises InputError as `read_questions`."""
-    with _no_collection():
-        entries = _entries(questions, "questions", {"image_id": int, "question": str})
-        return [Question(entry["question_id"], entry["image_id"], entry["question"]) for entry in entries]
+    entries = _read(questions, _QuestionFile).entries
+    return [Question(entry.question_id, entry.image_id, entry.question) for entry in entries]
 
 
 def with_annotations(asked: Sequence[Question], questions: Path, annotations: Path) -> list[Question]:
     """What `read_asked` read of the file `questions`, with the annotations. Raises InputError as `read_questions`."""
-    fields = {"image_id": int, "question_type": str, "answer_type": str, "answers": list}
-    with _no_collection():
-        known = {question.question_id: question for question in asked}
-        shared: dict[str, str] = {}
-        annotated: dict[int, Question] = {}
-        unknown: list[int] = []
-        for entry in _entries(annotations, "annotations", fields):
-            id_ = entry["question_id"]
-            if id_ in known:
-                annotated[id_] = _joined(known[id_], entry, annotations, shared)
-            else:
-                unknown.append(id_)
-        for missing, where, present in (
-            (known.keys() - annotated.keys(), annotations, questions),
-            (unknown, questions, annotations),
-        ):
-            if missing:
-                raise InputError(
-                    f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
-                    f"{min(missing)}; both files must be of the same split"
-                )
-        return [annotated[question.question_id] for question in asked]
+    known = {question.question_id: question for question in asked}
+    shared: dict[str, str] = {}
+    annotated: dict[int, Question] = {}
+    unknown: list[int] = []
+    for entry in _read(annotations, _AnnotationFile).entries:
+        if entry.question_id in known:
+            annotated[entry.question_id] = _joined(known[entry.question_id], entry, annotations, shared)
+        else:
+            unknown.append(entry.question_id)
+    for missing, where, present in (
+        (known.keys() - annotated.keys(), annotations, questions),
+        (unknown, questions, annotations),
+    ):
+        if missing:
+            raise InputError(
+                f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
+                f"{min(missing)}; both files must be of the same split"
+            )
+    return [annotated[question.question_id] for question in asked]
 
 
 def remarks(questions: Sequence[Question]) -> Iterator[str]:
@@ -125,73 +163,63 @@ def remarks(questions: Sequence[Question]) -> Iterator[str]:
         )
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Millions of objects without a cycle among them: looking for cycles would take longer than reading."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _joined(question: Question, annotation: dict[str, Any], file: Path, shared: dict[str, str]) -> Question:
+def _joined(question: Question, annotation: _Annotation, file: Path, shared: dict[str, str]) -> Question:
     """`shared`: texts that were met before; the same few are given again and again."""
-    if annotation["image_id"] != question.image_id:
-        reason = f"image_id {annotation['image_id']}, but the question has {question.image_id}"
-        raise InputError(f"{_annotation_of(question, file)}: {reason}")
-    try:
-        answers = [given["answer"] for given in annotation["answers"]]
-        new = [answer for answer in answers if answer not in shared]
-        numbers = {id_ for given in annotation["answers"] if type(id_ := given.get("answer_id")) is int}
-    except (TypeError, KeyError):
-        raise InputError(f"{_annotation_of(question, file)}: 'answers' must be a list of {{'answer': text}}") from None
-    if not 0 < len(answers) <= MOST_ANSWERS:
-        reason = f"'answers' must hold 1 to {MOST_ANSWERS} answers, it holds {len(answers)}"
-        raise InputError(f"{_annotation_of(question, file)}: {reason}")
-    for answer in new:
-        if not isinstance(answer, str) or (wrong := unusable(answer)):
-            reason = wrong if isinstance(answer, str) else "no text"
-            reason = f"'answers' must hold texts, one is {reason}: {reprlib.repr(answer)}"
-            raise InputError(f"{_annotation_of(question, file)}: {reason}")
-        shared[answer] = answer
-    return Question(
-        question.question_id,
-        question.image_id,
-        question.text,
-        shared.setdefault(annotation["question_type"], annotation["question_type"]),
-        shared.setdefault(annotation["answer_type"], annotation["answer_type"]),
-        tuple([shared[answer] for answer in answers]),
-        len(numbers) == len(answers),
+    if annotation.image_id != question.image_id:
+        raise InputError(
+            f"{file}: annotation of question {question.question_id}: image_id {annotation.image_id}, but the question "
+            f"has {question.image_id}"
+        )
+    ids = {given.answer_id for given in annotation.answers if type(given.answer_id) is int}
+    return msgspec.structs.replace(
+        question,
+        question_type=shared.setdefault(annotation.question_type, annotation.question_type),
+        answer_type=shared.setdefault(annotation.answer_type, annotation.answer_type),
+        answers=tuple([shared.setdefault(given.answer, given.answer) for given in annotation.answers]),
+        answer_ids=len(ids) == len(annotation.answers),
     )
 
 
-def _annotation_of(question: Question, file: Path) -> str:
-    return f"{file}: annotation of question {question.question_id}"
+class _Key:
+    """A key of a JSON object; unlike texts no two are equal, so that a key that occurs twice is found."""
+
+    def __init__(self, _: type, text: str) -> None:
+        self.text = text
 
 
-def _entries(file: Path, key: str, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
-    """The entries of an official file, each checked."""
-    kinds = tuple({"question_id": int, **fields}.items())
+def _read(file: Path, kind: type[_File]) -> _File:
+    """The content of an official file, checked; each question_id occurs once."""
+    text = read_text(file)
+    listed = kind.__struct_encode_fields__[0]
+    try:
+        keys = [key.text for key in msgspec.json.decode(text, type=dict[_Key, msgspec.Raw], dec_hook=_Key)]
+        if keys.count(listed) > 1:
+            raise InputError(f"{file}: '{listed}' occurs twice")
+        content = msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{file}: not an official VQA file: {error}") from None
+    except msgspec.DecodeError as error:
+        raise InputError(f"{file}: {_with_its_line(error, text)}") from None
+    except RecursionError:
+        raise InputError(f"{file}: nested too deeply") from None
     ids: set[int] = set()
-    for place, entry in enumerate(read_json_list(file, key)):
-        if not isinstance(entry, dict):
-            raise InputError(f"{file}: {key}[{place}] must be an object, not {type(entry).__name__}")
-        for field, kind in kinds:
-            value = entry.get(field)
-            if type(value) is not kind:  # not isinstance: True is an int in Python, but never an id
-                raise InputError(f"{file}: {key}[{place}] needs '{field}' ({kind.__name__}), got {reprlib.repr(value)}")
-            if (kind is str and unusable(value)) or (kind is int and not -(2**63) <= value < 2**63):
-                reason = unusable(value) if kind is str else "not of 64 bits"
-                raise InputError(f"{file}: {key}[{place}] has a {field} that is {reason}: {reprlib.repr(value)}")
-        if entry["question_id"] in ids:
-            raise InputError(f"{file}: question_id {entry['question_id']} occurs twice")
-        ids.add(entry["question_id"])
-        yield entry
-    if not ids:
-        raise InputError(f"{file}: the list '{key}' is empty")
+    for entry in content.entries:
+        if entry.question_id in ids:
+            raise InputError(f"{file}: question_id {entry.question_id} occurs twice")
+        ids.add(entry.question_id)
+    return content
+
+
+def _with_its_line(error: msgspec.DecodeError, text: str) -> str:
+    reason, _, byte = str(error).removesuffix(")").partition(" (byte ")
+    lines = text.encode()[: int(byte) if byte else None].decode(errors="ignore").split("\n")
+    return f"line {len(lines)}, column {len(lines[-1]) + 1}: {reason}"
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    for text in texts:
+        if wrong := unusable(text):
+            raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
 
 
 def unusable(text: str) -> str:

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -64,10 +63,9 @@ class WorkerContext(SpawnContext):
             if worker.is_alive():
                 worker.kill()
 
-
-def is_of_lost_worker(error: RuntimeError) -> bool:
-    """Whether an error says that a worker process of a pool or a loader was killed by others."""
-    return isinstance(error, BrokenExecutor) or str(error).startswith("DataLoader worker (pid")
+    def any_was_killed(self) -> bool:
+        """Whether a signal ended one of the processes."""
+        return any((worker.exitcode or 0) < 0 for worker in self._started)
 
 
 def require_files(count: int) -> None:

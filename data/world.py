@@ -66,7 +66,6 @@ def write_world(
         found = read_json(folder / "world.json")
         if not isinstance(found, dict):
             raise InputError(f"{folder / 'world.json'}: does not say what world this is; remove the folder")
-        found = {"world": "small"} | found  # the only one, before worlds had names
         differing = [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]
         if differing:
             raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")

@@ -8,8 +8,7 @@
     stacked   mean and deviation of the whole tensor, γ and β stacked to full maps: the port that is copied most
 
 All four differentiate with respect to the map after the stem (and, but for plain, with respect to the deltas), so each
-goes back through the same stages. `usual` and `stacked` are restatements of that arithmetic on the same traced
-network.
+goes back through the same stages. `usual` and `stacked` restate that arithmetic in the same network.
 """
 
 import statistics

@@ -24,13 +24,13 @@ from data.images import read_image
 from data.preprocess import preprocess
 from data.store import Store
 from data.table import QuestionTable
+from experiments.demo_page import NAMES, write_demo
 from experiments.preparation import prepare_backbone, prepare_world
 from experiments.tables import aligned
 from vqa.bundle import load_bundle
 from vqa.evaluate import evaluate
 from vqa.inspection import inspect, write_inspection
 from vqa.metrics import Scores, question_accuracies, score
-from vqa.report import write_demo
 from vqa.settings import Settings, preprocessing_of, split_files
 from vqa.train import train
 
@@ -135,13 +135,9 @@ def _write_report(
     for row in range(0, len(table), max(len(table) // EXAMPLES, 1)):
         shown = {"image": read_image(files[row]), "question": table.texts[row], "truth": table.answers(row)[0]}
         examples.append(shown | {model: answers[model][row] for model in MODELS})
-    titles = {"blind": "best answer without the image", "baseline": "frozen ResNet", "modern": "CBN in all stages"}
-    demo = {
+    demo = summary | {
         "seconds": round(time.monotonic() - started, 1),
-        "machine": summary["machine"],
-        "seed": settings.seed,
         "questions": len(table),
-        "rows": [summary[name] | {"name": name, "title": title} for name, title in titles.items()],
         "curves": {model: _curve(out / model) for model in MODELS},
         "settings": {
             "training questions": len(Store(Path(settings.data.h5)).table("train")),
@@ -180,7 +176,7 @@ def _curve(run: Path) -> list[float]:
 
 def _comparison(summary: dict[str, Any]) -> str:
     rows = [["", "overall", *summary["modern"]["per_question_type"]]]
-    for name in ("blind", *MODELS):
+    for name, (title, _) in NAMES.items():
         values = [summary[name]["overall"], *summary[name]["per_question_type"].values()]
-        rows.append([name, *(f"{value:.1f} %" for value in values)])
+        rows.append([title, *(f"{value:.1f} %" for value in values)])
     return "\n".join(["", aligned(rows), f"MODERN is {summary['difference']:+.1f} points from the baseline", ""])

@@ -53,7 +53,7 @@ def draw(title: str, lines: Sequence[Line], baseline: str) -> "Figure":
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.04)
-    axes.set_xlabel("validation accuracy, %  (a dot: one seed, a bar: their mean)", color=SOFT)
+    axes.set_xlabel("accuracy, %  (a dot: one seed, a bar: their mean)", color=SOFT)
     figure.suptitle(title, x=0.015, ha="left", color=INK, fontsize=11, fontweight="bold", wrap=True)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -64,17 +63,8 @@ def assert_close(name: str, error: float, bound: float) -> float:
 
 def modulate_rows(check: Check) -> Rows:
     """`modulate` forward and backward against float64 on the CPU: types, layouts, odd sizes, with and without a
-    residual and a ReLU; random inputs. On a CPU Triton's kernels run in its interpreter (TRITON_INTERPRET=1).
+    residual and a ReLU; random inputs.
     """
-    if check.device.type == "cpu":
-        from vqa import modulate_triton
-
-        with mock.patch("vqa.modulate._implementation", lambda *_: modulate_triton):
-            return _modulate_rows(check)
-    return _modulate_rows(check)
-
-
-def _modulate_rows(check: Check) -> Rows:
     shapes = check.pick(
         [(2, 5, 3, 7), (1, 33, 4, 4)], [(2, 5, 3, 7), (3, 64, 56, 56), (4, 160, 13, 29), (8, 2048, 7, 7)]
     )

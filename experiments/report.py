@@ -63,7 +63,7 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str
         about += f" The paper's numbers are of {suite.paper}."
     parts = [f"# {suite.title}\n", f"```sh\n{command}\n```\n", f"{about}\n", markdown_table(lines)]
     if trainings:
-        parts += [_legend(lines), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
+        parts += [_legend(lines, suite), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
     if kinds := markdown_kinds(lines):
         parts += ["## By question type\n", kinds]
     if ordered := claims(lines):
@@ -73,10 +73,13 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str
     return "\n".join(parts)
 
 
-def _legend(lines: Sequence[Line]) -> str:
+def _legend(lines: Sequence[Line], suite: Suite) -> str:
     compared = {line["compared"] for line in lines if line["compared"]}
     asked = {line["row"]: line["questions"] for line in lines}
     legend = _LEGEND.format(questions=" or ".join(sorted(compared, key=int)) or "the")
+    split, validated = suite.tests[0].split, suite.runs[0].settings.train.validate_on
+    if split != validated:
+        legend = legend.replace("these\nvery questions.", f"the\nsplit `{validated}`; the accuracies are of `{split}`.")
     for line in lines:
         theirs = asked.get(line["baseline"])
         if line["compared"] and {line["compared"]} != {line["questions"], theirs}:

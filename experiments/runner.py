@@ -15,7 +15,7 @@ import torch
 
 from data.errors import InputError
 from data.files import naming_write_errors, read_json
-from data.interruption import SIGNALS, Interrupted, held_back
+from data.interruption import SIGNALS, Interrupted, StopRequest
 from data.locks import held
 from data.workers import deaf_children
 from experiments.preparation import prepare
@@ -194,7 +194,7 @@ def _run_all(
             while waiting and places:
                 job = waiting.pop(0)
                 try:
-                    with held_back():  # else a signal might come before the new process is known here
+                    with StopRequest():  # else a signal might come before the new process is known here
                         process = _start(suite, job, runs, _surroundings(places[0], gpus, threads))
                         running[places.pop(0)] = (job, process, time.monotonic())
                 except InputError as error:  # a full disk

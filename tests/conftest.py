@@ -14,8 +14,6 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # looked at when a kernel is defined
 
 # The same examples everywhere, so that a failure is a change of the code.
 fuzzed = functools.partial(

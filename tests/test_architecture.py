@@ -14,10 +14,8 @@ MODEL = (
     "modulate",
     "modulate_cpu",
     "modulate_eager",
-    "modulate_triton",
     "convolution",
     "cbn",
-    "resnet_graph",
     "resnet",
     "question",
     "attention",
@@ -59,3 +57,4 @@ def test_decoding_processes_do_without_torch():
     code = "import sys, data.preprocess, data.world; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
+    assert "torch" not in imported(ROOT / "data" / "images.py")  # not even within a function

@@ -29,7 +29,18 @@ def copied(trained, tmp_path, monkeypatch):
 
 
 def test_help_imports_nothing_heavy():
-    heavy = "torch", "torchvision", "transformers", "h5py", "numpy", "pydantic", "yaml", "sklearn", "matplotlib"
+    heavy = (
+        "torch",
+        "torchvision",
+        "transformers",
+        "h5py",
+        "numpy",
+        "pydantic",
+        "msgspec",
+        "yaml",
+        "sklearn",
+        "matplotlib",
+    )
     shown = "main.build_parser(main.COMMANDS).format_help()"
     code = f"import sys, main; {shown}; print([m for m in {heavy} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -176,6 +187,7 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
     page = (out / "report.html").read_text()
     HTMLParser().feed(page)
     assert "layer4.0.bn2" in page
+    assert {'href="modulation.json"', 'href="modulation.csv"'} <= set(re.findall(r'href="[^"]+"', page))
 
 
 def test_the_numbers_are_the_networks_own(trained, image):

@@ -102,16 +102,34 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(small):
         images[2]
 
 
-def test_a_file_of_version_1_is_read_unverified_and_not_gone_on_with(small):
+def test_a_file_of_another_version_is_neither_read_nor_filled(small):
     with h5py.File(small, "r+") as file:
         file.attrs["version"] = 1
-        del file.attrs["digest"], file["images/crc32"], file["splits/train"].attrs["digest"]
-        place = file["images/pixels"].id.get_offset()
-    assert len(Store(small).table("train")) == 6
-    assert H5Images(flipped(small, place))[0].shape == (32, 32, 3)
+    said = r"made by modern-vqa version 1, not modern-vqa version 2; .* remove it and run `preprocess`"
+    with pytest.raises(InputError, match=said):
+        Store(small)
     small.rename(partial_path(small))
-    with pytest.raises(InputError, match="begun by an older version"):
+    with pytest.raises(InputError, match=said):
         store.opened_for_writing(partial_path(small))
+
+
+def test_rows_without_checksums_are_refused(small):
+    with h5py.File(small, "r+") as file:
+        del file["images/crc32"]
+    with pytest.raises(InputError, match=r"data.h5: cannot be read as an h5 file .*; remove it and"):
+        H5Images(small)[0]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_maps_without_checksums_are_refused(tmp_path, finished):
+    path = tmp_path / "maps.h5"
+    cached_maps(path, {"data": "a"}, 20, encode)
+    with h5py.File(path, "r+") as file:
+        del file["crc32"]
+    if not finished:
+        path.rename(partial_path(path))
+    with pytest.raises(InputError, match=r"crc32.*; remove it; it is made again"):
+        cached_maps(path, {"data": "a"}, 20, encode)[0]
 
 
 def test_a_damaged_map_is_named(tmp_path):

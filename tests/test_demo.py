@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.errors import InputError
 from data.files import write_json
 from data.store import Store
 from experiments.demo import best_blind_answers, run_demo
@@ -41,7 +42,9 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
     assert (out / "example.png").exists()
     page = (out / "report.html").read_text()
     assert "says nothing about VQA" in page
-    assert "blind" in capsys.readouterr().out
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert (out / link).stat().st_size > 0
+    assert {"blind", "baseline", "MODERN"} <= set(re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE))
     inspected = (out / "inspect" / "modulation.json").read_bytes()
 
     def evaluate_and_reverse(run, split):
@@ -80,7 +83,6 @@ def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):
 
 
 def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
-    from data.errors import InputError
     from vqa.pretrain import pretrain_backbone
 
     made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
@@ -92,7 +94,6 @@ def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
 
 
 def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
-    from data.errors import InputError
     from vqa.pretrain import pretrain_backbone
 
     made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
@@ -132,10 +133,11 @@ def test_a_backbone_of_the_large_world_names_its_shapes(tmp_path):
     assert load_file(file)["fc.weight"].shape[0] == 8
 
 
-def test_a_backbone_made_before_worlds_had_names_is_kept(tmp_path):
+def test_a_backbone_that_does_not_say_all_it_was_made_with_is_refused(tmp_path):
     from vqa.pretrain import pretrain_backbone
 
     file = tmp_path / "backbone.safetensors"
     said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
     save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
-    assert pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1) == 12.5
+    with pytest.raises(InputError, match="pretrained with world None, not small; remove it or name another"):
+        pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1)

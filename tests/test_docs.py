@@ -1,4 +1,4 @@
-"""docs/input.md: every row names tests, and they exist."""
+"""docs/: each page says what its reader will be able to do; rows that promise something name tests, and they exist."""
 
 import re
 
@@ -6,9 +6,15 @@ import pytest
 
 from tests.conftest import ROOT
 
+DOCS = ROOT / "docs"
+RELIABILITY = re.findall(
+    r"^\| (?!fault|\*\*|---)(.*) \| (.*) \| (.*) \|$",
+    (DOCS / "reliability.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 ROWS = [
     line.replace(r"\|", "")
-    for line in (ROOT / "docs" / "input.md").read_text(encoding="utf-8").splitlines()
+    for line in (DOCS / "input.md").read_text(encoding="utf-8").splitlines()
     if re.match(r"\| (?!input|output)", line)
 ]
 TESTS = {
@@ -27,3 +33,24 @@ def test_every_row_is_held_by_a_test(row):
     names = re.findall(r"`(\w+)`", named)
     assert names
     assert set(names) <= TESTS
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_opens_with_what_its_reader_will_be_able_to_do(page):
+    title, _, opening, *_ = page.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    assert opening.startswith("After this page you ")
+    assert f"docs/{page.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", RELIABILITY, ids=lambda row: row[0][:40])
+def test_every_promise_is_held_by_a_test(row):
+    _, promise, named = row
+    assert promise.strip()
+    files = re.findall(r"`(test_\w+\.py)`", named)
+    assert files or named == "by hand"
+    assert all((ROOT / "tests" / file).exists() for file in files)
+
+
+def test_no_promise_is_passed_over():
+    assert len(RELIABILITY) > 50

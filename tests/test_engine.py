@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 
-from data.images import Preprocessing
-from data.loading import Batch, InOrderSampler, make_loader, readable
+from data.loading import Batch, batches_by_image, make_loader, readable
 from vqa.bundle import load_bundle
 from vqa.engine import predict_classes, train_steps
 from vqa.evaluate import split_data
 from vqa.model import Output
 from vqa.not_finite import NotFiniteError
+from vqa.preprocessing import Preprocessing
 from vqa.recipes import load_saved
 
 
@@ -109,7 +109,7 @@ def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained
         opened.append(len(list(Path("/proc/self/fd").iterdir())))
         return bundle.preprocessing.normalise(images)
 
-    batches = readable(make_loader(data, InOrderSampler(data.table, 1), 1, cpu))
+    batches = readable(make_loader(data, batches_by_image(data.table, 1), 1, cpu))
     rows, classes = predict_classes(bundle.model, batches, see=see, precision="float32", device=cpu)
     assert len(opened) == len(data) == len(classes) >= 40
     assert sorted(rows.tolist()) == list(range(len(data)))

@@ -14,7 +14,7 @@ from data.answers import normalise_answer
 from data.errors import InputError, printable
 from data.files import read_json
 from data.glove import read_glove
-from data.images import FORMATS, Preprocessing, decode_image
+from data.images import FORMATS, decode_image
 from data.tokenizer import encode, load_tokenizer
 from data.vqa_files import read_questions
 from experiments.suite import load_suite
@@ -22,6 +22,7 @@ from tests.conftest import ROOT, fuzzed
 from tests.raw_files import TRAIN, write_split
 from vqa.bundle import WEIGHTS, load_bundle
 from vqa.metrics import question_accuracy
+from vqa.preprocessing import Preprocessing
 from vqa.recipes import load_settings
 
 scalars = (

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from data.errors import InputError
-from data.images import Preprocessing, decode_image, read_image
+from data.images import decode_image, read_image
 from tests.bad_files import png, png_block
+from vqa.preprocessing import Preprocessing
 
 
 def test_images_are_plainly_resized_rgb(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import data.decoding
-from data.interruption import Interrupted, held_back, let_through, listen, waits
+from data.interruption import Interrupted, StopRequest, listen
 from data.store import Store, partial_path
 from data.world import write_world
 from experiments import runner
@@ -61,32 +61,33 @@ def calling(real, at, what):
 
 def test_a_signal_waits_for_the_end_of_what_holds_it_back():
     done = []
-    with pytest.raises(Interrupted) as raised, held_back():
+    with pytest.raises(Interrupted) as raised, StopRequest() as stop:
         ask(signal.SIGTERM)
         ask(signal.SIGTERM)  # from the group, and from the parent
-        assert waits()
+        assert stop.made
         done.append(1)
     assert done
     assert raised.value.exit_code == 143
-    assert not waits()
+    with pytest.raises(Interrupted):  # after it, one is raised at once
+        ask(signal.SIGTERM)
 
 
 def test_a_second_ctrl_c_does_not_wait():
     done = []
-    with pytest.raises(Interrupted), held_back():
+    with pytest.raises(Interrupted), StopRequest():
         ask(signal.SIGINT)
         done.append(1)
         ask(signal.SIGINT)
         done.append(2)
     assert done == [1]
-    with held_back():
-        assert not waits()  # it leaves nothing behind
+    with StopRequest() as stop:
+        assert not stop.made  # it leaves nothing behind
 
 
 def test_where_it_may_it_comes_through():
     done = []
-    with pytest.raises(Interrupted), held_back():
-        with pytest.raises(Interrupted), let_through():
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        with pytest.raises(Interrupted), stop.suspended():
             ask(signal.SIGTERM)
             done.append(1)
         ask(signal.SIGTERM)
@@ -98,7 +99,7 @@ def test_what_was_ignored_from_the_start_stays_so():
     code = "from signal import *; from data.interruption import listen; listen(); print(*map(getsignal, (2, 15)))"
     begun = f"trap '' INT; exec {sys.executable} -c '{code}'"
     told = subprocess.run(["bash", "-c", begun], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert told.startswith("1 <function _heard")
+    assert told.startswith("1 <function _handle")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])

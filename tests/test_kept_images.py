@@ -132,17 +132,6 @@ def test_a_damaged_image_is_decoded_and_not_copied(raw, made, decoded, capsys):
     assert np.array_equal(H5Images(made)[1], decode_image(raw["train"].image(2), 32))
 
 
-def test_a_file_without_checksums_is_refused_where_its_images_were_to_be_kept(raw, made):
-    with h5py.File(made, "r+") as file:
-        file.attrs["version"] = 1
-        del file.attrs["digest"], file["images/crc32"]
-        for split in file["splits"].values():
-            del split.attrs["digest"]
-    make(raw, made)
-    with pytest.raises(InputError, match=r"made before there were checksums, its images cannot be kept; remove it and"):
-        make(raw, made, answers=2)
-
-
 def test_mended_images_are_decoded_and_no_others(raw, made, tmp_path, decoded, capsys):
     path, (one, three) = tmp_path / "some.h5", (raw["train"].image(1), raw["val"].image(3))
     whole = {file: file.read_bytes() for file in (one, three)}

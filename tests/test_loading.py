@@ -1,13 +1,17 @@
 """Batches: their content, their order, and one handle a process."""
 
 import itertools
+import os
 import pickle
+import signal
+from concurrent.futures import BrokenExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from data.loading import EpochSampler, FileImages, InOrderSampler, QuestionDataset, make_loader, readable
+from data.errors import InputError, NotWrittenError
+from data.loading import EpochSampler, FileImages, QuestionDataset, batches_by_image, make_loader, readable
 from data.store import H5Images, Store
 from data.tokenizer import PAD_ID
 
@@ -50,16 +54,16 @@ def test_parts_of_a_batch_are_its_questions_in_order(dataset):
 def test_questions_on_an_image_come_together_in_random_order():
     images = np.repeat(np.arange(40), 5)
     plain, grouped = (EpochSampler(200, 20, 1, 1, images=images, together=together) for together in (1, 3))
-    assert sorted(grouped.order) == sorted(plain.order)
-    groups = [len(list(group)) for _, group in itertools.groupby(images[grouped.order])]
+    assert sorted(grouped.order()) == sorted(plain.order())
+    groups = [len(list(group)) for _, group in itertools.groupby(images[grouped.order()])]
     # of five questions three stay together and two, unless chance puts groups of an image beside each other
     assert len(groups) <= 80
-    assert len(list(itertools.groupby(images[plain.order]))) > 150
+    assert len(list(itertools.groupby(images[plain.order()]))) > 150
     assert set(groups) <= {2, 3, 5}
     others = EpochSampler(200, 20, 1, 2, images=images, together=3)
-    assert others.order.tolist() != grouped.order.tolist()
+    assert others.order().tolist() != grouped.order().tolist()
     assert {frozenset(batch) for batch in others} & {frozenset(batch) for batch in grouped} == set()
-    assert np.unique(images[grouped.order[:20]]).size > 5  # the groups, too, are in random order
+    assert np.unique(images[grouped.order()[:20]]).size > 5  # the groups, too, are in random order
 
 
 def test_the_order_is_a_formula_of_seed_and_epoch():
@@ -70,8 +74,7 @@ def test_the_order_is_a_formula_of_seed_and_epoch():
     assert order() != order(seed=2) != order(epoch=2)
     assert len(order()) == 6
     assert len({row for batch in order() for row in batch}) == 48
-    late = EpochSampler(50, 8, 1, 1)
-    late.start = 4
+    late = EpochSampler(50, 8, 1, 1, start=4)
     assert list(late) == order()[4:]
     assert len(late) == 2
     parts = [list(EpochSampler(50, 8, 1, 1, rank, 2)) for rank in (0, 1)]
@@ -94,7 +97,7 @@ def test_with_fewer_questions_than_processes_each_has_one(together):
 
 def test_evaluation_meets_every_question_once(dataset):
     for world in (1, 3):
-        met = [r for rank in range(world) for batch in InOrderSampler(dataset.table, 7, rank, world) for r in batch]
+        met = [r for rank in range(world) for batch in batches_by_image(dataset.table, 7, rank, world) for r in batch]
         assert sorted(met) == list(range(len(dataset)))
 
 
@@ -106,6 +109,34 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
     batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
     for batch, true in zip(batches, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
+
+
+class Failing(QuestionDataset):
+    """Its worker gives one batch and fails at the second."""
+
+    def __init__(self, dataset, fail):
+        self.__dict__ = dataset.__dict__ | {"asked": itertools.count(), "fail": fail}
+
+    def __getitems__(self, rows):
+        if next(self.asked):
+            self.fail()
+        return super().__getitems__(rows)
+
+
+def raise_error():
+    raise NotWrittenError("disk.h5: full")
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("fail", "error"), [(raise_error, InputError), (be_killed, BrokenExecutor)])
+def test_what_ends_a_worker_is_known_by_its_type(dataset, fail, error):
+    loader = make_loader(Failing(dataset, fail), batches_by_image(dataset.table, 8), 1, torch.device("cpu"))
+    with pytest.raises(error) as raised:
+        list(readable(loader))
+    assert str(raised.value) == ("disk.h5: full" if error is InputError else "a worker process was killed")
 
 
 def test_a_dataset_holds_no_pixels(dataset):

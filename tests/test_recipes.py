@@ -1,4 +1,4 @@
-"""Every shipped recipe, and every command of the README, is run on tiny data of the same format."""
+"""Every shipped recipe, and every command of the README and of `docs/`, is run on tiny data of the same format."""
 
 import json
 import re
@@ -6,12 +6,18 @@ import shlex
 import zipfile
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+import main
 from data.errors import InputError
+from experiments.bench import PARTS
+from experiments.command_line import build_parser
+from experiments.kill_cases import CASES
 from tests.conftest import ROOT
 from vqa.recipes import load_saved, load_settings
+from vqa.resnet import Modulation
 from vqa.settings import split_files
 
 # base.yaml is no recipe: it names no data
@@ -30,7 +36,7 @@ SMALL_MODEL = [
     "workers=0",
 ]
 SMALL_WORLD = [
-    "scenes.images={train: 8, val: 4, test: 4}",
+    "scenes.images={train: 8, val: 6, test: 4}",
     "scenes.pretrain_size=64",
     "scenes.pretrain_images=64",
     "scenes.pretrain_epochs=1",
@@ -92,37 +98,81 @@ def test_every_recipe_trains(command, project, recipe):
     assert (project / "runs" / settings.name / "model" / "model.safetensors").exists()
 
 
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+ON_TINY_DATA = {  # what is appended to a command, so that it takes seconds
+    "demo": [*SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD],
+    "preprocess": ["data.image_size=64"],
+    "train": SMALL_MODEL,
+}
+RUN_ELSEWHERE = ("bench", "gpu-check")  # by test_bench.py and test_gpu_check.py, every part and step of them
+
+
+def commands_of(page):
+    """The lines of a page's shell blocks, as lists of words."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
 @pytest.mark.usefixtures("project")
-def test_every_command_of_the_readme(command):
-    text = (ROOT / "README.md").read_text()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert [line.split("#")[0].strip() for line in lines if line.startswith("make")] == ["make demo", "make test"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert "\ndemo: .venv/installed" in makefile
-    assert "main.py demo" in makefile
-    assert "\ntest: .venv/installed" in makefile
-    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python main.py")]
-    assert len(commands) >= 8
-    for words in [["demo"], *commands]:
-        small = {
-            "demo": [*SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD],
-            "preprocess": ["data.image_size=64"],
-            "train": SMALL_MODEL,
-            # running a suite is what test_runner and test_suites do
-            "experiment": [] if "--report" in words else ["--list"],
-        }
-        ended = command(*words, *small.get(words[0], []))
+def test_every_command_of_the_pages(command):
+    lines = [("python", "main.py", "demo"), *(tuple(words) for page in PAGES for words in commands_of(page))]
+    for words in dict.fromkeys(lines):
+        if words[0] == "make":
+            assert f"\n{words[1]}: .venv/installed\n" in (ROOT / "Makefile").read_text()
+            continue
+        if words[:2] == ("unzip", "-n"):
+            with zipfile.ZipFile(words[2]) as archive:
+                archive.extractall(words[4])
+            continue
+        if words[:3] == ("python", "-m", "experiments.kill"):
+            assert words[3] in CASES  # test_kill.py runs them
+            continue
+        assert words[:2] == ("python", "main.py")
+        name, *options = words[2:]
+        if name in RUN_ELSEWHERE:
+            asked = build_parser(main.COMMANDS).parse_args([name, *options])
+            assert set(getattr(asked, "parts", [])) <= set(PARTS)
+            continue
+        small = ON_TINY_DATA.get(name, [])
+        if name == "experiment" and "--report" not in options:  # test_runner.py and test_suites.py run suites
+            small = ["--list"]
+        ended = command(name, *options, *small)
         assert ended.code == 0, (words, ended.err)
-    named = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
-    assert named >= {"experiment", "recalibrate", "demo", "preprocess", "train", "eval", "ask", "inspect", "features"}
 
 
-def test_files_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
+def test_the_pages_have_the_commands():
+    assert {words[1] for words in commands_of("README.md") if words[0] == "make"} == {"demo", "test"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w-]+)", readme, re.MULTILINE))
+    assert named == set(main.COMMANDS)
+    run = {words[2] for page in PAGES for words in commands_of(page) if words[:2] == ["python", "main.py"]}
+    assert run >= named - {"demo"}  # `make demo` is it
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_on_a_page_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     for name in re.findall(r"\]\(([^)h#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(name).exists(), name
+    for name in re.findall(r"`((?:config|data|experiments|tests|vqa)/[\w/]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"^\| `(vqa_v1/\w+)` ", text, re.MULTILINE):
-        assert (ROOT / "config" / f"{name}.yaml").exists(), name
+
+
+def test_code_of_the_readme_runs():
+    images, gamma, beta = torch.randn(1, 3, 32, 32), *torch.zeros(2, 1, 22_656)
+    names = {
+        "x": torch.randn(2, 64, 4, 4),
+        "condition": torch.randn(2, 256),
+        "images": images,
+        "gamma": gamma,
+        "beta": beta,
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block.replace('"IMAGENET1K_V1"', "None"), names)
+    assert names["y"].shape == (2, 64, 4, 4)
+    assert len(names["net"].layers) == 48
+    torch.testing.assert_close(names["net"](images), names["net"](images, Modulation(gamma, beta)))
 
 
 def test_a_saved_recipe_gets_keys_that_came_after_it(tmp_path):

@@ -2,15 +2,19 @@
 
 import base64
 import io
+import itertools
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vqa.report import CLASS_COLOURS, STRIP_COLUMNS, grouped, number, percent, signed, write_demo, write_inspection
+from experiments.demo_page import write_demo
+from tests.conftest import ROOT
+from vqa.report import CLASS_COLOURS, STRIP_COLUMNS, grouped, number, percent, signed, write_inspection
 
 DEMO_LAYERS = [(f"layer{s}.0.bn{n}", s, 32 * 2**s) for s in (1, 2, 3, 4) for n in (1, 2)]
 RESNET50_LAYERS = [
@@ -20,6 +24,7 @@ RESNET50_LAYERS = [
     for n in (1, 2, 3)
 ]
 HOSTILE = '<script>alert("1")</script> & </title><img src=x onerror=alert(2)>'
+LINKS = {"modulation.json", "modulation.csv", "summary.json", "inspect/modulation.json", "inspect/modulation.csv"}
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -108,15 +113,10 @@ def demo():
         "machine": "2 CPU cores",
         "seed": 1,
         "questions": 8000,
-        "rows": [
-            {
-                "name": name,
-                "title": f"the {name} model",
-                "overall": overall,
-                "per_question_type": {kind: overall + i for i, kind in enumerate(kinds)},
-            }
+        **{
+            name: {"overall": overall, "per_question_type": {kind: overall + i for i, kind in enumerate(kinds)}}
             for name, overall in (("blind", 38.0), ("baseline", 55.25), ("modern", 95.0))
-        ],
+        },
         "curves": {"baseline": [40.0, 50.0, 55.25], "modern": [50.0, 80.0, 95.0]},
         "settings": {"train questions": 32000, "learning rate": 0.001},
         "examples": [
@@ -147,6 +147,8 @@ def assert_self_contained(text: str) -> None:
     for tag, attrs in Page(text).tags:
         assert tag not in {"link", "iframe", "object", "base"}
         assert not [name for name in attrs if name.startswith("on")], "an event handler came from somewhere"
+        if tag == "a":
+            assert attrs.pop("href") in LINKS
         for name in ("src", "href", "xlink:href", "srcset", "action"):
             assert attrs.get(name, "data:").startswith("data:")
     assert not re.search(r"url\(|@import|\bfetch\(|XMLHttpRequest", text)
@@ -309,12 +311,11 @@ def test_resnet50_with_two_questions_stays_small(tmp_path):
 
 
 def test_demo_page(tmp_path):
-    write_demo(tmp_path / "demo.html", demo(), inspection(reading("what color?", DEMO_LAYERS)), photo(64))
-    text = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    text = written_demo(tmp_path)
     assert_self_contained(text)
     page, shown = Page(text), contents(text)
     assert "+39.8 points" in shown
-    assert "38.0 % the blind model" in shown
+    assert "blind 38.0 % the most common answer" in shown
     assert "its effect size says nothing about VQA" in shown
     assert "Part of the gain would come without the question" in shown
     assert "5 min 12 s on 2 CPU cores" in shown
@@ -323,9 +324,97 @@ def test_demo_page(tmp_path):
     assert '--question "is there <one>?"' in shown
     assert "baseline ✗ blue MODERN ✓ red" in shown
     assert "baseline ✓ 2 MODERN ✗ 3" in shown
-    assert sum(tag == "rect" and a["class"].startswith("bar ") for tag, a in page.tags) == 3 * 4
+    assert "how many blind 40.0 % baseline 57.2 % MODERN 97.0 %" in shown
+    bars = [(a["class"], a["style"]) for tag, a in page.tags if tag == "span" and a.get("class", "")[:4] == "fill"]
+    for name, value in (("blind", 38), ("baseline", 55.25), ("modern", 95)):
+        drawn = [style for kind, style in bars if kind == f"fill {name}"]
+        assert drawn == [f"width:{float(value + i)}%" for i in range(4)]
     assert len(page.strips("gain")) == len(DEMO_LAYERS)
-    assert sum(tag == "h1" for tag, _ in page.tags) == 1
+
+
+def written_demo(tmp_path) -> str:
+    write_demo(tmp_path / "demo.html", demo(), inspection(reading("what color?", DEMO_LAYERS)), photo(64))
+    return (tmp_path / "demo.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=["one question", "two questions", "no modulation", "demo"])
+def page(request, tmp_path) -> str:
+    if request.param == "demo":
+        return written_demo(tmp_path)
+    layers = [] if request.param == "no modulation" else [("bn1", 0, 64), *DEMO_LAYERS]
+    readings = [reading(q, layers, seed, (2, 14, 14)) for seed, q in enumerate(("what?", "why?"))]
+    return written(tmp_path, inspection(*readings[: 1 + (request.param == "two questions")]))
+
+
+def test_headings_leave_out_no_level(page):
+    levels = [int(tag[1]) for tag, _ in Page(page).tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_the_numbers_behind_a_page_are_linked(page):
+    links = {attrs["href"] for tag, attrs in Page(page).tags if tag == "a"}
+    of_demo = {"summary.json", "inspect/modulation.json", "inspect/modulation.csv"}
+    assert links == (of_demo if "summary.json" in links else {"modulation.json", "modulation.csv"})
+
+
+def screen_style(page: str) -> str:
+    """The page's style sheet without its rules for print, which come last in each file."""
+    style = page[page.index("<style>") : page.index("</style>")]
+    return re.sub(r"@media print \{\n(?:  .*\n)+\}", "", style)
+
+
+def test_text_is_at_least_11_px_high_at_any_width(page):
+    style = screen_style(page)
+    sizes = re.findall(r"font(?:-size)?:\s*([^;}]+)", style)
+    assert len(sizes) > 20
+    for size in sizes:
+        assert float(re.match(r"([\d.]+)px", size)[1]) >= 11, size
+    assert re.search(r"sub, small \{ font-size", style), "browsers make these smaller than the text around them"
+    assert not re.search(r"zoom|scale\(", style)
+    assert not re.search(r"font-size|font:", page[page.index("</style>") :])
+    for scaled in re.findall(r"<svg[^>]*viewBox.*?</svg>", page, re.DOTALL):
+        assert "<text" not in scaled, "a drawing scaled to the page's width would scale its text too"
+
+
+def luminance(colour: str) -> float:
+    parts = [part / 255 for part in bytes.fromhex(colour[1:])]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_charts_stand_out_in_both_colour_schemes(tmp_path, scheme):
+    style = screen_style(written_demo(tmp_path))
+    light, dark = re.split(r"@media screen and \(prefers-color-scheme: dark\)", style)
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light))
+    colours |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", dark)) if scheme == "dark" else {}
+    assert (luminance(colours["paper"]) < 0.1) == (scheme == "dark")
+
+    def contrast(one: str, other: str) -> float:
+        darker, lighter = sorted(luminance(colours[name]) for name in (one, other))
+        return (lighter + 0.05) / (darker + 0.05)
+
+    for text in ("ink", "soft", "accent", "right", "wrong"):
+        assert min(contrast(text, ground) for ground in ("paper", "band")) >= 4.5, text
+    for mark in ("grey", "pale", "accent"):
+        assert contrast(mark, "paper") >= 3, mark
+    used = set(re.findall(r"var\(--(\w+)\)", style)) - {"mark", "dash", "rows", "columns", "veil"}
+    assert used == set(colours), "no chart has a colour of its own"
+
+
+def test_the_librarys_page_knows_nothing_of_the_demo():
+    for file in (ROOT / "vqa" / "report.py", *(ROOT / "vqa" / "templates").iterdir()):
+        assert not re.search("demo|baseline|blind", file.read_text(encoding="utf-8").replace("colour-blind", "")), file
+
+
+def test_templates_are_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / package
+        packaged = {path for pattern in patterns for path in folder.glob(pattern)}
+        assert set((folder / "templates").iterdir()) <= packaged
 
 
 @pytest.mark.parametrize(

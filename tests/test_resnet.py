@@ -5,7 +5,9 @@ import torch
 import torchvision
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torchvision.models.resnet import BasicBlock, ResNet
 
+from vqa import resnet
 from vqa.backbone import build_resnet
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
@@ -84,6 +86,22 @@ def test_every_resnet_of_torchvision_can_be_modulated():
     for name in ("resnext50_32x4d", "wide_resnet50_2"):
         net = ModulatedResNet(name, stages=(4,))
         assert net(torch.randn(1, 3, 32, 32), random_modulation(net, 1)).shape == (1, net.channels, 1, 1)
+
+
+def test_a_block_of_another_kind_is_refused_by_name(monkeypatch):
+    class Preactivated(BasicBlock):
+        """Another forward pass over the same layers."""
+
+    monkeypatch.setattr(resnet, "build_resnet", lambda *_: ResNet(Preactivated, [1, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"layer1\.0 must be a BasicBlock or a Bottleneck .*, not Preactivated"):
+        ModulatedResNet("resnet10")
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_parameters_are_in_the_order_of_the_forward_pass(name, last):
+    """The state of an optimiser, in a checkpoint, goes by this order."""
+    names = [name for name, _ in ModulatedResNet(name).network.layer2[0].named_parameters()]
+    assert names[-4:] == ["downsample.1.weight", "downsample.1.bias", f"{last}.weight", f"{last}.bias"]
 
 
 def test_deltas_reach_their_layer_and_sample_only():
@@ -242,8 +260,9 @@ def test_a_file_that_is_no_weights_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_compiles_without_graph_breaks():
-    _, net = pair("resnet10")
+@pytest.mark.parametrize("recompute", [(), (2, 3)])
+def test_compiles_without_graph_breaks(recompute):
+    _, net = pair("resnet10", recompute=recompute)
     explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32), random_modulation(net, 2))
     assert explained.graph_break_count == 0
 

@@ -287,14 +287,13 @@ def test_a_finished_world_is_left_alone(world):
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
 
 
-def test_a_world_drawn_before_worlds_had_names_is_the_small_one(tmp_path):
+def test_a_world_that_does_not_say_its_name_is_refused(tmp_path):
     write_world(tmp_path, seed=3, images={"val": 2}, processes=1)
     made = json.loads((tmp_path / "world.json").read_text())
     assert made.pop("world") == "small"
     (tmp_path / "world.json").write_text(json.dumps(made))
-    write_world(tmp_path, seed=3, images={"val": 2})
-    with pytest.raises(InputError, match="world small, not large"):
-        write_world(tmp_path, seed=3, images={"val": 2}, world="large")
+    with pytest.raises(InputError, match="world None, not small: remove it or name another folder"):
+        write_world(tmp_path, seed=3, images={"val": 2})
 
 
 def test_a_world_that_was_not_finished_is_made_again(tmp_path):

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.files import read_json_list
-from data.vqa_files import Question, SplitFiles, read_questions, remarks
+from data.vqa_files import Question, SplitFiles, read_asked, read_questions, remarks
 from tests.conftest import fuzzed
 from tests.raw_files import change
 from vqa.metrics import question_accuracy
@@ -36,14 +35,20 @@ def test_questions_are_joined_with_their_annotations(raw):
         (lambda c: c["questions"].pop(0), "train_q.json: no entry for 1 question"),
         (lambda c: c["questions"].append({"question_id": 99, "image_id": 1, "question": "?"}), "train_a.json: .*99"),
         (lambda c: c["questions"].append(c["questions"][0]), "question_id 10 occurs twice"),
-        (lambda c: c["questions"][1].pop("question"), r"questions\[1\] needs 'question' \(str\), got None"),
-        (lambda c: c["questions"][1].update(image_id="1"), r"questions\[1\] needs 'image_id' \(int\)"),
+        (lambda c: c["questions"][1].pop("question"), r"missing required field `question` - at `\$.questions\[1\]`"),
+        (
+            lambda c: c["questions"][1].update(image_id="1"),
+            r"Expected `int`, got `str` - at `\$.questions\[1\].image_id`",
+        ),
         (lambda c: c["questions"][0].update(image_id=7), "annotation of question 10: image_id 1"),
-        (lambda c: c["questions"][0].update(question="a\0b"), "has a question that is with a null character"),
-        (lambda c: c["questions"][0].update(question="\ud800"), "has a question that is not UTF-8 text"),
-        (lambda c: c["questions"][0].update(image_id=10**30), "has a image_id that is not of 64 bits"),
-        (lambda c: c["questions"].clear(), "the list 'questions' is empty"),
-        (lambda c: c.pop("questions"), "must be an object with a list 'questions', as an off"),
+        (lambda c: c["questions"][0].update(question="a\0b"), "a text that is with a null character"),
+        (lambda c: c["questions"][0].update(question="\ud800"), "train_q.json: line 1, column .*escape"),
+        (
+            lambda c: c["questions"][0].update(image_id=10**30),
+            r"Expected `int` <= 9223372036854775807 - at `\$.questions\[0\].image_id`",
+        ),
+        (lambda c: c["questions"].clear(), r"Expected `array` of length >= 1 - at `\$.questions`"),
+        (lambda c: c.pop("questions"), "not an official VQA file: Object missing required field `questions`"),
     ],
 )
 def test_wrong_question_files_are_named(raw, edit, message):
@@ -106,10 +111,10 @@ def test_equal_answers_are_one_text_in_memory(raw):
     assert all(len({id(answer) for answer in question.answers}) == len(set(question.answers)) for question in read)
 
 
-@pytest.mark.parametrize("answers", [[{"answer": ["2"]}], [{"answer": 2}], ["2"], [{}], [], [{"answer": "a\0"}]])
+@pytest.mark.parametrize("answers", [[{"answer": ["2"]}], [{"answer": 2}], ["2"], [{}], [], [{"answer": "a\0"}], 2])
 def test_answers_of_another_form_are_refused(raw, answers):
     change(raw["train"].annotations, lambda content: content["annotations"][1].update(answers=answers))
-    with pytest.raises(InputError, match="train_a.json: annotation of question 11: 'answers' must"):
+    with pytest.raises(InputError, match=r"train_a.json: .* - at `\$.annotations\[1\]"):
         read_questions(raw["train"].questions, raw["train"].annotations)
 
 
@@ -121,60 +126,62 @@ def test_malformed_json_is_named_with_its_line(raw):
         read_questions(Path("absent.json"), None)
 
 
+ENTRY = '{"question_id": 1, "image_id": 2, "question": "?"'
+
+
 @pytest.mark.parametrize(
-    ("text", "listed"),
+    "text",
     [
-        ('\ufeff {"a": {"questions": [1]}, "questions" :\n[ ] , "b": "]"}\t', []),
-        ('{"questions":[{"questions": []},"x, ]" , [1,2] ]}', [{"questions": []}, "x, ]", [1, 2]]),
-        ('{"questions": {"questions": []}, "questions": [null]}', [None]),
+        '\ufeff {"a": {"questions": [1]}, "questions" :\n[ ' + ENTRY + '} ] , "b": "]"}\t',
+        '{"x": "\\"questions\\"", "questions":[' + ENTRY + ', "questions": ["x, ]" , [1,2]], "x": null}]}',
     ],
 )
-def test_a_list_is_read_value_by_value(tmp_path, text, listed):
+def test_only_the_list_of_the_outermost_object_is_read(tmp_path, text):
     (tmp_path / "file").write_text(text, encoding="utf-8")
-    assert list(read_json_list(tmp_path / "file", "questions")) == listed
+    assert read_asked(tmp_path / "file") == [Question(1, 2, "?")]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1, column 1: Expecting value"),
-        ("[]", "must be an object with a list 'questions'"),
-        ("{}", "must be an object with a list 'questions'"),
-        ('{"questions": 1}', "must be an object with a list 'questions'"),
+        ("", "line 1, column 1: Input data was truncated"),
+        ("[]", "Expected `object`, got `array`"),
+        ("{}", "missing required field `questions`"),
+        ('{"questions": 1}', "Expected `array`, got `int` - at `$.questions`"),
+        ('{"questions": [1]}', "Expected `object`, got `int` - at `$.questions[0]`"),
         ('{"questions": [], "questions": []}', "'questions' occurs twice"),
-        ('{"questions": [1] 2}', "line 1, column 19: Expecting '}'"),
-        ('{"questions": [1\n 2]}', "line 2, column 2: Expecting ']'"),
-        ('{"questions": [1,]}', "line 1, column 18: Expecting value"),
-        ('{"questions": [1]} 2', "line 1, column 20: Extra data"),
-        ('{"questions" [1]}', "line 1, column 14: Expecting ':'"),
-        ('{"questions": [1]', "Expecting '}'"),
-        ('{"questions": [NaN]}', "NaN is no number in JSON"),
-        ("{1: 2}", "line 1, column 2: Expecting a name in double quotes"),
+        ('{"questions": [1] 2}', "line 1, column 19: JSON is malformed: expected ',' or '}'"),
+        ('{"questions": ["é"\n 2]}', "line 2, column 2: JSON is malformed: expected ',' or ']'"),
+        ('{"questions": [1,]}', "line 1, column 18: JSON is malformed: trailing comma"),
+        ('{"questions": [1]} 2', "line 1, column 21: JSON is malformed: trailing characters"),
+        ('{"questions" [1]}', "line 1, column 14: JSON is malformed: expected ':'"),
+        ('{"questions": [1]', "line 1, column 18: Input data was truncated"),
+        ('{"questions": [NaN]}', "line 1, column 16: JSON is malformed: invalid character"),
+        ('{"questions": [], "x": Infinity}', "line 1, column 24: JSON is malformed: invalid character"),
+        ("{1: 2}", "line 1, column 2: JSON is malformed: object keys must be strings"),
         ('{"questions": [' + "[" * 100_000, "nested too deeply"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     ],
 )
-def test_a_malformed_list_is_named_with_its_place(tmp_path, text, message):
+def test_a_malformed_file_is_named_with_its_place(tmp_path, text, message):
     (tmp_path / "file").write_text(text)
     with pytest.raises(InputError, match=f"file: .*{re.escape(message)}"):
-        list(read_json_list(tmp_path / "file", "questions"))
+        read_asked(tmp_path / "file")
 
 
 @fuzzed(max_examples=60)
-@given(st.dictionaries(st.sampled_from(["questions", "x"]), JSON), st.sampled_from([None, 2]), st.integers(0, 200))
-def test_reading_value_by_value_is_reading_at_once(tmp_path_factory, content, indent, cut):
-    """Also where a file is cut off: both or neither refuse it."""
+@given(st.dictionaries(st.sampled_from("xy"), JSON), JSON, st.sampled_from([None, 2]), st.integers(0, 200))
+def test_whatever_stands_beside_the_questions_is_read_over(tmp_path_factory, beside, more, indent, cut):
+    """Also where a file is cut off: it is refused unless it is still whole."""
     file = tmp_path_factory.mktemp("json") / "file"
-    for text in (json.dumps(content, indent=indent), json.dumps(content, indent=indent)[:cut]):
-        file.write_text(text)
-        try:
-            expected = json.loads(text)
-        except ValueError:
-            expected = None
-        if isinstance(expected, dict) and isinstance(expected.get("questions"), list):
-            assert list(read_json_list(file, "questions")) == expected["questions"]
-        else:
-            with pytest.raises(InputError):
-                list(read_json_list(file, "questions"))
+    asked = {"question_id": 1, "image_id": 2, "question": "?", "more": more}
+    whole = json.dumps(beside | {"questions": [asked], "z": more}, indent=indent)
+    file.write_text(whole)
+    assert read_asked(file) == [Question(1, 2, "?")]
+    if whole[:cut] != whole:
+        file.write_text(whole[:cut])
+        with pytest.raises(InputError, match="line"):
+            read_asked(file)
 
 
 def test_a_pattern_without_an_image_id_is_refused():

@@ -12,8 +12,7 @@ from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.distributed import Processes
 from vqa.model import Fusion, VQAModel
 from vqa.question import KINDS, QuestionEncoder
-from vqa.resnet import ModulatedResNet
-from vqa.resnet_graph import ConditionedNorm
+from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings import Settings, TrainSettings
 
 WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 
 from data.errors import InputError
 from data.files import read_json, write_json, written_whole
-from data.images import Preprocessing
 from data.tokenizer import load_tokenizer, save_tokenizer
 from data.vqa_files import unusable
 from vqa.build import build_model
 from vqa.model import VQAModel
+from vqa.preprocessing import Preprocessing
 from vqa.recipes import load_saved
 from vqa.settings import Settings, difference
 from vqa.verified import as_safetensors, read_safetensors

@@ -1,6 +1,6 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from data.errors import InputError
 from data.files import write_json, written_whole
 from data.loading import (
     Batch,
-    EpochSampler,
     FileImages,
-    InOrderSampler,
     QuestionDataset,
+    batches_by_image,
     make_loader,
     readable,
 )
@@ -216,13 +215,13 @@ def batches_in_order(
         InputError: an image is missing or cannot be read.
     """
     processes = processes or Processes()
-    sampler = InOrderSampler(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+    sampler = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
     yield from batches_of(data, sampler, settings, device, what if processes.is_main else None)
 
 
 def batches_of(
     data: QuestionDataset,
-    sampler: InOrderSampler | EpochSampler,
+    sampler: Collection[list[int]],
     settings: Settings,
     device: torch.device,
     what: str | None,

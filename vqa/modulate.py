@@ -12,9 +12,6 @@ and shift, or stored, a bit an element, where there is a residual or no x.
 Legend: B samples, C channels, H and W map size.
 """
 
-import importlib.util
-from functools import cache
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -73,7 +70,8 @@ class _Modulate(torch.autograd.Function):
         wants_x, wants_scale, _, _ = ctx.wants
         keeps_bits = relu and any(ctx.wants) and (residual is not None or not wants_scale)
         recomputes = relu and any(ctx.wants) and not keeps_bits
-        ctx.by = modulate_eager if eager else _implementation(x, scale, shift, residual)
+        by_kernel = not eager and modulate_cpu.can(x, scale, shift, residual)
+        ctx.by = modulate_cpu if by_kernel else modulate_eager
         y, bits = ctx.by.forward(x, scale, shift, residual, relu, keeps_bits)
         ctx.save_for_backward(
             x if wants_scale else None,
@@ -112,19 +110,3 @@ def _differentiable_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None
 def _layout(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """What has `forward` and `backward` for such tensors: kernels where there are some (Triton's on a CUDA device, C++
-    on a CPU), torch's operations everywhere else.
-    """
-    if x.device.type == "cuda" and x.dtype != torch.float64 and _has_triton():
-        from vqa import modulate_triton
-
-        return modulate_triton
-    return modulate_cpu if modulate_cpu.can(x, *others) else modulate_eager
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

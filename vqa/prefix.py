@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from data.images import Preprocessing
 from data.maps import cached_maps
 from data.rows import H5Rows
 from data.store import H5Images, Store
+from vqa.preprocessing import Preprocessing
 from vqa.resnet import ModulatedResNet, StageMap
 
 

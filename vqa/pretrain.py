@@ -16,11 +16,11 @@ from torchvision.models.resnet import ResNet
 
 from data.errors import InputError
 from data.files import written_whole
-from data.images import Preprocessing
 from data.progress import progress
 from data.worlds import WORLDS, draw_single_objects
 from vqa.backbone import build_resnet
 from vqa.engine import autocast
+from vqa.preprocessing import Preprocessing
 from vqa.verified import as_safetensors
 
 
@@ -151,4 +151,4 @@ def _made_before(file: Path) -> dict[str, Any] | None:
         raise InputError(
             f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
         ) from None
-    return {"world": "small", "precision": "float32"} | said  # older files do not say these
+    return said

@@ -45,17 +45,16 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     if "image" not in settings.inputs or not bundle.model.resnet.batch_norms():
         raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
     data = split_data(bundle, settings, split)
-    sampler = EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1)
-    sampler.batches = min(sampler.batches, batches)
-    if sampler.batch_size < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
+    rows = list(EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1))[:batches]
+    if len(rows[0]) < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
         raise InputError(
             f"train.batch_size: statistics at {settings.data.image_size} px need batches of {needed} questions, not "
-            f"{sampler.batch_size}"
+            f"{len(rows[0])}"
         )
     model = bundle.model
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
-        for batch in batches_of(data, sampler, settings, device, "re-estimating"):
+        for batch in batches_of(data, rows, settings, device, "re-estimating"):
             good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
             if good.sum() < needed:
                 continue

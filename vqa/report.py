@@ -1,10 +1,11 @@
-"""Readings as pages: one self-contained HTML file each, every picture, style and script inline and no network.
+"""The inspection's page: one HTML file with every image, style and script inline, which loads nothing.
 
 Letters: C channels, H and W map size, G glimpses.
 """
 
 import base64
 import io
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,38 +32,22 @@ VEIL_SHARE = 0.8
 
 
 def write_inspection(path: Path, inspection: dict[str, Any], image: Image.Image) -> None:
-    """Write what one or two questions did to the network, as a page that replaces `path` whole or not at all.
+    """Write what one or two questions did to the network as a page; `path` is replaced in one step.
+
+    The page links to `modulation.json` and `modulation.csv` beside it.
 
     `inspection` has `image` (its name), `model`, and `readings`: one or two, each with `question`, `words`,
     `unknown_words`, `answers` and `answers_without_modulation` (probabilities from 0 to 1), `attention` [G, H, W], and
     `layers` in order of depth with `gamma`, `beta`, `delta_gamma`, `delta_beta`, `gain` [C] (null where γ is 0).
     ValueError if two readings do not have equally many layers.
     """
-    _write(path, "inspection.html", view=_view(inspection, image))
+    write_page(path, "inspection.html", view=inspection_view(inspection, image))
 
 
-def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], image: Image.Image) -> None:
-    """Write the demo's comparison and the inspection of one question (as `write_inspection` takes it) as a page.
-
-    `demo` has `seconds`, `machine`, `seed`, `questions`, `rows` (`name`, `title`, `overall` and `per_question_type` in
-    percent; `baseline` and `modern` among the names), `curves` (percent an epoch, by name), `settings`, `commands` and
-    `examples` (`image`, `question`, `truth`, and the answers of `baseline` and `modern`).
-    """
-    overall = {row["name"]: row["overall"] for row in demo["rows"]}
-    drawn = {
-        "kinds": list(dict.fromkeys(kind for row in demo["rows"] for kind in row["per_question_type"])),
-        "curves": [
-            row | {"values": demo["curves"][row["name"]]} for row in demo["rows"] if row["name"] in demo["curves"]
-        ],
-        "examples": [example | {"image": _photo(example["image"])} for example in demo["examples"]],
-    }
-    gap = overall["modern"] - overall["baseline"]
-    _write(path, "demo.html", demo=demo | drawn, overall=overall, gap=gap, view=_view(inspection, image))
-
-
-def _write(path: Path, template: str, **content: Any) -> None:
+def write_page(path: Path, template: str, folders: Sequence[Path] = (), **content: Any) -> None:
+    """Fill a template of `folders`, which may use the templates beside this module, and replace `path` with it."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -99,8 +84,8 @@ def grouped(value: int) -> str:
     return f"{value:,}".replace(",", "\u202f")
 
 
-def _view(inspection: dict[str, Any], image: Image.Image) -> dict[str, Any]:
-    """All that the templates show of an inspection; each layer holds its readings side by side."""
+def inspection_view(inspection: dict[str, Any], image: Image.Image) -> dict[str, Any]:
+    """What `_inspection.html` shows; `depth` lists, for each layer, what each question did to it."""
     readings = inspection["readings"]
     depth = [[_arrays(layer) for layer in layers] for layers in zip(*(r["layers"] for r in readings), strict=True)]
     gains = np.concatenate([layer["gain"] for layers in depth for layer in layers] or [np.ones(1)])
@@ -112,7 +97,7 @@ def _view(inspection: dict[str, Any], image: Image.Image) -> dict[str, Any]:
         layer["shift_strip"] = _strip(_levels(layer["delta_beta"], 0, shift_span), SHIFT_COLOURS)
     ramp = np.arange(LEVELS)
     return inspection | {
-        "photo": _photo(image),
+        "photo": inline_image(image),
         "readings": [
             reading | {"letter": letter, "glimpses": [_glimpse(image, np.array(a)) for a in reading["attention"]]}
             for letter, reading in zip("AB", readings, strict=False)
@@ -231,21 +216,23 @@ def _ramp(anchors: tuple[str, ...]) -> np.ndarray:
 
 
 def _strip(levels: np.ndarray, anchors: tuple[str, ...]) -> str:
-    """One pixel a channel, as a data URI."""
+    """An image with one pixel per channel, as a data URI."""
     columns = min(len(levels), STRIP_COLUMNS)
     pixels = np.full(-(-len(levels) // columns) * columns, PADDING, dtype=np.uint8)
     pixels[: len(levels)] = levels
-    picture = Image.fromarray(pixels.reshape(-1, columns))
+    strip = Image.fromarray(pixels.reshape(-1, columns))
     classes = [ImageColor.getrgb(colour) for colour in CLASS_COLOURS]
-    picture.putpalette(np.concatenate([_ramp(anchors).round(), classes]).astype(np.uint8).tobytes())
-    return _data_uri(picture, "png")
+    strip.putpalette(np.concatenate([_ramp(anchors).round(), classes]).astype(np.uint8).tobytes())
+    return _data_uri(strip, "png", transparency=PADDING)
 
 
-def _photo(image: Image.Image) -> dict[str, Any]:
+def inline_image(image: Image.Image) -> dict[str, Any]:
+    """An image as a data URI, at most PHOTO_SIZE wide and high."""
     photo = image.convert("RGB")
     photo.thumbnail((PHOTO_SIZE, PHOTO_SIZE))
     tiny = max(photo.size) <= 128
-    return {"src": _data_uri(photo, "png" if tiny else "jpeg"), "tiny": tiny}
+    src = _data_uri(photo, "png") if tiny else _data_uri(photo, "jpeg", quality=85)
+    return {"src": src, "tiny": tiny}
 
 
 def _glimpse(image: Image.Image, weights: np.ndarray) -> dict[str, Any]:
@@ -257,7 +244,7 @@ def _glimpse(image: Image.Image, weights: np.ndarray) -> dict[str, Any]:
     clear = Image.fromarray(np.rint(255 * (1 - VEIL_SHARE * (1 - weights / weights.max()))).astype(np.uint8))
     clear = clear.resize(size, Image.Resampling.NEAREST if few else Image.Resampling.BICUBIC)
     return {
-        "src": _data_uri(Image.composite(photo, Image.new("RGB", size, VEIL), clear), "jpeg"),
+        "src": _data_uri(Image.composite(photo, Image.new("RGB", size, VEIL), clear), "jpeg", quality=85),
         "highest": float(weights.max()),
         "mean": float(weights.mean()),
         "shape": weights.shape,
@@ -265,7 +252,7 @@ def _glimpse(image: Image.Image, weights: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _data_uri(picture: Image.Image, kind: str) -> str:
+def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {}))
+    image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

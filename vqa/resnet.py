@@ -1,17 +1,19 @@
-"""torchvision's own ResNet, with batch norms that take a modulation as an argument (section 3.1 of the paper).
+"""torchvision's ResNets whose norms take a modulation as an argument (section 3.1 of the paper).
 
-The network's forward is traced (`torch.fx`), cut after stage 4, and given one more input: the deltas, which the trace
-hands to each conditioned norm. So the definition stays torchvision's, and nothing is kept between calls.
+torchvision builds the network and defines every layer. Only the forward pass is restated, so that a norm takes its
+deltas, and the residual and the ReLU that follow it; nothing is kept between calls.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from vqa.backbone import build_resnet
 from vqa.convolution import Convolution
@@ -25,7 +27,6 @@ from vqa.norms import (
     folded_at_once,
     groups_of,
 )
-from vqa.resnet_graph import conditioned_norms, cut, end_with_stages, hand_deltas_to, join_to_norms, stage_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer"]
@@ -38,6 +39,57 @@ class StageMap(NamedTuple):
 
     stage: int  # 0 is the stem
     map: Tensor  # [B, C, H, W]
+
+
+class ConditionedNorm(NamedTuple):
+    """A norm that takes deltas: its name in torchvision's network, its stage (0 is the stem), its channels."""
+
+    name: str
+    stage: int
+    channels: int
+
+
+Deltas = Mapping[str, Modulation | Folded]  # by the names of the conditioned norms
+
+
+def stage_of(name: str) -> int:
+    """The stage of a part of torchvision's network by its name; 0 is the stem."""
+    return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
+
+
+LAYERS = {  # of torchvision's blocks, in the order of the forward pass, which optimisers' states go by
+    BasicBlock: ("conv1", "bn1", "conv2", "downsample", "bn2"),
+    Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "downsample", "bn3"),
+}
+
+
+class ModulatedBlock(nn.Module):
+    """The layers of a residual block of torchvision, by their names there, with norms that take deltas."""
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        """`name` is that of the block in torchvision's network.
+
+        Raises:
+            ValueError: the block is neither a `BasicBlock` nor a `Bottleneck`.
+        """
+        super().__init__()
+        if type(block) not in LAYERS:
+            raise ValueError(f"{name} must be a BasicBlock or a Bottleneck of torchvision, not {type(block).__name__}")
+        self.name, self.last_norm = name, LAYERS[type(block)][-1]
+        for layer in LAYERS[type(block)]:
+            setattr(self, layer, getattr(block, layer))
+
+    def forward(self, x: Tensor, deltas: Deltas) -> Tensor:
+        """x [B, C, H, W] → [B, C', H', W']."""
+
+        def norm(name: str, y: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+            return self.get_submodule(name)(y, deltas.get(f"{self.name}.{name}"), residual, relu)
+
+        y = self.conv2(norm("bn1", self.conv1(x)))
+        if self.last_norm == "bn3":
+            y = self.conv3(norm("bn2", y))
+        shortcut = x if self.downsample is None else norm("downsample.1", self.downsample[0](x), relu=False)
+        return norm(self.last_norm, y, shortcut)
 
 
 class ModulatedResNet(nn.Module):
@@ -89,25 +141,27 @@ class ModulatedResNet(nn.Module):
         self.recompute = frozenset(recompute)
         if self.recompute and statistics == "batch":
             raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
-        graph = fx.Tracer().trace(resnet)
-        self.layers = conditioned_norms(graph, resnet, set(stages), stem, shortcuts)
-        end_with_stages(graph)
-        join_to_norms(graph, resnet)
-        hand_deltas_to(graph, [layer.name for layer in self.layers])
-        self.network = fx.GraphModule(resnet, graph)
-        self._parts: dict[tuple[int | None, int], fx.GraphModule] = {}  # of the network, whose modules they share
-        conditioned = {layer.name for layer in self.layers}
-        for place, module in list(self.network.named_modules()):
+        self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in ("conv1", "bn1", "maxpool")})
+        for layer in ("layer1", "layer2", "layer3", "layer4"):
+            blocks = resnet.get_submodule(layer).named_children()
+            self.network[layer] = nn.ModuleList(ModulatedBlock(f"{layer}.{place}", block) for place, block in blocks)
+        self.layers: list[ConditionedNorm] = []
+        for place, module in list(resnet.named_modules()):
             if isinstance(module, nn.Conv2d):
-                self.network.set_submodule(place, Convolution.from_conv(module))
-            elif place in conditioned and normaliser != "batch":
-                groups = groups_of(normaliser, module.num_features)
-                self.network.set_submodule(place, ModulatedGroupNorm.from_batch_norm(module, groups))
+                made = Convolution.from_conv(module)
             elif isinstance(module, nn.BatchNorm2d):
-                self.network.set_submodule(place, ModulatedBatchNorm2d.from_batch_norm(module))
-        for module in self.network.modules():
-            if isinstance(module, Convolution | ModulatedBatchNorm2d | ModulatedGroupNorm):
-                module.fused = fused
+                stage, channels = stage_of(place), module.num_features
+                conditioned = stem if stage == 0 else stage in stages and (shortcuts or "downsample" not in place)
+                if conditioned:
+                    self.layers.append(ConditionedNorm(place, stage, channels))
+                if conditioned and normaliser != "batch":
+                    made = ModulatedGroupNorm.from_batch_norm(module, groups_of(normaliser, channels))
+                else:
+                    made = ModulatedBatchNorm2d.from_batch_norm(module)
+            else:
+                continue
+            made.fused = fused
+            self.network.set_submodule(place, made)
         self.requires_grad_(False)
         self.statistics: Statistics = "population"
         for norm in self.batch_norms():
@@ -146,55 +200,47 @@ class ModulatedResNet(nn.Module):
         Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
         i is about image places[i] of [I, 3, S, S]: stages that nothing conditions are then computed once an image.
         """
-        stage = images.stage if isinstance(images, StageMap) else None
+        begin = images.stage + 1 if isinstance(images, StageMap) else 0
         map_ = images.map if isinstance(images, StageMap) else images
         if places is not None:
             shared = self.unconditioned_stage()
-            if shared is not None and (stage is None or stage < shared):
-                map_, stage = self._run(map_, stage, shared, None), shared
+            if shared is not None and begin <= shared:
+                map_, begin = self._run(map_, range(begin, shared + 1), {}), shared + 1
             map_ = map_[places]
-        return self._run(map_, stage, 4, modulation)
-
-    def _run(self, map_: Tensor, first: int | None, last: int, modulation: Modulation | None) -> Tensor:
-        """The map after stage `last` from images (`first` None) or the map after stage `first`."""
-        deltas = self._deltas(modulation, len(map_))
-        if (first, last) == (None, 4) and not self.recompute:
-            return self.network(map_, deltas)[-1]
-        begin = -1 if first is None else first
-        ends = [stage for stage in range(begin + 1, last) if stage in self.recompute or stage + 1 in self.recompute]
-        for end in [*ends, last] if begin < last else []:
-            part = self._between(None if begin < 0 else begin, end)
-            if end in self.recompute and torch.is_grad_enabled():
-                map_ = checkpoint(part, map_, deltas, use_reentrant=False)
-            else:
-                map_ = part(map_, deltas)
-            begin = end
-        return map_
+        return self._run(map_, range(begin, 5), self._deltas(modulation, len(map_)))
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
-        return StageMap(stage, self._between(None, stage)(images, self._deltas(None, len(images))))
+        return StageMap(stage, self._run(images, range(stage + 1), {}))
+
+    def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
+        """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
+        deltas = self._deltas(modulation, len(images))
+        maps = [self._run(images, range(2), deltas)]
+        for stage in (2, 3, 4):
+            maps.append(self._run(maps[-1], range(stage, stage + 1), deltas))
+        return tuple(maps)
+
+    def _run(self, map_: Tensor, stages: range, deltas: Deltas) -> Tensor:
+        """Images, or the map before the first of the stages (0 is the stem) → the map after the last one."""
+        for stage in stages:
+            if stage in self.recompute and torch.is_grad_enabled():
+                map_ = checkpoint(self._stage, stage, map_, deltas, use_reentrant=False)
+            else:
+                map_ = self._stage(stage, map_, deltas)
+        return map_
+
+    def _stage(self, stage: int, map_: Tensor, deltas: Deltas) -> Tensor:
+        if stage == 0:
+            network = self.network
+            return network.maxpool(network.bn1(network.conv1(map_), deltas.get("bn1"), None, True))
+        for block in self.network[f"layer{stage}"]:
+            map_ = block(map_, deltas)
+        return map_
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
         """Names and values of all that the map after a stage depends on."""
         return [(name, value) for name, value in self.network.state_dict().items() if stage_of(name) <= stage]
-
-    def _between(self, first: int | None, last: int) -> fx.GraphModule:
-        """(images, or the map after stage `first`, and deltas) → the map after stage `last`."""
-        if (first, last) not in self._parts:
-            self._parts[first, last] = fx.GraphModule(self.network, cut(self.network.graph, first, last))
-        return self._parts[first, last]
-
-    def compile(self, **options: Any) -> None:
-        """As `nn.Module.compile`; the parts that a network may be run in are cut before, which cannot be compiled."""
-        shared = self.unconditioned_stage()
-        for first in range(4):
-            self._between(first, 4)
-            if shared is not None and first < shared:
-                self._between(first, shared)
-        if shared is not None:
-            self._between(None, shared)
-        super().compile(**options)
 
     def unconditioned_stage(self) -> int | None:
         """The last stage (0 is the stem) whose map is the same for all questions on an image: nothing up to it is
@@ -216,14 +262,10 @@ class ModulatedResNet(nn.Module):
         last = min([last, *(stage - 1 for stage in trained)])
         return last if last >= 0 else None
 
-    def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        return self.network(images, self._deltas(modulation, len(images)))
-
-    def _deltas(self, modulation: Modulation | None, samples: int) -> Sequence[Modulation | Folded | None]:
-        """What each norm takes of the modulation of so many samples. Raises ValueError if its shape is another."""
+    def _deltas(self, modulation: Modulation | None, samples: int) -> Deltas:
+        """Each norm's part of the modulation of so many samples. Raises ValueError if it has another shape."""
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
-            return (None,) * len(self.layers)
+            return {}
         widths = [layer.channels for layer in self.layers]
         rows, one_row = (samples, sum(widths)), (1, sum(widths))
         for part in modulation:
@@ -233,9 +275,11 @@ class ModulatedResNet(nn.Module):
         norms = [self.norm(layer.name) for layer in self.layers]
         fixed = all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms)
         if fixed and len({norm.eps for norm in norms}) == 1:
-            return folded_at_once(norms, modulation)
-        parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
-        return tuple(map(Modulation, *parts))
+            deltas = folded_at_once(norms, modulation)
+        else:
+            parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
+            deltas = map(Modulation, *parts)
+        return dict(zip((layer.name for layer in self.layers), deltas, strict=True))
 
     def norm(self, name: str) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
         """A norm by its name in torchvision's network."""
@@ -255,7 +299,7 @@ class ModulatedResNet(nn.Module):
             kinds = (ModulatedBatchNorm2d, ModulatedGroupNorm)
             norms = (module for module in self.network.modules() if isinstance(module, kinds))
             return [parameter for norm in norms for parameter in norm.parameters()]
-        raise ValueError(f"of a ResNet none, stage4 or batchnorm can be trained, not {what!r}")
+        raise ValueError(f"backbone.train must be none, stage4 or batchnorm, not {what!r}")
 
     def train(self, mode: bool = True) -> "ModulatedResNet":
         """Sets the mode of everything; under the policy `population` the batch norms stay in evaluation mode."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from data.errors import InputError, NotWrittenError
 from data.glove import read_glove
-from data.interruption import Interrupted, held_back, let_through, stop, waits
-from data.loading import Batch, EpochSampler, InOrderSampler, check_shared_memory, make_loader, readable
+from data.interruption import Interrupted, StopRequest
+from data.loading import Batch, EpochSampler, batches_by_image, check_shared_memory, make_loader, readable
 from data.locks import held
 from data.progress import progress as shown
 from vqa import bundle
@@ -86,6 +86,7 @@ class Training:
         steps = settings.train.epochs * len(self.sampler(epoch=1))
         self.schedule = build_schedule(settings.train, self.optimiser, steps)
         self.progress = Progress()
+        self.stop = StopRequest()
         self.writes_tensorboard = settings.train.tensorboard
         if run.checkpoint.exists():
             self._resume()
@@ -126,9 +127,9 @@ class Training:
                 f"{fewest}: take a larger batch, larger images, or population"
             )
 
-    def sampler(self, epoch: int) -> EpochSampler:
-        """The batches of an epoch, as far as they are this process's."""
-        return self.data.sampler(epoch, self.processes)
+    def sampler(self, epoch: int, start: int = 0) -> EpochSampler:
+        """The batches of an epoch from `start` on, as far as they are this process's."""
+        return self.data.sampler(epoch, start, self.processes)
 
     def _resume(self) -> None:
         """Takes everything from the last checkpoint.
@@ -182,7 +183,7 @@ class Training:
         wrapped: nn.Module = self.model
         if self.processes.world_size > 1:
             wrapped = averaging_gradients(self.model)
-        with held_back():  # a signal waits until what it may not cut in two is done
+        with self.stop:  # a signal waits until what it may not cut in two is done
             while not self.progress.finished:
                 self._train_epoch(wrapped)
                 self._end_epoch()
@@ -190,22 +191,21 @@ class Training:
 
     def _stop_if_asked(self, save: bool = False) -> None:
         """Ends the run where a signal waits in any process; `save` says that it is not saved yet."""
-        if self.processes.any(waits(), self.device):
+        if self.processes.any(self.stop.made, self.device):
             if save:
                 self._save_checkpoint()
-            stop()
+            self.stop.obey()
 
     def _stop_waiting_if_asked(self) -> None:
         """Ends the run where a signal waits while batches do not come."""
-        if waits():
+        if self.stop.made:
             if self.processes.world_size == 1:  # several have their last checkpoint
                 self._save_checkpoint()
-            stop()
+            self.stop.obey()
 
     def _train_epoch(self, model: nn.Module) -> None:
         settings, progress = self.settings, self.progress
-        sampler = self.sampler(progress.epoch)
-        sampler.start = progress.step
+        sampler = self.sampler(progress.epoch, progress.step)
         loader = make_loader(self.data.training, sampler, settings.workers, self.device)
         begun = time.monotonic() - progress.seconds
 
@@ -282,7 +282,7 @@ class Training:
         }
         if self.data.validation is not None:
             try:
-                with let_through():
+                with self.stop.suspended():
                     scores = self._validate()
             except Interrupted:
                 if self.processes.world_size == 1:  # several have their last checkpoint
@@ -307,7 +307,7 @@ class Training:
 
     def _validate(self) -> Scores:
         data, processes = self.data.validation, self.processes
-        sampler = InOrderSampler(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
+        sampler = batches_by_image(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
         batches = readable(make_loader(data, sampler, self.settings.workers, self.device))
         bar = shown(batches, len(sampler), f"validation {self.progress.epoch}")
         try:

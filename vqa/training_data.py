@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError, NotWrittenError
-from data.images import Preprocessing
 from data.loading import EpochSampler, QuestionDataset
 from data.store import H5Images, Store
 from data.table import NO_ANSWER, QuestionTable, joined
 from data.tokenizer import PAD_ID
 from vqa.distributed import Processes
 from vqa.prefix import as_stage_map, prefix_maps
+from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.resnet import ModulatedResNet, StageMap
 from vqa.settings import Settings
@@ -82,8 +82,8 @@ class TrainingData:
             return seen
         return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
 
-    def sampler(self, epoch: int, processes: Processes) -> EpochSampler:
-        """The batches of an epoch, as far as they are this process's."""
+    def sampler(self, epoch: int, start: int, processes: Processes) -> EpochSampler:
+        """The batches of an epoch from `start` on, as far as they are this process's."""
         train = self.settings.train
         return EpochSampler(
             len(self.training),
@@ -94,6 +94,7 @@ class TrainingData:
             processes.world_size,
             images=self.training.table.images,
             together=train.together,
+            start=start,
         )
 
 

@@ -18,16 +18,15 @@ _DIGEST = "sha256"  # in the header of a .safetensors file; the format itself ha
 
 def as_safetensors(weights: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
     """The content of a .safetensors file: weights, and in its header texts about them and the digest of both. The same
-    for the same weights and texts.
+    bytes for the same weights and texts: a run's `environment.json` names its backbone by the digest of the file.
     """
     kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     content = save(kept, metadata={**said, _DIGEST: _digest_of(kept, said)})
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library has them in any order
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes them in random order
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + text.ljust(end - 8) + content[end:]
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

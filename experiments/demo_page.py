@@ -1,0 +1,32 @@
+"""The demo's page: the comparison of the baseline with MODERN, examples, and the inspection of one question."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vqa.report import inline_image, inspection_view, write_page
+
+# name in summary.json: name on the page, what it is
+NAMES = {
+    "blind": ("blind", "the most common answer to the question, without the image"),
+    "baseline": ("baseline", "frozen ResNet"),
+    "modern": ("MODERN", "the same ResNet with CBN in all stages"),
+}
+
+
+def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], image: Image.Image) -> None:
+    """Write the demo's comparison and the inspection of one question (as `write_inspection` takes it) as a page.
+
+    `demo` has what `summary.json` holds, `questions` (how many), `curves` (percent per epoch, by model), `settings`,
+    `commands` and `examples` (`image`, `question`, `truth`, and the answers of `baseline` and `modern`).
+    """
+    write_page(
+        path,
+        "demo.html",
+        [Path(__file__).parent / "templates"],
+        demo=demo | {"examples": [each | {"image": inline_image(each["image"])} for each in demo["examples"]]},
+        models=NAMES,
+        gap=f"{demo['modern']['overall'] - demo['baseline']['overall']:+.1f}",
+        view=inspection_view(inspection, image),
+    )

@@ -1,0 +1,253 @@
+"""The numbers of the README and of `docs/` are those of the published files."""
+
+import json
+import re
+import zipfile
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.collection import KIND, collect
+from experiments.statistics import compare
+from experiments.suite import load_suite
+from experiments.tables import read_lines
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+README, EXPERIMENTS, SPEED = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/experiments.md", "docs/speed.md")
+)
+ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN")  # of the README's table of results
+KINDS = ("how many", "is there", "what color", "what shape")
+
+
+def rows_of(text, header):
+    """The cells of the table whose first line begins with `header`, one list a row."""
+    lines = text[text.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def numbers(cell):
+    return [
+        float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(\d)\s(\d{3})\b", r"\1\2", cell.replace("−", "-")))
+    ]
+
+
+def shown(cell, *values, digits=2):
+    """Whether a cell shows these values, rounded."""
+    return numbers(cell) == pytest.approx(values, abs=0.5001 * 10**-digits)
+
+
+@cache
+def answered(suite):
+    """{row: {seed: result}} from a suite's published evidence."""
+    by_row = defaultdict(dict)
+    with TemporaryDirectory() as folder:
+        zipfile.ZipFile(RESULTS / f"{suite}_runs.zip").extractall(folder)
+        for result in collect(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), Path(folder)):
+            by_row[result.row.name][result.seed] = result
+    return by_row
+
+
+def difference(suite, row, other):
+    ours, theirs = ({seed: r.answered for seed, r in answered(suite)[name].items()} for name in (row, other))
+    return compare(ours, theirs)
+
+
+def over_seeds(differences):
+    """Mean and 95 % interval (Student's t) of one difference a seed."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return np.mean(differences), np.mean(differences) - half, np.mean(differences) + half
+
+
+def test_the_readme_is_short_and_in_order():
+    assert len(README.splitlines()) <= 200
+    assert re.findall(r"^## (.*)", README, re.MULTILINE) == [
+        *("Quick start", "Result", "Use the layer, use the network", "Commands", "Your data", "Experiments"),
+        *("Speed and memory", "Deviations from the paper", "Where things are"),
+    ]
+    assert README.index("Δγ = MLP_γ(e_q)") < README.index("VQA v1") < README.index("## Quick start")
+
+
+def test_the_readme_shows_the_controls():
+    settled, controls = (
+        {line["row"]: line for line in read_lines(RESULTS / f"{name}.csv")} for name in ("settled", "controls")
+    )
+    rows = rows_of(README, "| accuracy, % | 16 epochs, test")
+    assert [row[0].split(":")[0] for row in rows] == [*ROWS]
+    for name, (_, tested, gain, tested_seeds, overall, plus, questions, seeds, trained) in zip(ROWS, rows, strict=True):
+        if name in settled:
+            line = settled[name]
+            deviation = [float(line["overall_std"])] if line["overall_std"] else []
+            assert shown(tested, float(line["overall_mean"]), *deviation)
+            assert int(tested_seeds) == len(line["seeds"].split())
+            assert shown(gain, *(float(line[key]) for key in ("difference", "ci_low", "ci_high") if line[key]))
+        else:
+            assert tested == "not run"
+        if name in controls:
+            line = controls[name]
+            assert shown(overall, float(line["overall_mean"]), float(line["overall_std"]))
+            assert int(trained) == len(line["seeds"].split())
+            if name != "baseline":
+                assert shown(plus, float(line["difference"]))
+                assert shown(questions, float(line["ci_low"]), float(line["ci_high"]))
+                assert shown(seeds, *difference("controls", name, "baseline").seed_interval)
+        else:
+            assert overall == "not run"
+
+
+def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
+    """Recomputed from the accuracy of every question."""
+    rows = rows_of(README, "| MODERN less |")
+    asked = [("controls", "constant"), ("controls", "shuffled question")]
+    asked += [("settled", "mean question"), ("settled", "shuffled question")]
+    for (suite, control), (name, *cells) in zip(asked, rows, strict=True):
+        assert control.removesuffix(" question") in name
+        ours, theirs = answered(suite)["MODERN"], answered(suite)[control]
+        seeds = sorted(ours.keys() & theirs.keys())
+        for column, cell in zip(("overall", *(KIND + kind for kind in KINDS)), cells, strict=True):
+            differences = [ours[seed].scores[column] - theirs[seed].scores[column] for seed in seeds]
+            assert shown(cell, *(over_seeds(differences) if len(seeds) > 1 else differences), digits=1), (name, column)
+
+
+def test_the_first_lines_say_what_the_table_says():
+    line = {line["row"]: line for line in read_lines(RESULTS / "settled.csv")}
+    overall = {row: float(found["overall_mean"]) for row, found in line.items()}
+    said = " ".join(README[: README.index("## Quick start")].replace(">", "").split())
+    assert f"MODERN answers {overall['MODERN']:.1f} %" in said
+    assert f"without modulation {overall['baseline']:.1f} %" in said
+    assert f"reaches {overall['mean question']:.1f} %" in said
+    gain, unheard = (overall[row] - overall["baseline"] for row in ("MODERN", "mean question"))
+    assert f"{unheard:.0f} of the {gain:.0f} points need no question" in said
+    ours, theirs = (answered("settled")[row][1].answered for row in ("MODERN", "mean question"))
+    assert 100 * (ours.accuracies - theirs.accuracies).mean() == pytest.approx(5, abs=0.05)  # "five points"
+    assert "five points, four of them in counting" in said
+    counting = answered("settled")["MODERN"][1].scores[KIND + "how many"]
+    counting -= answered("settled")["mean question"][1].scores[KIND + "how many"]
+    assert round(counting * 1078 / 4000) == 4  # so many of the test questions count
+
+
+def test_what_the_readme_says_of_validation_is_in_the_epochs():
+    accuracies = defaultdict(dict)
+    for line in read_lines(RESULTS / "gpu" / "settled_epochs.csv"):
+        run = (line["row"], line["learning_rate"], int(line["seed"]))
+        accuracies[run][int(line["epoch"])] = float(line["val_overall"])
+    rates = {"baseline": "0.003", "MODERN": "0.001", "mean question": "0.001", "shuffled question": "0.003"}
+    said = " ".join(README.split())
+    for control in ("mean question", "shuffled"):
+        row = "shuffled question" if control == "shuffled" else control
+        differences = [
+            accuracies["MODERN", rates["MODERN"], seed][14] - accuracies[row, rates[row], seed][14]
+            for seed in range(1, 5)
+        ]
+        mean, low, high = over_seeds(differences)
+        assert re.search(rf"{mean:.1f} \[{low:.1f}, {high:.1f}\] (points )?above the {control}", said)
+    gained = {}
+    for row, rate in rates.items():
+        run = accuracies[row, rate, 1]
+        gained[row] = max(run.values()) - max(run[epoch] for epoch in range(1, 11))
+    assert gained["baseline"] == pytest.approx(1.6, abs=0.05)
+    assert gained["shuffled question"] == pytest.approx(1.6, abs=0.05)
+    assert "gained 0.2 points, the mean question 0.9, shuffled and baseline 1.6" in said
+    assert (round(gained["MODERN"], 1), round(gained["mean question"], 1)) == (0.2, 0.9)
+
+
+@pytest.mark.parametrize(("suite", "header"), [("table2", "| stages |"), ("table1", "| row |")])
+def test_the_papers_tables(suite, header):
+    lines = read_lines(RESULTS / f"{suite}.csv")
+    before = None
+    for line, (_, overall, gain, seeds, paper) in zip(lines, rows_of(EXPERIMENTS, header), strict=True):
+        assert shown(overall, float(line["overall_mean"]))
+        assert shown(paper, *([float(line["paper_overall"])] if line["paper_overall"] else []))
+        if before:
+            found = difference(suite, line["row"], before)
+            assert shown(gain, found.points, found.low, found.high)
+            assert shown(seeds, *found.seed_interval)
+        before = line["row"] if suite == "table2" else "baseline"
+
+
+ITEMS = re.findall(
+    r"^- \[[^\]]+\]\(\.\./experiments/results/(\w+)\.md\):(.*?)(?=\n- |\n\n)", EXPERIMENTS, re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.mark.parametrize(("suite", "said"), ITEMS, ids=[suite for suite, _ in ITEMS])
+def test_accuracies_in_sentences_are_measured_ones(suite, said):
+    means = [float(line["overall_mean"]) for line in read_lines(RESULTS / f"{suite}.csv") if line["overall_mean"]]
+    found = re.findall(r"\d+\.\d(?=\s%|(?:\s→|,|\s\(|;))", said)
+    assert found
+    for accuracy in map(float, found):
+        assert min(abs(accuracy - mean) for mean in means) <= 0.0501, accuracy
+
+
+def test_seven_suites_have_a_sentence():
+    assert len(ITEMS) == 7
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu():
+    rows = json.loads((RESULTS / "gpu" / "compiled.json").read_text())["rows"]
+    return {row["way"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def on_a_cpu():
+    return {
+        line["way"]: line
+        for line in read_lines(RESULTS / "bench_step.csv")
+        if (line["network"], line["pixels"], line["layout"]) == ("resnet50", "224", "channels last")
+    }
+
+
+def test_the_readmes_table_of_speed_and_memory(on_a_cpu, on_a_gpu):
+    rows = rows_of(README, "| ResNet-50, 224 px, all stages |")
+    assert [row[0].split(":")[0] for row in rows] == ["ours", "plain", "usual", "stacked"]
+    for name, training, kept, gpu_training, gpu_kept in rows:
+        way = name.split(":")[0]
+        assert shown(training, float(on_a_cpu[way]["training_ms"]), digits=0)
+        assert shown(kept, float(on_a_cpu[way]["kept_mib_an_image"]), digits=1)
+        ways = {"ours": ["ours, compiled"], "usual": ["usual", "usual, compiled"]}.get(way, [way])
+        assert ("compiled" in gpu_training) == (way in ("ours", "usual"))
+        assert shown(gpu_training, *(on_a_gpu[way]["training_ms"] for way in ways), digits=1)
+        assert shown(gpu_kept, *(on_a_gpu[way]["kept_mib_an_image"] for way in ways), digits=1)
+
+
+def test_the_tables_of_steps(on_a_cpu, on_a_gpu):
+    columns = ("training_ms", "forward_ms", "kept_mib_an_image")
+    for name, *cells in rows_of(SPEED, "| ResNet-50, 224 px, all stages modulated |"):
+        line = on_a_cpu[name.split(":")[0]]
+        for cell, column, ratio in zip(cells, columns, ("ours_training", "ours_forward", "ours_kept"), strict=True):
+            value, *ratios = numbers(cell)
+            assert value == pytest.approx(float(line[column]), abs=0.5)
+            assert ratios == ([] if line["way"] == "ours" else pytest.approx([float(line[ratio])], abs=0.0051))
+    for name, *cells in rows_of(SPEED, "| ResNet-50, 224 px, all stages modulated, on a GPU |"):
+        row = on_a_gpu[name.removesuffix(", not compiled")]
+        for cell, column in zip(cells, columns, strict=True):
+            assert shown(cell, row[column], digits=1)
+
+
+def test_the_table_of_other_savings():
+    training, answering, stored, loading = (
+        numbers(row[1])[0] for row in rows_of(SPEED, "| ResNet-50, 224 px, 2 cores")
+    )
+    four = next(line for line in read_lines(RESULTS / "bench_sharing.csv") if line["questions_an_image"] == "4")
+    assert training == pytest.approx(float(four["training_times_faster"]), abs=0.05)
+    assert answering == pytest.approx(float(four["answering_times_faster"]), abs=0.05)
+    assert stored == pytest.approx(float(read_lines(RESULTS / "bench_cache.csv")[0]["times_faster"]), abs=0.05)
+    assert loading == pytest.approx(float(read_lines(RESULTS / "bench_loading.csv")[0]["times_faster"]), abs=0.5)
+
+
+def test_the_table_of_jobs_of_vqas_size():
+    lines = {(line["job"].split(",")[0], line["images"]): line for line in read_lines(RESULTS / "bench_scale.csv")}
+    jobs = ("preprocess", "reading questions", "decoding alone", "train", "eval")
+    for job, row in zip(jobs, rows_of(SPEED, "| job, 2 processes |"), strict=True):
+        seconds, memory, fewer = (re.sub(r"\D", "", cell) for cell in row[1:])
+        line = lines[job, "20000"]
+        assert int(seconds) == round(float(line["seconds"])), job
+        assert memory == line["peak_mib"], job
+        assert not fewer or fewer == lines[job, "5000"]["peak_mib"], job

@@ -1,0 +1,62 @@
+"""Image preprocessing of a model: decode at its size, normalise on the device; saved with the model."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from data.files import read_json, write_json
+from data.images import IMAGENET_MEAN, IMAGENET_STD, decode_image
+
+MAX_SIZE = 2048  # of an image's side, in pixels
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The preprocessing of every image, the same in training, evaluation, `ask` and `inspect`."""
+
+    size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: str = "bilinear"
+
+    def decode(self, path: Path) -> np.ndarray:
+        """Decode an image file to uint8 [S, S, 3]. Raises InputError as `decode_image` does."""
+        return decode_image(path, self.size)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] → float32 [B, 3, S, S], (images / 255 - mean) / std in each channel.
+
+        The result stays channels-last in memory, as the images come; convolutions are faster so.
+        """
+        mean = images.new_tensor([255 * value for value in self.mean], dtype=torch.float32)
+        scale = images.new_tensor([1 / (255 * value) for value in self.std], dtype=torch.float32)
+        return ((images - mean) * scale).permute(0, 3, 1, 2)
+
+    def save(self, file: Path) -> None:
+        """Write the preprocessing as JSON."""
+        write_json(file, asdict(self))
+
+    @classmethod
+    def load(cls, file: Path) -> "Preprocessing":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, malformed or holds other values than a preprocessing can have.
+        """
+        content: dict[str, Any] = read_json(file)
+        try:
+            mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+            loaded = cls(int(content["size"]), mean, std, content["resize"])
+            valid = len(mean) == len(std) == 3 and min(std) > 0 and bool(np.isfinite([*mean, *std]).all())
+            valid = valid and 1 <= loaded.size <= MAX_SIZE and loaded.resize == "bilinear"
+        except (TypeError, KeyError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            needs = f"size (1 to {MAX_SIZE}), 3 means, 3 positive stds, resize: bilinear"
+            raise InputError(f"{file}: not an image preprocessing: needs {needs}")
+        return loaded

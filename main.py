@@ -167,7 +167,6 @@ def bench(arguments: argparse.Namespace) -> None:
     """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading, scale."""
     from contextlib import redirect_stdout
 
-    from experiments.bench import as_json
     from experiments.bench import bench as run
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
@@ -180,7 +179,7 @@ def bench(arguments: argparse.Namespace) -> None:
             images=arguments.images,
         )
     if arguments.json:
-        print(as_json(results))
+        print(json.dumps(results, indent=2))
 
 
 def gpu_check(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ compared between machines of a kind, milliseconds cannot.
 """
 
 import io
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -18,7 +17,7 @@ from data.coco_like import QUESTIONS
 from data.errors import InputError
 from experiments import bench_data, bench_scale, bench_step
 from experiments.bench_step import Case
-from experiments.tables import write_lines
+from experiments.tables import aligned, write_lines
 from vqa.build import choose_device
 from vqa.run_directory import surroundings
 
@@ -88,23 +87,13 @@ def _measured(
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text; each kind of row under a head of its own."""
-    lines = []
-    for kind in dict.fromkeys(tuple(row) for row in rows):
-        cells = [list(kind)] + [[_shown(value) for value in row.values()] for row in rows if tuple(row) == kind]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else str(value)
+    kinds: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        cells = ["" if value is None else str(value) for value in row.values()]
+        kinds.setdefault(tuple(row), [list(row)]).append(cells)
+    return "\n".join(map(aligned, kinds.values()))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
     told = surroundings(device)
     return {key: told[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": told["git_commit"]}
-
-
-def as_json(results: dict[str, Any]) -> str:
-    """The results as JSON."""
-    return json.dumps(results, indent=2)

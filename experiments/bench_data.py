@@ -1,6 +1,6 @@
-"""What is not computed twice, and how data come in: shared images, stored maps, loading, decoding, waiting.
+"""Measure shared images, cached feature maps, waiting for batches, loading and decoding.
 
-All data are made here, in a folder of their own: pictures of the large world, and JPEGs like COCO's.
+All data are made here: scenes of the large world, and JPEGs like COCO's.
 """
 
 import json
@@ -59,32 +59,22 @@ def sharing_rows(network: str, size: int, questions: int, repeats: int, device: 
             ((one - other).abs().max() / other.abs().max()).item()
             for one, other in zip(*(way() for way in ways.values()), strict=True)
         )
-        seconds = interleaved(ways, repeats, device)
+        row = {"network": network, "pixels": size, "batch": questions, "questions_an_image": together}
+        row |= _shared_speed("training", questions, interleaved(ways, repeats, device))
+        forward = partial(net, images, Modulation(*deltas), places), partial(net, images[places], Modulation(*deltas))
         with torch.inference_mode():
-            answering = interleaved(
-                {
-                    "shared": lambda images=images, places=places: net(images, Modulation(*deltas), places),
-                    "not shared": lambda images=images[places]: net(images, Modulation(*deltas)),
-                },
-                repeats,
-                device,
-            )
-        rows.append(
-            {
-                "network": network,
-                "pixels": size,
-                "batch": questions,
-                "questions_an_image": together,
-                "training_questions_a_second": round(questions / seconds["shared"], 2),
-                "training_not_shared": round(questions / seconds["not shared"], 2),
-                "training_times_faster": round(seconds["not shared"] / seconds["shared"], 2),
-                "answering_questions_a_second": round(questions / answering["shared"], 2),
-                "answering_not_shared": round(questions / answering["not shared"], 2),
-                "answering_times_faster": round(answering["not shared"] / answering["shared"], 2),
-                "largest_relative_difference": f"{error:.1e}",
-            }
-        )
+            seconds = interleaved(dict(zip(ways, forward, strict=True)), repeats, device)
+        row |= _shared_speed("answering", questions, seconds)
+        rows.append(row | {"largest_relative_difference": f"{error:.1e}"})
     return rows
+
+
+def _shared_speed(job: str, questions: int, seconds: dict[str, float]) -> dict[str, float]:
+    return {
+        f"{job}_questions_a_second": round(questions / seconds["shared"], 2),
+        f"{job}_not_shared": round(questions / seconds["not shared"], 2),
+        f"{job}_times_faster": round(seconds["not shared"] / seconds["shared"], 2),
+    }
 
 
 def cache_rows(
@@ -134,7 +124,7 @@ def _half_precision_error(network: str, size: int) -> float:
 def waiting_rows(
     network: str, size: int, images: int, batch: int, folder: Path, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The share of training steps of MODERN (all stages) spent waiting for the next batch from the h5 file."""
+    """The share of the training time of MODERN (all stages) spent waiting for the next batch from the h5 file."""
     rows = []
     for workers in (0, 2):
         words = [*_words(network, size, images, folder, device), f"workers={workers}", f"train.batch_size={batch}"]
@@ -153,7 +143,7 @@ def waiting_rows(
 
 
 class Waiting:
-    """Batches, and how long the next one was waited for: the first one, then all others together."""
+    """Iterate over batches and measure the waiting time for the first one and for all others together."""
 
     def __init__(self, batches: Any) -> None:
         self.source, self.first, self.seconds, self.batches = batches, 0.0, 0.0, 0
@@ -216,7 +206,7 @@ def _compared(what: str, images: int, seconds: float, other: float) -> dict[str,
 
 
 def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
-    """What reading 2 000 random rows adds to this process's memory, from a file of so many images (with holes)."""
+    """Memory that reading 2 000 random rows adds to this process, from a sparse file of so many images."""
     path = folder / f"{images}.h5"
     with h5py.File(path, "w", locking=False) as file:
         file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")

@@ -1,4 +1,4 @@
-"""What data as large as VQA's cost: each job in a process of its own, watched with its children.
+"""Time and memory of jobs on data of VQA's size: each job runs in a process of its own.
 
 The data are made here (`data.coco_like`). Every job has all questions; what could grow with the images is measured for
 two numbers of them.

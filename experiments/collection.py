@@ -1,4 +1,4 @@
-"""What is there of a suite, as the lines of its two CSV files: one for each row and seed, and one for each row."""
+"""Read the finished runs of a suite; make the lines of its two CSV files: one a row and seed, and one a row."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training, as one row tests it."""
+    """The scores of one row and seed."""
 
     row: Row
     seed: int
@@ -34,7 +34,7 @@ class Result:
 
 
 def collect(suite: Suite, runs: Path) -> list[Result]:
-    """Every row and seed that is finished, in the order of the suite.
+    """Read every row and seed that is finished, in the order of the suite.
 
     Raises:
         InputError: a file of a finished run is missing or damaged, or it was made with other settings.
@@ -51,13 +51,13 @@ def collect(suite: Suite, runs: Path) -> list[Result]:
 
 
 def _read(row: Row, seed: int, runs: Path) -> Result | None:
-    name = row.run.seeded(seed).name
-    folder = runs / name
+    settings = row.run.seeded(seed)
+    folder = runs / settings.name
     tested = folder_of(folder, row.test)
     scored, answered_in = (tested / name for name in row.test.files)
     if not scored.exists():
         return None
-    check_settings(row.run.seeded(seed), runs)
+    check_settings(settings, runs)
     metrics, environment = read_json(scored), read_json(folder / "environment.json")
     answered = _answered(answered_in)
     if len(answered.ids) != metrics["questions"] or abs(100 * answered.accuracies.mean() - metrics["overall"]) > 1e-3:
@@ -78,7 +78,7 @@ def _read(row: Row, seed: int, runs: Path) -> Result | None:
         "peak_memory_mib": _peak(epochs),
         "trained_parameters": environment["trained_parameters"],
         **{key: environment.get(key) for key in _MADE_BY},
-        "folder": name,
+        "folder": settings.name,
     }
     scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds
     return Result(row, seed, scores, facts, answered)

@@ -26,6 +26,7 @@ from data.store import Store
 from data.table import QuestionTable
 from experiments.demo_page import NAMES, write_demo
 from experiments.preparation import prepare_backbone, prepare_world
+from experiments.tables import aligned
 from vqa.bundle import load_bundle
 from vqa.evaluate import evaluate
 from vqa.inspection import inspect, write_inspection
@@ -178,5 +179,4 @@ def _comparison(summary: dict[str, Any]) -> str:
     for name, (title, _) in NAMES.items():
         values = [summary[name]["overall"], *summary[name]["per_question_type"].values()]
         rows.append([title, *(f"{value:.1f} %" for value in values)])
-    lines = ["  ".join([f"{row[0]:<10}", *(f"{cell:>11}" for cell in row[1:])]) for row in rows]
-    return "\n".join(["", *lines, f"MODERN is {summary['difference']:+.1f} points from the baseline", ""])
+    return "\n".join(["", aligned(rows), f"MODERN is {summary['difference']:+.1f} points from the baseline", ""])

@@ -1,4 +1,4 @@
-"""What a published table was made from, in one small file: settings, versions, epochs and every question's accuracy.
+"""Archive what a table is made from: settings, versions, epochs and every question's accuracy of all runs.
 
 Each suite has a file of its own: `unzip -n experiments/results/table2_runs.zip -d runs` puts its runs back; its report
 can then be made anew without training, and an extended suite trains only what is new.
@@ -15,7 +15,7 @@ _OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
-    """Writes the small files of the suite's finished runs, if there are any, into a zip file."""
+    """Write the small files of the suite's finished runs, if there are any, into a zip file."""
     contents: dict[str, bytes] = {}
     for job in jobs_of(suite):
         if not job.is_finished(runs, suite.tests):

@@ -1,4 +1,4 @@
-"""The picture of a suite: a line for each row, a dot for each seed."""
+"""The figure of a suite: a line for each row, a dot for each seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ ACCENT = "#0f766e"  # beside grey it differs in lightness too, so that colour ca
 
 
 def write_figure(file: Path, title: str, lines: Sequence[Line], baseline: str) -> None:
-    """Draws the overall accuracies of trainings (the lines of `SUITE_runs.csv`) into a PNG file."""
+    """Plot the overall accuracies of the lines of `SUITE_runs.csv` into a PNG file."""
     import matplotlib
 
     # a name may hold dollar signs
@@ -27,7 +27,7 @@ def write_figure(file: Path, title: str, lines: Sequence[Line], baseline: str) -
 
 
 def draw(title: str, lines: Sequence[Line], baseline: str) -> "Figure":
-    """The picture: rows from top to bottom in the order of the lines, the baseline in grey with a dashed line down."""
+    """The figure: rows from top to bottom in the order of the lines, the baseline in grey with a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

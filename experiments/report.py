@@ -1,4 +1,4 @@
-"""The report of a suite: two CSV files, and what is made from them alone: a page, a picture, a table for a terminal."""
+"""Write the report of a suite: two CSV files and, from these alone, a page, a figure and a table for the terminal."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ held (on a GPU: that was allocated there).
 
 
 def write_report(suite: Suite, runs: Path, out: Path) -> str:
-    """Reports what is finished of a suite.
+    """Report the finished runs of a suite.
 
     Writes `SUITE.csv` (a line a row) and `SUITE.md`, and, where anything is finished, `SUITE_runs.csv` (a line a row
     and seed) and `SUITE.png`.
@@ -51,8 +51,8 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     page = out / f"{suite.report_name}.md"
     write_text(page, _page(suite, lines, read_lines(trainings) if results else []))
     told = [suite.title, "", terminal_table(lines), ""]
-    if held := claims(lines):
-        told += [*held, ""]
+    if ordered := claims(lines):
+        told += [*ordered, ""]
     return "\n".join([*told, str(page)])
 
 
@@ -66,8 +66,8 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str
         parts += [_legend(lines, suite), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
     if kinds := markdown_kinds(lines):
         parts += ["## By question type\n", kinds]
-    if held := claims(lines):
-        parts += ["## The claimed order\n", "".join(f"- {claim}\n" for claim in held)]
+    if ordered := claims(lines):
+        parts += ["## The claimed order\n", "".join(f"- {claim}\n" for claim in ordered)]
     if trainings:
         parts += ["## Where these numbers are from\n", "".join(f"- {fact}\n" for fact in facts(trainings))]
     return "\n".join(parts)
@@ -93,7 +93,7 @@ def _legend(lines: Sequence[Line], suite: Suite) -> str:
 
 
 def facts(trainings: Sequence[Line]) -> list[str]:
-    """What the lines of `SUITE_runs.csv` say of the machines, the code and the seeds."""
+    """Machines, commits, backbones and seeds of the lines of `SUITE_runs.csv`."""
     own = {line["folder"]: line for line in trainings}.values()  # a training may be tested in several rows
     machines, commits = ([told(line) for line in own] for told in (_machine, _commit))
     seeds = sorted({int(line["seed"]) for line in own})
@@ -104,7 +104,7 @@ def facts(trainings: Sequence[Line]) -> list[str]:
 
 
 def _backbones(digests: Sequence[str]) -> list[str]:
-    """Which files of backbone weights were used; says so where rows differ by more than what they are about."""
+    """The backbone weights that were used, with a warning where there are several."""
     told = [f"{_trainings(digests.count(one))} on the backbone {one}" for one in dict.fromkeys(digests) if one]
     if len(told) > 1:
         told.append("**several backbones: a difference between two trainings may be one between their backbones**")
@@ -129,6 +129,6 @@ def _commit(line: Line) -> str:
 
 
 def _below_root(file: Path) -> str:
-    """A path as it is written in the checkout, whatever directory the command was started in."""
+    """A path relative to the checkout, if it is inside."""
     file = file.resolve()
     return str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)

@@ -1,4 +1,4 @@
-"""How sure a difference is: a paired bootstrap over questions, and an interval over seeds.
+"""Confidence intervals of a difference: paired bootstrap over questions, Student's t over seeds.
 
 Letters: N questions, K distinct values, S seeds.
 """
@@ -17,7 +17,7 @@ _CELLS = 2**22  # counts drawn at once: 32 MiB
 
 
 class Answered(NamedTuple):
-    """How one training answered its questions."""
+    """The accuracy of one training on each question."""
 
     ids: np.ndarray  # [N] question ids, each once
     accuracies: np.ndarray  # [N] 0 to 1
@@ -25,7 +25,7 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """One row less another, in points, over the questions that all their trainings were asked."""
+    """One row minus another, in points, over the questions that all their trainings were tested on."""
 
     points: float
     low: float  # of the 95 % interval over questions
@@ -56,7 +56,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the intervals over questions and over seeds say of the claim that the first row is above the second."""
+        """Whether the intervals over questions and over seeds support that the first row is above the second."""
         intervals = [(self.low, self.high), *([self.seed_interval] if self.seed_interval else [])]
         if all(low > 0 for low, _ in intervals):
             return "holds"
@@ -64,10 +64,9 @@ class Difference:
 
 
 def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference | None:
-    """Compares two rows, each given by seed, question by question; None if no question was asked of all trainings.
+    """Compare two rows, each given by seed, question by question; None if they have no question in common.
 
-    The interval is of the questions alone: the trainings are taken as they are. How much another seed would change the
-    difference is told by `per_seed`.
+    The bootstrap resamples questions only, with the trainings fixed; `per_seed` shows the variance between seeds.
     """
     common = reduce(np.intersect1d, [answered.ids for answered in (*ours.values(), *theirs.values())])
     if not common.size:

@@ -1,4 +1,4 @@
-"""The CSV file of a suite and the tables made from its lines alone."""
+"""Read and write CSV files; format the lines of a suite's CSV file as tables."""
 
 import csv
 import io
@@ -13,12 +13,12 @@ from experiments.collection import KIND
 from experiments.suite import COLUMNS
 
 NOT_RUN = "not run"
-Line = dict[str, str]  # of a CSV file; empty where there is nothing
-_Column = tuple[str, Callable[[Line], str]]  # a heading, and what stands below it in a line
+Line = dict[str, str]  # of a CSV file; an empty string where there is no value
+_Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
 
 
 def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes lines as CSV; their keys are the columns."""
+    """Write lines as CSV; their keys are the columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
@@ -33,7 +33,7 @@ def read_lines(file: Path) -> list[Line]:
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
-    """Rows as a table: every column beside the paper's, the difference to the baseline, and what a training costs."""
+    """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
     columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
     for column in COLUMNS:
         columns += [(column, _spread(column)), ("paper", _mean(f"paper_{column}"))]
@@ -48,7 +48,7 @@ def markdown_table(lines: Sequence[Line]) -> str:
 
 
 def markdown_kinds(lines: Sequence[Line]) -> str:
-    """Mean accuracies by question type; empty where the types are many, or nothing was run."""
+    """Markdown: mean accuracies by question type; empty where there are many types or no results."""
     kinds = [key for key in lines[0] if key.startswith(KIND)]
     if not kinds:
         return ""
@@ -57,7 +57,7 @@ def markdown_kinds(lines: Sequence[Line]) -> str:
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
-    """Rows as aligned text, narrower: spreads stand only beside the overall accuracy."""
+    """Aligned text, narrower than the Markdown: standard deviations for the overall accuracy only."""
     columns: list[_Column] = [
         ("accuracy, %", itemgetter("row")),
         ("overall", _spread("overall")),
@@ -67,10 +67,14 @@ def terminal_table(lines: Sequence[Line]) -> str:
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
     ]
-    rows = _cells(lines, columns)
+    return aligned(_cells(lines, columns))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def claims(lines: Sequence[Line]) -> list[str]:
@@ -122,7 +126,7 @@ def _seeds(line: Line) -> str:
 
 
 def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]:
-    """Headings and rows; a column that is empty in every line is left away."""
+    """Headings and rows; a column that is empty in every line is skipped."""
     filled = [(heading, cells) for heading, shown in columns if any(cells := [shown(line) for line in lines])]
     return [[heading for heading, _ in filled], *map(list, zip(*(cells for _, cells in filled), strict=True))]
 
@@ -134,7 +138,7 @@ def _markdown(lines: Sequence[Line], columns: Sequence[_Column]) -> str:
 
 
 def _as_markdown(text: str) -> str:
-    """A name as it is: neither a tag nor the end of its cell or line."""
+    """Escape what Markdown would take for a tag or the end of a cell."""
     return printable(text).replace("<", "&lt;").replace("|", r"\|")
 
 
@@ -143,12 +147,12 @@ def _number(text: str, form: str = "{:.2f}", unit: float = 1.0) -> str:
 
 
 def signed(text: str) -> str:
-    """A number of a CSV file with two decimals and its sign; what rounds to 0 has none."""
+    """A number of a CSV file with sign and two decimals; 0.00 has no sign."""
     return _number(text, "{:+.2f}") if round(float(text), 2) else "0.00"
 
 
 def duration(seconds: str) -> str:
-    """Seconds of a CSV file, as one reads them."""
+    """Seconds of a CSV file as seconds, minutes or hours."""
     if not seconds:
         return ""
     value = float(seconds)

@@ -83,4 +83,4 @@ def test_the_command(command, tmp_path):
 
 
 def test_kinds_of_rows_have_heads_of_their_own():
-    assert table_of([{"a": 1, "b": 22}, {"a": 333, "b": None}, {"c": 1}]) == "  a   b\n  1  22\n333    \nc\n1"
+    assert table_of([{"a": 1, "b": 22}, {"a": 333, "b": None}, {"c": 1}]) == "a     b\n1    22\n333\nc\n1"

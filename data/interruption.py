@@ -44,12 +44,6 @@ class StopRequest:
         if error is None and self.made:
             self.obey()
 
-    def receive(self, number: int) -> None:
-        """Remembers a signal. Raises Interrupted for a second Ctrl-C."""
-        if self.made and number == signal.SIGINT:
-            raise Interrupted(number)
-        self.number = self.number or number
-
     @property
     def made(self) -> bool:
         """Whether a signal came."""
@@ -83,9 +77,10 @@ def listen() -> None:
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
-    if StopRequest.receiver is None:
+    request = StopRequest.receiver
+    if request is None or (request.made and number == signal.SIGINT):
         raise Interrupted(number)
-    StopRequest.receiver.receive(number)
+    request.number = request.number or number
 
 
 @contextmanager

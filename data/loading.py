@@ -102,6 +102,15 @@ class FileImages:
 _decode_once = lru_cache(maxsize=16)(decode_image)
 
 
+def padded_words(table: QuestionTable, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Word ids [B, T], padded with PAD_ID, and lengths [B] of some rows, int64."""
+    lengths = table.lengths[rows].astype(np.int64)
+    tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
+    for place, row in enumerate(rows):
+        tokens[place, : lengths[place]] = table.words(row)
+    return torch.from_numpy(tokens), torch.from_numpy(lengths)
+
+
 class QuestionDataset(Dataset):
     """Questions with their images; asked for a list of rows at a time."""
 
@@ -120,15 +129,8 @@ class QuestionDataset(Dataset):
             wanted, places = np.unique(wanted, return_inverse=True)
         images = np.stack([self.images[image] for image in wanted])
         images, places = torch.from_numpy(images), torch.from_numpy(places)
-        return Batch(images, places, *self.words(rows), torch.from_numpy(self.labels[rows]), torch.tensor(rows))
-
-    def words(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Word ids [B, T], padded with PAD_ID, and lengths [B] of these rows, int64."""
-        lengths = self.table.lengths[rows].astype(np.int64)
-        tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int64)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[place]] = self.table.words(row)
-        return torch.from_numpy(tokens), torch.from_numpy(lengths)
+        words, labels = padded_words(self.table, rows), torch.from_numpy(self.labels[rows])
+        return Batch(images, places, *words, labels, torch.tensor(rows))
 
     def image_bytes(self, rows: Sequence[int]) -> int:
         """The size of the images in the batch of these rows."""
@@ -146,25 +148,25 @@ class EpochSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        size: int,
+        images: np.ndarray,
         batch_size: int,
         seed: int,
         epoch: int,
         rank: int = 0,
         world_size: int = 1,
         *,
-        images: np.ndarray | None = None,
         together: int = 1,
         start: int = 0,
     ) -> None:
-        """`batch_size` counts over all processes; `start` is the first batch, from 0 (after a resume).
+        """`images` are those of the questions, int64 [N]; `batch_size` counts over all processes; `start` is the first
+        batch, from 0 (after a resume).
 
         Where `together` is above 1, up to so many questions on the same image stand beside each other; which, and in
-        which order, is random all the same. `images` are then the images of the questions, int64 [N].
+        which order, is random all the same.
         """
-        self.size, self.seed, self.epoch, self.images, self.together = size, seed, epoch, images, together
+        self.images, self.seed, self.epoch, self.together = images, seed, epoch, together
         self.rank, self.world_size, self.start = rank, world_size, start
-        shared = max(size, world_size)
+        shared = max(len(images), world_size)
         self.batch_size = min(batch_size, shared - shared % world_size)
         self.batches = shared // self.batch_size
 
@@ -181,10 +183,10 @@ class EpochSampler(Sampler[list[int]]):
     def order(self) -> np.ndarray:
         """The questions of the epoch for all processes, int64 [N]."""
         random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(self.size)
+        order = random.permutation(len(self.images))
         if self.together > 1:
             order = _grouped(order, self.images, self.together, random)
-        return np.resize(order, max(self.size, self.world_size))
+        return np.resize(order, max(len(order), self.world_size))
 
 
 def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.random.Generator) -> np.ndarray:

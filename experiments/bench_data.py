@@ -18,7 +18,7 @@ import torch
 
 from data.coco_like import write_coco_like
 from data.images import decode_image
-from data.loading import Batch, make_loader, readable
+from data.loading import Batch
 from data.preprocess import preprocess
 from data.rows import H5Rows
 from experiments.bench_decoding import decode_alone
@@ -26,12 +26,11 @@ from experiments.bench_step import interleaved
 from experiments.preparation import prepare_world
 from vqa.distributed import Processes
 from vqa.norms import Modulation
-from vqa.prefix import as_stage_map
 from vqa.recipes import load_settings
-from vqa.resnet import ModulatedResNet
+from vqa.resnet import ModulatedResNet, StageMap
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings, preprocessing_of
-from vqa.train import Training, train
+from vqa.train import prepare, train
 
 RECIPE = Path(__file__).parent.parent / "config" / "scenes_224.yaml"
 QUESTIONS_AN_IMAGE = (1, 2, 4, 8)
@@ -118,8 +117,7 @@ def _half_precision_error(network: str, size: int) -> float:
     map_ = net.prefix(images, 3).map
     with torch.inference_mode():
         y = net(images)
-        stored = map_.permute(0, 2, 3, 1).half()
-        return ((net(as_stage_map(3, stored)) - y).abs().max() / y.abs().max()).item()
+        return ((net(StageMap(3, map_.half().float())) - y).abs().max() / y.abs().max()).item()
 
 
 def waiting_rows(
@@ -131,11 +129,11 @@ def waiting_rows(
         words = [*_words(network, size, images, folder, device), f"workers={workers}", f"train.batch_size={batch}"]
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
-        training = Training(settings, RunDirectory(folder / "runs" / settings.name), Processes())
-        loader = make_loader(training.data.training, training.sampler(1), workers, training.device)
-        waited = Waiting(readable(loader))
+        trainer = prepare(settings, RunDirectory(folder / "runs" / settings.name), Processes())
+        waited = Waiting(trainer.batches(trainer.sampler(1)))
         begun = time.perf_counter()
-        training.take_steps(training.model, waited, lambda _loss: None)
+        for _ in trainer.steps(trainer.model, waited):
+            pass
         whole = time.perf_counter() - begun - waited.first
         share = waited.seconds / whole
         told = {"network": network, "pixels": size, "batch": batch, "workers": workers}

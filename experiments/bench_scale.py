@@ -175,18 +175,17 @@ def _preprocess(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str], run: Path, steps: int) -> int:
-    from data.loading import make_loader, readable
     from vqa.bundle import save_weights
     from vqa.distributed import Processes
     from vqa.recipes import load_settings
     from vqa.run_directory import RunDirectory
-    from vqa.train import Training
+    from vqa.train import prepare
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
-    training = Training(settings, RunDirectory(run), Processes())
-    loader = make_loader(training.data.training, training.sampler(1), settings.workers, training.device)
-    training.take_steps(training.model, islice(readable(loader), steps), lambda _loss: None)
-    save_weights(training.run.model, training.model, {"trained_on": ["train"]})
+    trainer = prepare(settings, RunDirectory(run), Processes())
+    for _ in trainer.steps(trainer.model, islice(trainer.batches(trainer.sampler(1)), steps)):
+        pass
+    save_weights(trainer.run.model, trainer.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size
 
 

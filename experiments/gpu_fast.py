@@ -7,13 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.loading import Batch, make_loader, readable
 from data.preprocess import preprocess
 from experiments import bench_step
 from experiments.bench_data import Waiting
@@ -22,12 +22,12 @@ from experiments.gpu_right import CONFIG, Check, Rows, normalised, random_model
 from experiments.preparation import prepare_world
 from vqa.build import build_optimiser, build_schedule
 from vqa.distributed import Processes
-from vqa.engine import train_steps
+from vqa.engine import answer_loss, train_steps
 from vqa.modulate import modulate
 from vqa.recipes import load_settings
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings, preprocessing_of
-from vqa.train import Training
+from vqa.train import prepare
 
 VQA_V1 = 248_349  # training questions
 EPOCHS = 20  # of the paper
@@ -155,19 +155,17 @@ def _train_some(settings: Settings, batch: int, steps: int, check: Check) -> int
     optimiser = build_optimiser(settings.train, model)
     if check.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(check.device)
-    train_steps(
+    for _ in train_steps(
         model,
         [made] * steps,
-        see=normalised,
-        loss=settings.train.loss,
-        precision=settings.precision,
-        optimiser=optimiser,
-        schedule=build_schedule(settings.train, optimiser, steps),
-        clip=settings.train.clip,
-        accumulate=1,
+        settings,
+        optimiser,
+        build_schedule(settings.train, optimiser, steps),
+        loss=partial(answer_loss, kind=settings.train.loss),
+        prepare_images=normalised,
         device=check.device,
-        after_step=lambda _loss: None,
-    )
+    ):
+        pass
     return torch.cuda.max_memory_allocated(check.device) if check.device.type == "cuda" else 0
 
 
@@ -228,18 +226,14 @@ def _generated_data(check: Check, size: int, make: bool) -> list[str]:
 
 def _questions_a_second(settings: Settings, check: Check) -> tuple[float, float]:
     """Of up to sixty steps of a training, without the first ones; and the share of them spent waiting for data."""
-    training = Training(settings, RunDirectory(check.folder / "runs" / settings.name), Processes())
+    trainer = prepare(settings, RunDirectory(check.folder / "runs" / settings.name), Processes())
     if settings.speed.compile:
-        training.model.resnet.compile()
-    loader = make_loader(training.data.training, training.sampler(1), settings.workers, training.device)
+        trainer.model.resnet.compile()
     unmeasured, most = check.pick((1, 3), (8, 60))
     ends: list[tuple[float, float]] = []
-
-    def some(batches: Any) -> Iterator[Batch]:
-        yield from itertools.islice(readable(batches), most)
-
-    waited = Waiting(some(loader))
-    training.take_steps(training.model, waited, lambda _loss: ends.append((time.perf_counter(), waited.seconds)))
+    waited = Waiting(itertools.islice(trainer.batches(trainer.sampler(1)), most))
+    for _ in trainer.steps(trainer.model, waited):
+        ends.append((time.perf_counter(), waited.seconds))
     if len(ends) <= unmeasured + 1:
         raise InputError(f"{settings.name}: only {len(ends)} steps, too few to measure")
     seconds = ends[-1][0] - ends[unmeasured][0]

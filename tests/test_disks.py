@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import data.store
-import vqa.train
 from data import maps
 from data.errors import InputError
 from data.files import write_text
@@ -30,6 +29,7 @@ from tests.test_train import lines, same_weights
 from vqa.checkpoint import load_checkpoint
 from vqa.recipes import load_settings
 from vqa.train import train
+from vqa.training_data import VQATask
 
 FULL = r"cannot be written \((no space left on device|file too large)\); make space, then go on"
 
@@ -168,7 +168,7 @@ def test_training_goes_on_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
             disk.fill(space=50_000, length=100_000)
 
     with monkeypatch.context() as patched:
-        patched.setattr(vqa.train, "score", after(fill, vqa.train.score))
+        patched.setattr(VQATask, "score", after(fill, VQATask.score))
         ended = command("train", "--config", tiny, "name=full", *words)
     disk.make_space()
     assert ended.code == 2

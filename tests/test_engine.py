@@ -1,5 +1,6 @@
 """The training loop: its loss is that of the model's logits, and nothing not finite reaches the weights."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 
 from data.loading import Batch, batches_by_image, make_loader, readable
+from tests.conftest import ROOT
 from vqa.bundle import load_bundle
-from vqa.engine import predict_classes, train_steps
+from vqa.engine import answer_loss, predict_classes, train_steps
 from vqa.evaluate import split_data
 from vqa.model import Output
 from vqa.not_finite import NotFiniteError
 from vqa.preprocessing import Preprocessing
-from vqa.recipes import load_saved
+from vqa.recipes import load_saved, load_settings
 
 
 class Fixed(nn.Module):
@@ -35,22 +37,19 @@ def steps(model, answers, accumulate=1):
     labels = torch.tensor(answers)[:, None].expand(-1, 10)
     images = torch.zeros(len(answers), 4, 4, 3, dtype=torch.uint8)
     batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows)
-    losses = []
+    settings = load_settings(ROOT / "config" / "demo.yaml", ["train.clip=5.0", f"train.accumulate={accumulate}"])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_steps(
+    taken = train_steps(
         model,
         [batch],
-        see=Preprocessing(4).normalise,
-        loss="hard",
-        precision="float32",
-        optimiser=optimiser,
-        schedule=torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0),
-        clip=5.0,
-        accumulate=accumulate,
+        settings,
+        optimiser,
+        torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0),
+        loss=partial(answer_loss, kind="hard"),
+        prepare_images=Preprocessing(4).normalise,
         device=torch.device("cpu"),
-        after_step=losses.append,
     )
-    return losses
+    return list(taken)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_logits():
@@ -110,7 +109,7 @@ def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained
         return bundle.preprocessing.normalise(images)
 
     batches = readable(make_loader(data, batches_by_image(data.table, 1), 1, cpu))
-    rows, classes = predict_classes(bundle.model, batches, see=see, precision="float32", device=cpu)
+    rows, classes = predict_classes(bundle.model, batches, prepare_images=see, precision="float32", device=cpu)
     assert len(opened) == len(data) == len(classes) >= 40
     assert sorted(rows.tolist()) == list(range(len(data)))
     assert opened[-1] < opened[3] + 20

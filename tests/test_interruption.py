@@ -26,6 +26,7 @@ from tests.test_train import lines, same_weights
 from vqa import engine
 from vqa.recipes import load_settings
 from vqa.train import train
+from vqa.training_data import VQATask
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
 
@@ -121,12 +122,10 @@ def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, mo
 
 
 def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
-    import vqa.train
-
     monkeypatch.chdir(tmp_path)
     whole = train(load_settings(tiny, ["name=whole"]), runs=tmp_path / "runs").path
     with monkeypatch.context() as patched:
-        patched.setattr(vqa.train, "score", calling(vqa.train.score, 1, lambda: ask(signal.SIGTERM)))
+        patched.setattr(VQATask, "score", calling(VQATask.score, 1, lambda: ask(signal.SIGTERM)))
         assert command("train", "--config", tiny, "name=stopped").code == 143
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)  # all three steps

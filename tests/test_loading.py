@@ -53,42 +53,47 @@ def test_parts_of_a_batch_are_its_questions_in_order(dataset):
 
 def test_questions_on_an_image_come_together_in_random_order():
     images = np.repeat(np.arange(40), 5)
-    plain, grouped = (EpochSampler(200, 20, 1, 1, images=images, together=together) for together in (1, 3))
+    plain, grouped = (EpochSampler(images, 20, 1, 1, together=together) for together in (1, 3))
     assert sorted(grouped.order()) == sorted(plain.order())
     groups = [len(list(group)) for _, group in itertools.groupby(images[grouped.order()])]
     # of five questions three stay together and two, unless chance puts groups of an image beside each other
     assert len(groups) <= 80
     assert len(list(itertools.groupby(images[plain.order()]))) > 150
     assert set(groups) <= {2, 3, 5}
-    others = EpochSampler(200, 20, 1, 2, images=images, together=3)
+    others = EpochSampler(images, 20, 1, 2, together=3)
     assert others.order().tolist() != grouped.order().tolist()
     assert {frozenset(batch) for batch in others} & {frozenset(batch) for batch in grouped} == set()
     assert np.unique(images[grouped.order()[:20]]).size > 5  # the groups, too, are in random order
 
 
 def test_the_order_is_a_formula_of_seed_and_epoch():
+    fifty = np.arange(50)
+
     def order(**changed):
-        return list(EpochSampler(**({"size": 50, "batch_size": 8, "seed": 1, "epoch": 1} | changed)))
+        return list(EpochSampler(**({"images": fifty, "batch_size": 8, "seed": 1, "epoch": 1} | changed)))
 
     assert order() == order()
     assert order() != order(seed=2) != order(epoch=2)
     assert len(order()) == 6
     assert len({row for batch in order() for row in batch}) == 48
-    late = EpochSampler(50, 8, 1, 1, start=4)
+    late = EpochSampler(fifty, 8, 1, 1, start=4)
     assert list(late) == order()[4:]
     assert len(late) == 2
-    parts = [list(EpochSampler(50, 8, 1, 1, rank, 2)) for rank in (0, 1)]
+    parts = [list(EpochSampler(fifty, 8, 1, 1, rank, 2)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in order()]
-    assert len(list(EpochSampler(5, 8, 1, 1))) == 1
+    assert len(list(EpochSampler(fifty[:5], 8, 1, 1))) == 1
+
+
+def test_the_length_of_an_epoch_takes_no_permutation(monkeypatch):
+    monkeypatch.setattr(np.random, "default_rng", pytest.fail)
+    assert len(EpochSampler(np.zeros(50, np.int64), 8, 1, 1, start=2)) == 4
 
 
 @pytest.mark.parametrize("together", [1, 4])
 def test_with_fewer_questions_than_processes_each_has_one(together):
     for size, world in ((1, 2), (2, 5)):
         images = np.zeros(size, np.int64)
-        samplers = [
-            EpochSampler(size, world, 1, 1, rank, world, images=images, together=together) for rank in range(world)
-        ]
+        samplers = [EpochSampler(images, world, 1, 1, rank, world, together=together) for rank in range(world)]
         assert [len(sampler) for sampler in samplers] == [1] * world
         rows = [batch for sampler in samplers for batch in sampler]
         assert [len(batch) for batch in rows] == [1] * world
@@ -104,8 +109,8 @@ def test_evaluation_meets_every_question_once(dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_worker_processes_open_the_file_themselves(dataset, workers):
     dataset.images[0]  # the parent's handle is open when the workers start
-    sampler = EpochSampler(len(dataset), 8, 0, 1)
-    expected = [dataset.__getitems__(rows) for rows in EpochSampler(len(dataset), 8, 0, 1)]
+    sampler = EpochSampler(dataset.table.images, 8, 0, 1)
+    expected = [dataset.__getitems__(rows) for rows in EpochSampler(dataset.table.images, 8, 0, 1)]
     batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
     for batch, true in zip(batches, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))

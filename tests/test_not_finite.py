@@ -25,7 +25,7 @@ from vqa.checkpoint import load_checkpoint
 from vqa.not_finite import place_of_first
 from vqa.question import QuestionEncoder
 from vqa.recipes import load_settings
-from vqa.train import Training, train
+from vqa.train import Trainer, train
 
 
 def spoil(monkeypatch, at):
@@ -78,13 +78,13 @@ def test_a_bad_step_is_left_out_where_it_may_be(tiny, tmp_path, monkeypatch, cap
 
 def test_a_signal_in_a_step_that_is_left_out_ends_the_run_after_it(tiny, tmp_path, monkeypatch):
     spoil(monkeypatch, at=[1, 2])
-    leave_out = Training._leave_out
+    skip = Trainer._skip
 
     def signalled(self, error):
         os.kill(os.getpid(), signal.SIGTERM)
-        return leave_out(self, error)
+        skip(self, error)
 
-    monkeypatch.setattr(Training, "_leave_out", signalled)
+    monkeypatch.setattr(Trainer, "_skip", signalled)
     with pytest.raises(Interrupted):
         train(load_settings(tiny, ["name=wild", "train.skip_not_finite=9"]), runs=tmp_path)
     progress = load_checkpoint(tmp_path / "wild/checkpoints/last.pt")["progress"]

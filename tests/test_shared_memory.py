@@ -91,7 +91,7 @@ class Stopping(QuestionDataset):
 
 def after_the_first_step(arrived, what):
     """The function of a step's end, which after the first one says so and does `what` a little later, in a thread."""
-    real = vqa.train.Training._stop_if_asked
+    real = vqa.train.Trainer._stop_if_asked
 
     def function(self, save=False):
         if self.progress.step == 1:
@@ -110,7 +110,7 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
         patched.setattr(data.loading, "_SECONDS_OF_WAITING", 1)
         patched.setattr(vqa.train, "make_loader", lambda dataset, *rest: make_loader(Stopping(dataset, arrived), *rest))
         asking = after_the_first_step(arrived, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patched.setattr(vqa.train.Training, "_stop_if_asked", asking)
+        patched.setattr(vqa.train.Trainer, "_stop_if_asked", asking)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == 143
     assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"

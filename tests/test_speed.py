@@ -14,7 +14,7 @@ from vqa.norms import ModulatedBatchNorm2d
 from vqa.recipes import load_settings
 from vqa.resnet import ModulatedResNet, StageMap
 from vqa.run_directory import RunDirectory
-from vqa.train import Training, train
+from vqa.train import prepare, train
 
 # small steps: rounding must not grow
 SLOW = ["speed.fused=false", "speed.share_images=false", "speed.channels_last=false", "data.cache_gib=0"]
@@ -73,15 +73,15 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     compiled = []
     monkeypatch.setattr(ModulatedResNet, "compile", lambda _self: compiled.append(1))
     settings = load_settings(tiny, words)
-    training = Training(settings, RunDirectory(tmp_path / settings.name), this_process())
-    resnet = training.model.resnet
+    trainer = prepare(settings, RunDirectory(tmp_path / settings.name), this_process())
+    resnet = trainer.model.resnet
     fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
     assert fused == {on}
     assert resnet.network.get_submodule("layer4.0.conv1").weight.is_contiguous(memory_format=torch.channels_last) == on
-    assert training.data.seen(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).is_contiguous() != on
+    assert trainer.images.prepare(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).is_contiguous() != on
     assert resnet.recompute == ({3} if on else set())
-    assert training.data.training.share == training.data.validation.share == on
-    training.run_epochs()
+    assert trainer.training.share == trainer.validation.share == on
+    trainer.run_epochs()
     assert bool(compiled) == on
 
 

@@ -19,7 +19,8 @@ from data.store import _digest_of
 from tests.conftest import ROOT
 from vqa import engine
 from vqa.recipes import load_settings
-from vqa.train import train
+from vqa.train import prepare, train
+from vqa.training_data import VQATask
 
 PYTHON = [sys.executable, str(ROOT / "main.py")]
 
@@ -137,11 +138,9 @@ def test_a_run_on_one_cycle_cannot_be_trained_longer(tiny, tmp_path):
 
 
 def test_a_run_that_stopped_early_is_trained_on_with_more_patience(tiny, tmp_path, monkeypatch, capsys):
-    import vqa.train
-
-    given, real = [30.0, 20.0, 10.0, 40.0], vqa.train.score
+    given, real = [30.0, 20.0, 10.0, 40.0], VQATask.score
     scores = iter([*given, *given])
-    monkeypatch.setattr(vqa.train, "score", lambda *of: real(*of) | {"overall": next(scores)})
+    monkeypatch.setattr(VQATask, "score", lambda *of: real(*of) | {"overall": next(scores)})
     words = ["train.epochs=4", "train.patience=3"]
     whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
     impatient = ["name=early", words[0], "train.patience=1"]
@@ -301,11 +300,9 @@ def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
 
 
 def test_the_best_epochs_model_is_kept_and_training_stops_early(tiny, tmp_path, monkeypatch):
-    import vqa.train
-
     scores = iter([30.0, 50.0, 40.0, 45.0, 99.0])
-    real = vqa.train.score
-    monkeypatch.setattr(vqa.train, "score", lambda *given: real(*given) | {"overall": next(scores)})
+    real = VQATask.score
+    monkeypatch.setattr(VQATask, "score", lambda *given: real(*given) | {"overall": next(scores)})
     settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2"])
     run = train(settings, runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
@@ -461,7 +458,6 @@ def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):
     from vqa.distributed import Processes
     from vqa.run_directory import RunDirectory
-    from vqa.train import Training
 
     with pytest.raises(InputError, match="cannot be shared equally by 3 processes"):
-        Training(load_settings(tiny), RunDirectory(tmp_path), Processes(0, 0, 3))
+        prepare(load_settings(tiny), RunDirectory(tmp_path), Processes(0, 0, 3))

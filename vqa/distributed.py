@@ -38,6 +38,18 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
+
     def agreed(self, work: Callable[[], Result]) -> Result:
         """The result of this process's work, where no process raises InputError.
 

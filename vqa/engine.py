@@ -1,7 +1,7 @@
-"""The loops: one epoch of training, and the answers to all questions of a loader. They see no command line."""
+"""The loops: one epoch of training, and the answers to all questions of a loader. They know no command line."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from data.loading import Batch, moved
 from data.table import NO_ANSWER
 from vqa.not_finite import NotFiniteError, place_of_first
 from vqa.resnet import StageMap
+from vqa.settings import Settings
 
 
 def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
@@ -35,6 +36,12 @@ def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
+def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none."""
+    # the loss takes logits: its own softmax is the only one
+    return F.cross_entropy(logits, answer_targets(labels, logits.shape[1], kind), reduction=reduction)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bfloat16 autocast on a device, or nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
@@ -43,75 +50,66 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def train_steps(
     model: nn.Module,
     batches: Iterable[Batch],
-    *,
-    see: Callable[[Tensor], Tensor | StageMap],
-    loss: str,
-    precision: str,
+    settings: Settings,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    clip: float,
-    accumulate: int,
+    *,
+    loss: Callable[..., Tensor],
+    prepare_images: Callable[[Tensor], Tensor | StageMap],
     device: torch.device,
-    after_step: Callable[[float | None], None],
-    leave_out: Callable[[NotFiniteError], bool] | None = None,
-) -> None:
-    """Trains on batches in their order.
+) -> Iterator[float | NotFiniteError]:
+    """Trains on batches in their order, a step each.
 
     Args:
         model: the model, or a wrapper of it.
         batches: the batches.
-        see: makes of a batch's images what the model takes.
-        loss: `soft` or `hard`, as in `answer_targets`.
-        precision: as in `autocast`.
+        settings: `precision`, `train.clip`, `train.accumulate` and `train.skip_not_finite` count here.
         optimiser: of the trained parameters.
         schedule: of the learning rate, moved on by every step that is taken.
-        clip: largest norm of the gradient.
-        accumulate: parts that a batch goes through the model in.
+        loss: of logits and labels, with `reduction` mean or none.
+        prepare_images: a batch's images → the model's input.
         device: where the model is.
-        after_step: called with each step's loss, None for a step that is left out.
-        leave_out: asked, where a loss or gradient is not finite, whether to go on without that step; the model is then
-            as it was before it, running statistics included.
+
+    Yields:
+        The loss of each step; or why it is skipped, where its gradient is not finite and `train.skip_not_finite` is not
+        0. The model is then as before the step, running statistics included.
 
     Raises:
-        NotFiniteError: a loss or gradient is not finite and not left out; the parameters are as before that step.
+        NotFiniteError: a loss or gradient is not finite and not skipped; the parameters are as before that step.
     """
     model.train()
+    train = settings.train
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
-    def logits_of(part: Batch) -> Tensor:
-        with autocast(device, precision):
-            return model(see(part.images), part.tokens, part.lengths, places=part.places).logits.float()
-
     def loss_of(part: Batch, reduction: str = "mean") -> Tensor:
-        logits = logits_of(part)
-        # the loss takes logits: its own softmax is the only one
-        targets = answer_targets(part.labels, logits.shape[1], loss)
-        return F.cross_entropy(logits, targets, reduction=reduction)
+        with autocast(device, settings.precision):
+            logits = model(prepare_images(part.images), part.tokens, part.lengths, places=part.places).logits
+        return loss(logits.float(), part.labels, reduction=reduction)
 
-    for batch, whole in moved(batches, device):
+    for _, batch in moved(batches, device):
         optimiser.zero_grad(set_to_none=True)
         value = torch.zeros((), device=device)
-        before = [buffer.clone() for buffer in model.buffers()] if leave_out else []
-        *first, last = whole.parts(accumulate)
-        for part in (*first, last):
-            with nullcontext() if part is last else _alone(model):
+        buffers = [buffer.clone() for buffer in model.buffers()] if train.skip_not_finite else []
+        parts = batch.parts(train.accumulate)
+        for part in parts:
+            with nullcontext() if part is parts[-1] else _alone(model):
                 of_part = loss_of(part) * (len(part.rows) / len(batch.rows))
                 of_part.backward()
             value += of_part.detach()
-        norm = nn.utils.clip_grad_norm_(trained, clip)
-        if not torch.isfinite(norm + value):
-            what = f"the norm of the gradient is {norm}" if torch.isfinite(value) else f"the loss is {value}"
-            error = _not_finite(model, what, whole.parts(accumulate), loss_of)
-            # the gradient is the same in all processes, so that all leave the step out; the loss alone is not
-            if leave_out is None or torch.isfinite(norm) or not leave_out(error):
-                raise error
-            for buffer, kept in zip(model.buffers(), before, strict=True):
-                buffer.copy_(kept)
-            after_step(None)
+        norm = nn.utils.clip_grad_norm_(trained, train.clip)
+        if torch.isfinite(norm + value):
+            optimiser.step()
+            schedule.step()
+            yield value.item()
             continue
-        optimiser.step()
-        schedule.step()
-        after_step(value.item())
+        what = f"the norm of the gradient is {norm}" if torch.isfinite(value) else f"the loss is {value}"
+        error = _not_finite(model, what, parts, loss_of)
+        # the gradient is the same in all processes, so that all skip the step; the loss alone is not
+        if not train.skip_not_finite or torch.isfinite(norm):
+            raise error
+        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        yield error
 
 
 def _alone(model: nn.Module) -> AbstractContextManager:
@@ -142,11 +140,11 @@ def predict_classes(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    see: Callable[[Tensor], Tensor | StageMap],
+    prepare_images: Callable[[Tensor], Tensor | StageMap],
     precision: str,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable answer class of every question: rows and classes, int64 [N] each; `see` as in `train_steps`.
+    """The most probable answer class of every question: rows and classes, int64 [N] each.
 
     Raises:
         NotFiniteError: the model has no probabilities for a question.
@@ -157,7 +155,7 @@ def predict_classes(
     classes: list[int] = []
     for batch, there in moved(batches, device):
         with autocast(device, precision):
-            logits = model(see(there.images), there.tokens, there.lengths, places=there.places).logits
+            logits = model(prepare_images(there.images), there.tokens, there.lengths, places=there.places).logits
         best, class_ = logits.max(1)  # NaN is the largest
         if not best.isfinite().all():
             bad = batch.rows[~best.isfinite().cpu()].tolist()

@@ -97,7 +97,7 @@ def evaluate(
                 return _write_scores(out, split, data.table, answers, bundle.training, per_question)
             return None
 
-        return processes.gather(processes.agreed(write))[0]
+        return processes.broadcast(processes.agreed(write))
 
 
 def _write_scores(
@@ -192,7 +192,7 @@ def predict_answers(
             return predict_classes(
                 bundle.model,
                 batches_in_order(data, settings, device, "answering", processes),
-                see=bundle.preprocessing.normalise,
+                prepare_images=bundle.preprocessing.normalise,
                 precision=settings.precision,
                 device=device,
             )

@@ -1,64 +1,87 @@
-"""What the fixed first stages make of every picture, computed once and read from then on.
+"""Where training takes its images from: the pixels, or a cache of the frozen stages' feature maps on disk.
 
 Up to the first stage that is conditioned or trained, a ResNet under `population` statistics gives the same map for the
-same picture in every epoch. With no stage conditioned (the baseline) that is all of it.
+same image in every epoch. With no stage conditioned (the baseline) that is all of it.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from data.errors import NotWrittenError
+from data.loading import Images
 from data.maps import cached_maps
-from data.rows import H5Rows
-from data.store import H5Images, Store
+from data.store import Store
+from vqa.distributed import Processes
 from vqa.preprocessing import Preprocessing
 from vqa.resnet import ModulatedResNet, StageMap
 
 
-def prefix_maps(
-    resnet: ModulatedResNet, store: Store, preprocessing: Preprocessing, device: torch.device, most_gib: float
-) -> tuple[int, H5Rows] | None:
-    """The last fixed stage and its maps of all pictures, from a file beside the h5 file that is made if it is missing.
+@dataclass(frozen=True)
+class ImageSource:
+    """What stands for the images of a dataset, and how a batch of it becomes the network's input."""
 
-    Args:
-        resnet: the network, on its device; what is trained of it is marked so.
-        store: the pictures.
-        preprocessing: what is done to a picture first.
-        device: where it is computed.
-        most_gib: the largest file that may be made, in GiB.
+    images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
+    preprocessing: Preprocessing
+    channels_last: bool  # memory layout of the input
+    stage: int | None = None  # after which the maps are; None: images
 
-    Returns:
-        None where no stage is fixed or the file would be larger.
+    def prepare(self, batch: Tensor) -> Tensor | StageMap:
+        """The network's input for a batch of images or maps."""
+        prepared = self.preprocessing.normalise(batch) if self.stage is None else batch.permute(0, 3, 1, 2).float()
+        if not self.channels_last:
+            prepared = prepared.contiguous()
+        return prepared if self.stage is None else StageMap(self.stage, prepared)
+
+
+def choose_images(
+    resnet: ModulatedResNet,
+    store: Store,
+    pixels: ImageSource,
+    device: torch.device,
+    most_gib: float,
+    processes: Processes,
+) -> ImageSource:
+    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing.
+
+    It is `pixels`, the images of the store, where no stage is fixed, or the file would be larger than `most_gib` or
+    cannot be written.
 
     Raises:
-        InputError: as `cached_maps`; NotWrittenError, too.
+        InputError: as `cached_maps`.
     """
     stage = resnet.fixed_stage()
     if stage is None:
-        return None
-    images = H5Images(store.path)
+        return pixels
 
     @torch.inference_mode()
     def encode(rows: Sequence[int]) -> np.ndarray:
-        pixels = torch.from_numpy(np.stack([images[row] for row in rows])).to(device)
+        images = torch.from_numpy(np.stack([pixels.images[row] for row in rows])).to(device)
         was_training = resnet.training
-        maps = resnet.eval().prefix(preprocessing.normalise(pixels), stage).map
+        maps = resnet.eval().prefix(pixels.preprocessing.normalise(images), stage).map
         resnet.train(was_training)
         return maps.permute(0, 2, 3, 1).cpu().numpy()
 
     count = len(store.usable)
     if 2 * count * encode([0])[0].size > most_gib * 2**30:
-        return None
+        return pixels
     identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
-    name = f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5"
-    return stage, cached_maps(store.path.with_name(name), identity, count, encode)
-
-
-def as_stage_map(stage: int, maps: torch.Tensor) -> StageMap:
-    """A batch of stored maps float16 [B, H, W, C] as the network takes it."""
-    return StageMap(stage, maps.permute(0, 3, 1, 2).float())
+    file = store.path.with_name(f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5")
+    maps = None
+    if processes.is_main:
+        try:
+            maps = cached_maps(file, identity, count, encode)
+        except NotWrittenError as error:
+            processes.say(f"{error}; training goes on without stored maps")
+    if not processes.broadcast(maps is not None):
+        return pixels
+    if maps is None:
+        maps = cached_maps(file, identity, count, encode)
+    return replace(pixels, images=maps, stage=stage)
 
 
 def _digest(resnet: ModulatedResNet, stage: int) -> str:

@@ -45,7 +45,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     if "image" not in settings.inputs or not bundle.model.resnet.batch_norms():
         raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
     data = split_data(bundle, settings, split)
-    rows = list(EpochSampler(len(data), settings.train.batch_size, settings.seed, epoch=1))[:batches]
+    rows = list(EpochSampler(data.table.images, settings.train.batch_size, settings.seed, epoch=1))[:batches]
     if len(rows[0]) < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
         raise InputError(
             f"train.batch_size: statistics at {settings.data.image_size} px need batches of {needed} questions, not "

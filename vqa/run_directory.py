@@ -39,32 +39,31 @@ class RunDirectory:
         """Whether training left anything here; a run that ended before its first checkpoint does not block its name."""
         return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
-    def refusal(self, settings: Settings, resume: bool) -> str | None:
-        """Why training here would overwrite a run, or go on with one of other settings; None if it would not.
+    def check(self, settings: Settings, resume: bool) -> None:
+        """Refuses to overwrite a run, or to go on with one of other settings.
 
         Training may end later than the run was to end, where the schedule does not depend on it.
+
+        Raises:
+            InputError: training here would do so.
         """
         config = self.path / "config.yaml"
         if not self.holds_training():
-            return None
+            return
         if not resume:
-            return f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`"
-        try:
-            theirs = load_saved(config)
-        except InputError as error:
-            return str(error)
+            raise InputError(f"{self.path}: holds a run already; go on with it by --resume, or choose another `name`")
+        theirs = load_saved(config)
         for key in different_keys(settings, theirs, _RESUMABLE):
             if not _lasts_longer(key, settings.train, theirs.train):
-                return (
+                raise InputError(
                     f"{config}: this run has another {key} than asked for; choose another `name` for the new settings"
                 )
             if key == "train.epochs" and theirs.train.schedule == "one_cycle":
-                return (
+                raise InputError(
                     f"{config}: train.epochs cannot grow from {theirs.train.epochs} to {settings.train.epochs}: "
                     "one_cycle lowers the learning rate to 0 over the epochs it began with, constant does not; choose "
                     "another `name`"
                 )
-        return None
 
     def start(self, settings: Settings, device: torch.device, world_size: int, trained_parameters: int) -> None:
         """Writes what explains the run."""

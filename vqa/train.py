@@ -1,7 +1,7 @@
-"""Training: sets a run up, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
+"""Training: prepares a run, loops over epochs, keeps the best model, and can be killed and resumed at any step."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,32 @@ import torch
 from torch import nn
 
 from data.errors import InputError, NotWrittenError
-from data.glove import read_glove
 from data.interruption import Interrupted, StopRequest
-from data.loading import Batch, EpochSampler, batches_by_image, check_shared_memory, make_loader, readable
+from data.loading import (
+    Batch,
+    EpochSampler,
+    QuestionDataset,
+    batches_by_image,
+    check_shared_memory,
+    make_loader,
+    readable,
+)
 from data.locks import held
 from data.progress import progress as shown
+from data.store import H5Images
+from data.table import QuestionTable
 from vqa import bundle
-from vqa.build import build_model, build_optimiser, build_schedule, choose_device, trained_parameters
-from vqa.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
+from vqa.build import build_optimiser, build_schedule, choose_device, trained_parameters
+from vqa.checkpoint import TrainingState, load_checkpoint
 from vqa.distributed import Processes, averaging_gradients, this_process, together
 from vqa.engine import predict_classes, train_steps
-from vqa.metrics import Scores, score
-from vqa.model import VQAModel
+from vqa.metrics import Scores
 from vqa.not_finite import NotFiniteError
+from vqa.prefix import ImageSource, choose_images
+from vqa.resnet import ModulatedResNet
 from vqa.run_directory import RunDirectory, peak_memory_mib
 from vqa.settings import Settings
-from vqa.training_data import TrainingData, first_words
-
-MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
+from vqa.training_data import VQATask
 
 
 def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
@@ -36,7 +44,7 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
 
     Args:
         settings: the recipe; its h5 file must be there.
-        resume: go on from the last checkpoint, if there is one.
+        resume: from the last checkpoint, if there is one.
         runs: where run directories are.
 
     Raises:
@@ -47,223 +55,226 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
     run = RunDirectory(runs / settings.name)
     processes = this_process()
     with together(processes, choose_device(settings.device, processes)), ExitStack() as stack:
-        refusal = None
-        if processes.is_main:
-            try:
+
+        def look() -> bool:
+            if processes.is_main:
                 stack.enter_context(held(run.lock, run.path))
-            except InputError as error:
-                refusal = str(error)
-        # Every process decides from what all of them see, and none writes before all have looked.
-        seen = processes.gather((refusal or run.refusal(settings, resume), run.checkpoint.exists()))
-        if refusals := [refusal for refusal, _ in seen if refusal]:
-            raise InputError(refusals[0])
-        if len({exists for _, exists in seen}) > 1:
+            run.check(settings, resume)
+            return run.checkpoint.exists()
+
+        # every process decides from what all of them see, and none writes before all have looked
+        if len(set(processes.gather(processes.agreed(look)))) > 1:
             raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
-        training = Training(settings, run, processes)
-        training.run_epochs()
+        prepare(settings, run, processes).run_epochs()
     return run
 
 
-class Training:
-    """One process's part of a run: its data, model, optimiser, and where it is: at the last checkpoint, if any."""
+def prepare(settings: Settings, run: RunDirectory, processes: Processes) -> "Trainer":
+    """Opens the data, builds the model, resumes from the last checkpoint if there is one, fills the cache of stage
+    maps and writes what explains the run; a finished run is left as it is.
 
-    def __init__(self, settings: Settings, run: RunDirectory, processes: Processes) -> None:
+    Raises:
+        InputError: as `train`.
+    """
+    train = settings.train
+    if train.batch_size % processes.world_size:
+        raise InputError(
+            f"train.batch_size: {train.batch_size} questions cannot be shared equally by "
+            f"{processes.world_size} processes"
+        )
+    device = choose_device(settings.device, processes)
+    task = VQATask(settings)
+    fresh = not run.checkpoint.exists()
+
+    torch.manual_seed(settings.seed)  # the same initial weights in every process
+    model = task.new_model(fresh=fresh, say=processes.say).to(device)
+    sampler = epoch_sampler(settings, task.training, processes, epoch=1)
+    _check_batch_statistics(settings, model.resnet, sampler)
+    torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
+
+    optimiser = build_optimiser(train, model)
+    schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
+    state = TrainingState(model, optimiser, schedule, device)
+    if not fresh:
+        _resume(state, run, task, processes)
+        state.progress.decide_if_finished(train.epochs, train.patience)  # more may be asked for than before
+
+    images = ImageSource(H5Images(task.store.path), task.preprocessing, settings.speed.channels_last)
+    if not state.progress.finished:
+        images = choose_images(model.resnet, task.store, images, device, settings.data.cache_gib, processes)
+    trainer = Trainer(settings, run, processes, task, state, images)
+    if not state.progress.finished:
+        check_shared_memory(trainer.training, trainer.sampler(state.progress.epoch), settings.workers)
+        if processes.is_main:
+            run.start(settings, device, processes.world_size, trainer.trained_count)
+            task.save_companions(run.model)
+    return trainer
+
+
+def epoch_sampler(
+    settings: Settings, table: QuestionTable, processes: Processes, epoch: int, start: int = 0
+) -> EpochSampler:
+    """The batches of an epoch from `start` on, as far as they are this process's."""
+    return EpochSampler(
+        table.images,
+        settings.train.batch_size,
+        settings.seed,
+        epoch,
+        processes.rank,
+        processes.world_size,
+        together=settings.train.together,
+        start=start,
+    )
+
+
+def _check_batch_statistics(settings: Settings, resnet: ModulatedResNet, sampler: EpochSampler) -> None:
+    """Raises InputError where a step would take the statistics of one value a channel."""
+    train, size = settings.train, settings.data.image_size
+    mine = sampler.batch_size // sampler.world_size
+    part = -(-mine // train.accumulate)
+    fewest = (mine % part or part) * sampler.world_size  # the last part is the smallest
+    needed = resnet.least_batch(size)
+    if "image" in settings.inputs and resnet.statistics == "batch" and fewest < needed:
+        raise InputError(
+            f"backbone.statistics: at {size} px a batch's statistics need {needed} "
+            f"questions; train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives "
+            f"{fewest}: take a larger batch, larger images, or population"
+        )
+
+
+def _resume(state: TrainingState, run: RunDirectory, task: VQATask, processes: Processes) -> None:
+    """Takes everything from the last checkpoint.
+
+    Raises:
+        InputError: it is damaged, or of other data or another number of processes.
+    """
+    saved = load_checkpoint(run.checkpoint)
+    if not task.is_same_data(saved["data"]):
+        raise InputError(f"{task.store.path}: not the data that {run.path} was trained on")
+    if (count := len(saved["processes"])) != processes.world_size:
+        raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
+    state.restore(saved, processes.rank)
+    processes.say(f"{run.path}: goes on at epoch {state.progress.epoch}, step {state.progress.step}")
+
+
+class Trainer:
+    """Trains one process's part of a run from the `state` on, which `prepare` brings to the last checkpoint."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: RunDirectory,
+        processes: Processes,
+        task: VQATask,
+        state: TrainingState,
+        images: ImageSource,
+    ) -> None:
         self.settings, self.run, self.processes = settings, run, processes
-        self.device = choose_device(settings.device, processes)
-        if settings.train.batch_size % processes.world_size:
-            raise InputError(
-                f"train.batch_size: {settings.train.batch_size} questions cannot be shared equally by "
-                f"{processes.world_size} processes"
-            )
-        self.data = TrainingData(settings)
-
-        torch.manual_seed(settings.seed)  # the same initial weights in every process
-        self.model = self._new_model()
-        self._check_batch_statistics()
-        torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
-        self.trained_count = sum(parameter.numel() for parameter in trained_parameters(self.model))
-        self.optimiser = build_optimiser(settings.train, self.model)
-        steps = settings.train.epochs * len(self.sampler(epoch=1))
-        self.schedule = build_schedule(settings.train, self.optimiser, steps)
-        self.progress = Progress()
-        self.stop = StopRequest()
+        self.task, self.state, self.images = task, state, images
+        self.model, self.progress, self.device = state.model, state.progress, state.device
+        self.training, self.validation = (
+            None if table is None else QuestionDataset(table, images.images, share=settings.speed.share_images)
+            for table in (task.training, task.validation)
+        )
+        self.trained_count = sum(parameter.numel() for parameter in trained_parameters(state.model))
         self.writes_tensorboard = settings.train.tensorboard
-        if run.checkpoint.exists():
-            self._resume()
-        if not self.progress.finished:
-            self.data.read_stored_maps(self.model.resnet, self.device, processes)
-            check_shared_memory(self.data.training, self.sampler(self.progress.epoch), settings.workers)
-        if processes.is_main and not self.progress.finished:
-            run.start(settings, self.device, processes.world_size, self.trained_count)
-            store = self.data.store
-            bundle.save_companions(run.model, settings, store.tokenizer, store.vocabulary, self.data.preprocessing)
-
-    def _new_model(self) -> VQAModel:
-        vocabulary = self.data.store.tokenizer.get_vocab()
-        fresh = not self.run.checkpoint.exists()  # else all weights come from the checkpoint
-        model = build_model(self.settings, len(vocabulary), len(self.data.store.vocabulary), pretrained=fresh)
-        if model.question is not None and model.question.fixed is not None and fresh:
-            file = Path(self.settings.question.glove)
-            vectors, found = read_glove(file, vocabulary, self.settings.question.glove_size)
-            self._say(f"{file}: vectors for {found} of {len(vocabulary)} words")
-            model.question.set_fixed(torch.from_numpy(vectors))
-        if model.kinds is not None and fresh:
-            model.kinds.set_from(torch.from_numpy(first_words(self.data.training.table)))
-        if model.condition == "mean_question" and fresh:
-            model.set_mean_question(*self.data.training.words(range(min(len(self.data.training), MEAN_OF))))
-        return model.to(self.device)
-
-    def _check_batch_statistics(self) -> None:
-        """Raises InputError where a step would take the statistics of one value a channel."""
-        train, resnet = self.settings.train, self.model.resnet
-        mine = self.sampler(epoch=1).batch_size // self.processes.world_size
-        part = -(-mine // train.accumulate)
-        fewest = (mine % part or part) * self.processes.world_size  # the last part is the smallest
-        needed = resnet.least_batch(self.settings.data.image_size)
-        if self.model.sees_image and resnet.statistics == "batch" and fewest < needed:
-            raise InputError(
-                f"backbone.statistics: at {self.settings.data.image_size} px a batch's statistics need {needed} "
-                f"questions; train.batch_size={train.batch_size} in train.accumulate={train.accumulate} parts gives "
-                f"{fewest}: take a larger batch, larger images, or population"
-            )
-
-    def sampler(self, epoch: int, start: int = 0) -> EpochSampler:
-        """The batches of an epoch from `start` on, as far as they are this process's."""
-        return self.data.sampler(epoch, start, self.processes)
-
-    def _resume(self) -> None:
-        """Takes everything from the last checkpoint.
-
-        Raises:
-            InputError: it is damaged, or of other data or another number of processes.
-        """
-        saved = load_checkpoint(self.run.checkpoint)
-        store = self.data.store
-        if saved["data"] not in (self.data.identity, store.identity(store.splits)):  # of all splits: as it was once
-            raise InputError(f"{self.data.store.path}: not the data that {self.run.path} was trained on")
-        mine, count = self.processes.rank, len(saved["processes"])
-        if count != self.processes.world_size:
-            raise InputError(f"{self.run.checkpoint}: made by {count} process(es); resume with as many")
-        self.model.load_state_dict(saved["model"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        for parameter, state in self.optimiser.state.items():  # a fused step needs them in one layout, and
-            for name, value in state.items():  # `speed.channels_last` may be another than before
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
-        self.schedule.load_state_dict(saved["schedule"])
-        self.progress = Progress(**saved["progress"] | {"loss_sum": saved["processes"][mine]["loss_sum"]})
-        self.progress.finished = self._is_finished()  # more epochs may be asked for than before
-        set_random_state(saved["processes"][mine]["random"], self.device)
-        self._say(f"{self.run.path}: goes on at epoch {self.progress.epoch}, step {self.progress.step}")
-
-    def _is_finished(self) -> bool:
-        """Whether all epochs are trained, or the last `train.patience` of them brought no better model."""
-        trained, train = len(self.progress.history), self.settings.train
-        return trained >= train.epochs or 0 < train.patience <= trained - self.progress.best_epoch
+        self.stop = StopRequest()
 
     def run_epochs(self) -> None:
         """Trains until the last epoch or early stopping; does nothing if that is past."""
+        say, run, task = self.processes.say, self.run.path, self.task
         if self.progress.finished:
             early = len(self.progress.history) < self.settings.train.epochs
             why = ", stopped early by train.patience (which may be raised)" if early else ""
-            self._say(f"{self.run.path}: finished{why}, nothing to do")
+            say(f"{run}: finished{why}, nothing to do")
             return
-        self._say(
-            f"{self.run.path}: {len(self.data.training)} questions, {self.trained_count:,} trained parameters, "
-            f"on {self.device}"
-        )
-        if self.data.stand_ins:
-            self._say(
-                f"{self.data.store.path}: {self.data.stand_ins} image(s) were missing or unreadable: their questions "
+        say(f"{run}: {len(self.training)} questions, {self.trained_count:,} trained parameters, on {self.device}")
+        if task.stand_ins:
+            say(
+                f"{task.store.path}: {task.stand_ins} image(s) were missing or unreadable: their questions "
                 "are not trained on, and validated with a stand-in of the mean colour"
             )
-        # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         if self.settings.speed.compile:
             self.model.resnet.compile()
-        wrapped: nn.Module = self.model
-        if self.processes.world_size > 1:
-            wrapped = averaging_gradients(self.model)
-        with self.stop:  # a signal waits until what it may not cut in two is done
+        # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
+        wrapped = self.model if self.processes.world_size == 1 else averaging_gradients(self.model)
+        with self.stop:
             while not self.progress.finished:
                 self._train_epoch(wrapped)
                 self._end_epoch()
                 self._stop_if_asked()
 
-    def _stop_if_asked(self, save: bool = False) -> None:
-        """Ends the run where a signal waits in any process; `save` says that it is not saved yet."""
-        if self.processes.any(self.stop.made, self.device):
-            if save:
-                self._save_checkpoint()
-            self.stop.obey()
-
-    def _stop_waiting_if_asked(self) -> None:
-        """Ends the run where a signal waits while batches do not come."""
-        if self.stop.made:
-            if self.processes.world_size == 1:  # several have their last checkpoint
-                self._save_checkpoint()
-            self.stop.obey()
-
     def _train_epoch(self, model: nn.Module) -> None:
-        settings, progress = self.settings, self.progress
+        progress, every = self.progress, self.settings.train.checkpoint_every
         sampler = self.sampler(progress.epoch, progress.step)
-        loader = make_loader(self.data.training, sampler, settings.workers, self.device)
+        batches = self.batches(sampler)
+        if self.processes.is_main:
+            batches = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         begun = time.monotonic() - progress.seconds
-
-        def after_step(loss: float | None) -> None:
-            progress.step += 1
-            progress.loss_sum += loss or 0.0
-            progress.left_out += loss is None
-            progress.seconds = time.monotonic() - begun
-            every = settings.train.checkpoint_every
-            due = bool(every) and (progress.step % every == 0 or progress.step == sampler.batches)
-            if due:
-                self._save_checkpoint()
-            self._stop_if_asked(save=not due)
-
-        batches = readable(loader, self._stop_waiting_if_asked)
-        bar = shown(batches, sampler.batches, f"epoch {progress.epoch}", done=progress.step)
         try:
-            self.take_steps(model, bar if self.processes.is_main else batches, after_step)
+            for loss in self.steps(model, batches):
+                if isinstance(loss, NotFiniteError):
+                    self._skip(loss)
+                else:
+                    progress.loss_sum += loss
+                progress.step += 1
+                progress.seconds = time.monotonic() - begun
+                due = bool(every) and (progress.step % every == 0 or progress.step == sampler.batches)
+                if due:
+                    self._save_checkpoint()
+                self._stop_if_asked(save=not due)
         except NotFiniteError as error:
             raise InputError(
                 f"{self._at_step(error)}; a lower train.learning_rate or train.clip under another `name` may help, "
                 "train.skip_not_finite leaves such steps out; the last checkpoint is kept"
             ) from None
 
-    def take_steps(
-        self, model: nn.Module, batches: Iterable[Batch], after_step: Callable[[float | None], None]
-    ) -> None:
-        """Trains the model, or a wrapper of it, on batches as the settings say; `after_step` is as in `train_steps`.
+    def sampler(self, epoch: int, start: int = 0) -> EpochSampler:
+        """As `epoch_sampler`."""
+        return epoch_sampler(self.settings, self.task.training, self.processes, epoch, start)
 
-        Raises:
-            NotFiniteError: as `train_steps`.
-        """
-        train = self.settings.train
-        train_steps(
+    def batches(self, sampler: EpochSampler) -> Iterator[Batch]:
+        """The training batches of a sampler; a signal ends the wait for one that does not come."""
+        loader = make_loader(self.training, sampler, self.settings.workers, self.device)
+        return readable(loader, self._stop_waiting_if_asked)
+
+    def steps(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[float | NotFiniteError]:
+        """Trains the model, or a wrapper of it, on batches as the settings say; yields and raises as `train_steps`."""
+        return train_steps(
             model,
             batches,
-            see=self.data.seen,
-            loss=train.loss,
-            precision=self.settings.precision,
-            optimiser=self.optimiser,
-            schedule=self.schedule,
-            clip=train.clip,
-            accumulate=train.accumulate,
+            self.settings,
+            self.state.optimiser,
+            self.state.schedule,
+            loss=self.task.loss,
+            prepare_images=self.images.prepare,
             device=self.device,
-            after_step=after_step,
-            leave_out=self._leave_out if train.skip_not_finite else None,
         )
 
-    def _leave_out(self, error: NotFiniteError) -> bool:
-        """Whether a step that is not finite is left out, as far as the settings allow; says so."""
+    def _skip(self, error: NotFiniteError) -> None:
+        """Counts a step that was skipped, and says so. Raises the error if the settings allow no more of them."""
         if self.progress.left_out == self.settings.train.skip_not_finite:
-            return False
-        self._say(f"{self._at_step(error)}; this step is left out")
-        return True
+            raise error
+        self.processes.say(f"{self._at_step(error)}; this step is left out")
+        self.progress.left_out += 1
 
     def _at_step(self, error: NotFiniteError) -> str:
         where = f"{self.run.path}: epoch {self.progress.epoch}, step {self.progress.step + 1}"
-        return f"{where}: {error.of(self.data.training.table.ids)}"
+        return f"{where}: {error.of(self.task.training.ids)}"
+
+    def _stop_if_asked(self, save: bool = False) -> None:
+        """Ends the run where a signal came to any process; `save` says that the last step is not saved yet."""
+        if self.processes.any(self.stop.made, self.device):
+            if save:
+                self._save_checkpoint()
+            self.stop.obey()
+
+    def _stop_waiting_if_asked(self) -> None:
+        """Ends the run where a signal came while a batch does not."""
+        if self.stop.made:
+            if self.processes.world_size == 1:  # several have their last checkpoint
+                self._save_checkpoint()
+            self.stop.obey()
 
     def _end_epoch(self) -> None:
         progress = self.progress
@@ -276,11 +287,11 @@ class Training:
             "steps_left_out": progress.left_out,
             "train_loss": sum(losses) / len(losses) / (progress.step - progress.left_out),
             "val_overall": None,
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.state.schedule.get_last_lr()[0],
             "seconds": round(progress.seconds, 2),
             "peak_memory_mib": peak_memory_mib(self.device),
         }
-        if self.data.validation is not None:
+        if self.validation is not None:
             try:
                 with self.stop.suspended():
                     scores = self._validate()
@@ -294,27 +305,26 @@ class Training:
         if overall is None or progress.best_overall is None or overall > progress.best_overall:
             progress.best_overall, progress.best_epoch = overall, progress.epoch
             if self.processes.is_main:
-                bundle.save_weights(self.run.model, self.model, self._training_facts())
-        progress.finished = self._is_finished()
+                facts = {"trained_on": self.settings.train.splits, "epoch": progress.epoch, "val_overall": overall}
+                bundle.save_weights(self.run.model, self.model, facts)
+        progress.decide_if_finished(self.settings.train.epochs, self.settings.train.patience)
         self._report(line)
         progress.epoch, progress.step, progress.left_out = progress.epoch + 1, 0, 0
         progress.loss_sum, progress.seconds = 0.0, 0.0
         self._save_checkpoint()
 
-    def _training_facts(self) -> dict[str, Any]:
-        facts = {"trained_on": self.settings.train.splits, "epoch": self.progress.best_epoch}
-        return facts | {"val_overall": self.progress.best_overall}
-
     def _validate(self) -> Scores:
-        data, processes = self.data.validation, self.processes
-        sampler = batches_by_image(data.table, self.settings.train.batch_size, processes.rank, processes.world_size)
-        batches = readable(make_loader(data, sampler, self.settings.workers, self.device))
-        bar = shown(batches, len(sampler), f"validation {self.progress.epoch}")
+        data, processes = self.validation, self.processes
+        size = self.settings.train.batch_size
+        rows = batches_by_image(data.table, size, processes.rank, processes.world_size)
+        batches = readable(make_loader(data, rows, self.settings.workers, self.device))
+        if processes.is_main:
+            batches = shown(batches, len(rows), f"validation {self.progress.epoch}")
         try:
             rows, classes = predict_classes(
                 self.model,
-                bar if processes.is_main else batches,
-                see=self.data.seen,
+                batches,
+                prepare_images=self.images.prepare,
                 precision=self.settings.precision,
                 device=self.device,
             )
@@ -323,13 +333,13 @@ class Training:
                 f"{self.run.path}: after epoch {self.progress.epoch}, {error.of(data.table.ids)}"
             ) from None
         everyone = processes.gather((rows.numpy(), classes.numpy()))
-        if not processes.is_main:
-            return processes.gather(None)[0]
-        answers = np.empty(len(data), np.int64)
-        for their_rows, their_classes in everyone:
-            answers[their_rows] = their_classes
-        scores = score([self.data.store.vocabulary[answer] for answer in answers], data.table)
-        return processes.gather(scores)[0]
+        scores = None
+        if processes.is_main:
+            answers = np.empty(len(data), np.int64)
+            for their_rows, their_classes in everyone:
+                answers[their_rows] = their_classes
+            scores = self.task.score(answers)
+        return processes.broadcast(scores)
 
     def _report(self, line: dict[str, Any]) -> None:
         if not self.processes.is_main:
@@ -339,30 +349,12 @@ class Training:
             try:
                 self.run.write_tensorboard(line)
             except NotWrittenError as error:
-                self._say(f"{error}; training goes on without TensorBoard")
+                self.processes.say(f"{error}; training goes on without TensorBoard")
                 self.writes_tensorboard = False
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
-        epochs = self.settings.train.epochs
-        print(
-            f"epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s",
-            flush=True,
-        )
+        epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
+        self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 
     def _save_checkpoint(self) -> None:
-        mine = {"random": random_state(self.device), "loss_sum": self.progress.loss_sum}
-        everyone = self.processes.gather(mine)
-        if self.processes.is_main:
-            save_checkpoint(
-                self.run.checkpoint,
-                model=self.model,
-                optimiser=self.optimiser,
-                schedule=self.schedule,
-                progress=self.progress,
-                processes=everyone,
-                data=self.data.identity,
-            )
-
-    def _say(self, text: str) -> None:
-        if self.processes.is_main:
-            print(text, flush=True)
+        self.state.save(self.run.checkpoint, self.processes, self.task.identity)

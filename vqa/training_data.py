@@ -1,31 +1,36 @@
-"""What a run learns from and is scored on, as the model takes it."""
+"""What is VQA's own in training: questions and answers, what a model takes from them at the start, loss and score."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError, NotWrittenError
-from data.loading import EpochSampler, QuestionDataset
-from data.store import H5Images, Store
+from data.errors import InputError
+from data.glove import read_glove
+from data.loading import padded_words
+from data.store import Store
 from data.table import NO_ANSWER, QuestionTable, joined
 from data.tokenizer import PAD_ID
-from vqa.distributed import Processes
-from vqa.prefix import as_stage_map, prefix_maps
+from vqa import bundle
+from vqa.build import build_model
+from vqa.engine import answer_loss
+from vqa.metrics import Scores, score
+from vqa.model import VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
-from vqa.resnet import ModulatedResNet, StageMap
 from vqa.settings import Settings
 
+MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
-class TrainingData:
-    """The questions to train on, those to validate on (None without a split for it), and what is done to images."""
+
+class VQATask:
+    """The task of a run: all that the trainer knows of it is public here; of a table, its length, images and ids."""
 
     def __init__(self, settings: Settings) -> None:
-        """
+        """Reads the questions to train on and those to validate on (None without a split for it).
+
         Raises:
             InputError: the h5 file is missing or made with other settings, or a split is missing, without annotations
                 or without a question that can be trained on.
@@ -35,67 +40,52 @@ class TrainingData:
         for key, made in store.provenance["settings"].items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
-        images, share = H5Images(store.path), settings.speed.share_images
-        self.training = QuestionDataset(_trainable_questions(store, settings.train.splits), images, share=share)
+        self.training = _trainable_questions(store, settings.train.splits)
         self.validation = None
         if (split := settings.train.validate_on) is not None:
             without = "train.validate_on=null trains without validation"
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
-            self.validation = QuestionDataset(store.table(split), images, share=share)
-            if not self.validation.labels.size:
+            self.validation = store.table(split)
+            if not self.validation.given.size:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
         splits = [*settings.train.splits, *filter(None, [split])]
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
-        self._see: Callable[[Tensor], Tensor | StageMap] = self.preprocessing.normalise
 
-    def read_stored_maps(self, resnet: ModulatedResNet, device: torch.device, processes: Processes) -> None:
-        """Where the first stages are fixed, their maps are read instead of pictures; one process makes the file.
+    def is_same_data(self, identity: str) -> bool:
+        """Whether a checkpoint that names the `identity` of its data was trained on these."""
+        return identity in (self.identity, self.store.identity(self.store.splits))  # of all splits: as it was once
 
-        Where it cannot be written, pictures are read, and this is said.
+    def new_model(self, *, fresh: bool, say: Callable[[str], None]) -> VQAModel:
+        """The model, with what it takes from the data where it is `fresh`; else a checkpoint sets all weights."""
+        settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
+        model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        if not fresh:
+            return model
+        if model.question is not None and model.question.fixed is not None:
+            file = Path(settings.question.glove)
+            vectors, found = read_glove(file, vocabulary, settings.question.glove_size)
+            say(f"{file}: vectors for {found} of {len(vocabulary)} words")
+            model.question.set_fixed(torch.from_numpy(vectors))
+        if model.kinds is not None:
+            model.kinds.set_from(torch.from_numpy(first_words(self.training)))
+        if model.condition == "mean_question":
+            model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
+        return model
 
-        Raises:
-            InputError: as `prefix_maps`.
-        """
-        find = partial(prefix_maps, resnet, self.store, self.preprocessing, device, self.settings.data.cache_gib)
-        found = None
-        if processes.is_main:
-            try:
-                found = find()
-            except NotWrittenError as error:
-                print(f"{error}; training goes on without stored maps", flush=True)
-        if processes.gather(found is not None)[0] and not processes.is_main:
-            found = find()
-        if found is None:
-            return
-        stage, maps = found
-        self._see = partial(as_stage_map, stage)
-        for data in (self.training, self.validation):
-            if data is not None:
-                data.images = maps
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """As `answer_loss`, of the kind that the settings name."""
+        return answer_loss(logits, labels, self.settings.train.loss, reduction)
 
-    def seen(self, images: Tensor) -> Tensor | StageMap:
-        """What the model takes of a batch's images, in the layout that the settings name."""
-        seen = self._see(images)
-        if self.settings.speed.channels_last:
-            return seen
-        return seen._replace(map=seen.map.contiguous()) if isinstance(seen, StageMap) else seen.contiguous()
+    def score(self, classes: np.ndarray) -> Scores:
+        """The score of one answer class for each question of the validation split, in its order."""
+        return score([self.store.vocabulary[class_] for class_ in classes], self.validation)
 
-    def sampler(self, epoch: int, start: int, processes: Processes) -> EpochSampler:
-        """The batches of an epoch from `start` on, as far as they are this process's."""
-        train = self.settings.train
-        return EpochSampler(
-            len(self.training),
-            train.batch_size,
-            self.settings.seed,
-            epoch,
-            processes.rank,
-            processes.world_size,
-            images=self.training.table.images,
-            together=train.together,
-            start=start,
-        )
+    def save_companions(self, folder: Path) -> None:
+        """Writes what a model needs beside its weights."""
+        store = self.store
+        bundle.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
 
 
 def first_words(table: QuestionTable) -> np.ndarray:

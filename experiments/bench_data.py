@@ -211,7 +211,7 @@ def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
     path = folder / f"{images}.h5"
     with h5py.File(path, "w", locking=False) as file:
         file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")
-        file["images/pixels"][images - 1] = 0
+        file["images/pixels"][images - 1] = 0  # so that the file has its whole length
         file["images/crc32"] = np.full(images, zlib.crc32(bytes(3 * size**2)), np.uint32)
     rows = H5Rows(path, "images/pixels")
     process = psutil.Process()

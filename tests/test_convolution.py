@@ -55,6 +55,7 @@ def ordering(monkeypatch):
     """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN: weights in its order are not tested")
+    assert convolution._has_operators()
     made, order = [], convolution._ordered
     monkeypatch.setattr(convolution, "_ordered", lambda *given: made.append(1) or order(*given))
     return made
@@ -194,3 +195,26 @@ def test_a_convolution_with_an_ordered_weight_can_be_copied_and_stored(ordering)
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         torch.testing.assert_close(copied(x), expected)
     assert list(ours.state_dict()) == ["weight"]
+
+
+OTHER_OPERATORS = {
+    "missing": None,
+    "other arguments": lambda weight: weight,
+    "another result": lambda weight, *_: (2 * weight.to_dense()).to_mkldnn(),
+}
+
+
+@pytest.mark.usefixtures("ordering")
+@pytest.mark.parametrize("operator", OTHER_OPERATORS)
+def test_a_torch_with_other_private_operators_convolves_all_the_same(operator, monkeypatch):
+    monkeypatch.delattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+    if OTHER_OPERATORS[operator] is not None:
+        monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", OTHER_OPERATORS[operator], raising=False)
+    monkeypatch.setattr(convolution, "_has_operators", convolution._has_operators.__wrapped__)
+    ours = Convolution.from_conv(frozen(kernel_size=3, padding=1))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=CL).requires_grad_()
+    expected = F.conv2d(x, ours.weight, padding=1)
+    torch.testing.assert_close(ours(x), expected)
+    found, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours(x), expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert ours._ordered is None

@@ -9,9 +9,9 @@ The layers stand alone: each takes the place of a norm in any network. `vqa.norm
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +191,9 @@ class ModulationPredictor(nn.Module):
         return Modulation(*(None if mlps is None else mlps(condition) for mlps in (self.gamma, self.beta)))
 
 
+JOINED = ("hidden_weight", "hidden_bias", "weight", "bias")  # the parameters of `DeltaMLPs`
+
+
 class DeltaMLPs(nn.Module):
     """A `DeltaMLP` for each of N norms, all computed together.
 
@@ -211,6 +214,8 @@ class DeltaMLPs(nn.Module):
         self.weight = nn.Parameter(torch.cat([mlp[2].weight.detach() for mlp in mlps]))  # [sum of C, H]
         self.bias = nn.Parameter(torch.cat([mlp[2].bias.detach() for mlp in mlps]))  # [sum of C]
         self.piece = math.gcd(*self.channels)
+        self.register_state_dict_post_hook(DeltaMLPs._save_by_norm)
+        self.register_load_state_dict_pre_hook(DeltaMLPs._load_by_norm)
 
     def forward(self, condition: Tensor) -> Tensor:
         """Condition [B, D] → deltas [B, sum of C]."""
@@ -230,35 +235,28 @@ class DeltaMLPs(nn.Module):
         weights = self.weight.view(len(parts), self.piece, self.hidden_size)
         return torch.bmm(parts, weights.transpose(1, 2)).transpose(0, 1).reshape(len(hidden), -1)
 
-    def _slices(self, prefix: str) -> Iterator[tuple[str, nn.Parameter, slice]]:
-        """Each MLP's parameters: their name, and which rows of which parameter they are."""
-        begin = 0
-        for number, (name, count) in enumerate(zip(self.names, self.channels, strict=True)):
-            hidden = slice(number * self.hidden_size, (number + 1) * self.hidden_size)
-            last = slice(begin, begin := begin + count)
-            yield f"{prefix}{name}.0.weight", self.hidden_weight, hidden
-            yield f"{prefix}{name}.0.bias", self.hidden_bias, hidden
-            yield f"{prefix}{name}.2.weight", self.weight, last
-            yield f"{prefix}{name}.2.bias", self.bias, last
+    def _by_norm(self, prefix: str, joined: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Views of the four joined parameters, by the names of each MLP's own."""
+        sizes = (self.hidden_size, self.hidden_size, self.channels, self.channels)
+        keys, parts = ("0.weight", "0.bias", "2.weight", "2.bias"), {}
+        for name, *mlp in zip(self.names, *map(torch.split, joined, sizes), strict=True):
+            parts |= {f"{prefix}{name}.{key}": part for key, part in zip(keys, mlp, strict=True)}
+        return parts
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, parameter, rows in self._slices(prefix):
-            destination[name] = (parameter if keep_vars else parameter.detach())[rows]
+    def _save_by_norm(self, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+        state.update(self._by_norm(prefix, [state.pop(prefix + name) for name in JOINED]))
 
-    @torch.no_grad()
-    def _load_from_state_dict(
-        self, state_dict, prefix, _local_metadata, _strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        known = set()
-        for name, parameter, rows in self._slices(prefix):
-            known.add(name)
-            if name not in state_dict:
-                missing_keys.append(name)
-            elif (found := state_dict[name]).shape != (wanted := parameter[rows]).shape:
-                error_msgs.append(f"size mismatch for {name}: {list(found.shape)}, not {list(wanted.shape)}")
+    def _load_by_norm(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
+        joined = {prefix + name: getattr(self, name).detach().clone() for name in JOINED}
+        unexpected += joined.keys() & state.keys()
+        for name, part in self._by_norm(prefix, joined.values()).items():
+            if name not in state:
+                missing.append(name)
+            elif (found := state.pop(name)).shape != part.shape:
+                errors.append(f"size mismatch for {name}: {list(found.shape)}, not {list(part.shape)}")
             else:
-                parameter[rows] = found
-        unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in known]
+                part.copy_(found)
+        state.update(joined)
 
 
 class CategoricalPredictor(nn.Module):

@@ -7,6 +7,7 @@ On a CPU, oneDNN convolves with weights in an order of its own, which torch make
 backward: with small batches a tenth of a convolution's time. A weight that stays the same is ordered once.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from vqa.modulate import Fused
 class Convolution(nn.Conv2d):
     """`nn.Conv2d`, by the same names; with a frozen weight (and without a bias) its backward pass needs no input.
 
-    On a CPU a frozen weight is kept in oneDNN's order as well. That copy is dropped when `forward` meets a trainable
-    weight, and made again when the weight is replaced, is changed by an operation that autograd counts, or differs in a
-    sample of its values that is compared at every call. One change is not noticed: a change that autograd does not
-    count (through `.data`, a numpy array or another process) and that spares the whole sample, as when single filters
-    are pruned in this way. With `fused = "eager"` no copy is kept.
+    On a CPU a frozen weight is kept in oneDNN's order as well, if this torch can do that. The copy is dropped when
+    `forward` meets a trainable weight, and made again when the weight is replaced, is changed by an operation that
+    autograd counts, or differs in a sample of its values that is compared at every call. One change is not noticed: a
+    change that autograd does not count (through `.data`, a numpy array or another process) and that spares the whole
+    sample, as when single filters are pruned in this way. With `fused = "eager"` no copy is kept.
     """
 
     fused: Fused = True  # False: always torch's own; `eager`: the weight is not kept in oneDNN's order
@@ -163,9 +164,20 @@ def _can_order(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # it orders frozen weights by itself
         and not weight.is_inference()  # these do not say when they change
-        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
+        and _has_operators()
     )
+
+
+@cache
+def _has_operators() -> bool:
+    """Test whether torch's private operators that order a weight and convolve with it exist and are correct."""
+    x = torch.arange(16, dtype=torch.float32, device="cpu").view(1, 4, 2, 2).to(memory_format=torch.channels_last)
+    geometry = _Geometry((1, 1), (0, 0), (1, 1), 1)
+    try:
+        return torch.allclose(_convolved(x, _ordered(x, geometry, x.shape), geometry), torch.conv2d(x, x))
+    except (AttributeError, RuntimeError, TypeError):  # missing, not built, or with other arguments
+        return False
 
 
 def _ordered(weight: Tensor, geometry: _Geometry, shape: torch.Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""The large embedded world's questions: on colour, shape, size, count and existence, most about two or three objects.
+"""The large synthetic scenes' questions: on colour, shape, size, count and existence, most about two or three objects.
 
 What is asked of an object is not said of it, a relation to another is named only where it is needed to tell the object
 from others, and each way of asking leaves little to guess: its answers are spread.

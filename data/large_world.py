@@ -1,4 +1,4 @@
-"""The large embedded world's scenes: three to eight tilted objects, small and large, anywhere in the image."""
+"""The large synthetic scenes: three to eight tilted objects, small and large, anywhere in the image."""
 
 from collections.abc import Sequence
 

@@ -53,9 +53,9 @@ def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
             holder = file.read().strip() or "another process"
             if not wait:
                 file.close()
-                raise InputError(f"{what}: {holder} is at work on it; it is left alone") from None
+                raise InputError(f"{what}: locked by {holder}") from None
             if not told:
-                print(f"{what}: {holder} is at work on it; waiting", flush=True)
+                print(f"{what}: locked by {holder}; waiting", flush=True)
                 told = True
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -104,7 +104,7 @@ def opened_for_filling(partial: Path) -> h5py.File:
     try:
         return h5py.File(partial, "r+", locking=False)
     except OSError as error:
-        raise InputError(f"{partial}: cannot be gone on with ({error!s:.100}); remove it to start again") from None
+        raise InputError(f"{partial}: cannot resume ({error!s:.100}); remove it to start again") from None
 
 
 class RowPlace(NamedTuple):

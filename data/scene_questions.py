@@ -1,4 +1,4 @@
-"""How the scenes of every embedded world are asked about: in rounds of one question of each kind."""
+"""How questions about synthetic scenes are asked: in rounds of one question of each kind."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice, permutations

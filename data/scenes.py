@@ -1,4 +1,4 @@
-"""The embedded worlds' pictures: flat shapes on a noisy background. Everything is drawn from seeds."""
+"""The synthetic scenes' images: flat shapes on a noisy background. Everything is drawn from seeds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

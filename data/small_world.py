@@ -1,4 +1,4 @@
-"""The small embedded world: two to four objects in the cells of a 2 x 2 grid; questions on four kinds of things.
+"""The small synthetic scenes: two to four objects in the cells of a 2 x 2 grid; questions on four kinds of things.
 
 The questions leave little to guess without the picture (answers are spread for each question) and little to guess from
 shape or colour alone (see `_existence`).

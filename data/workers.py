@@ -20,7 +20,7 @@ _LEFT_TO_PARENT = [number for number in SIGNALS if _TELLS_SENDER or number != si
 
 
 @contextmanager
-def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
+def block_signals_in_children(*numbers: signal.Signals) -> Iterator[None]:
     """Processes that are started in this block do not hear these signals; here they only wait until its end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -31,7 +31,7 @@ def deaf_children(*numbers: signal.Signals) -> Iterator[None]:
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
-        with deaf_children(*_LEFT_TO_PARENT):
+        with block_signals_in_children(*_LEFT_TO_PARENT):
             super().start()
 
     def run(self) -> None:
@@ -49,7 +49,7 @@ class WorkerContext(SpawnContext):
         super().__init__()
         self._started: list[_Worker] = []
         # a process as well, which locks and workers would start, and which, when it is started, ends the deafness
-        with deaf_children(*_LEFT_TO_PARENT):
+        with block_signals_in_children(*_LEFT_TO_PARENT):
             resource_tracker.ensure_running()
 
     def Process(self, *arguments: Any, **named: Any) -> _Worker:  # noqa: N802  (the name that contexts have)

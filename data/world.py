@@ -1,4 +1,4 @@
-"""An embedded world as files: pictures and questions in the VQA v1 format; nothing is downloaded."""
+"""Synthetic scenes as files: images and questions in the VQA v1 format; nothing is downloaded."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence

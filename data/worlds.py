@@ -1,4 +1,4 @@
-"""The embedded worlds by name: what is in their scenes and what is asked about them."""
+"""The kinds of synthetic scenes by name: what is in them and what is asked about them."""
 
 import zlib
 from collections.abc import Callable

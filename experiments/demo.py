@@ -1,4 +1,4 @@
-"""The demo: the embedded world, from drawn scenes to a comparison of the baseline with MODERN, by the same code as VQA.
+"""The demo: synthetic scenes, from drawing them to a comparison of the baseline with MODERN, by the same code as VQA.
 
 1. draw scenes and ask questions about them (VQA v1 files);
 2. preprocess them into h5;
@@ -45,7 +45,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     A demo that was interrupted goes on; one that was finished is run again.
 
     Raises:
-        InputError: the settings describe no embedded world, or something of another run is in the way.
+        InputError: the settings describe no synthetic scenes, or something of another run is in the way.
     """
     if settings.scenes is None:
         raise InputError("scenes: the demo draws its own world; use config/demo.yaml or a file over it")

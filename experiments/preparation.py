@@ -1,4 +1,4 @@
-"""What training needs before it can begin: an embedded world drawn, its backbone pretrained, an h5 file made."""
+"""What training needs before it can begin: synthetic scenes drawn, their backbone pretrained, an h5 file made."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from vqa.settings import Settings, preprocessing_of
 
 
 def prepare_world(settings: Settings) -> None:
-    """Draws the scenes of an embedded world and asks about them; what is there already is kept."""
+    """Draws synthetic scenes and asks about them; what is there already is kept."""
     scenes, data = settings.scenes, settings.data
     write_world(
         Path(data.folder),
@@ -25,7 +25,7 @@ def prepare_world(settings: Settings) -> None:
 
 
 def prepare_backbone(settings: Settings) -> float:
-    """Pretrains an embedded world's backbone, or keeps the one that is there; returns its held-out accuracy in %."""
+    """Pretrains the backbone of synthetic scenes, or keeps what is there; returns its held-out accuracy in percent."""
     scenes = settings.scenes
     return pretrain_backbone(
         Path(settings.backbone.weights),

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny embedded world, preprocessed, and a MODERN trained on it for three steps."""
+"""What several tests share: tiny synthetic scenes, preprocessed, and a MODERN trained on it for three steps."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""The large embedded world: objects keep apart, references pick out one, answers are right and cannot be guessed."""
+"""The large synthetic scenes: objects keep apart, references pick out one, answers are right and cannot be guessed."""
 
 import re
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""The small embedded world: right answers, questions that cannot be guessed, official and repeatable files."""
+"""The small synthetic scenes: right answers, questions that cannot be guessed, official and repeatable files."""
 
 import hashlib
 import json

@@ -391,7 +391,7 @@ def start_ranks(config, folder, *words, resume=False):
     ]
 
 
-def test_two_processes_killed_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
+def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
     words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=2", "answer.dropout=0.3"]
     for rank in start_ranks(tiny, tmp_path, "name=whole", *words):
         assert rank.wait() == 0, rank.stderr.read()[-3000:]
@@ -404,6 +404,14 @@ def test_two_processes_killed_and_resumed_end_as_undisturbed_ones(tiny, tmp_path
         rank.kill()
         rank.wait()
     assert not torch.load(checkpoint, weights_only=True)["progress"]["finished"], "too fast to be killed in time"
+    asked = start_ranks(tiny, tmp_path, "name=killed", *words, resume=True)
+    before = checkpoint.stat().st_mtime_ns
+    while time.monotonic() < deadline and checkpoint.stat().st_mtime_ns == before:
+        time.sleep(0.005)
+    asked[1].terminate()  # one of them alone: both save the same step and end
+    for rank in asked:
+        assert rank.wait() == 143, rank.stderr.read()[-3000:]
+    assert not torch.load(checkpoint, weights_only=True)["progress"]["finished"], "too fast to be ended in time"
     for rank in start_ranks(tiny, tmp_path, "name=killed", *words, resume=True):
         assert rank.wait() == 0, rank.stderr.read()[-3000:]
     assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")

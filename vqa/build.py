@@ -155,7 +155,7 @@ def choose_device(name: str, processes: Processes | None = None) -> torch.device
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device: {name!r} is none; auto, cpu, cuda and cuda:N are") from None
+        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); try device=cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -85,7 +85,7 @@ def evaluate(
                 )
             data = split_data(bundle, settings, split)
             if processes.is_main:
-                _tell_of_strangers(bundle, data.table, split)
+                _warn_about_unknown_words(bundle, data.table, split)
                 stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
             return bundle, data
 
@@ -168,7 +168,7 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
     return QuestionDataset(table, FileImages(paths, image_ids, size))
 
 
-def _tell_of_strangers(bundle: Bundle, table: QuestionTable, split: str) -> None:
+def _warn_about_unknown_words(bundle: Bundle, table: QuestionTable, split: str) -> None:
     """Says where a split cannot be answered by what the model knows: of other words or other answers."""
     ends = table.offsets + table.lengths
     known = np.append(0, np.cumsum(table.tokens != UNKNOWN_ID))
@@ -245,7 +245,7 @@ def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> lis
     """The challenge server's format, one entry a question.
 
     Raises:
-        RuntimeError: a question has no answer, or stands twice.
+        RuntimeError: a question has no answer, or is a duplicate.
     """
     if len(set(question_ids)) != len(question_ids) or len(answers) != len(question_ids) or not all(answers):
         raise RuntimeError("results are not complete: every question needs exactly one answer")

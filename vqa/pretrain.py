@@ -1,4 +1,4 @@
-"""Pretrains the backbone of an embedded world: it learns to name the shape of one object, and nothing else."""
+"""Pretrains the backbone of synthetic scenes: it learns to name the shape of one object, and nothing else."""
 
 import json
 from collections.abc import Iterator

@@ -148,7 +148,7 @@ class SpeedSettings(_Section):
 
 
 class ScenesSettings(_Section):
-    """The embedded world: generated scenes and the backbone pretrained on them."""
+    """Synthetic scenes and the backbone pretrained on them."""
 
     world: Literal["small", "large"]
     look: Literal["plain", "dark", "noisy", "bright"]

@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -251,9 +251,12 @@ def readable(loader: DataLoader, on_wait: Callable[[], None] | None = None) -> I
             require_files(_FILES_A_BATCH + 8 * loader.num_workers)
             loader.multiprocessing_context.Lock()
         handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
-        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's handler would raise in the middle of anything
-            signal.signal(signal.SIGCHLD, handler)
+        try:
+            with _naming_killed_workers(loader):
+                batches = iter(loader)
+        finally:
+            if signal.getsignal(signal.SIGCHLD) is not handler:  # torch's would raise in the middle of anything
+                signal.signal(signal.SIGCHLD, handler)
     while (batch := _next_batch(loader, batches, on_wait)) is not None:
         yield batch
 
@@ -261,16 +264,23 @@ def readable(loader: DataLoader, on_wait: Callable[[], None] | None = None) -> I
 def _next_batch(
     loader: DataLoader, batches: Iterator[Batch | InputError], on_wait: Callable[[], None] | None
 ) -> Batch | None:
-    try:
+    with _naming_killed_workers(loader):
         with calling(on_wait, _SECONDS_OF_WAITING) if on_wait else nullcontext():
             batch = next(batches, None)
         if isinstance(batch, InputError):
             raise InputError(*batch.args)  # a new one, that its traceback does not keep the loader alive
+    return batch
+
+
+@contextmanager
+def _naming_killed_workers(loader: DataLoader) -> Iterator[None]:
+    """Raises BrokenExecutor in the place of what the loader raises when one of its workers was killed."""
+    try:
+        yield
     except (InputError, RuntimeError):
         if loader.num_workers and loader.multiprocessing_context.any_was_killed():
             raise BrokenExecutor("a worker process was killed") from None
         raise
-    return batch
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Batch]]:

@@ -144,6 +144,19 @@ def test_what_ends_a_worker_is_known_by_its_type(dataset, fail, error):
     assert str(raised.value) == ("disk.h5: full" if error is InputError else "a worker process was killed")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that never began
+def test_a_worker_that_is_killed_while_the_loader_starts_is_known_too(dataset, monkeypatch):
+    def kill_the_worker(self, *_args, **_options):
+        os.kill(self._workers[0].pid, signal.SIGKILL)
+        self._workers[0].join()
+        raise RuntimeError("as torch's signal handler does")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._reset", kill_the_worker)
+    loader = make_loader(dataset, batches_by_image(dataset.table, 8), 1, torch.device("cpu"))
+    with pytest.raises(BrokenExecutor, match="a worker process was killed"):
+        list(readable(loader))
+
+
 def test_a_dataset_holds_no_pixels(dataset):
     dataset.__getitems__([0, 1, 2])
     assert Store(dataset.images.path).usable.size * 64 * 64 * 3 > 200_000

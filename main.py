@@ -107,7 +107,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def features(arguments: argparse.Namespace) -> None:
-    """What the stages of trained networks hold of the question: t-SNE pictures, neighbours.json, points.csv."""
+    """What the stages of trained networks hold of the question: t-SNE figures, neighbours.json, points.csv."""
     from vqa.comparison import compare_features, table_of
 
     out = arguments.out or arguments.run[0] / "features"

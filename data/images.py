@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def read_image(path: Path) -> "Image.Image":
-    """The picture in a file as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+    """The image in a file as RGB and upright; `docs/input.md` says what becomes of each kind of file.
 
     Raises:
         InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS.
@@ -81,7 +81,7 @@ def _source(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
 
 
 def _of_eight_bits(image: "Image.Image") -> "Image.Image":
-    """Grey pictures of more bits with 8 of them; Pillow's `convert` would clip them to white."""
+    """Grey images of more bits with 8 of them; Pillow's `convert` would clip them to white."""
     from PIL import Image
 
     if not image.mode.startswith(("I", "F")):

@@ -1,4 +1,4 @@
-"""A cache of feature maps: one array a picture in an h5 file, half precision, written as safely as a store.
+"""A cache of feature maps: one array an image in an h5 file, half precision, written as safely as a store.
 
     /       attributes: identity (JSON: of what data, by what network), complete
     maps    float16 [N, H, W, C], channels last as convolutions read them
@@ -28,14 +28,14 @@ from data.space import check_room
 from data.store import partial_path
 
 _REMEDY = "remove it; it is made again"
-_BATCH = 64  # pictures encoded at once
+_BATCH = 64  # images encoded at once
 _SECONDS_A_FLUSH = 2.0  # from one to the next
 
 
 def cached_maps(
     path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]
 ) -> H5Rows:
-    """The maps of `count` pictures, float16 [H, W, C] each; what is missing in the file is encoded first.
+    """The maps of `count` images, float16 [H, W, C] each; what is missing in the file is encoded first.
 
     Args:
         path: the file.

@@ -50,7 +50,7 @@ SHAPES: tuple[str, ...] = tuple(_OUTLINES)
 
 
 class Look(NamedTuple):
-    """How pictures are taken; noise from the least to the most, for each of R, G, B."""
+    """How images are taken; noise from the least to the most, for each of R, G, B."""
 
     background: tuple[float, float] = (85.0, 145.0)  # an image's grey level
     noise: float = 60.0

@@ -1,6 +1,6 @@
 """The small synthetic scenes: two to four objects in the cells of a 2 x 2 grid; questions on four kinds of things.
 
-The questions leave little to guess without the picture (answers are spread for each question) and little to guess from
+The questions leave little to guess without the image (answers are spread for each question) and little to guess from
 shape or colour alone (see `_existence`).
 """
 

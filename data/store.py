@@ -108,7 +108,7 @@ def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:
     """
     rows, checksums = ([pair[part] for pair in written] for part in (0, 1))
     set_rows(file, "images/crc32", rows, checksums)
-    set_rows(file, "images/usable", rows, [True] * len(rows))  # of a picture that was mended meanwhile
+    set_rows(file, "images/usable", rows, [True] * len(rows))  # of an image that was mended meanwhile
     mark_rows(file, "images/pixels", rows)
 
 

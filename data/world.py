@@ -32,7 +32,7 @@ def write_world(
     questions_per_image: int = 4,
     processes: int = 2,
 ) -> None:
-    """Writes scenes and questions in the VQA v1 format: for each split in `images`, that many pictures of size x size.
+    """Writes scenes and questions in the VQA v1 format: for each split in `images`, that many images of size x size.
 
     Files: `SPLIT_questions.json`, `SPLIT_annotations.json`, `SPLIT/%012d.png` by image id, and `world.json`, written
     last, which says what was made. They do not depend on `processes`; scenes and questions do not depend on `size` and
@@ -43,7 +43,7 @@ def write_world(
         seed: of everything.
         images: how many of each split.
         world: one of WORLDS.
-        size: pictures' side in pixels.
+        size: the images' side in pixels.
         look: how they are taken, one of LOOKS.
         questions_per_image: 1 to MAX_QUESTIONS.
         processes: that draw.

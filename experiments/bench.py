@@ -34,7 +34,7 @@ def bench(
         parts: of PARTS.
         repeats: turns of each measurement.
         device: as the setting; what needs no GPU is measured on the CPU.
-        tiny: a small network and few pictures: whether it runs, not how fast it is.
+        tiny: a small network and few images: whether it runs, not how fast it is.
         out: a folder; None writes nothing.
         images: of the part scale, at least 8.
 

@@ -80,7 +80,7 @@ def _shared_speed(job: str, questions: int, seconds: dict[str, float]) -> dict[s
 def cache_rows(
     network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """An epoch with stage 4 conditioned from stored maps and from pictures, by `train` itself."""
+    """An epoch with stage 4 conditioned from stored maps and from images, by `train` itself."""
     words = _words(network, size, images, folder, device)
     _prepare(load_settings(RECIPE, words))
     seconds: dict[str, list[float]] = {"pictures": [], "maps": []}

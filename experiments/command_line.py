@@ -121,7 +121,7 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
     added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
-    added.add_argument("--tiny", action="store_true", help="a small network and few pictures: whether it runs")
+    added.add_argument("--tiny", action="store_true", help="a small network and few images: whether it runs")
     added.add_argument("--json", action="store_true")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that decides how a run goes on, written whole or not at all, read without pickle."""
+"""Checkpoints: everything that a run resumes from, written whole or not at all, read without pickle."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 
 @dataclass
 class TrainingState:
-    """Everything that decides how a run goes on, in one process."""
+    """Everything that a run resumes from, in one process."""
 
     model: nn.Module
     optimiser: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""Networks compared by their features (figures 4 to 7 of the paper): numbers, points and pictures, stage by stage.
+"""Networks compared by their features (figures 4 to 7 of the paper): numbers, points and figures, stage by stage.
 
 The numbers say where the question reaches the features, not how well it is answered: in a modulated network it is the
 question itself that moves them apart.
@@ -120,7 +120,7 @@ def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]
 
 
 def _draw(out: Path, comparison: Mapping[str, Any], points: Mapping[str, Stages], table: QuestionTable) -> None:
-    """A picture for each labelling that tells pairs apart."""
+    """A figure for each labelling that tells pairs apart."""
     for labelling, labels in labellings(table).items():
         if len(set(labels)) < 2:
             continue

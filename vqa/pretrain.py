@@ -76,7 +76,7 @@ def pretrain_backbone(
     torch.manual_seed(seed)
     held_out = max(images // 10, 1)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 pictures of 224 px are 3 GB
+    with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
         pixels = np.memmap(aside, np.uint8, shape=(images + held_out, image_size, image_size, 3))
         labels = draw_single_objects(WORLDS[world], seed, pixels)
         resnet = build_resnet(name, classes=len(WORLDS[world].shapes)).to(device)

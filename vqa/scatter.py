@@ -1,4 +1,4 @@
-"""Points of many networks and stages as one picture: a row a network, a column a stage, a colour a class."""
+"""Points of many networks and stages as one figure: a row a network, a column a stage, a colour a class."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How far features keep kinds of questions apart: a number for it, and its picture's points.
+"""How far features keep kinds of questions apart: a number for it, and its figure's points.
 
 Both are computed by one thread: the sums of several come in any order, and t-SNE makes much of the last bit.
 

@@ -197,6 +197,8 @@ def gpu_check(arguments: argparse.Namespace) -> None:
         at_once=arguments.at_once,
     )
     print(f"\n{arguments.out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
+    if failed:
+        sys.exit(1)
 
 
 def recalibrate(arguments: argparse.Namespace) -> None:

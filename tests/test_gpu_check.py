@@ -4,8 +4,10 @@ import json
 import zipfile
 
 import pytest
+import torch
 
 from experiments import gpu_check
+from vqa.run_directory import surroundings
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +48,23 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "deltas.json").read_text())["state"] == "passed"
 
 
-def test_a_step_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+def test_a_step_that_takes_too_long_is_ended_and_the_exit_code_says_that_one_failed(tmp_path, monkeypatch, command):
     monkeypatch.setattr(gpu_check, "_START", 0)
     monkeypatch.setattr(gpu_check, "STEPS", {"deltas": 0})
-    assert gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, steps=["deltas"], suites=[]) == ["deltas"]
+    ended = command("gpu-check", "--out", tmp_path, "--device", "cpu", "--tiny", "--step", "deltas", "--no-suites")
+    assert ended.code == 1
+    assert ended.out.endswith("gpu-check.zip; failed: deltas\n")
     assert json.loads((tmp_path / "deltas.json").read_text())["error"] == "took too long"
+
+
+def test_a_copy_without_its_history_says_its_commit(monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert surroundings(torch.device("cpu"))["git_commit"] == "abc"
 
 
 def test_wrong_words_are_refused(refused, tmp_path):
     out = ("--out", tmp_path / "out")
+    assert "no number of minutes" in refused("gpu-check", *out, "--minutes", "0")
     assert refused("gpu-check", *out, "--step", "speed").startswith("error: gpu-check: no step speed; steps are modul")
     assert refused("gpu-check", *out, "--suite", "table9").endswith("table9.yaml: no such suite")
     assert "device: cuda" in refused("gpu-check", *out)

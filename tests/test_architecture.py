@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data", "experiments"}}
-# What a file of the library may import of it. The model: the paper's parts, kernels, and the weight files of a backbone.
+# The model, and what it may import of the library.
 MODEL = ("attention", "cbn", "model", "norms", "question", "resnet")
 OF_MODEL = (*(f"vqa.{name}" for name in MODEL), "vqa.backbone", "vqa.kernels")
 ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.io", "vqa.text")}

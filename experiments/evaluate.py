@@ -106,7 +106,7 @@ def _write_scores(
     if per_question:
         order = np.argsort(table.ids)
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
-            np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(accuracies)[order])
+            np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
     scores = summary(of_questions, table.answer_types, table.question_types)
     trained_on = training.get("trained_on", [])
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}

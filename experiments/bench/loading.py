@@ -1,0 +1,235 @@
+"""Measure shared images, cached feature maps, waiting for batches, loading and decoding.
+
+All data are generated: synthetic scenes, and JPEGs like COCO's.
+"""
+
+import json
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import h5py
+import numpy as np
+import psutil
+import torch
+
+from data.batches import Batch
+from data.h5_rows import H5Rows
+from data.preprocess import preprocess
+from experiments import ROOT
+from experiments.bench.decoding import decode_alone
+from experiments.bench.step import interleaved
+from experiments.bench.vqa_sized_data import write_coco_like
+from experiments.prepare import prepare
+from experiments.process_group import Processes
+from experiments.training.run_directory import RunDirectory
+from experiments.training.trainer import Trainer, train
+from experiments.training.trainer import prepare as prepare_training
+from vqa.io.images import decode_image
+from vqa.norms import Modulation
+from vqa.resnet import ModulatedResNet, StageMap
+from vqa.settings.recipes import load_settings
+from vqa.settings.schema import Settings
+
+RECIPE = ROOT / "config" / "scenes_224.yaml"
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+
+
+def sharing_rows(network: str, size: int, questions: int, repeats: int, device: torch.device) -> list[Row]:
+    """Questions a second, training and answering, with stages 3 and 4 conditioned, as more questions are on the same
+    image: the first stages computed once an image (shared) or once a question.
+    """
+    torch.manual_seed(0)
+    net = ModulatedResNet(network, stages=(3, 4)).to(device, memory_format=torch.channels_last)
+    width = sum(layer.channels for layer in net.layers)
+    deltas = [(0.1 * torch.randn(questions, width, device=device)).requires_grad_() for _ in "γβ"]
+
+    def answer(images: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+        with torch.inference_mode():
+            return net(images, Modulation(*deltas), places)
+
+    def train_step(images: torch.Tensor, places: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        y = net(images, Modulation(*deltas), places)
+        return y.detach(), *torch.autograd.grad(y, deltas, torch.ones_like(y))
+
+    rows = []
+    for together in (1, 2, 4, 8):
+        images = torch.randn(questions // together, 3, size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        places = torch.arange(questions, device=device) // together
+        row = {"network": network, "pixels": size, "batch": questions, "questions_an_image": together}
+        for job, function in (("training", train_step), ("answering", answer)):
+            ways = {"shared": partial(function, images, places), "not": partial(function, images[places], None)}
+            seconds = interleaved(ways, repeats, device)
+            row[f"{job}_questions_a_second"] = round(questions / seconds["shared"], 2)
+            row[f"{job}_not_shared"] = round(questions / seconds["not"], 2)
+            row[f"{job}_times_faster"] = round(seconds["not"] / seconds["shared"], 2)
+        errors = map(_largest_difference, train_step(images, places), train_step(images[places], None))
+        rows.append(row | {"largest_relative_difference": f"{max(errors):.1e}"})
+    return rows
+
+
+def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device) -> list[Row]:
+    """An epoch of `train` with stage 4 conditioned, from cached feature maps and from images."""
+    seconds: dict[str, list[float]] = {"pictures": [], "maps": []}
+    losses = {}
+    for turn in range(repeats + 1):  # the first one fills the cache and does not count
+        for way, gib in (("pictures", 0), ("maps", 8)):
+            words = (f"name={way}_{turn}", f"data.cache_gib={gib}", "cbn.stages=[4]")
+            run = train(prepared_scenes(folder, network, size, images, device, *words), runs=folder / "runs")
+            line = json.loads((run.path / "metrics.jsonl").read_text(encoding="utf-8"))
+            seconds[way].append(line["seconds"])
+            losses[way] = line["train_loss"]
+    from_images, from_maps = (median(values[1:]) for values in seconds.values())
+    return [
+        {
+            "network": network,
+            "pixels": size,
+            "questions": 4 * images,
+            "batch": 32,
+            "epoch_seconds_pictures": round(from_images, 2),
+            "epoch_seconds_maps": round(from_maps, 2),
+            "times_faster": round(from_images / from_maps, 2),
+            "train_loss_pictures": round(losses["pictures"], 6),
+            "train_loss_maps": round(losses["maps"], 6),
+            "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
+        }
+    ]
+
+
+def _half_precision_error(network: str, size: int) -> float:
+    """The error of the stage-4 map whose stage-3 map was stored in half precision."""
+    torch.manual_seed(0)
+    net = ModulatedResNet(network, stages=(4,))
+    images = torch.randn(4, 3, size, size)
+    with torch.inference_mode():
+        stored = net.prefix(images, 3).map.half()
+        return _largest_difference(net(StageMap(3, stored.float())), net(images))
+
+
+def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path, device: torch.device) -> list[Row]:
+    """The share of MODERN's training time (all stages) that is spent waiting for the next batch from the h5 file."""
+    rows = []
+    for workers in (0, 2):
+        words = (f"name=waiting_{workers}", f"workers={workers}", f"train.batch_size={batch}", "data.cache_gib=0")
+        settings = prepared_scenes(folder, network, size, images, device, *words)
+        steps, _, share = time_training(prepare_training(settings, RunDirectory(folder / settings.name), Processes()))
+        row = {"network": network, "pixels": size, "batch": batch, "workers": workers, "steps": steps}
+        rows.append(row | {"share_waiting": round(share, 4)})
+    return rows
+
+
+def time_training(trainer: Trainer, warm_up: int = 1, steps: int | None = None) -> tuple[int, float, float]:
+    """Train an epoch, or only so many steps of it.
+
+    Returns:
+        The number of steps; of those after the warm-up, the seconds of a step and the share of waiting for batches.
+    """
+    if trainer.settings.speed.compile:
+        trainer.model.resnet.compile()
+    waited = 0.0
+
+    def timed(batches: Iterable[Batch]) -> Iterator[Batch]:
+        nonlocal waited
+        start = time.perf_counter()
+        for batch in batches:
+            waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
+    batches = timed(islice(trainer.batches(trainer.sampler(1)), steps))
+    ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
+    (start, waited_before), (end, waited_after) = ends[warm_up - 1], ends[-1]
+    return len(ends), (end - start) / (len(ends) - warm_up), (waited_after - waited_before) / (end - start)
+
+
+def prepared_scenes(folder: Path, network: str, size: int, images: int, device: torch.device, *words: str) -> Settings:
+    """Settings of synthetic scenes and a random network, with `words` over them; their data are made where missing."""
+    settings = load_settings(
+        RECIPE,
+        [
+            f"device={device}",
+            f"data.folder={folder}/scenes",
+            f"data.h5={folder}/scenes.h5",
+            f"data.image_size={size}",
+            f"backbone.name={network}",
+            "backbone.weights=none",
+            f"scenes.images={{train: {images}, val: 8}}",
+            "scenes.questions_per_image=4",
+            "train.validate_on=null",
+            "train.epochs=1",
+            "train.batch_size=32",
+            "precision=float32",
+            "workers=0",
+            *words,
+        ],
+    )
+    prepare(settings)
+    return settings
+
+
+def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row]:
+    """Images a second: random batches from an h5 file and from the same JPEGs, in one process; `preprocess` and
+    decoding alone, with as many processes. And the memory that reading from few and many images takes.
+    """
+    splits = write_coco_like(folder, {"train": images}, {"train": images})
+    files = sorted((folder / "train2014").iterdir())
+    batch = np.random.default_rng(0).permutation(images)[:64]
+    h5, processes = folder / "photographs.h5", 2
+
+    def preprocess_all() -> None:
+        h5.unlink(missing_ok=True)
+        options = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
+        preprocess(splits, h5, **options, processes=processes)
+
+    jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, processes)}
+    seconds = interleaved(jobs, repeats, CPU)
+    stored = H5Rows(h5, "images/pixels")
+    reads = {
+        "h5": lambda: np.stack([stored[row] for row in batch]),
+        "jpeg": lambda: np.stack([decode_image(files[row], size) for row in batch]),
+    }
+    seconds |= interleaved(reads, repeats, CPU)
+    rows = [
+        {
+            "pixels": size,
+            "images": images,
+            "what": what,
+            "images_a_second": round(count / seconds[ours], 1),
+            "images_a_second_beside": round(count / seconds[other], 1),
+            "times_faster": round(seconds[other] / seconds[ours], 2),
+        }
+        for what, count, ours, other in (
+            ("random batch of 64: h5 file, JPEGs", 64, "h5", "jpeg"),
+            ("preprocess, decoding and resizing alone", images, "preprocess", "decode"),
+        )
+    ]
+    return rows + [_memory_row(size, count, folder) for count in (1_000, 80_000)]
+
+
+def _memory_row(size: int, images: int, folder: Path) -> Row:
+    """Measure the memory that reading 2 000 random rows of a sparse file of so many images adds to this process."""
+    path = folder / f"{images}.h5"
+    with h5py.File(path, "w", locking=False) as file:
+        file.create_dataset("images/pixels", (images, size, size, 3), np.uint8, fill_time="never")
+        file["images/pixels"][images - 1] = 0  # so that the file has its whole length
+        file["images/crc32"] = np.full(images, zlib.crc32(bytes(3 * size**2)), np.uint32)
+    rows, process = H5Rows(path, "images/pixels"), psutil.Process()
+    before = process.memory_info().rss
+    for row in np.random.default_rng(0).integers(images, size=2000):
+        rows[row]
+    added = (process.memory_info().rss - before) / 2**20
+    path.unlink()
+    what = "memory that 2 000 random reads add, MiB"
+    return {"pixels": size, "images": images, "what": what, "added_mib": round(added, 1)}

@@ -1,0 +1,246 @@
+"""A training step of a modulated ResNet computed in several ways: time, and bytes kept for the backward pass.
+
+    ours      norm folded to one scale and shift, one operation with shortcut and ReLU; convolutions keep no input
+    plain     torchvision's network, weights frozen, no modulation
+    usual     an affine-free batch norm, then γ · x + β: how most code writes conditional batch normalisation
+    stacked   mean and deviation of the whole tensor, γ and β stacked to full maps: the port that is copied most
+    usual, compiled; ours, compiled     the same under torch.compile
+
+All differentiate with respect to the map after the stem and (except `plain`) the deltas, so that all go back through
+the same stages. `usual` and `stacked` replace the norms of the same network.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqa.backbone import build_resnet
+from vqa.cbn import ModulationPredictor
+from vqa.devices import autocast
+from vqa.norms import ModulatedBatchNorm2d, Modulation
+from vqa.resnet import ModulatedResNet, StageMap
+
+GIB = 2**30
+
+
+class Case(NamedTuple):
+    """A network, its input and how it is computed."""
+
+    network: str
+    size: int  # of an image, pixels
+    batch: int
+    channels_last: bool = True
+    precision: str = "float32"  # as the setting
+    compiled: bool = False  # measure the compiled ways too: about a minute each
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def cases(device: torch.device) -> tuple[Case, ...]:
+    """The networks and sizes of the paper, with batches and precision that suit a CPU or a GPU."""
+    if device.type == "cuda":
+        half = "bfloat16"
+        return (
+            Case("resnet50", 224, 64, precision=half, compiled=True),
+            Case("resnet50", 224, 256, precision=half),
+            Case("resnet50", 224, 64, channels_last=False, precision=half),
+            Case("resnet50", 224, 64),
+            Case("resnet50", 448, 64, precision=half),
+            Case("resnet152", 224, 64, precision=half),
+            Case("resnet152", 448, 32, precision=half),
+        )
+    return (
+        Case("resnet50", 224, 8, compiled=True),
+        Case("resnet50", 224, 8, channels_last=False),
+        Case("resnet50", 448, 2),
+        Case("resnet152", 224, 4),
+        Case("resnet152", 448, 1),
+    )
+
+
+TINY = (Case("resnet10", 64, 2, precision="bfloat16"), Case("resnet10", 64, 2, channels_last=False))
+
+
+class _Usual(nn.Module):
+    """An affine-free batch norm, then γ · x + β."""
+
+    def __init__(self, norm: ModulatedBatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(
+        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        norm = self.norm
+        if delta is None:  # on a shortcut
+            y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            y = self.modulate(x, norm.weight + delta.gamma, norm.bias + delta.beta)
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if relu else y
+
+    def modulate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
+        return gamma[:, :, None, None] * y + beta[:, :, None, None]
+
+
+class _Stacked(_Usual):
+    """Mean and deviation of the whole tensor; γ and β as maps."""
+
+    def modulate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        gamma, beta = (
+            torch.stack([torch.stack([part] * height, dim=2)] * width, dim=3).to(x.dtype) for part in (gamma, beta)
+        )
+        return (x - x.mean()) / torch.sqrt(x.var() + self.norm.eps) * gamma + beta
+
+
+Way = Callable[..., Tensor]  # the map after the stem, Δγ, Δβ → the stage-4 map
+
+
+def _ways(case: Case, device: torch.device) -> dict[str, Way]:
+    def modulated(norm: type[_Usual] | None = None, compiled: bool = False) -> Way:
+        net = ModulatedResNet(case.network, fused=norm is None)
+        if norm is not None:
+            for name, module in list(net.network.named_modules()):
+                if isinstance(module, ModulatedBatchNorm2d):
+                    net.network.set_submodule(name, norm(module))
+        net.to(device, memory_format=case.layout)
+        if compiled:
+            net.compile()
+        return lambda map_, *deltas: net(StageMap(0, map_), Modulation(*deltas))
+
+    resnet = build_resnet(case.network).requires_grad_(False).eval().to(device, memory_format=case.layout)
+    stages = nn.Sequential(resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
+    ways = {
+        "ours": modulated(),
+        "plain": lambda map_, *_: stages(map_),
+        "usual": modulated(_Usual),
+        "stacked": modulated(_Stacked),
+    }
+    if case.compiled:
+        ways |= {"usual, compiled": modulated(_Usual, compiled=True), "ours, compiled": modulated(compiled=True)}
+    return ways
+
+
+def _inputs(case: Case, device: torch.device) -> list[Tensor]:
+    """A random map after the stem and random deltas: what a way takes."""
+    width = sum(layer.channels for layer in ModulatedResNet(case.network).layers)
+    map_ = torch.randn(case.batch, 64, case.size // 4, case.size // 4, device=device).to(memory_format=case.layout)
+    parts = [map_, *(0.1 * torch.randn(case.batch, width, device=device) for _ in "γβ")]
+    return [part.requires_grad_() for part in parts]
+
+
+def step_rows(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return a row for each way: milliseconds (medians), bytes kept, and the ratio of ours to it."""
+    torch.manual_seed(0)
+    ways, inputs = _ways(case, device), _inputs(case, device)
+
+    def run(way: str, train: bool) -> None:
+        with torch.set_grad_enabled(train), autocast(device, case.precision):
+            y = ways[way](*inputs)
+        if train:
+            torch.autograd.grad(y, inputs[:1] if way == "plain" else inputs, torch.ones_like(y))
+
+    forward, training = (
+        interleaved({way: partial(run, way, train) for way in ways}, repeats, device) for train in (False, True)
+    )
+    peaks = {way: peak_mib(partial(run, way, True), device) for way in ways}
+    kept = {way: _kept_bytes(function, inputs, case.precision) for way, function in ways.items()}
+    return [
+        {
+            "network": case.network,
+            "pixels": case.size,
+            "batch": case.batch,
+            "layout": "channels last" if case.channels_last else "channels first",
+            "precision": case.precision,
+            "way": way,
+            "training_ms": round(1e3 * training[way], 2),
+            "ours_training": round(training["ours"] / training[way], 3),
+            "forward_ms": round(1e3 * forward[way], 2),
+            "ours_forward": round(forward["ours"] / forward[way], 3),
+            "kept_mib_an_image": round(kept[way] / 2**20, 2),
+            "ours_kept": round(kept["ours"] / kept[way], 3),
+            "peak_mib": peaks[way],
+        }
+        for way in ways
+    ]
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Time functions in turns; return the median seconds of each, without those of the first turn."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
+    """Run a function on a GPU and return its peak memory there; None on a CPU, where nothing is run."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+
+
+def _kept_bytes(way: Way, inputs: Sequence[Tensor], precision: str) -> float:
+    """Bytes an image that autograd keeps, without the weights (nothing of them grows with the batch)."""
+    batch, kept = len(inputs[0]), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.ndim > 0 and tensor.shape[0] == batch:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself, if it is a result, would keep its own graph alive
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with autocast(inputs[0].device, precision), hooks:
+        y = way(*inputs)
+    del y
+    return sum(kept.values()) / batch
+
+
+def memory_rows(case: Case, gib: float, device: torch.device) -> list[dict[str, Any]]:
+    """Compute from exact bytes the largest batch of MODERN that fits into `gib` of GPU memory.
+
+    What does not grow with the batch: the network, the predicting MLPs with gradients and Adam's two moments, 1 GiB for
+    the device itself. What does: the bytes kept an image, and three of the largest maps, which exist for a moment.
+    """
+    torch.manual_seed(0)
+    ways, inputs = _ways(case, device), _inputs(case, device)
+    net = ModulatedResNet(case.network)
+    names, channels = [layer.name for layer in net.layers], [layer.channels for layer in net.layers]
+    predictor = ModulationPredictor(1024, names, channels, 512, gamma=True, beta=True)
+    network, predicting = (sum(parameter.numel() for parameter in part.parameters()) for part in (net, predictor))
+    fixed = 4 * network + 16 * predicting + GIB
+    rows = []
+    for precision, width in (("float32", 4), ("bfloat16", 2)):
+        largest = width * 4 * inputs[0][0].numel()
+        for way in ("ours", "usual", "stacked"):
+            kept = _kept_bytes(ways[way], inputs, precision)
+            rows.append(
+                {
+                    "network": case.network,
+                    "pixels": case.size,
+                    "precision": precision,
+                    "way": way,
+                    "kept_mib_an_image": round(kept / 2**20, 1),
+                    "fixed_gib": round(fixed / GIB, 2),
+                    "memory_gib": gib,
+                    "largest_batch": int((gib * GIB - fixed) / (kept + 3 * largest)),
+                }
+            )
+    return rows

@@ -1,0 +1,203 @@
+"""`main.py gpu-check`: correctness, speed and the first experiments on a GPU, in order of worth, in a bounded time.
+
+Each step runs in a process of its own, since a fault on a GPU spoils the process it happens in; one that takes too
+long is ended. A step writes `DIR/STEP.json` anew with each of its rows, and after each step all files are packed into
+`DIR/gpu-check.zip`, so that the check can be cut off anywhere. A step that passed, as its file says, is not run again.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import ROOT
+from experiments.bench.bench import table_of
+from experiments.gpu import fast, right
+from experiments.gpu.right import Check
+from experiments.report.results import keep_evidence
+from experiments.suite import load_suite
+from experiments.training.run_directory import surroundings
+from vqa.devices import choose_device
+from vqa.io.errors import InputError
+from vqa.io.files import read_json, write_json, written_whole
+
+
+class Step(NamedTuple):
+    """What a step runs, and the seconds that it may take."""
+
+    rows: Callable[[Check], Iterable[dict[str, Any]]]
+    seconds: float
+
+
+CORRECTNESS = {  # nothing is timed, so that several of them may run at a time
+    "modulate": Step(right.modulate_rows, 120),
+    "commands": Step(right.commands_rows, 120),
+    "resume": Step(right.resume_rows, 120),
+    "compile": Step(right.compile_rows, 120),
+    "network": Step(right.network_rows, 60),
+    "deltas": Step(right.deltas_rows, 40),
+    "nccl": Step(right.nccl_rows, 60),
+}
+SPEED = {
+    "ceilings": Step(fast.ceilings_rows, 30),
+    "step": Step(fast.step_rows, 180),
+    "operation": Step(fast.operation_rows, 60),
+    "compiled": Step(fast.compiled_rows, 180),
+    "epoch": Step(fast.epoch_rows, 180),
+    "largest": Step(fast.largest_rows, 60),
+}
+STEPS = CORRECTNESS | SPEED
+SUITES = ("settled_rates", "settled", "table2_224")
+_START = 60  # seconds that a process may take before its step begins
+_SAVING = 15  # seconds before the end at which running trainings are asked to save
+
+
+def gpu_check(
+    out: Path,
+    *,
+    minutes: float,
+    device: str,
+    tiny: bool,
+    steps: Sequence[str] = (),
+    suites: Sequence[str] = SUITES,
+    at_once: int = 8,
+) -> list[str]:
+    """Run the steps and then the suites, as far as the time allows.
+
+    Args:
+        out: where the files are written.
+        minutes: after which everything is ended.
+        device: as the setting.
+        tiny: small sizes, to show on a CPU that it runs.
+        steps: names of STEPS; none for all.
+        suites: names of files in `experiments/suites`.
+        at_once: trainings of a suite at the same time.
+
+    Returns:
+        The names of the steps that failed.
+
+    Raises:
+        InputError: an unknown step or suite, a device that is not there, or `out` is a file.
+    """
+    if unknown := set(steps) - STEPS.keys():
+        raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
+    files = [ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in suites]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such suite")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
+    choose_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    missing = [name for name in steps or STEPS if _state(out, name) != "passed"]
+    correctness, speed = ([name for name in missing if (name in CORRECTNESS) is kind] for kind in (True, False))
+    run = partial(_run_step, out=out, device=device, tiny=tiny, deadline=deadline)
+    failed = []
+    for names, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
+        with ThreadPoolExecutor(processes) as pool:
+            for name, result in zip(names, pool.map(run, names), strict=True):
+                if result is not None:
+                    print(_summary(result), flush=True)
+                    _pack(out)
+                    failed += [name] if result["state"] == "failed" else []
+    for file in files:
+        if time.monotonic() < deadline - _SAVING:
+            _run_suite(file, out, device, at_once, deadline)
+    _pack(out)
+    return failed
+
+
+def _state(out: Path, name: str) -> str | None:
+    file = out / f"{name}.json"
+    return read_json(file).get("state") if file.exists() else None
+
+
+def _run_step(name: str, out: Path, device: str, tiny: bool, deadline: float) -> dict[str, Any] | None:
+    """Run a step in a process of its own; return what its file holds, or None if there is no time left for it."""
+    seconds = min(_START + (5 if tiny else 1) * STEPS[name].seconds, deadline - time.monotonic())  # tiny: a busy CPU
+    if seconds <= 0:
+        return None
+    file = out / f"{name}.json"
+    file.unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.gpu.check"])  # each process begins with everything imported
+    process = context.Process(target=_write_rows, args=(name, STEPS[name].rows, out, device, tiny))
+    process.start()
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    result = read_json(file) if file.exists() else {"step": name, "state": "running", "rows": []}
+    if result["state"] == "running":
+        why = "took too long" if code is None else f"its process ended with {code}; see {out / 'log.txt'}"
+        result |= {"state": "failed", "error": why}
+        write_json(file, result)
+    return result
+
+
+def _write_rows(
+    name: str, step: Callable[[Check], Iterable[dict[str, Any]]], out: Path, device: str, tiny: bool
+) -> None:
+    """Write a step's file, anew with each row."""
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    chosen, start = choose_device(device), time.monotonic()
+    result: dict[str, Any] = {"step": name, "machine": surroundings(chosen)}
+    result |= {"command": f"python main.py gpu-check --step {name}", "state": "running", "rows": []}
+
+    def write(**changed: Any) -> None:
+        result.update(changed, seconds=round(time.monotonic() - start, 1))
+        write_json(out / f"{name}.json", result)
+
+    write()
+    try:
+        with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+            for row in step(Check(chosen, tiny, Path(folder))):
+                write(rows=[*result["rows"], row])
+    except Exception:  # whatever it is, the other steps run
+        traceback.print_exc()
+        write(state="failed", error=traceback.format_exc())
+    else:
+        write(state="passed")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    rows = "\n" + table_of(result["rows"]) if result["rows"] else ""
+    why = f": {result['error'].strip().splitlines()[-1]}" if "error" in result else ""
+    return f"\n{result['step']}: {result['state']}{why}  ({result.get('seconds', 0):.0f} s){rows}"
+
+
+def _run_suite(file: Path, out: Path, device: str, at_once: int, deadline: float) -> None:
+    """Run a suite until the deadline; pack its finished runs every few seconds."""
+    words = [f"device={device}"]
+    command = [sys.executable, str(ROOT / "main.py"), "experiment", str(file), "--at-once", str(at_once), *words]
+    suite = load_suite(file, tuple(words))
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None and time.monotonic() < deadline - _SAVING:
+            time.sleep(2)
+            keep_evidence(suite, Path("runs"), out / f"{file.stem}_runs.zip")
+            _pack(out)
+    finally:
+        process.terminate()
+        process.wait()
+    keep_evidence(suite, Path("runs"), out / f"{file.stem}_runs.zip")
+
+
+def _pack(out: Path) -> None:
+    """Pack all files of the check into one archive."""
+    with written_whole(out / "gpu-check.zip") as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(out.iterdir()):
+            if file.suffix in (".json", ".txt") or file.name.endswith("_runs.zip"):
+                archive.write(file, file.name)

@@ -21,7 +21,6 @@ import torch
 from data.batches import Batch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
-from experiments import ROOT
 from experiments.bench.decoding import decode_alone
 from experiments.bench.step import interleaved
 from experiments.bench.vqa_sized_data import write_coco_like
@@ -36,7 +35,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
-RECIPE = ROOT / "config" / "scenes_224.yaml"
+RECIPE = Path(__file__).with_name("scenes.yaml")
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
@@ -80,6 +79,18 @@ def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def prepared_scenes(recipe: Path, folder: Path, device: torch.device, *words: str) -> Settings:
+    """Settings of a recipe on synthetic scenes in `folder` with a random network; makes the data where missing."""
+    here = (f"device={device}", f"data.folder={folder}/scenes", f"data.h5={folder}/scenes.h5", "backbone.weights=none")
+    settings = load_settings(recipe, [*here, *words])
+    prepare(settings)
+    return settings
+
+
+def _network_words(network: str, size: int, images: int) -> tuple[str, ...]:
+    return f"backbone.name={network}", f"data.image_size={size}", f"scenes.images={{train: {images}, val: 8}}"
+
+
 def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device) -> list[Row]:
     """An epoch of `train` with stage 4 conditioned, from cached feature maps and from images."""
     seconds: dict[str, list[float]] = {"pictures": [], "maps": []}
@@ -87,7 +98,8 @@ def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int,
     for turn in range(repeats + 1):  # the first one fills the cache and does not count
         for way, gib in (("pictures", 0), ("maps", 8)):
             words = (f"name={way}_{turn}", f"data.cache_gib={gib}", "cbn.stages=[4]")
-            run = train(prepared_scenes(folder, network, size, images, device, *words), runs=folder / "runs")
+            settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
+            run = train(settings, runs=folder / "runs")
             line = json.loads((run.path / "metrics.jsonl").read_text(encoding="utf-8"))
             seconds[way].append(line["seconds"])
             losses[way] = line["train_loss"]
@@ -123,7 +135,7 @@ def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path,
     rows = []
     for workers in (0, 2):
         words = (f"name=waiting_{workers}", f"workers={workers}", f"train.batch_size={batch}", "data.cache_gib=0")
-        settings = prepared_scenes(folder, network, size, images, device, *words)
+        settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
         steps, _, share = time_training(prepare_training(settings, RunDirectory(folder / settings.name), Processes()))
         row = {"network": network, "pixels": size, "batch": batch, "workers": workers, "steps": steps}
         rows.append(row | {"share_waiting": round(share, 4)})
@@ -152,31 +164,6 @@ def time_training(trainer: Trainer, warm_up: int = 1, steps: int | None = None) 
     ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
     (start, waited_before), (end, waited_after) = ends[warm_up - 1], ends[-1]
     return len(ends), (end - start) / (len(ends) - warm_up), (waited_after - waited_before) / (end - start)
-
-
-def prepared_scenes(folder: Path, network: str, size: int, images: int, device: torch.device, *words: str) -> Settings:
-    """Settings of synthetic scenes and a random network, with `words` over them; their data are made where missing."""
-    settings = load_settings(
-        RECIPE,
-        [
-            f"device={device}",
-            f"data.folder={folder}/scenes",
-            f"data.h5={folder}/scenes.h5",
-            f"data.image_size={size}",
-            f"backbone.name={network}",
-            "backbone.weights=none",
-            f"scenes.images={{train: {images}, val: 8}}",
-            "scenes.questions_per_image=4",
-            "train.validate_on=null",
-            "train.epochs=1",
-            "train.batch_size=32",
-            "precision=float32",
-            "workers=0",
-            *words,
-        ],
-    )
-    prepare(settings)
-    return settings
 
 
 def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row]:

@@ -20,14 +20,13 @@ from data.h5_file import Store
 from data.preprocess import preprocess
 from data.question_table import question_table
 from data.vqa_files import SplitFiles, read_questions
-from experiments import ROOT
 from experiments.bench.decoding import decode_alone
 from experiments.bench.vqa_sized_data import write_coco_like
 from vqa.io.files import check_room
 from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import train_tokenizer
 
-RECIPE = ROOT / "config" / "vqa_v1" / "modern.yaml"
+RECIPE = Path(__file__).with_name("scale.yaml")
 _JPEG_BYTES = 165_000
 
 
@@ -57,7 +56,7 @@ def scale_rows(
         val = max(1, count // 5)
         splits = write_coco_like(raw, {"train": count - val, "val": val}, questions)
         files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
-        words = [*_WORDS, f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
+        words = [f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
         jobs: dict[str, tuple[Callable[..., int], ...]] = {
             "reading questions": (_read, splits),
             "decoding alone": (decode_alone, files, size, 2),
@@ -118,24 +117,6 @@ def _memory(process: psutil.Process) -> int:
             info = one.memory_full_info()
             held += getattr(info, "pss", info.uss)  # without Linux's pss, what is the process's alone
     return held
-
-
-_WORDS = (
-    "backbone.name=resnet10",
-    "backbone.weights=none",
-    "cbn.stages=[]",  # the data are measured, not the network: each image of a batch passes through it once
-    "question.glove=null",
-    "question.embedding_size=64",
-    "question.hidden_size=128",
-    "question.layers=1",
-    "attention.units=64",
-    "answer.fusion_size=128",
-    "answer.hidden_size=0",
-    "train.batch_size=64",
-    "train.validate_on=null",
-    "train.tensorboard=false",
-    "device=cpu",
-)
 
 
 def _read(splits: Mapping[str, SplitFiles]) -> int:

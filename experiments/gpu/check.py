@@ -90,8 +90,8 @@ def gpu_check(
     """
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
-    files = [ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in suites]
-    for file in files:
+    suite_files = [ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in suites]
+    for file in suite_files:
         if not file.is_file():
             raise InputError(f"{file}: no such suite")
     if out.exists() and not out.is_dir():
@@ -99,77 +99,72 @@ def gpu_check(
     choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    missing = [name for name in steps or STEPS if _state(out, name) != "passed"]
-    correctness, speed = ([name for name in missing if (name in CORRECTNESS) is kind] for kind in (True, False))
-    run = partial(_run_step, out=out, device=device, tiny=tiny, deadline=deadline)
+    files = [out / f"{name}.json" for name in steps or STEPS]
+    missing = [file for file in files if not file.exists() or read_json(file)["state"] != "passed"]
+    correctness, speed = ([file for file in missing if (file.stem in CORRECTNESS) is kind] for kind in (True, False))
+    run = partial(_run_step, device=device, tiny=tiny, deadline=deadline)
     failed = []
-    for names, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
+    for chosen, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
         with ThreadPoolExecutor(processes) as pool:
-            for name, result in zip(names, pool.map(run, names), strict=True):
-                if result is not None:
-                    print(_summary(result), flush=True)
-                    _pack(out)
-                    failed += [name] if result["state"] == "failed" else []
-    for file in files:
+            for result in filter(None, pool.map(run, chosen)):
+                print(_summary(result), flush=True)
+                _pack(out)
+                if result["state"] == "failed":
+                    failed.append(result["step"])
+    for file in suite_files:
         if time.monotonic() < deadline - _SAVING:
             _run_suite(file, out, device, at_once, deadline)
     _pack(out)
     return failed
 
 
-def _state(out: Path, name: str) -> str | None:
-    file = out / f"{name}.json"
-    return read_json(file).get("state") if file.exists() else None
-
-
-def _run_step(name: str, out: Path, device: str, tiny: bool, deadline: float) -> dict[str, Any] | None:
-    """Run a step in a process of its own; return what its file holds, or None if there is no time left for it."""
-    seconds = min(_START + (5 if tiny else 1) * STEPS[name].seconds, deadline - time.monotonic())  # tiny: a busy CPU
+def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str, Any] | None:
+    """Run the step of a file in a process of its own; return what the file then holds, or None if no time is left."""
+    rows, seconds = STEPS[file.stem]
+    seconds = min(_START + (5 if tiny else 1) * seconds, deadline - time.monotonic())  # tiny: on a busy CPU
     if seconds <= 0:
         return None
-    file = out / f"{name}.json"
-    file.unlink(missing_ok=True)
+    write_json(file, {"step": file.stem, "state": "running", "rows": []})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.gpu.check"])  # each process begins with everything imported
-    process = context.Process(target=_write_rows, args=(name, STEPS[name].rows, out, device, tiny))
+    process = context.Process(target=_write_rows, args=(file, rows, device, tiny))
     process.start()
     process.join(seconds)
     code = process.exitcode
     process.kill()
     process.join()
-    result = read_json(file) if file.exists() else {"step": name, "state": "running", "rows": []}
+    result = read_json(file)
     if result["state"] == "running":
-        why = "took too long" if code is None else f"its process ended with {code}; see {out / 'log.txt'}"
+        why = "took too long" if code is None else f"its process ended with {code}; see {file.with_name('log.txt')}"
         result |= {"state": "failed", "error": why}
         write_json(file, result)
     return result
 
 
-def _write_rows(
-    name: str, step: Callable[[Check], Iterable[dict[str, Any]]], out: Path, device: str, tiny: bool
-) -> None:
-    """Write a step's file, anew with each row."""
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
+def _write_rows(file: Path, rows: Callable[[Check], Iterable[dict[str, Any]]], device: str, tiny: bool) -> None:
+    """Write a step's file anew with each row; everything printed goes to the log."""
+    with file.with_name("log.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    chosen, start = choose_device(device), time.monotonic()
-    result: dict[str, Any] = {"step": name, "machine": surroundings(chosen)}
-    result |= {"command": f"python main.py gpu-check --step {name}", "state": "running", "rows": []}
+    chosen, start, written = choose_device(device), time.monotonic(), []
+    command = f"python main.py gpu-check --step {file.stem}"
+    about = {"step": file.stem, "machine": surroundings(chosen), "command": command}
 
-    def write(**changed: Any) -> None:
-        result.update(changed, seconds=round(time.monotonic() - start, 1))
-        write_json(out / f"{name}.json", result)
+    def write(state: str, **more: str) -> None:
+        seconds = round(time.monotonic() - start, 1)
+        write_json(file, about | {"state": state, "seconds": seconds, "rows": written} | more)
 
-    write()
+    write("running")
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            for row in step(Check(chosen, tiny, Path(folder))):
-                write(rows=[*result["rows"], row])
+            for row in rows(Check(chosen, tiny, Path(folder))):
+                written.append(row)
+                write("running")
     except Exception:  # whatever it is, the other steps run
         traceback.print_exc()
-        write(state="failed", error=traceback.format_exc())
+        write("failed", error=traceback.format_exc())
     else:
-        write(state="passed")
+        write("passed")
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.bench import step
-from experiments.bench.loading import prepared_scenes, time_training
+from experiments.bench.loading import RECIPE, prepared_scenes, time_training
 from experiments.bench.step import interleaved, peak_mib
 from experiments.gpu.right import CONFIG, Check, Rows, normalised, random_model
 from experiments.process_group import Processes
@@ -47,19 +47,18 @@ def operation_rows(check: Check) -> Rows:
         "composed": composed,
         "compiled": torch.compile(composed, backend=check.pick("aot_eager", "inductor"), dynamic=False),
     }
+    runs = check.pick(1, 10)
+
+    def run(way: Callable[..., Tensor], parts: list[Tensor], gradient: Tensor) -> None:
+        for _ in range(runs):  # in a row, so that launching hides behind work
+            torch.autograd.grad(way(*parts), parts, gradient)
+
     for shape in check.pick([(2, 16, 8, 8)], [(256, 256, 56, 56), (1024, 1024, 14, 14), (2048, 2048, 7, 7)]):
         maps = [torch.randn(shape, device=check.device, dtype=torch.bfloat16) for _ in ("x", "residual", "gradient")]
         x, residual, gradient = (part.to(memory_format=torch.channels_last) for part in maps)
         scale, shift = (torch.randn(shape[:2], device=check.device) for _ in "ab")
-        parts, runs = [part.requires_grad_() for part in (x, scale, shift, residual)], check.pick(1, 10)
-
-        def run(
-            way: Callable[..., Tensor], parts: list[Tensor] = parts, gradient: Tensor = gradient, runs: int = runs
-        ) -> None:
-            for _ in range(runs):  # in a row, so that launching hides behind work
-                torch.autograd.grad(way(*parts), parts, gradient)
-
-        jobs = {name: partial(run, way) for name, way in ways.items()}
+        parts = [part.requires_grad_() for part in (x, scale, shift, residual)]
+        jobs = {name: partial(run, way, parts, gradient) for name, way in ways.items()}
         seconds = {name: s / runs for name, s in interleaved(jobs, check.pick(1, 7), check.device).items()}
         # forward x, residual, y; backward gradient, x, and the gradients of x and residual; a bit an element twice
         moved = 7 * x.numel() * x.element_size() + x.numel() / 4
@@ -101,8 +100,14 @@ def epoch_rows(check: Check) -> Rows:
     for number, (recipe, differences) in enumerate(recipes[:1] if check.tiny else recipes):
         size = check.pick(64, 448 if recipe == "modern_448" else 224)
         images, network = check.pick((16, "resnet10"), (500 if size == 448 else 1200, "resnet50"))
-        data = ("data.answers=2000", "data.min_word_count=2", f"data.processes={workers or 1}")
-        scenes = prepared_scenes(check.folder / str(size), network, size, images, check.device, *data)
+        scenes = prepared_scenes(
+            RECIPE,
+            check.folder / str(size),
+            check.device,
+            f"data.image_size={size}",
+            f"scenes.images={{train: {images}, val: 8}}",
+            f"data.processes={workers or 1}",
+        )
         words = [
             f"device={check.device}",
             f"workers={workers}",

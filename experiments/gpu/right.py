@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from experiments import ROOT
+from experiments.bench.loading import prepared_scenes
 from experiments.evaluate import evaluate
 from experiments.features.compare import compare_features
-from experiments.prepare import prepare
 from experiments.recalibrate import recalibrate
 from experiments.training.trainer import train
 from vqa.build import build_model
@@ -169,40 +168,16 @@ def _map_and_gradients(net: ModulatedResNet, inputs: Sequence[Tensor], device: t
     images, *deltas = (part.to(device, kind) for part in inputs)
     for part in deltas:
         part.requires_grad_()
-    with _without_tf32():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         y = net(images.contiguous(memory_format=torch.channels_last), Modulation(*deltas))
         return [y, *torch.autograd.grad(y, deltas, y.detach())]
 
 
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Compute float32 convolutions on a GPU in float32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _small_settings(check: Check, *words: str) -> Settings:
-    """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder; makes the data."""
-    folder = check.folder
-    settings = load_settings(
-        CONFIG / "demo.yaml",
-        [
-            f"device={check.device}",
-            "precision=bfloat16",
-            f"data.folder={folder}/scenes",
-            f"data.h5={folder}/scenes.h5",
-            "backbone.weights=none",
-            f"train.batch_size={check.pick(8, 64)}",
-            f"scenes.images={{train: {check.pick(8, 400)}, val: {check.pick(8, 100)}}}",
-            *words,
-        ],
-    )
-    prepare(settings)
-    return settings
+    """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
+    batch, images, val = check.pick((8, 8, 8), (64, 400, 100))
+    size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", "precision=bfloat16")
+    return prepared_scenes(CONFIG / "demo.yaml", check.folder, check.device, *size, *words)
 
 
 def commands_rows(check: Check) -> Rows:

@@ -106,11 +106,15 @@ def gpu_check(
     failed = []
     for chosen, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
         with ThreadPoolExecutor(processes) as pool:
-            for result in filter(None, pool.map(run, chosen)):
-                print(_summary(result), flush=True)
-                _pack(out)
-                if result["state"] == "failed":
-                    failed.append(result["step"])
+            try:
+                for result in filter(None, pool.map(run, chosen)):
+                    print(_summary(result), flush=True)
+                    _pack(out)
+                    if result["state"] == "failed":
+                        failed.append(result["step"])
+            finally:  # after a signal, which the steps' processes may not have got
+                for process in multiprocessing.active_children():
+                    process.kill()
     for file in suite_files:
         if time.monotonic() < deadline - _SAVING:
             _run_suite(file, out, device, at_once, deadline)

@@ -107,6 +107,7 @@ def epoch_rows(check: Check) -> Rows:
             f"data.image_size={size}",
             f"scenes.images={{train: {images}, val: 8}}",
             f"data.processes={workers or 1}",
+            "data.answers=2000",  # as the recipes
         )
         words = [
             f"device={check.device}",

@@ -16,11 +16,12 @@ import torch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
 from data.scenes.write import write_world
+from experiments import ROOT
 from experiments.prepare import preprocessing_of
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.trainer import train
 from vqa.io.weight_files import read_safetensors
-from vqa.settings.recipes import BASE, load_settings
+from vqa.settings.recipes import load_settings
 
 RECIPE = """\
 base: {demo}
@@ -68,7 +69,7 @@ class Case:
 
 def _world(folder: Path, images: int, h5: str = "world.h5") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPE.format(demo=BASE.parent / "demo.yaml", folder=folder, h5=h5, images=images)
+    recipe = RECIPE.format(demo=ROOT / "config" / "demo.yaml", folder=folder, h5=h5, images=images)
     (folder / "tiny.yaml").write_text(recipe)
     (folder / "two.yaml").write_text(SUITE.format(folder=folder))
     scenes = load_settings(folder / "tiny.yaml").scenes

@@ -12,7 +12,7 @@ from PIL import Image
 from data.answers import normalise_answer
 from tests.test_resnet import pair, random_modulation
 from vqa.cbn import Modulation
-from vqa.features import RAW, networks_of, open_runs, show_same_pairs, shown_names, stage_features
+from vqa.features import RAW, networks_of, open_runs, select_pairs, shown_names, stage_features
 from vqa.scatter import COLOURS, class_colours, write_scatter
 from vqa.separation import is_colour, neighbour_accuracy, project
 
@@ -32,7 +32,7 @@ def runs(tiny, trained):
 
 
 def networks(folders, pairs=24, seed=0):
-    return {one.name: one for one in networks_of(show_same_pairs(open_runs(folders, "val", []), "val", pairs, seed))}
+    return {one.name: one for one in networks_of(select_pairs(open_runs(folders, "val", []), "val", pairs, seed))}
 
 
 # ---- the maps
@@ -106,7 +106,7 @@ def test_runs_of_different_resnets_are_refused(refused, tiny, trained, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert command("train", "--config", tiny, "name=other", "seed=5").code == 0
     line = refused("features", "--run", trained, "--run", "runs/other")
-    assert "other: its frozen ResNet is another than that of trained" in line
+    assert "other: its frozen ResNet differs from that of trained" in line
 
 
 def test_names_are_as_long_as_they_must_be(trained, tmp_path):
@@ -154,7 +154,7 @@ def test_channels_count_alike_whatever_their_scale():
     assert neighbour_accuracy(features, labels, np.arange(200), seed=0).accuracy > 0.95
 
 
-def test_classes_of_too_few_images_are_left_out():
+def test_classes_of_too_few_images_are_skipped():
     features, images = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40)
     labels = ["a"] * 18 + ["b"] * 18 + ["rare"] * 4
     found = neighbour_accuracy(features, labels, images, seed=0)
@@ -192,8 +192,9 @@ def test_the_most_common_classes_have_a_colour_each():
 
 
 def test_a_picture_of_many_classes_and_any_name(tmp_path):
-    points = {"a $ b $": [np.random.rand(30, 2)] * 2, "c": [np.zeros((30, 2))] * 2}
-    notes = {name: ["", "9 %"] for name in points}
+    points = {("a $ b $", stage): np.random.rand(30, 2) for stage in (1, 2)}
+    points |= {("c", stage): np.zeros((30, 2)) for stage in (1, 2)}
+    notes = {("c", 2): "9 %"}
     write_scatter(tmp_path / "a.png", points, [f"kind {n % 12}" for n in range(30)], "title", notes)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.format == "PNG"
@@ -257,7 +258,7 @@ def test_a_copied_model_is_shown_from_raw_files_too(command, trained, tmp_path):
     ("words", "said"),
     [
         (["--split", "vall"], "no split 'vall'; it holds train, val"),
-        (["--pairs", "19"], "20 are the fewest"),
+        (["--pairs", "19"], "at least 20 are needed"),
         (["--pairs", "0"], "no positive number"),
         (["--seed", "-1"], "no number from 0"),
         (["--seed", "4294967296"], "no number from 0"),

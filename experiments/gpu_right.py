@@ -199,7 +199,6 @@ def commands_rows(check: Check) -> Rows:
     from experiments.preparation import prepare
     from vqa.comparison import compare_features
     from vqa.evaluate import evaluate
-    from vqa.inspection import ask, inspect
     from vqa.recalibrate import recalibrate
 
     settings = _small_settings(check, "name=commands")
@@ -217,9 +216,9 @@ def commands_rows(check: Check) -> Rows:
     bundle = load_bundle(run, check.device)
     image = sorted((check.folder / "scenes" / "val").glob("*.png"))[0]
     question = "what color is the circle?"
-    on_device, on_cpu = (ask(loaded, image, question, 3) for loaded in (bundle, load_bundle(run)))
+    on_device, on_cpu = (loaded.ask(image, question, 3) for loaded in (bundle, load_bundle(run)))
     difference = abs(on_device[0]["probability"] - on_cpu[0]["probability"])
-    layers = inspect(bundle, image, [question])["readings"][0]["layers"]
+    layers = bundle.inspect(image, question)["layers"]
     pairs = check.pick(40, 200)
     compare_features([run], "val", check.folder / "features", [], pairs=pairs, seed=0)
     counted = recalibrate(run, check.folder / "recalibrated", "train", [], batches=2)

@@ -1,4 +1,4 @@
-"""The demo's page: the comparison of the baseline with MODERN, examples, and the inspection of one question."""
+"""Write the demo's page: the baseline compared with MODERN, examples, and the inspection of one question."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ NAMES = {
 
 
 def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], image: Image.Image) -> None:
-    """Write the demo's comparison and the inspection of one question (as `write_inspection` takes it) as a page.
+    """Write the page.
 
-    `demo` has what `summary.json` holds, `questions` (how many), `curves` (percent per epoch, by model), `settings`,
-    `commands` and `examples` (`image`, `question`, `truth`, and the answers of `baseline` and `modern`).
+    Args:
+        path: the file.
+        demo: the content of `summary.json`, `questions` (their number), `curves` (percent per epoch, by model),
+            `settings`, `commands` and `examples` (`image`, `question`, `truth`, and the answers of each model).
+        inspection: the content of `modulation.json`.
+        image: the image of the inspection.
     """
     write_page(
         path,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vqa.bundle import Bundle
+    from vqa.saved_model import Bundle
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ def load(folder: str | Path, device: str = "cpu") -> "Bundle":
     Raises:
         InputError: there is no model, a file of it is missing or broken, or there is no such device.
     """
-    from vqa.build import choose_device
-    from vqa.bundle import load_bundle
+    from vqa.devices import choose_device
+    from vqa.saved_model import load_bundle
 
     return load_bundle(Path(folder), choose_device(device))

@@ -1,0 +1,131 @@
+"""The effect of one or two questions on the network: answers, attention, and the modulation of every channel."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vqa.cbn import Modulation
+from vqa.inspect.html import NEARLY_SHUT, inspection_view, write_page
+from vqa.io.errors import printable
+from vqa.io.files import as_cell, write_json, written_whole
+from vqa.io.images import ImageSource, read_image
+from vqa.saved_model import Bundle
+from vqa.text.tokenizer import words
+
+
+def inspect(bundle: Bundle, image: Path, questions: Sequence[str]) -> dict[str, Any]:
+    """The content of `modulation.json`: the model, and a reading of each question (one, or two to compare).
+
+    Raises:
+        InputError: as `Bundle.ask`.
+    """
+    return {
+        "image": image.name.encode("utf-8", "replace").decode(),  # a file name may hold any bytes
+        "model": {
+            "backbone": bundle.settings.backbone.name,
+            "stages": list(bundle.settings.cbn.stages),
+            "image_size": bundle.preprocessing.size,
+            **{"trained_on": [], "epoch": None, "val_overall": None, **bundle.training},
+        },
+        "readings": [read(bundle, image, question) for question in questions],
+    }
+
+
+def read(bundle: Bundle, image: ImageSource, question: str, top: int = 5) -> dict[str, Any]:
+    """Inspect one question; `Bundle.inspect` says what is returned."""
+    image = read_image(image)
+    modulated, plain = (bundle.run(image, question, modulate=modulate) for modulate in (True, False))
+    return {
+        "question": question,
+        "words": words(bundle.tokenizer, question),
+        "unknown_words": bundle.unknown_words(question),
+        "answers": bundle.top_answers(modulated, top),
+        "answers_without_modulation": bundle.top_answers(plain, top),
+        "attention": modulated.attention[0].float().tolist(),
+        "layers": _layers(bundle, modulated.modulation) if modulated.modulation else [],
+    }
+
+
+def write_inspection(inspection: dict[str, Any], folder: Path, image: Path) -> None:
+    """Write `modulation.json`, `modulation.csv` and `report.html`."""
+    write_json(folder / "modulation.json", inspection, indent=None)
+    _write_csv(folder / "modulation.csv", inspection["readings"])
+    write_page(folder / "report.html", "inspection.html", view=inspection_view(inspection, read_image(image)))
+
+
+def summary(inspection: dict[str, Any]) -> str:
+    """Lines for a terminal: the best answer to each question and the layers with the largest deltas."""
+    lines = []
+    for reading in inspection["readings"]:
+        best = reading["answers"][0]
+        lines.append(printable(f"{reading['question']}  {best['answer']} ({100 * best['probability']:.1f} %)"))
+        moved = [
+            (float(np.mean(np.abs(layer["delta_gamma"]) + np.abs(layer["delta_beta"]))), layer)
+            for layer in reading["layers"]
+        ]
+        for size, layer in sorted(moved, key=lambda pair: -pair[0])[:3]:
+            lines.append(
+                f"  {layer['name']}: mean |Δγ| + |Δβ| {size:.3f}, {layer['sign_flips']} sign flips and "
+                f"{layer['nearly_shut']} nearly shut of {layer['channels']} channels"
+            )
+        if not moved:
+            lines.append("  this model conditions no norm: there is no modulation to show")
+    return "\n".join(lines)
+
+
+def _layers(bundle: Bundle, modulation: Modulation) -> list[dict[str, Any]]:
+    resnet = bundle.model.resnet
+    widths = [layer.channels for layer in resnet.layers]
+    zeros = torch.zeros(1, sum(widths))  # of a part that is not predicted
+    deltas = [(zeros if part is None else part)[0].split(widths) for part in (modulation.gamma, modulation.beta)]
+    described = []
+    for layer, *of_layer in zip(resnet.layers, *deltas, strict=True):
+        norm = resnet.norm(layer.name)
+        values = [value.detach().float().cpu().numpy() for value in (norm.weight, norm.bias, *of_layer)]
+        described.append(
+            {"name": layer.name, "stage": layer.stage, "channels": layer.channels, **describe_channels(*values)}
+        )
+    return described
+
+
+def describe_channels(
+    gamma: np.ndarray, beta: np.ndarray, delta_gamma: np.ndarray, delta_beta: np.ndarray
+) -> dict[str, Any]:
+    """Describe the effect of deltas on a norm; all arguments are [C].
+
+    Returns:
+        The arguments as lists; `gain` = (γ + Δγ) / γ, None where γ is 0; `sign_flips`, the number of channels with a
+        negative gain; `nearly_shut`, the number of channels with |gain| below NEARLY_SHUT.
+    """
+    defined = gamma != 0
+    gain = np.divide(gamma + delta_gamma, gamma, out=np.full_like(gamma, np.nan), where=defined)
+    return {
+        "gamma": _rounded(gamma),
+        "beta": _rounded(beta),
+        "delta_gamma": _rounded(delta_gamma),
+        "delta_beta": _rounded(delta_beta),
+        "gain": [value if known else None for value, known in zip(_rounded(gain), defined.tolist(), strict=True)],
+        "sign_flips": int((gain < 0).sum()),
+        "nearly_shut": int((np.abs(gain) < NEARLY_SHUT).sum()),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Round to seven significant digits, the precision of float32."""
+    return [float(f"{value:.7g}") for value in values.tolist()]
+
+
+def _write_csv(file: Path, readings: Sequence[dict[str, Any]]) -> None:
+    """Write one row per question and channel."""
+    columns = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")
+    with written_whole(file) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["question", "layer", "stage", "channel", *columns])
+        for reading in readings:
+            for layer in reading["layers"]:
+                for channel, values in enumerate(zip(*(layer[column] for column in columns), strict=True)):
+                    writer.writerow([as_cell(reading["question"]), layer["name"], layer["stage"], channel, *values])

@@ -1,0 +1,213 @@
+"""The `model/` directory: everything needed to answer questions, in one folder that can be copied.
+
+model.safetensors    all weights, the frozen ResNet's included, and in the metadata what the model was trained on
+config.yaml          the settings
+tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
+answers.json         the answer vocabulary, in order of the classes
+preprocessing.json   the preprocessing of images
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from typing_extensions import TypedDict
+
+from vqa.build import build_model
+from vqa.io.errors import InputError
+from vqa.io.files import read_json, write_json, written_whole
+from vqa.io.images import ImageSource, read_image
+from vqa.io.weight_files import as_safetensors, read_safetensors
+from vqa.model import Output, VQAModel
+from vqa.preprocessing import Preprocessing
+from vqa.settings.recipes import load_saved
+from vqa.settings.schema import Settings, difference
+from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
+
+WEIGHTS = "model.safetensors"
+
+
+class Training(TypedDict, total=False):
+    """How a model was trained, as the metadata of its weights say it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+
+    trained_on: list[str]  # splits
+    epoch: int  # from 1
+    val_overall: float | None  # percent
+    recalibrated_on: str  # split
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained model with everything needed to ask it; `vqa.load` returns one."""
+
+    folder: Path
+    model: VQAModel
+    settings: Settings
+    tokenizer: Tokenizer
+    answers: list[str]
+    preprocessing: Preprocessing
+    training: Training
+
+    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
+        """Answer a question about an image.
+
+        Args:
+            image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
+                width), or a list of these.
+            question: a question or a list of questions. Of two lists each image has its own question; one image or
+                question beside a list belongs to all of it. The questions of a list are answered one by one.
+            top: number of answers.
+
+        Returns:
+            The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.
+
+        Raises:
+            InputError: an image cannot be read, a question holds no word, or the model's scores are not finite.
+        """
+        return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
+
+    def inspect(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Show what a question does to the network; arguments and errors as for `ask`.
+
+        Returns:
+            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W], and
+            `layers`: the conditioned norms in order of depth, with values for each channel (`describe_channels`).
+        """
+        from vqa.inspect.inspection import read
+
+        return _for_each(lambda image, question: read(self, image, question, top), image, question)
+
+    @torch.inference_mode()
+    def run(self, image: ImageSource, question: str, *, modulate: bool = True) -> Output:
+        """The model's output for one question (B = 1). Raises InputError as `ask`."""
+        if not isinstance(question, str):
+            raise InputError(f"question: must be a text, not {type(question).__name__}")
+        if reason := unusable(question):
+            raise InputError(f"question: {reason}")
+        if not words(self.tokenizer, question):
+            raise InputError(f"question: {question!r} holds no word")
+        device = next(self.model.parameters()).device
+        tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(self.tokenizer, [question]))
+        pixels = torch.from_numpy(self.preprocessing.decode(image).copy())[None].to(device)
+        output = self.model(self.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+        if not output.logits.isfinite().all():
+            damaged = "the model's scores of the answers are not finite; its weights are damaged"
+            raise InputError(f"{self.folder}: {damaged}")
+        return output
+
+    def top_answers(self, output: Output, top: int) -> list[dict[str, Any]]:
+        """The most probable answers of an output for one question."""
+        if top < 1:
+            raise InputError(f"top: must be at least 1, not {top}")
+        best = output.logits[0].float().softmax(0).topk(min(top, len(self.answers)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
+
+    def unknown_words(self, question: str) -> list[str]:
+        """The words of a question that are not in the vocabulary."""
+        known = self.tokenizer.get_vocab()
+        return [word for word in words(self.tokenizer, question) if known.get(word, UNKNOWN_ID) == UNKNOWN_ID]
+
+
+def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
+    """`function(image, question)`, or the list of its results where one of the two is a list, or both are."""
+    several = [isinstance(given, list | tuple) for given in (image, question)]
+    if not any(several):
+        return function(image, question)
+    images = image if several[0] else [read_image(image)] * len(question)
+    questions = question if several[1] else [question] * len(image)
+    if len(images) != len(questions):
+        raise InputError(f"{len(images)} images for {len(questions)} questions; give as many, or one of either")
+    return [function(*pair) for pair in zip(images, questions, strict=True)]
+
+
+def save_companions(
+    folder: Path, settings: Settings, tokenizer: Tokenizer, answers: list[str], preprocessing: Preprocessing
+) -> None:
+    """Write everything but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save(folder / "config.yaml")
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / "answers.json", answers)
+    preprocessing.save(folder / "preprocessing.json")
+
+
+def save_weights(folder: Path, model: VQAModel, training: Training) -> None:
+    """Write the weights, whole or not at all."""
+    with written_whole(folder / WEIGHTS) as aside:
+        aside.write_bytes(as_safetensors(model.state_dict(), {"training": json.dumps(training)}))
+
+
+def find_model(run: Path) -> Path:
+    """Find the model directory of a run directory; a model directory is its own.
+
+    Raises:
+        InputError: there is none, or its settings are not those of the run directory.
+    """
+    for folder in (run / "model", run):
+        if (folder / WEIGHTS).is_file():
+            made, asked = folder / "config.yaml", run / "config.yaml"
+            if made != asked and asked.exists() and (why := difference(load_saved(made), load_saved(asked))):
+                raise InputError(f"{made}: not a model of {asked}: {why}; resume the run, or name the model itself")
+            return folder
+    raise InputError(f"{run}: no model here (neither model/{WEIGHTS} nor {WEIGHTS}); `train` writes runs/NAME/model")
+
+
+def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
+    """Load a model from a run directory or a copied `model/`, ready to answer.
+
+    Raises:
+        InputError: a file is missing or broken, or the weights do not fit the settings.
+    """
+    folder = find_model(run)
+    settings = load_saved(folder / "config.yaml")
+    tokenizer = load_tokenizer(folder)
+    answers = _read_answers(folder / "answers.json")
+    preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    try:
+        with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
+            model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+    except (RuntimeError, OverflowError) as error:
+        raise InputError(f"{folder / 'config.yaml'}: no model can be built of it ({error!s:.100})") from None
+    training = _load_weights(model, folder / WEIGHTS)
+    model.to(device or torch.device("cpu")).eval().requires_grad_(False)
+    return Bundle(folder, model, settings, tokenizer, answers, preprocessing, training)
+
+
+def _read_answers(file: Path) -> list[str]:
+    answers = read_json(file)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"{file}: must be a list of texts")
+    for place, answer in enumerate(answers):
+        if reason := unusable(answer) or ("" if answer.strip() else "empty"):
+            raise InputError(f"{file}: answer {place} is {reason}")
+    return answers
+
+
+def _load_weights(model: VQAModel, file: Path) -> Training:
+    """Load the weights into a model on the meta device."""
+    try:
+        weights, metadata = read_safetensors(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (weights, expected))
+        if theirs != ours:
+            raise InputError(f"{file}: not the weights of this folder's config.yaml: {name} is {theirs}, not {ours}")
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    try:
+        return TypeAdapter(Training).validate_json(metadata.get("training", "{}"))
+    except ValueError:
+        raise InputError(f"{file}: its header does not say how the model was trained") from None

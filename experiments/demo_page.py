@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from vqa.inspect.html import inline_image, inspection_view, write_page
+from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 
 # name in summary.json: name on the page, what it is
 NAMES = {
@@ -31,6 +31,6 @@ def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], ima
         [Path(__file__).parent / "templates"],
         demo=demo | {"examples": [each | {"image": inline_image(each["image"])} for each in demo["examples"]]},
         models=NAMES,
-        gap=f"{demo['modern']['overall'] - demo['baseline']['overall']:+.1f}",
+        gap=signed(demo["modern"]["overall"] - demo["baseline"]["overall"], 1),
         view=inspection_view(inspection, image),
     )

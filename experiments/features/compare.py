@@ -4,7 +4,6 @@ The accuracies say where the question reaches the features, not how well it is a
 question itself moves them apart.
 """
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from experiments.features.neighbours import (
 )
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
 from vqa.io.errors import InputError
-from vqa.io.files import as_cell, write_json, written_whole
+from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.progress import progress
 
 _ACCURACIES = ("labelling", "network", "stage", "accuracy", "chance", "classes", "pairs", "neighbours")
@@ -81,8 +80,8 @@ def compare_features(
     of_stages = progress(features.items(), len(features), "t-SNE")
     points = {place: project(of_stage, seed) for place, of_stage in of_stages}
     write_json(out / "neighbours.json", comparison)
-    _write_csv(out / "neighbours.csv", _ACCURACIES, (entry.values() for entry in comparison["accuracies"]))
-    _write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
+    write_csv(out / "neighbours.csv", _ACCURACIES, (entry.values() for entry in comparison["accuracies"]))
+    write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
     for labelling, labels in classes.items():
         if len(set(labels)) > 1:
             _draw(out / f"{labelling.replace(' ', '_')}.png", labelling, labels, points, comparison)
@@ -115,13 +114,6 @@ def _point_rows(points: Stages, table: QuestionTable) -> Iterable[Sequence[Any]]
     for place, of_stage in points.items():
         for id_, (x, y), question in zip(table.ids.tolist(), of_stage.tolist(), questions, strict=True):
             yield *place, id_, f"{x:.5g}", f"{y:.5g}", *map(as_cell, question)
-
-
-def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with written_whole(file) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def _draw(file: Path, labelling: str, labels: Sequence[str], points: Stages, comparison: Mapping[str, Any]) -> None:

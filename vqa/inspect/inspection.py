@@ -1,7 +1,6 @@
 """The effect of one or two questions on the network: answers, attention, and the modulation of every channel."""
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import torch
 from vqa.cbn import Modulation
 from vqa.inspect.html import NEARLY_SHUT, inspection_view, write_page
 from vqa.io.errors import printable
-from vqa.io.files import as_cell, write_json, written_whole
+from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.images import ImageSource, read_image
 from vqa.saved_model import Bundle
 from vqa.text.tokenizer import words
+
+_VALUES = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")  # of each channel
 
 
 def inspect(bundle: Bundle, image: Path, questions: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def read(bundle: Bundle, image: ImageSource, question: str, top: int = 5) -> dic
 def write_inspection(inspection: dict[str, Any], folder: Path, image: Path) -> None:
     """Write `modulation.json`, `modulation.csv` and `report.html`."""
     write_json(folder / "modulation.json", inspection, indent=None)
-    _write_csv(folder / "modulation.csv", inspection["readings"])
+    columns = ("question", "layer", "stage", "channel", *_VALUES)
+    write_csv(folder / "modulation.csv", columns, _channel_rows(inspection["readings"]))
     write_page(folder / "report.html", "inspection.html", view=inspection_view(inspection, read_image(image)))
 
 
@@ -119,13 +121,8 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.7g}") for value in values.tolist()]
 
 
-def _write_csv(file: Path, readings: Sequence[dict[str, Any]]) -> None:
-    """Write one row per question and channel."""
-    columns = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")
-    with written_whole(file) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["question", "layer", "stage", "channel", *columns])
-        for reading in readings:
-            for layer in reading["layers"]:
-                for channel, values in enumerate(zip(*(layer[column] for column in columns), strict=True)):
-                    writer.writerow([as_cell(reading["question"]), layer["name"], layer["stage"], channel, *values])
+def _channel_rows(readings: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
+    for reading in readings:
+        for layer in reading["layers"]:
+            for channel, values in enumerate(zip(*(layer[key] for key in _VALUES), strict=True)):
+                yield [as_cell(reading["question"]), layer["name"], layer["stage"], channel, *values]

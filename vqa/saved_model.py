@@ -74,9 +74,7 @@ class Bundle:
         """
         return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    def inspect(
-        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:
@@ -85,7 +83,7 @@ class Bundle:
         """
         from vqa.inspect.inspection import read
 
-        return _for_each(lambda image, question: read(self, image, question, top), image, question)
+        return _for_each(lambda image, question: read(self, image, question), image, question)
 
     @torch.inference_mode()
     def run(self, image: ImageSource, question: str, *, modulate: bool = True) -> Output:
@@ -105,7 +103,7 @@ class Bundle:
             raise InputError(f"{self.folder}: {damaged}")
         return output
 
-    def top_answers(self, output: Output, top: int) -> list[dict[str, Any]]:
+    def top_answers(self, output: Output, top: int = 5) -> list[dict[str, Any]]:
         """The most probable answers of an output for one question."""
         if top < 1:
             raise InputError(f"top: must be at least 1, not {top}")

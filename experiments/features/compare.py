@@ -14,7 +14,6 @@ from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
 from experiments.features.neighbours import (
     FOLDS,
-    Separation,
     labellings,
     main_answers,
     neighbour_accuracy,
@@ -71,9 +70,9 @@ def compare_features(
             {"name": network.name, "run": network.run.name, "modulated": network.modulate} for network in networks
         ],
         "accuracies": [
-            _entry(labelling, *place, found)
+            {"labelling": labelling, "network": name, "stage": stage, **found}
             for labelling, labels in classes.items()
-            for place, of_stage in features.items()
+            for (name, stage), of_stage in features.items()
             if (found := neighbour_accuracy(of_stage, labels, table.images, seed))
         ],
     }
@@ -102,11 +101,6 @@ def table_of(comparison: Mapping[str, Any]) -> str:
             values = "".join(f"{cells[labelling, name, stage]['accuracy']:9.1f}" for stage in STAGES)
             lines.append(f"  {name:<{width - 2}}{values}")
     return "\n".join(lines)
-
-
-def _entry(labelling: str, network: str, stage: int, found: Separation) -> dict[str, Any]:
-    percent = {key: round(100 * getattr(found, key), 2) for key in ("accuracy", "chance")}
-    return {"labelling": labelling, "network": network, "stage": stage, **found._asdict(), **percent}
 
 
 def _point_rows(points: Stages, table: QuestionTable) -> Iterable[Sequence[Any]]:

@@ -6,7 +6,7 @@ Legend: N pairs of an image and a question, C channels.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from sklearn.manifold import TSNE
@@ -29,16 +29,6 @@ _COLOUR = re.compile(
 )
 
 
-class Separation(NamedTuple):
-    """How well the nearest neighbours predict the class of a pair."""
-
-    accuracy: float  # 0 to 1
-    chance: float  # 0 to 1, share of the most common class
-    classes: int
-    pairs: int  # without those of rare classes
-    neighbours: int
-
-
 def main_answers(table: QuestionTable) -> list[str]:
     """The most common answer to each question, in its most common spelling."""
     return [(answer_vocabulary(table.answers(row), 1) or [""])[0] for row in range(len(table))]
@@ -56,7 +46,9 @@ def labellings(table: QuestionTable) -> dict[str, list[str]]:
     return {"answer type": table.answer_types, "question type": table.question_types, "colour": colours}
 
 
-def neighbour_accuracy(features: np.ndarray, labels: Sequence[str], images: np.ndarray, seed: int) -> Separation | None:
+def neighbour_accuracy(
+    features: np.ndarray, labels: Sequence[str], images: np.ndarray, seed: int
+) -> dict[str, Any] | None:
     """Cross-validate a k-nearest-neighbour classifier (Euclidean, standardised channels) in five folds.
 
     All pairs of an image are in one fold: otherwise the nearest neighbours of a pair are the other questions about its
@@ -69,7 +61,8 @@ def neighbour_accuracy(features: np.ndarray, labels: Sequence[str], images: np.n
         seed: of the folds.
 
     Returns:
-        None if fewer than two classes remain.
+        `accuracy` and `chance` (the share of the most common class) in percent, and the numbers of `classes`, `pairs`
+        (without those of skipped classes) and `neighbours`; None if fewer than two classes remain.
     """
     names, classes = np.unique(np.asarray(labels), return_inverse=True)
     enough = [name for name in range(len(names)) if len(np.unique(images[classes == name])) >= FOLDS]
@@ -83,8 +76,13 @@ def neighbour_accuracy(features: np.ndarray, labels: Sequence[str], images: np.n
     classifier = make_pipeline(StandardScaler(), KNeighborsClassifier(neighbours))
     with threadpool_limits(1):
         accuracy = np.mean(cross_val_predict(classifier, features, classes, cv=folds) == classes)
-    chance = np.bincount(classes).max() / len(classes)
-    return Separation(float(accuracy), float(chance), len(enough), len(classes), neighbours)
+    return {
+        "accuracy": round(100 * float(accuracy), 2),
+        "chance": round(100 * float(np.bincount(classes).max() / len(classes)), 2),
+        "classes": len(enough),
+        "pairs": len(classes),
+        "neighbours": neighbours,
+    }
 
 
 def project(features: np.ndarray, seed: int) -> np.ndarray:

@@ -38,7 +38,6 @@ class Run(NamedTuple):
     name: str
     bundle: Bundle
     settings: Settings
-    device: torch.device
     data: QuestionDataset
 
 
@@ -67,9 +66,8 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
         settings = load_saved(folder / "config.yaml", overrides)
         if "image" not in settings.inputs:
             raise InputError(f"{folder}: a model without image input has no features to show")
-        device = choose_device(settings.device)
-        bundle = load_bundle(folder, device)
-        runs.append(Run(name, bundle, settings, device, split_data(bundle, settings, split)))
+        bundle = load_bundle(folder, choose_device(settings.device))
+        runs.append(Run(name, bundle, settings, split_data(bundle, settings, split)))
     return runs
 
 
@@ -148,7 +146,8 @@ def stage_features(network: Network) -> list[np.ndarray]:
     Raises:
         InputError: an image cannot be read, or a map is not finite.
     """
-    _, bundle, settings, device, data = network.run
+    _, bundle, settings, data = network.run
+    device = choose_device(settings.device)
     rows, maps = [], []
     for batch in batches_in_order(data, settings, device, f"{network.name}: features"):
         moved = batch.to(device)

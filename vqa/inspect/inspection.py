@@ -36,7 +36,7 @@ def inspect(bundle: Bundle, image: Path, questions: Sequence[str]) -> dict[str, 
     }
 
 
-def read(bundle: Bundle, image: ImageSource, question: str, top: int = 5) -> dict[str, Any]:
+def read(bundle: Bundle, image: ImageSource, question: str) -> dict[str, Any]:
     """Inspect one question; `Bundle.inspect` says what is returned."""
     image = read_image(image)
     modulated, plain = (bundle.run(image, question, modulate=modulate) for modulate in (True, False))
@@ -44,8 +44,8 @@ def read(bundle: Bundle, image: ImageSource, question: str, top: int = 5) -> dic
         "question": question,
         "words": words(bundle.tokenizer, question),
         "unknown_words": bundle.unknown_words(question),
-        "answers": bundle.top_answers(modulated, top),
-        "answers_without_modulation": bundle.top_answers(plain, top),
+        "answers": bundle.top_answers(modulated),
+        "answers_without_modulation": bundle.top_answers(plain),
         "attention": modulated.attention[0].float().tolist(),
         "layers": _layers(bundle, modulated.modulation) if modulated.modulation else [],
     }

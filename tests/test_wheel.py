@@ -32,7 +32,7 @@ import vqa
 model = vqa.load("model")
 print(vqa.__file__)
 print(model.ask("image.png", "what color is the circle?", top=2)[0]["answer"])
-print(len(model.inspect("image.png", "what color is the circle?")["readings"][0]["layers"]))
+print(len(model.inspect("image.png", "what color is the circle?")["layers"]))
 """
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from typing_extensions import TypedDict
 
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -33,15 +32,15 @@ from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenize
 WEIGHTS = "model.safetensors"
 
 
-class Training(TypedDict, total=False):
-    """How a model was trained, as the metadata of its weights say it."""
+class Training(BaseModel):
+    """How a model was trained, as the metadata of its weights say it; each entry may be missing."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    trained_on: list[str]  # splits
-    epoch: int  # from 1
-    val_overall: float | None  # percent
-    recalibrated_on: str  # split
+    trained_on: list[str] = []  # splits
+    epoch: int = 0  # from 1
+    val_overall: float | None = None  # percent
+    recalibrated_on: str = ""  # split
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Bundle:
     tokenizer: Tokenizer
     answers: list[str]
     preprocessing: Preprocessing
-    training: Training
+    training: dict[str, Any]  # entries of `Training`
 
     def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
         """Answer a question about an image.
@@ -140,7 +139,7 @@ def save_companions(
     preprocessing.save(folder / "preprocessing.json")
 
 
-def save_weights(folder: Path, model: VQAModel, training: Training) -> None:
+def save_weights(folder: Path, model: VQAModel, training: dict[str, Any]) -> None:
     """Write the weights, whole or not at all."""
     with written_whole(folder / WEIGHTS) as aside:
         aside.write_bytes(as_safetensors(model.state_dict(), {"training": json.dumps(training)}))
@@ -192,8 +191,8 @@ def _read_answers(file: Path) -> list[str]:
     return answers
 
 
-def _load_weights(model: VQAModel, file: Path) -> Training:
-    """Load the weights into a model on the meta device."""
+def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
+    """Load the weights into a model on the meta device; returns how it was trained."""
     try:
         weights, metadata = read_safetensors(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -206,6 +205,6 @@ def _load_weights(model: VQAModel, file: Path) -> Training:
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
     try:
-        return TypeAdapter(Training).validate_json(metadata.get("training", "{}"))
+        return Training.model_validate_json(metadata.get("training", "{}")).model_dump(exclude_unset=True)
     except ValueError:
         raise InputError(f"{file}: its header does not say how the model was trained") from None

@@ -1,7 +1,7 @@
 """The large synthetic scenes' questions: on colour, shape, size, count and existence, most about two or three objects.
 
-What is asked of an object is not said of it, a relation to another is named only where it is needed to tell the object
-from others, and each way of asking leaves little to guess: its answers are spread.
+A question does not name the attribute it asks for, and names a relation only where it is needed to single an object
+out; the answers to each wording are spread, so that little can be guessed.
 """
 
 from collections import Counter
@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 
 from data.large_world import SIZES
-from data.references import WORDS, Description, Objects, beside, describe, others_like
-from data.scene_questions import Candidates, Kind, SceneQuestion, existence, mixtures, plural
+from data.references import WORDS, Description, beside, describe, others_like
+from data.scene_questions import Candidates, Kind, SceneQuestion, existence, mixtures, pair_kinds, plural
 from data.scene_questions import ask as ask_in_rounds
 from data.scenes import COLOURS, SHAPES, Scene
 
-# How much a count is preferred where it occurs, chosen to spread the answers evenly up to four. A row each for counts
-# of a kind, of a kind and size, beside an object, and like one.
+# Weights of counts that spread the answers evenly up to four: of a colour or shape, of these and a size, on one side of
+# an object, and like an object.
 _COUNT_WEIGHTS = (
     (1.0, 1.0, 1.2, 2.7, 11.0, 25.0, 25.0, 25.0, 25.0),
     (1.0, 1.0, 1.4, 7.0, 25.0, 25.0, 25.0, 25.0, 25.0),
@@ -26,10 +26,10 @@ _COUNT_WEIGHTS = (
 )
 
 
-def _asked_for(attribute: str, items: Objects) -> Candidates:
-    """An attribute of an object by itself, of one beside another, and of the only other one like another.
+def _asked_for(attribute: str, items: Scene) -> Candidates:
+    """Ask for an attribute of one object: described alone, beside another one, or as the only other one like another.
 
-    Where a size is asked for none is said: "the ring left of the small ring" can only be large.
+    A question for a size names none: "the ring left of the small ring" can only be large.
     """
     alone = {str(one): getattr(item, attribute) for item in items for one in describe(item, items, [attribute])}
     near = {
@@ -53,21 +53,19 @@ def _asked_for(attribute: str, items: Objects) -> Candidates:
 
 
 def _even(answers: dict[str, str], needed: int) -> Candidates:
-    """Each answer as likely as the others; nothing where fewer than `needed` of them can be given."""
+    """Make all answers equally likely; return nothing where there are fewer than `needed` of them."""
     number = Counter(answers.values())
     if len(number) < needed:
         return []
     return [(subject, answer, 1 / len(number) / number[answer]) for subject, answer in answers.items()]
 
 
-def _counts(items: Objects) -> Candidates:
-    """How many there are of a colour or shape, how many of one size of these, how many beside an object, and how many
-    others are like one.
-    """
+def _counts(items: Scene) -> Candidates:
+    """Count the objects of a colour or shape, of these and a size, on one side of an object, and like an object."""
     kinds = [Description(colour=colour) for colour in COLOURS] + [Description(shape=shape) for shape in SHAPES]
     sized = [kind._replace(size=size) for size in SIZES for kind in kinds]
     of_kind, of_size = (
-        {f"{plural(str(said))} are there": sum(map(said.fits, items)) for said in some} for some in (kinds, sized)
+        {f"{plural(str(one))} are there": sum(map(one.fits, items)) for one in some} for some in (kinds, sized)
     )
     near = {
         f"objects are {direction} the {one}": len(side)
@@ -87,36 +85,30 @@ def _counts(items: Objects) -> Candidates:
     return candidates
 
 
-def _existence(items: Objects) -> Candidates:
-    """Whether there is an object of a colour and a shape, of a size too, one beside another, another one like one."""
+def _existence(items: Scene) -> Candidates:
     return [*_pairs(items), *_triples(items), *_pairs_beside(items), *_another_like(items)]
 
 
-def _pairs(items: Objects) -> Candidates:
-    """A colour and a shape: what is not there is mixed, of a missing colour or of a missing shape."""
-    pairs = [(item.shape, item.colour) for item in items]
-    colours, shapes = {colour for _, colour in pairs}, {shape for shape, _ in pairs}
-    kinds = (
-        set(pairs),
-        mixtures(pairs),
-        {(shape, colour) for shape in shapes for colour in COLOURS if colour not in colours},
-        {(shape, colour) for shape in SHAPES if shape not in shapes for colour in colours},
-    )
-    return _yes_or_no(*([_a(colour, shape) for shape, colour in sorted(kind)] for kind in kinds))
+def _pairs(items: Scene) -> Candidates:
+    """Is there an object of a colour and a shape?"""
+    kinds = pair_kinds([(item.shape, item.colour) for item in items], SHAPES, COLOURS)
+    return _yes_or_no(*([_a(colour, shape) for shape, colour in kind] for kind in kinds))
 
 
-def _triples(items: Objects) -> Candidates:
-    """A size, a colour and a shape: what is not there differs from what is in one of them, which another object has."""
+def _triples(items: Scene) -> Candidates:
+    """Is there an object of a size, a colour and a shape? An absent one differs from an object in one attribute, which
+    another object has.
+    """
     there = {Description(item.size, item.colour, item.shape) for item in items}
     changed = (
         {one._replace(**{name: getattr(item, name)}) for one in there for item in items} - there for name in WORDS
     )
-    return _yes_or_no(*([_a(*said) for said in sorted(kind)] for kind in (there, *changed)))
+    return _yes_or_no(*([_a(*one) for one in sorted(kind)] for kind in (there, *changed)))
 
 
-def _pairs_beside(items: Objects) -> Candidates:
-    """A colour and a shape beside an object: what is not there is elsewhere, or mixed of what is there."""
-    kinds: tuple[list[str], list[str], list[str]] = ([], [], [])  # there, elsewhere, mixed
+def _pairs_beside(items: Scene) -> Candidates:
+    """Is there an object of a colour and a shape beside another one? An absent one is elsewhere, or a mixture."""
+    kinds: tuple[list[str], list[str], list[str]] = ([], [], [])  # there, elsewhere, mixtures
     everywhere = {(item.shape, item.colour) for item in items}
     for anchor, direction, side in beside(items):
         pairs = [(item.shape, item.colour) for item in side]
@@ -130,8 +122,8 @@ def _pairs_beside(items: Objects) -> Candidates:
     return _yes_or_no(*kinds)
 
 
-def _another_like(items: Objects) -> Candidates:
-    """Another object that shares an attribute with one, for each attribute."""
+def _another_like(items: Scene) -> Candidates:
+    """Is there another object that shares an attribute with one?"""
     candidates = []
     for shared, word in WORDS.items():
         there, absent = [], []
@@ -143,7 +135,7 @@ def _another_like(items: Objects) -> Candidates:
 
 
 def _yes_or_no(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
-    """As `existence`, with weights that sum to 1; nothing where only one of the two could be answered."""
+    """As `existence`, with weights that sum to 1; return nothing where only one answer would be possible."""
     if not there or not any(absent):
         return []
     candidates = existence(there, absent)
@@ -165,5 +157,5 @@ _KINDS = (
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
-    """`count` (at most MAX_QUESTIONS) different questions; the counts of one attribute can always be asked."""
-    return ask_in_rounds(_KINDS, scene.objects, rng, count)
+    """Ask `count` (at most MAX_QUESTIONS) different questions; the counts of one attribute can always be asked."""
+    return ask_in_rounds(_KINDS, scene, rng, count)

@@ -1,4 +1,4 @@
-"""The kinds of synthetic scenes by name: what is in them and what is asked about them."""
+"""The kinds of synthetic scenes by name."""
 
 import zlib
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from data.scenes import Scene, SceneObject, draw_scene
 
 
 class World(NamedTuple):
-    """How scenes are sampled and asked about; all randomness is of the generator."""
+    """How scenes are sampled and asked about; all randomness comes from the generator."""
 
     shapes: tuple[str, ...]
     sample_scene: Callable[[np.random.Generator], Scene]
     single_object: Callable[[np.random.Generator, str], SceneObject]  # of a shape, anywhere in the image
-    ask: Callable[[Scene, np.random.Generator, int], list[SceneQuestion]]  # so many different questions
+    ask: Callable[[Scene, np.random.Generator, int], list[SceneQuestion]]  # that many different questions
 
 
 WORLDS: dict[str, World] = {
@@ -28,16 +28,14 @@ WORLDS: dict[str, World] = {
 
 
 def draw_single_objects(world: World, seed: int, images: np.ndarray) -> np.ndarray:
-    """Draws one object into each of `images`, uint8 [N, S, S, 3], for learning to name its shape.
+    """Draw one object of the world into each of `images`, uint8 [N, S, S, 3], to learn to name its shape from.
 
     Returns:
-        The shapes as places in `world.shapes`, int64 [N]; equally many of each as far as N divides. Sizes, colours and
-        background are those of the world's scenes.
+        indices of the shapes in `world.shapes`, int64 [N], equally many of each as far as N divides.
     """
     count, size = images.shape[:2]
     rng = np.random.default_rng([seed, zlib.crc32(b"single objects")])
     labels = rng.permutation(np.arange(count) % len(world.shapes))
     for image, label in zip(images, progress(labels, count, "single objects"), strict=True):
-        item = world.single_object(rng, world.shapes[label])
-        image[:] = draw_scene(Scene((item,)), size, rng)
+        image[:] = draw_scene([world.single_object(rng, world.shapes[label])], size, rng)
     return labels

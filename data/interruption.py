@@ -4,10 +4,11 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import ClassVar, NoReturn, Self
+from typing import NoReturn, Self
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # SLURM sends the last two where `sbatch --signal` asks for them
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
+_Handler = Callable[[int, FrameType | None], None]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,30 +20,50 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 for SIGINT, 143 for SIGTERM, 140 for SIGUSR2."""
+        """The shells' code: 130 for SIGINT, 143 for SIGTERM, 140 for SIGUSR2."""
         return 128 + self.number
 
 
+def listen() -> None:
+    """Raise Interrupted when a signal comes, from now on; signals that are ignored (by nohup) stay so."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _replace_handler(old: _Handler, new: _Handler) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) == old:
+            signal.signal(number, new)
+
+
 class StopRequest:
-    """The signal that asked this process to end within the object's `with` block; it is raised when the block ends.
+    """Defers the signals that `listen` listens to until the end of the object's `with` block.
 
-    A second Ctrl-C is raised at once. A second one of the other signals is not: a process may get it from its group and
-    from its parent.
+    A second Ctrl-C is raised at once. Second ones of the other signals are not: a process may receive one from its
+    group and one from its parent.
     """
-
-    receiver: "ClassVar[StopRequest | None]" = None  # of signals; None raises them at once
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> Self:
-        StopRequest.receiver = self
+        _replace_handler(_interrupt, self._note)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        StopRequest.receiver = None
+        _replace_handler(self._note, _interrupt)
         if error is None and self.made:
             self.obey()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.made and number == signal.SIGINT:
+            raise Interrupted(number)
+        self.number = self.number or number
 
     @property
     def made(self) -> bool:
@@ -50,42 +71,24 @@ class StopRequest:
         return self.number is not None
 
     def obey(self) -> NoReturn:
-        """Raises the signal that came; SIGTERM, if it came to another process of this run."""
+        """Raise Interrupted with the signal that came; SIGTERM, if it came to another process of this run."""
         raise Interrupted(self.number or signal.SIGTERM)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within this block, inside of the object's own, a signal is raised at once.
-
-        Raises:
-            Interrupted: anywhere in the block.
-        """
-        StopRequest.receiver = None
+        """Raise Interrupted at once within this block, inside of the object's own."""
+        _replace_handler(self._note, _interrupt)
         try:
             if self.made:
                 self.obey()
             yield
         finally:
-            StopRequest.receiver = self
-
-
-def listen() -> None:
-    """Raises Interrupted, or tells a StopRequest, when a signal comes; one that was ignored from the start still is."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, _handle)
-
-
-def _handle(number: int, _frame: FrameType | None) -> None:
-    request = StopRequest.receiver
-    if request is None or (request.made and number == signal.SIGINT):
-        raise Interrupted(number)
-    request.number = request.number or number
+            _replace_handler(_interrupt, self._note)
 
 
 @contextmanager
 def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Calls a function every so many seconds within the block, in the main thread; its exception ends a wait there."""
+    """Call a function every so many seconds in the main thread; an exception of it ends a wait in the block."""
     before = signal.signal(signal.SIGALRM, lambda *_: function())
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:

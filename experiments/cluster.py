@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError, first_line
 from data.files import read_json, write_json
-from data.interruption import SIGNALS
 from data.locks import held
 from data.workers import block_signals_in_children
 from experiments.runner import MAIN, command_of, missing_jobs
@@ -36,7 +35,7 @@ class Task:
             subprocess.CalledProcessError: it failed.
         """
         # submitit answers the cluster's signal here, by `checkpoint`, whether or not the cluster sends it to children
-        with block_signals_in_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
+        with block_signals_in_children(but=signal.SIGTERM):
             process = subprocess.Popen(self.command, cwd=self.folder)
             self.process = process.pid
         _wait(self.process)

@@ -15,7 +15,7 @@ import torch
 
 from data.errors import InputError
 from data.files import naming_write_errors, read_json
-from data.interruption import SIGNALS, Interrupted, StopRequest
+from data.interruption import Interrupted, StopRequest
 from data.locks import held
 from data.workers import block_signals_in_children
 from experiments.preparation import prepare
@@ -215,7 +215,7 @@ def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> 
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("a")
     # every signal is answered here, and handed on as SIGTERM
-    with file, block_signals_in_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
+    with file, block_signals_in_children(but=signal.SIGTERM):
         return subprocess.Popen(
             command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
         )

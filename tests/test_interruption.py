@@ -100,7 +100,7 @@ def test_what_was_ignored_from_the_start_stays_so():
     code = "from signal import *; from data.interruption import listen; listen(); print(*map(getsignal, (2, 15)))"
     begun = f"trap '' INT; exec {sys.executable} -c '{code}'"
     told = subprocess.run(["bash", "-c", begun], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert told.startswith("1 <function _handle")
+    assert told.startswith("1 <function _interrupt")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])

@@ -10,10 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from data.errors import InputError
-from data.files import read_text
+from vqa.io.errors import InputError
+from vqa.io.files import read_text
+from vqa.text.tokenizer import unusable
 
-LONGEST = 10_000  # characters of a text: a batch is as wide as its longest question
 MOST_ANSWERS = 100  # to one question: a question table is as wide as the greatest number
 # Two consecutive letters of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which have no blanks between words.
 _WITHOUT_BLANKS = re.compile(
@@ -205,18 +205,3 @@ def _check_texts(texts: Iterable[str]) -> None:
     for text in texts:
         if wrong := unusable(text):
             raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
-
-
-def unusable(text: str) -> str:
-    """Return why a question, an answer or a type cannot be used; empty if it can."""
-    if len(text) > LONGEST:
-        return f"longer than {LONGEST} characters"
-    if text.isprintable():
-        return ""
-    if "\0" in text:
-        return "with a null character, which an h5 file cannot hold"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "not UTF-8 text (it holds half a surrogate pair)"
-    return ""

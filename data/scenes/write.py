@@ -1,0 +1,154 @@
+"""Write synthetic scenes as files: images, and questions in the VQA v1 format."""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.scenes import large, small
+from data.scenes.asking import MAX_QUESTIONS, SceneQuestion
+from data.scenes.draw import LOOKS, draw_scene
+from vqa.io.errors import InputError
+from vqa.io.files import read_json, write_json
+from vqa.io.processes import WorkerContext, naming_worker_limits
+from vqa.io.progress import progress
+
+WORLD_VERSION = 2  # raise it when the same arguments give other files
+# Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
+WORLDS: dict[str, ModuleType] = {"small": small, "large": large}
+
+
+def write_world(
+    folder: Path,
+    *,
+    seed: int,
+    images: Mapping[str, int],
+    world: str = "small",
+    size: int = 64,
+    look: str = "plain",
+    questions_per_image: int = 4,
+    processes: int = 2,
+) -> None:
+    """Write `SPLIT_questions.json`, `SPLIT_annotations.json` and `SPLIT/%012d.png` (by image id) for each split.
+
+    `world.json` is written last and holds the arguments; a folder that has it already is left as it is. The files do
+    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`.
+
+    Args:
+        folder: where to write.
+        seed: of everything.
+        images: number of images of each split.
+        world: one of WORLDS.
+        size: side of the images in pixels.
+        look: one of LOOKS.
+        questions_per_image: 1 to MAX_QUESTIONS.
+        processes: that draw.
+
+    Raises:
+        InputError: the folder holds another world, or `questions_per_image` is out of range.
+    """
+    if not 1 <= questions_per_image <= MAX_QUESTIONS:
+        raise InputError(f"questions_per_image must be 1 to {MAX_QUESTIONS}, got {questions_per_image}")
+    made = {
+        "version": WORLD_VERSION,
+        "world": world,
+        "seed": seed,
+        "images": images,
+        "size": size,
+        "look": look,
+        "questions_per_image": questions_per_image,
+    }
+    file = folder / "world.json"
+    if file.exists():
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise InputError(f"{file}: must be an object; remove the folder")
+        differing = [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]
+        if differing:
+            raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")
+        return
+    first_id = 1
+    for split, count in sorted(images.items()):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        asked = progress(
+            in_order(partial(_write_image, made, folder, split, first_id), range(count), processes),
+            count,
+            f"{split} scenes",
+        )
+        _write_questions(folder, split, first_id, asked)
+        first_id += count
+    write_json(file, made)
+
+
+def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[Any]:
+    """Yield what `make` returns for each item, computed in `processes` processes."""
+    if processes == 1:
+        yield from map(make, items)
+        return
+    workers = WorkerContext()
+    with naming_worker_limits("data.processes=1"):
+        pool = ProcessPoolExecutor(processes, mp_context=workers)
+    with pool:
+        try:
+            with naming_worker_limits("data.processes=1"):
+                results = pool.map(make, items, chunksize=50)
+            yield from results
+        finally:
+            workers.kill()  # the rest is not needed, and a stopped process would be waited for
+
+
+def _write_image(made: Mapping[str, Any], folder: Path, split: str, first_id: int, index: int) -> list[SceneQuestion]:
+    """Write one image of a split and return its questions; each image has random streams of its own."""
+    seeds = made["seed"], zlib.crc32(split.encode()), index  # hash() of a text differs from run to run
+    rng, drawing = (np.random.default_rng([*seeds, stream]) for stream in range(2))
+    world = WORLDS[made["world"]]
+    scene = world.sample_scene(rng)
+    image = Image.fromarray(draw_scene(scene, made["size"], drawing, LOOKS[made["look"]]))
+    image.save(folder / split / f"{first_id + index:012d}.png", compress_level=0)  # noise hardly compresses
+    return world.ask(scene, rng, made["questions_per_image"])
+
+
+@cache
+def _ten_answers(answer: str) -> list[dict[str, Any]]:
+    return [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
+
+
+def _write_questions(folder: Path, split: str, first_id: int, asked: Iterable[list[SceneQuestion]]) -> None:
+    """Write the two official files of a split; the ten answers to a question are equal."""
+    header = {
+        "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
+        "data_type": "scenes",
+        "data_subtype": split,
+        "license": {"url": "", "name": ""},
+    }
+    questions, annotations = [], []
+    for image_id, of_image in enumerate(asked, start=first_id):
+        for index, (question_type, answer_type, text, answer) in enumerate(of_image):
+            ids = {"image_id": image_id, "question_id": 10 * image_id + index}
+            types = {"question_type": question_type, "answer_type": answer_type}
+            answers = {"multiple_choice_answer": answer, "answers": _ten_answers(answer)}
+            questions.append({**ids, "question": text})
+            annotations.append({**ids, **types, **answers})
+    content = {**header, "task_type": "Open-Ended", "questions": questions}
+    write_json(folder / f"{split}_questions.json", content, indent=None)
+    write_json(folder / f"{split}_annotations.json", {**header, "annotations": annotations}, indent=None)
+
+
+def draw_single_objects(world: ModuleType, seed: int, images: np.ndarray) -> np.ndarray:
+    """Draw one object of the world into each of `images`, uint8 [N, S, S, 3], to learn to name its shape from.
+
+    Returns:
+        indices of the shapes in `world.SHAPES`, int64 [N], equally many of each as far as N divides.
+    """
+    count, size = images.shape[:2]
+    rng = np.random.default_rng([seed, zlib.crc32(b"single objects")])
+    labels = rng.permutation(np.arange(count) % len(world.SHAPES))
+    for image, label in zip(images, progress(labels, count, "single objects"), strict=True):
+        image[:] = draw_scene([world.single_object(rng, world.SHAPES[label])], size, rng)
+    return labels

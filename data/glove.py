@@ -3,7 +3,7 @@
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -38,15 +38,13 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
         for number, line in enumerate(progress(lines, None, file.name), 1):
             # from the right, because the 840B file holds words with blanks
             word, *numbers = line.rstrip().rsplit(b" ", size)
-            if number == 1 and (more := _trailing_numbers(word)):
-                raise InputError(f"{file}: its vectors have {size + more} numbers, question.glove_size is {size}")
+            more = word.split(b" ")[1:]
+            if number == 1 and len(_vector(more)):
+                raise InputError(f"{file}: its vectors have {size + len(more)} numbers, question.glove_size is {size}")
             row = vocabulary.get(word.decode("utf-8", "replace"))
             if row is None and number > 1:
                 continue
-            try:
-                vector = np.array(numbers, np.float32)
-            except ValueError:
-                vector = np.empty(0)
+            vector = _vector(numbers)
             if len(vector) != size or not np.isfinite(vector).all():
                 raise InputError(f"{file}: line {number}: expected a word and {size} numbers; see question.glove_size")
             if row is not None:
@@ -57,16 +55,12 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
     return vectors, int(found.sum())
 
 
-def _trailing_numbers(word: bytes) -> int:
-    """Count the numbers after a word."""
-    count = 0
-    for piece in reversed(word.split(b" ")[1:]):
-        try:
-            float(piece)
-        except ValueError:
-            break
-        count += 1
-    return count
+def _vector(numbers: Sequence[bytes]) -> np.ndarray:
+    """Parse numbers; the vector is empty if one of them is none."""
+    try:
+        return np.array(numbers, np.float32)
+    except ValueError:
+        return np.empty(0)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Ask questions about synthetic scenes in rounds of one question of each kind."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, permutations, product
 from typing import Any, NamedTuple
 
@@ -81,11 +81,16 @@ def pair_kinds(pairs: Sequence[Pair], shapes: Iterable[str], colours: Iterable[s
     return [sorted(kind) for kind in kinds]
 
 
-def existence(there: Collection[str], absent: Sequence[Collection[str]]) -> Candidates:
-    """Return yes/no candidates: both answers are equally likely, and so are all kinds of absent subjects."""
+def existence(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
+    """Return yes/no candidates, both answers equally likely, and so are all kinds of absent subjects.
+
+    There are none where only one answer would be possible.
+    """
     kinds = [kind for kind in absent if kind]
-    candidates = [(subject, "yes", len(kinds) / len(there)) for subject in there]
-    return candidates + [(subject, "no", 1 / len(kind)) for kind in kinds for subject in kind]
+    if not there or not kinds:
+        return []
+    yes = [(subject, "yes", 0.5 / len(there)) for subject in there]
+    return yes + [(subject, "no", 0.5 / len(kinds) / len(kind)) for kind in kinds for subject in kind]
 
 
 def plural(shape: str) -> str:

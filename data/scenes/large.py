@@ -211,7 +211,7 @@ def _existence(items: Scene) -> Candidates:
 def _pairs(items: Scene) -> Candidates:
     """Is there an object of a colour and a shape?"""
     kinds = pair_kinds([(item.shape, item.colour) for item in items], SHAPES, COLOURS)
-    return _yes_or_no(*([_a(colour, shape) for shape, colour in kind] for kind in kinds))
+    return existence(*([_a(colour, shape) for shape, colour in kind] for kind in kinds))
 
 
 def _triples(items: Scene) -> Candidates:
@@ -222,7 +222,7 @@ def _triples(items: Scene) -> Candidates:
     changed = (
         {one._replace(**{name: getattr(item, name)}) for one in there for item in items} - there for name in WORDS
     )
-    return _yes_or_no(*([_a(*one) for one in sorted(kind)] for kind in (there, *changed)))
+    return existence(*([_a(*one) for one in sorted(kind)] for kind in (there, *changed)))
 
 
 def _pairs_beside(items: Scene) -> Candidates:
@@ -238,7 +238,7 @@ def _pairs_beside(items: Scene) -> Candidates:
                 for shape, colour in sorted(found)
                 for one in describe(anchor, items)
             ]
-    return _yes_or_no(*kinds)
+    return existence(*kinds)
 
 
 def _another_like(items: Scene) -> Candidates:
@@ -249,17 +249,8 @@ def _another_like(items: Scene) -> Candidates:
         for anchor in items:
             subjects = [f"another object of the same {word} as the {one}" for one in describe(anchor, items, [shared])]
             (there if others_like(items, anchor, shared) else absent).extend(subjects)
-        candidates += _yes_or_no(there, absent)
+        candidates += existence(there, absent)
     return candidates
-
-
-def _yes_or_no(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
-    """As `existence`, with weights that sum to 1; return nothing where only one answer would be possible."""
-    if not there or not any(absent):
-        return []
-    candidates = existence(there, absent)
-    total = sum(weight for *_, weight in candidates)
-    return [(subject, answer, weight / total) for subject, answer, weight in candidates]
 
 
 def _a(*words: str) -> str:

@@ -77,8 +77,8 @@ def _counts(pairs: Sequence[Pair]) -> Candidates:
 
 
 def _existence(pairs: Sequence[Pair]) -> Candidates:
-    there, *absent = ([f"{colour} {shape}" for shape, colour in kind] for kind in pair_kinds(pairs, SHAPES, COLOURS))
-    return existence(there, absent)
+    kinds = pair_kinds(pairs, SHAPES, COLOURS)
+    return existence(*([f"{colour} {shape}" for shape, colour in kind] for kind in kinds))
 
 
 _KINDS = (

@@ -92,15 +92,13 @@ def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -
         yield from map(make, items)
         return
     workers = WorkerContext()
-    with naming_worker_limits("data.processes=1"):
-        pool = ProcessPoolExecutor(processes, mp_context=workers)
-    with pool:
-        try:
-            with naming_worker_limits("data.processes=1"):
-                results = pool.map(make, items, chunksize=50)
-            yield from results
-        finally:
-            workers.kill()  # the rest is not needed, and a stopped process would be waited for
+    try:
+        with naming_worker_limits("data.processes=1"):
+            pool = ProcessPoolExecutor(processes, mp_context=workers)
+            results = pool.map(make, items, chunksize=50)
+        yield from results
+    finally:
+        workers.kill()  # the rest is not needed, and a stopped process would be waited for
 
 
 def _write_image(made: Mapping[str, Any], folder: Path, split: str, first_id: int, index: int) -> list[SceneQuestion]:

@@ -136,9 +136,9 @@ def test_aliases_serve_as_meant_and_do_not_unfold_without_end(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("one: &one {a: 1}\ntwo: {<<: *one, b: 2}\n")
     assert read_yaml(file)["two"] == {"a": 1, "b": 2}
-    for text, says in ((laughs(), "more than 10000 values"), ("a: &a [*a]", "an alias holds itself")):
+    for text in (laughs(), "a: &a [*a]"):
         file.write_text(text)
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match="more than 10000 values, with aliases expanded"):
             read_yaml(file)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.files import written_whole
-from experiments.tables import Line
+from experiments.collection import Line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

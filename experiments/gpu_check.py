@@ -151,7 +151,7 @@ def _line(told: dict[str, Any]) -> str:
 
 def _run_suite(file: Path, out: Path, device: str, at_once: int, deadline: float) -> None:
     """Runs a suite until the deadline; what is finished of it is kept every few seconds."""
-    from experiments.evidence import keep_evidence
+    from experiments.collection import keep_evidence
     from experiments.suite import load_suite
 
     words = [f"device={device}"]

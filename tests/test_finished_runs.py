@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from data.errors import InputError
-from experiments.collection import collect
-from experiments.evidence import keep_evidence
+from experiments.collection import collect, keep_evidence
 from experiments.runner import jobs_of, missing_jobs
 from experiments.suite import load_suite
 from tests.conftest import ROOT

@@ -243,7 +243,7 @@ def test_names_stay_in_their_cells_of_markdown():
     names += ("difference_std", "seconds", "peak_memory_mib", "trained_parameters", "order_above")
     names += tuple(f"{column}_{kind}" for column in ("yes/no", "number", "other") for kind in ("mean", "std"))
     names += tuple(f"paper_{column}" for column in ("overall", "yes/no", "number", "other"))
-    line = dict.fromkeys(names, "") | {"row": "a|b\n# <script>", "paper_overall": "1"}
+    line = dict.fromkeys(names) | {"row": "a|b\n# <script>", "paper_overall": 1.0}
     last = markdown_table([line]).splitlines()[-1]
     assert last.startswith(r"| a\|b\n# &lt;script> |")
 

@@ -1,5 +1,6 @@
 """The numbers of the README and of `docs/` are those of the published files."""
 
+import csv
 import json
 import re
 import zipfile
@@ -15,7 +16,6 @@ from scipy import stats
 from experiments.collection import KIND, collect
 from experiments.statistics import compare
 from experiments.suite import load_suite
-from experiments.tables import read_lines
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -24,6 +24,11 @@ README, EXPERIMENTS, SPEED = (
 )
 ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN")  # of the README's table of results
 KINDS = ("how many", "is there", "what color", "what shape")
+
+
+def read_lines(file):
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def rows_of(text, header):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.evidence import keep_evidence
+from experiments.collection import keep_evidence
 from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite

@@ -11,9 +11,9 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError, NotWrittenError, printable
-from data.interruption import Interrupted, listen
 from experiments.command_line import build_parser
+from vqa.io.errors import InputError, NotWrittenError, printable
+from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
@@ -23,7 +23,7 @@ RESUMABLE = ("demo", "preprocess", "train", "experiment")  # started again after
 def demo(config: Path, settings: list[str]) -> None:
     """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
     from experiments.demo import run_demo
-    from vqa.recipes import load_settings
+    from vqa.settings.recipes import load_settings
 
     run_demo(load_settings(config, settings))
 
@@ -31,25 +31,25 @@ def demo(config: Path, settings: list[str]) -> None:
 def preprocess(config: Path, settings: list[str]) -> None:
     """Raw questions, annotations and images to one h5 file; run again, it resumes where it stopped."""
     from data.preprocess import preprocess as run
-    from vqa.recipes import load_settings
-    from vqa.settings import preprocessing_of
+    from experiments.prepare import preprocessing_of
+    from vqa.settings.recipes import load_settings
 
     run(**preprocessing_of(load_settings(config, settings)))
 
 
 def train(config: Path, settings: list[str], resume: bool) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
-    from vqa.recipes import load_settings
-    from vqa.train import train as run
+    from experiments.training.trainer import train as run
+    from vqa.settings.recipes import load_settings
 
     run(load_settings(config, settings), resume=resume)
 
 
 def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:
     """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
-    from vqa.distributed import this_process
-    from vqa.evaluate import evaluate as score
-    from vqa.evaluate import table_of
+    from experiments.evaluate import evaluate as score
+    from experiments.evaluate import table_of
+    from experiments.process_group import this_process
 
     scores = score(run, split, out, settings, allow_trained=allow_trained)
     if not this_process().is_main:
@@ -62,9 +62,9 @@ def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow
 
 def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
     """The answers to one question about any image, most probable first."""
-    from vqa.bundle import load_bundle
-    from vqa.inspection import ask as answers_of
-    from vqa.inspection import unknown_words
+    from vqa.inspect.inspection import ask as answers_of
+    from vqa.inspect.inspection import unknown_words
+    from vqa.saved_model import load_bundle
 
     bundle = load_bundle(run)
     answers = answers_of(bundle, image, question, top)
@@ -79,9 +79,9 @@ def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
 
 def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path | None) -> None:
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
-    from vqa.bundle import load_bundle
-    from vqa.inspection import inspect as inspection_of
-    from vqa.inspection import summary, write_inspection
+    from vqa.inspect.inspection import inspect as inspection_of
+    from vqa.inspect.inspection import summary, write_inspection
+    from vqa.saved_model import load_bundle
 
     out = out or run / "inspect"
     if out.exists() and not out.is_dir():
@@ -94,7 +94,7 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
 
 def features(run: list[Path], split: str, out: Path | None, settings: list[str], pairs: int, seed: int) -> None:
     """t-SNE figures and nearest neighbours of the stages' features: where networks hold the question."""
-    from vqa.comparison import compare_features, table_of
+    from experiments.features.compare import compare_features, table_of
 
     out = out or run[0] / "features"
     comparison = compare_features(run, split, out, settings, pairs=pairs, seed=seed)
@@ -115,7 +115,7 @@ def experiment(
     resources: str,
 ) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
-    from experiments.report import publish, write_report
+    from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
 
@@ -141,7 +141,7 @@ def experiment(
 
 def bench(as_json: bool, **options: Any) -> None:
     """Speed and memory beside what they replace: steps, memory, sharing, stored maps, loading, scale."""
-    from experiments.bench import bench as run
+    from experiments.bench.bench import bench as run
 
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         results = run(**options)
@@ -151,8 +151,8 @@ def bench(as_json: bool, **options: Any) -> None:
 
 def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
     """Correctness and speed on a GPU, and the first experiments there, in bounded time."""
-    from experiments.gpu_check import SUITES
-    from experiments.gpu_check import gpu_check as run
+    from experiments.gpu.check import SUITES
+    from experiments.gpu.check import gpu_check as run
 
     failed = run(out, suites=SUITES if suites is None else suites, **options)
     print(f"\n{out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
@@ -164,10 +164,10 @@ def recalibrate(
     run: Path, config: Path | None, split: str, batches: int, out: Path | None, settings: list[str]
 ) -> None:
     """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
-    from vqa.recalibrate import recalibrate as estimate
+    from experiments.recalibrate import recalibrate as estimate
 
     if config is not None:
-        from vqa.recipes import load_settings
+        from vqa.settings.recipes import load_settings
 
         data = load_settings(config).data
         settings = [f"data.folder={data.folder}", f"data.h5={data.h5}", *settings]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.collection import KIND, collect
-from experiments.statistics import compare
+from experiments.report.results import KIND, collect
+from experiments.report.statistics import compare
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 

@@ -1,0 +1,254 @@
+"""The results of a suite's finished runs: read them, make the lines of its two CSV files, archive them."""
+
+import shlex
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from experiments.evaluate import MOST_TYPES_SHOWN
+from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation
+from experiments.runner import Job, jobs_of
+from experiments.suite import COLUMNS, Row, Suite
+from vqa.io.errors import InputError
+from vqa.io.files import read_bytes, written_whole
+
+KIND = "type: "  # how the columns of question types begin
+OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
+Line = dict[str, Any]  # of a CSV file, by column; None where there is no value
+
+
+class _Metrics(msgspec.Struct):
+    """`metrics_SPLIT.json`."""
+
+    questions: int
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    epoch: int | None = None
+
+
+class _Epoch(msgspec.Struct):
+    """A line of `metrics.jsonl`."""
+
+    epoch: int
+    seconds: float
+    val_overall: float | None
+    peak_memory_mib: float | None
+
+
+class _Environment(msgspec.Struct):
+    """`environment.json`; the last fields are absent in older runs."""
+
+    trained_parameters: int
+    git_commit: str | None = None
+    device: str | None = None
+    processes: int | None = None
+    cpus: int | None = None
+    threads: int | None = None
+    torch: str | None = None
+    python: str | None = None
+    backbone: str | None = None
+
+
+_Content = TypeVar("_Content")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of one row and seed."""
+
+    row: Row
+    seed: int
+    scores: dict[str, float]  # percent, by column
+    facts: Line  # how it was made
+    answered: Answered
+
+
+def collect(suite: Suite, runs: Path) -> list[Result]:
+    """Read every row and seed that is finished, in the order of the suite.
+
+    Raises:
+        InputError: a file of a finished run is missing or damaged, or it was made with other settings.
+    """
+    results = (_read(row, Job(row.run, seed), runs) for row in suite.rows for seed in suite.seeds)
+    return [result for result in results if result is not None]
+
+
+def _read(row: Row, job: Job, runs: Path) -> Result | None:
+    folder = job.folder(runs)
+    scored, answered_in = (row.test.folder(folder) / name for name in row.test.files)
+    if not scored.exists():
+        return None
+    job.check_settings(runs)
+    metrics, environment = _decoded(scored, _Metrics), _decoded(folder / "environment.json", _Environment)
+    epochs = _decoded(folder / "metrics.jsonl", _Epoch, lines=True)
+    if not epochs:
+        raise InputError(f"{folder / 'metrics.jsonl'}: damaged (no epoch)")
+    answered = _answered(answered_in)
+    if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
+        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
+    # the epoch whose model was kept: the first that scored highest, or the last if none was scored
+    best = max(epochs, key=lambda epoch: epoch.val_overall or 0) if epochs[-1].val_overall is not None else epochs[-1]
+    if metrics.epoch not in (None, best.epoch):
+        raise InputError(
+            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
+            "again"
+        )
+    peaks = [epoch.peak_memory_mib for epoch in epochs]
+    facts = {
+        "questions": metrics.questions,
+        "epochs": len(epochs),
+        "best_epoch": best.epoch,
+        "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
+        "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
+        **msgspec.structs.asdict(environment),
+        "folder": job.settings.name,
+    }
+    kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
+    return Result(row, job.seed, {"overall": metrics.overall} | metrics.per_answer_type | kinds, facts, answered)
+
+
+def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
+    """The content of a JSON file, or of each of its lines."""
+    decoder = msgspec.json.Decoder(kind)
+    try:
+        content = read_bytes(file)
+        return decoder.decode_lines(content) if lines else decoder.decode(content)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({str(error)[:80]})") from None
+
+
+def _answered(file: Path) -> Answered:
+    try:
+        with np.load(file) as arrays:
+            return Answered(arrays["ids"], arrays["accuracies"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{file}: missing or damaged; remove the metrics beside it and run again") from None
+
+
+def run_lines(results: Sequence[Result]) -> list[Line]:
+    """A line for each row and seed."""
+    columns = [*COLUMNS, *_kinds(results)]
+    return [
+        _rounded(
+            _names(result.row)
+            | {"seed": result.seed}
+            | {column: result.scores.get(column) for column in columns}
+            | result.facts
+        )
+        for result in results
+    ]
+
+
+def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+    """A line for each row of the suite, then one for each row that only the paper has."""
+    by_row = {row.name: [result for result in results if result.row.name == row.name] for row in suite.rows}
+    below = dict(zip(suite.order[1:], suite.order, strict=False))
+    kinds = _kinds(results)
+    lines = []
+    for row in suite.rows:
+        own = by_row[row.name]
+        compared = None if row.name == suite.baseline else _compared(own, by_row[suite.baseline])
+        following = below.get(row.name)
+        line = {
+            **_names(row),
+            "settings": shlex.join(row.run.words),
+            "seeds": " ".join(str(result.seed) for result in own),
+            "questions": own[0].facts["questions"] if own else None,
+            **_means(own, kinds),
+            "baseline": suite.baseline,
+            **_interval(compared),
+            "difference_std": compared and compared.deviation,
+            "compared": compared and compared.questions,
+            **_paper(row.run.paper if row.test.label == "plain" else {}),
+            **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
+            "trained_parameters": own[0].facts["trained_parameters"] if own else None,
+            "order_above": following,
+            **_claim(_compared(own, by_row.get(following, []))),
+        }
+        lines.append(_rounded(line))
+    return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
+
+
+def _names(row: Row) -> Line:
+    return {"row": row.name, "run": row.run.name, "test": row.test.label}
+
+
+def _kinds(results: Sequence[Result]) -> list[str]:
+    """The columns of question types; none where they are many."""
+    kinds = sorted({column for result in results for column in result.scores if column.startswith(KIND)})
+    return kinds if len(kinds) <= MOST_TYPES_SHOWN else []
+
+
+def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
+    """Means over seeds, and standard deviations but for question types."""
+    line: Line = {}
+    for column in [*COLUMNS, *kinds]:
+        scores = [result.scores[column] for result in results if column in result.scores]
+        mean, deviation = mean_and_deviation(scores) if scores else (None, None)
+        line |= {f"{column}_mean": mean, f"{column}_std": deviation} if column in COLUMNS else {column: mean}
+    return line
+
+
+def _interval(found: Difference | None) -> Line:
+    """A difference in points and its 95 % interval over questions."""
+    return {"difference": found and found.points, "ci_low": found and found.low, "ci_high": found and found.high}
+
+
+def _claim(found: Difference | None) -> Line:
+    """The comparison of a row with the one that is claimed to be next below it."""
+    low, high = (found and found.seed_interval) or (None, None)
+    return {f"order_{key}": value for key, value in _interval(found).items()} | {
+        "order_seeds_low": low,
+        "order_seeds_high": high,
+        "order_verdict": found and found.verdict,
+        "order_seeds_above": found and found.seeds_above,
+        "order_seeds": found and len(found.per_seed),
+    }
+
+
+def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
+    """Two rows question by question; None where one was not run, or they were asked different questions."""
+    if not ours or not theirs:
+        return None
+    return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
+
+
+def _paper(numbers: Mapping[str, float]) -> Line:
+    return {f"paper_{column}": numbers.get(column) for column in COLUMNS}
+
+
+def _mean(results: Sequence[Result], key: str) -> float | None:
+    known = [result.facts[key] for result in results if result.facts[key] is not None]
+    return round(float(np.mean(known)), 1) if known else None
+
+
+def _rounded(line: Line) -> Line:
+    return {
+        key: round(value, 4) + 0.0 if isinstance(value, float) else value  # + 0.0 turns −0.0 into 0.0
+        for key, value in line.items()
+    }
+
+
+def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
+    """Archive the settings, versions, epochs and every question's accuracy of the suite's finished runs, if any.
+
+    Extracted into `runs`, they are enough to report without training; an extended suite trains only what is new.
+    """
+    contents: dict[str, bytes] = {}
+    for job in jobs_of(suite):
+        if job.is_finished(runs, suite.tests):
+            folder = job.folder(runs)
+            paths = [folder / name for name in OF_A_RUN]
+            paths += [test.folder(folder) / name for test in suite.tests for name in test.files]
+            contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
+    if not contents:
+        return
+    with written_whole(file) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(contents):  # without times: the same runs give the same file
+            archive.writestr(zipfile.ZipInfo(name), contents[name], zipfile.ZIP_DEFLATED)

@@ -1,0 +1,144 @@
+"""Write CSV files; format the lines of a suite's CSV file as tables for Markdown and for the terminal."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from experiments.report.results import KIND, Line
+from experiments.suite import COLUMNS
+from vqa.io.errors import printable
+from vqa.io.files import write_text
+
+NOT_RUN = "not run"
+_Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
+
+
+def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write lines as CSV; their keys are the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(file, text.getvalue())
+
+
+def markdown_table(lines: Sequence[Line]) -> str:
+    """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
+    columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
+    for column in COLUMNS:
+        columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
+    columns += [
+        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=True)),
+        ("seeds", _seeds),
+        ("training", lambda line: duration(line["seconds"])),
+        ("memory, GiB", lambda line: _number(line["peak_memory_mib"], unit=1024)),
+        ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
+    ]
+    return _markdown(lines, columns)
+
+
+def markdown_kinds(lines: Sequence[Line]) -> str:
+    """Markdown: mean accuracies by question type; empty where there are many types or no results."""
+    kinds = [key for key in lines[0] if key.startswith(KIND)]
+    columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), partial(_mean, key)) for key in kinds)]
+    return _markdown([line for line in lines if line["seeds"]], columns) if kinds else ""
+
+
+def terminal_table(lines: Sequence[Line]) -> str:
+    """Aligned text, narrower than the Markdown: standard deviations for the overall accuracy only."""
+    columns: list[_Column] = [
+        ("accuracy, %", itemgetter("row")),
+        ("overall", partial(_spread, "overall")),
+        ("paper", partial(_mean, "paper_overall")),
+        *((column, partial(_mean, f"{column}_mean")) for column in COLUMNS[1:]),
+        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=False)),
+        ("seeds", _seeds),
+        ("training", lambda line: duration(line["seconds"])),
+    ]
+    return aligned(_cells(lines, columns))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def claims(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each pair of rows whose order is claimed; it holds if both intervals are above zero."""
+    return [_claim(line) for line in lines if line["order_above"]]
+
+
+def _claim(line: Line) -> str:
+    pair = f"{line['row']} above {line['order_above']}"
+    if line["order_difference"] is None:
+        return f"{pair}: not compared, as one of them was not run"
+    points, low, high = (signed(line[f"order_{key}"]) for key in ("difference", "ci_low", "ci_high"))
+    seeds = f"above in {line['order_seeds_above']} of {line['order_seeds']} seeds"
+    if line["order_seeds_low"] is not None:
+        seeds += f", 95 % interval over seeds [{signed(line['order_seeds_low'])}, {signed(line['order_seeds_high'])}]"
+    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
+
+
+def _difference(line: Line, *, with_spread: bool) -> str:
+    """The difference to the baseline with its 95 % interval over questions."""
+    if line["difference"] is None:
+        return ""
+    spread = f" ± {_number(line['difference_std'])}" if with_spread and line["difference_std"] is not None else ""
+    return f"{signed(line['difference'])}{spread} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
+
+
+def _spread(column: str, line: Line) -> str:
+    """The mean ± standard deviation over seeds."""
+    if not line["seeds"]:
+        return NOT_RUN if column == "overall" else ""
+    deviation = line[f"{column}_std"]
+    return _number(line[f"{column}_mean"]) + ("" if deviation is None else f" ± {_number(deviation)}")
+
+
+def _mean(key: str, line: Line) -> str:
+    return _number(line[key])
+
+
+def _seeds(line: Line) -> str:
+    return str(len(line["seeds"].split())) if line["seeds"] else ""
+
+
+def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]:
+    """Headings and rows; a column that is empty in every line is skipped."""
+    filled = [(heading, cells) for heading, shown in columns if any(cells := [shown(line) for line in lines])]
+    return [[heading for heading, _ in filled], *map(list, zip(*(cells for _, cells in filled), strict=True))]
+
+
+def _markdown(lines: Sequence[Line], columns: Sequence[_Column]) -> str:
+    rows = [[_as_markdown(cell) for cell in row] for row in _cells(lines, columns)]
+    rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _as_markdown(text: str) -> str:
+    """Escape what Markdown would take for a tag or the end of a cell."""
+    return printable(text).replace("<", "&lt;").replace("|", r"\|")
+
+
+def _number(value: float | None, form: str = "{:.2f}", unit: int = 1) -> str:
+    return "" if value is None else form.format(value / unit).replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A number with sign and two decimals; 0.00 has no sign."""
+    return _number(value, "{:+.2f}") if round(value, 2) else "0.00"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
+        return ""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

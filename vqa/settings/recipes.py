@@ -1,0 +1,194 @@
+"""Recipes: YAML files with `base:` inheritance and `key.sub=value` overrides, read into strict settings."""
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from yaml.constructor import ConstructorError
+
+from vqa.io.errors import InputError
+from vqa.io.files import read_text
+from vqa.settings.schema import ROLES, Settings
+
+BASE = Path(__file__).with_name("base.yaml")
+MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
+# What the code did before it had these keys. The defaults of base.yaml may change.
+_BEFORE: dict[str, Any] = {"train": {"accumulate": 1, "together": 1, "skip_not_finite": 0}}
+_QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
+_OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours
+    "train.learning_rate": "lr base_lr",
+    "train.batch_size": "bs batch",
+    "train.accumulate": "accum grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
+    "train.clip": "grad_clip clip_grad clip_norm clip_grad_norm max_norm max_grad_norm gradient_clip_val",
+    "train.patience": "early_stop early_stopping",
+    "train.checkpoint_every": "save_every save_steps",
+    "backbone.name": "arch network",
+    "backbone.weights": "pretrained",
+    "data.image_size": "imgsz resolution",
+    "precision": "amp fp16 bf16 dtype mixed_precision",
+    "device": "gpu gpus cuda",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number and a duplicate key an error; tags construct only YAML's own types."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Refuse aliases that expand into more than a file could hold, or that contain themselves."""
+        waiting, count = [node], 0
+        while waiting:
+            count += 1
+            if count > MOST_NODES:
+                raise ConstructorError(
+                    None, None, f"more than {MOST_NODES} values, with aliases expanded", node.start_mark
+                )
+            value = waiting.pop().value
+            if isinstance(value, list):  # of nodes, or in a mapping of pairs of nodes
+                waiting += [part for child in value for part in (child if isinstance(child, tuple) else [child])]
+        return super().construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_settings(
+    file: Path,
+    overrides: Iterable[str] = (),
+    *,
+    where: str = "command line",
+    under: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
+
+    Args:
+        file: the recipe.
+        overrides: the words; a later one replaces an earlier one.
+        where: the origin of the words, for error messages.
+        under: values of keys that the recipe does not name.
+
+    Raises:
+        InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
+            or a value is of the wrong type or out of range.
+    """
+    merged = _merge(under or {}, _read_with_bases(Path(file), ()))
+    overridden = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
+            raise InputError(f"{where}: {override!r} is no setting; write key.sub=value")
+        value = _parse(text, f"{where}: {key}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge(merged, value)
+        overridden.append(key)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise InputError(_explain(error, file, overridden, where)) from None
+
+
+def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
+    """Reads the `config.yaml` of a run or a model.
+
+    A key that is newer than the file gets the value that stands for what the code did before, which may differ from
+    today's default; a key of `speed`, which changes no result, gets the default.
+
+    Raises:
+        InputError: as `load_settings`.
+    """
+    return load_settings(file, overrides, under=_merge(read_yaml(BASE), _BEFORE))
+
+
+def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    content = read_yaml(file)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise InputError(f"{file}: `base` must be a file name")
+    seen = (*seen, file.resolve())
+    following = file.parent / base
+    if following.name == BASE.name and not following.exists():
+        following = BASE
+    if following.is_file() and following.resolve() in seen:
+        raise InputError(f"{following}: its `base:` leads back to itself")
+    return _merge(_read_with_bases(following, seen), content)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; tags construct only YAML's own types.
+
+    Raises:
+        InputError: the file is missing, malformed, or not a mapping.
+    """
+    content = _parse(read_text(file), str(file)) or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: must hold `key: value` lines")
+    return content
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        braces = _QUOTES if mark and "{image_id" in text.splitlines()[mark.line] else ""
+        raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}{braces}") from None
+    except Exception:  # PyYAML raises errors of every kind on values that do not fit their tag (`!!bool x`)
+        raise InputError(f"{where}: malformed YAML") from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _explain(error: ValidationError, file: Path, overridden: Iterable[str], words: str) -> str:
+    """One line about the first problem, with the file or the words that it comes from."""
+    problems = error.errors(include_url=False, include_context=False)
+    # an unknown key is often the reason why another one is missing
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    key = ".".join(map(str, first["loc"]))
+    given = any(key.startswith(word) or word.startswith(f"{key}.") for word in overridden)
+    message = first["msg"].removeprefix("Value error, ")
+    match first["type"]:
+        case "extra_forbidden":
+            told = f"unknown key {key}{_suggestion(key)}"
+        case "missing":
+            told = f"{key} is missing (vqa/settings/base.yaml names every key: begin with `base: base.yaml`)"
+        case "value_error":  # of our own validators, which name their key
+            told = f"{key}.{message}"
+        case kind:
+            braces = _QUOTES if kind == "string_type" and isinstance(first["input"], dict) else ""
+            told = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"
+    return f"{words if given else file}: {told}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _suggestion(key: str) -> str:
+    last = key.rpartition(".")[2].lower().replace("-", "_")
+    if last in ("wd", "weight_decay"):
+        return "; there is no weight decay: the optimiser is plain Adam"
+    named = (ours for ours, others in _OTHER_NAMES.items() if last in others.split())
+    candidates = {known.rpartition(".")[2]: known for known in ROLES} | {known: known for known in ROLES}
+    similar = (candidates[close] for close in difflib.get_close_matches(key, candidates, 1))
+    nearest = next(named, None) or next(similar, None)
+    return f"; did you mean {nearest}?" if nearest else "; vqa/settings/base.yaml names every key"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ROOT
-from experiments.report.figure import write_figure
 from experiments.report.results import Line, collect, keep_evidence, row_lines, run_lines
 from experiments.report.tables import claims, markdown_kinds, markdown_table, terminal_table, write_lines
 from experiments.runner import missing_jobs
@@ -47,6 +46,8 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     lines, seeds = row_lines(suite, results), run_lines(results)
     write_lines(table, lines)
     if results:
+        from experiments.report.figure import write_figure  # matplotlib
+
         write_lines(trainings, seeds)
         write_figure(figure, suite.title, seeds, suite.baseline)
     else:

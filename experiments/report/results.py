@@ -92,8 +92,8 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
     answered = _answered(answered_in)
     if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
         raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
-    # the epoch whose model was kept: the first that scored highest, or the last if none was scored
-    best = max(epochs, key=lambda epoch: epoch.val_overall or 0) if epochs[-1].val_overall is not None else epochs[-1]
+    validated = [epoch for epoch in epochs if epoch.val_overall is not None]
+    best = max(validated, key=lambda epoch: epoch.val_overall) if validated else epochs[-1]  # its model was kept
     if metrics.epoch not in (None, best.epoch):
         raise InputError(
             f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
@@ -135,12 +135,7 @@ def run_lines(results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
     columns = [*COLUMNS, *_kinds(results)]
     return [
-        _rounded(
-            _names(result.row)
-            | {"seed": result.seed}
-            | {column: result.scores.get(column) for column in columns}
-            | result.facts
-        )
+        _line(result.row, seed=result.seed, **{column: result.scores.get(column) for column in columns}, **result.facts)
         for result in results
     ]
 
@@ -155,28 +150,25 @@ def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
         own = by_row[row.name]
         compared = None if row.name == suite.baseline else _compared(own, by_row[suite.baseline])
         following = below.get(row.name)
-        line = {
-            **_names(row),
-            "settings": shlex.join(row.run.words),
-            "seeds": " ".join(str(result.seed) for result in own),
-            "questions": own[0].facts["questions"] if own else None,
+        line = _line(
+            row,
+            settings=shlex.join(row.run.words),
+            seeds=" ".join(str(result.seed) for result in own),
+            questions=own[0].facts["questions"] if own else None,
             **_means(own, kinds),
-            "baseline": suite.baseline,
+            baseline=suite.baseline,
             **_interval(compared),
-            "difference_std": compared and compared.deviation,
-            "compared": compared and compared.questions,
+            difference_std=compared and compared.deviation,
+            compared=compared and compared.questions,
             **_paper(row.run.paper if row.test.label == "plain" else {}),
-            **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
-            "trained_parameters": own[0].facts["trained_parameters"] if own else None,
-            "order_above": following,
+            seconds=_mean(own, "seconds"),
+            peak_memory_mib=_mean(own, "peak_memory_mib"),
+            trained_parameters=own[0].facts["trained_parameters"] if own else None,
+            order_above=following,
             **_claim(_compared(own, by_row.get(following, []))),
-        }
-        lines.append(_rounded(line))
+        )
+        lines.append(line)
     return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
-
-
-def _names(row: Row) -> Line:
-    return {"row": row.name, "run": row.run.name, "test": row.test.label}
 
 
 def _kinds(results: Sequence[Result]) -> list[str]:
@@ -213,7 +205,7 @@ def _claim(found: Difference | None) -> Line:
 
 
 def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
-    """Two rows question by question; None where one was not run, or they were asked different questions."""
+    """Two rows question by question; None where one was not run, or they have no question in common."""
     if not ours or not theirs:
         return None
     return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
@@ -228,11 +220,11 @@ def _mean(results: Sequence[Result], key: str) -> float | None:
     return round(float(np.mean(known)), 1) if known else None
 
 
-def _rounded(line: Line) -> Line:
-    return {
-        key: round(value, 4) + 0.0 if isinstance(value, float) else value  # + 0.0 turns −0.0 into 0.0
-        for key, value in line.items()
-    }
+def _line(row: Row, **values: Any) -> Line:
+    """A line that begins with the row's names, its numbers rounded."""
+    line = {"row": row.name, "run": row.run.name, "test": row.test.label} | values
+    # + 0.0 turns −0.0 into 0.0
+    return {key: round(value, 4) + 0.0 if isinstance(value, float) else value for key, value in line.items()}
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:

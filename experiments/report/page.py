@@ -17,7 +17,8 @@ RESULTS = ROOT / "experiments" / "results"
 _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds.
 Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed, with the 95 %
-interval of a paired bootstrap over {questions} questions, which does not cover the variation between seeds.
+interval of a paired bootstrap over the {questions} that both rows were asked, which does not cover the variation
+between seeds.
 Of each run the epoch counts that was best on {best}.
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
@@ -92,23 +93,10 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str
 
 
 def _legend(suite: Suite, lines: Sequence[Line]) -> str:
-    compared = sorted({line["compared"] for line in lines if line["compared"]})
+    compared = " or ".join(map(str, sorted({line["compared"] for line in lines if line["compared"]})))
     split, validated = suite.tests[0].split, suite.runs[0].settings.train.validate_on
-    legend = _LEGEND.format(
-        questions=" or ".join(map(str, compared)) or "the",
-        best="these very questions" if split == validated else f"split `{validated}`; the accuracies are of `{split}`",
-    )
-    asked = {line["row"]: line["questions"] for line in lines}
-    for line in lines:
-        theirs = asked.get(line["baseline"])
-        if line["compared"] and {line["compared"]} != {line["questions"], theirs}:
-            legend += (
-                f"\n{line['row']} was asked {line['questions']} questions and {line['baseline']} {theirs}; they are "
-                f"compared on the {line['compared']} that both were asked.\n"
-            )
-        elif line["seeds"] and theirs and not line["compared"] and line["row"] != line["baseline"]:
-            legend += f"\n{line['row']} was asked other questions than {line['baseline']}: they are not compared.\n"
-    return legend
+    best = "these very questions" if split == validated else f"split `{validated}`; the accuracies are of `{split}`"
+    return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", best=best)
 
 
 def _facts(lines: Sequence[Line]) -> list[str]:

@@ -28,17 +28,32 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def markdown_table(lines: Sequence[Line]) -> str:
     """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
+    return _markdown(lines, _columns(lines, brief=False))
+
+
+def terminal_table(lines: Sequence[Line]) -> str:
+    """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only."""
+    return aligned(_cells(lines, _columns(lines, brief=True)))
+
+
+def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
     columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
     for column in COLUMNS:
-        columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
+        if brief and column != "overall":
+            columns.append((column, partial(_mean, f"{column}_mean")))
+        else:
+            columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
     columns += [
-        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=True)),
+        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=not brief)),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
-        ("memory, GiB", lambda line: _number(line["peak_memory_mib"], unit=1024)),
-        ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
     ]
-    return _markdown(lines, columns)
+    if not brief:
+        columns += [
+            ("memory, GiB", lambda line: _number(line["peak_memory_mib"], unit=1024)),
+            ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
+        ]
+    return columns
 
 
 def markdown_kinds(lines: Sequence[Line]) -> str:
@@ -46,20 +61,6 @@ def markdown_kinds(lines: Sequence[Line]) -> str:
     kinds = [key for key in lines[0] if key.startswith(KIND)]
     columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), partial(_mean, key)) for key in kinds)]
     return _markdown([line for line in lines if line["seeds"]], columns) if kinds else ""
-
-
-def terminal_table(lines: Sequence[Line]) -> str:
-    """Aligned text, narrower than the Markdown: standard deviations for the overall accuracy only."""
-    columns: list[_Column] = [
-        ("accuracy, %", itemgetter("row")),
-        ("overall", partial(_spread, "overall")),
-        ("paper", partial(_mean, "paper_overall")),
-        *((column, partial(_mean, f"{column}_mean")) for column in COLUMNS[1:]),
-        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=False)),
-        ("seeds", _seeds),
-        ("training", lambda line: duration(line["seconds"])),
-    ]
-    return aligned(_cells(lines, columns))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import vqa
 from experiments.command_line import build_parser
 from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, listen
@@ -62,13 +63,9 @@ def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow
 
 def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
     """The answers to one question about any image, most probable first."""
-    from vqa.inspect.inspection import ask as answers_of
-    from vqa.inspect.inspection import unknown_words
-    from vqa.saved_model import load_bundle
-
-    bundle = load_bundle(run)
-    answers = answers_of(bundle, image, question, top)
-    if unknown := unknown_words(bundle, question):
+    model = vqa.load(run)
+    answers = model.ask(image, question, top)
+    if unknown := model.unknown_words(question):
         print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
     if as_json:
         print(json.dumps({"image": str(image), "question": question, "answers": answers}))
@@ -81,13 +78,12 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
     from vqa.inspect.inspection import inspect as inspection_of
     from vqa.inspect.inspection import summary, write_inspection
-    from vqa.saved_model import load_bundle
 
     out = out or run / "inspect"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     questions = [question] if versus is None else [question, versus]
-    inspection = inspection_of(load_bundle(run), image, questions)
+    inspection = inspection_of(vqa.load(run), image, questions)
     write_inspection(inspection, out, image)
     print(f"{summary(inspection)}\n{out / 'report.html'}")
 

@@ -105,7 +105,7 @@ def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, mo
         patched.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == code
-    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    assert ended.err == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume\n"
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 2)
     assert command("train", "--config", tiny, "--resume", "name=stopped", *words).code == 0
@@ -136,7 +136,7 @@ def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, comman
         patched.setattr(data.decoding, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
         ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
     assert ended.code == 130
-    assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"
+    assert ended.err == f"interrupted; to resume: preprocess --config {tiny} data.h5={h5}\n"
     with h5py.File(partial_path(h5)) as file:
         assert file["images/filled"][:].sum() == 6
     assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
@@ -199,7 +199,7 @@ def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(man
     assert begun.returncode == 2, said
     last = said.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, as the system does where memory is short")
-    assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")
+    assert last.endswith(f"to resume: {shlex.join(words)}{' --resume' if does == 'train' else ''}")
     again = [*arguments, "--resume"] if does == "train" else arguments
     assert subprocess.run(again, cwd=tmp_path, capture_output=True, timeout=100, check=False).returncode == 0
 
@@ -220,7 +220,7 @@ def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, n
     if number != signal.SIGKILL and begun.returncode:
         assert begun.returncode == 128 + number
         assert said.count("\n") == 1
-        assert said.startswith("interrupted; preprocess ")
+        assert said.startswith("interrupted; to resume: preprocess ")
 
 
 CHILD = """

@@ -14,12 +14,13 @@ from data.files import read_json, write_json
 from data.interruption import SIGNALS
 from data.locks import held
 from data.workers import block_signals_in_children
-from experiments.runner import MAIN, command_of, missing_jobs
-from experiments.suite import Suite
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
+    from experiments.suite import Suite
+
+_ROOT = Path(__file__).parent.parent
 _REQUEUES = 100  # after time limits; submitit's own default is 3
 
 
@@ -59,7 +60,7 @@ def _wait(process: int) -> None:
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
-def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
+def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str]:
     """Submits each missing run and seed that is not queued yet as a task of an array; the first to come makes the data
     and the backbone.
 
@@ -79,6 +80,8 @@ def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
         import submitit
     except ImportError:
         raise InputError("--submit needs submitit: pip install submitit") from None
+    from experiments.runner import command_of, missing_jobs  # with torch, which a task does without
+
     parameters = _parameters(resources)
     folder = runs / "experiments" / "submitted"
     record = folder / "tasks.json"
@@ -114,7 +117,7 @@ def _parameters(resources: str) -> dict[str, Any]:
         if not equals:
             raise InputError(f"--resources: {word!r} is no NAME=VALUE")
         given[name] = int(value) if value.isdecimal() else value
-    given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(MAIN.parent))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     return given | {"slurm_additional_parameters": {"requeue": True}}
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
+import psutil
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from data.world import write_world
 from experiments import runner
 from experiments.suite import load_suite
 from tests.conftest import ROOT
+from tests.processes import MainProcess
 from tests.test_runner import SUITE
 from tests.test_suites import TINY
 from tests.test_train import lines, same_weights
@@ -196,27 +199,37 @@ def kill_a_worker(parent):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("does", ["preprocess", "train"])
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(many, tiny, tmp_path, does):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(
+    many, tiny, tmp_path, monkeypatch, command, does
+):
     """As by the kernel where memory is short."""
     words = [*many, f"data.h5={tmp_path}/new.h5"]
     if does == "train":
         words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
-    arguments = [sys.executable, str(ROOT / "main.py"), *words]
-    begun = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    begun = MainProcess(*words, folder=tmp_path)
     kill_a_worker(begun.pid)
-    _, said = begun.communicate(timeout=100)
-    assert begun.returncode == 2, said
-    last = said.splitlines()[-1]
+    ended = begun.end()
+    assert ended.code == 2, ended.err
+    last = ended.err.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, as the system does where memory is short")
     assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")
-    again = [*arguments, "--resume"] if does == "train" else arguments
-    assert subprocess.run(again, cwd=tmp_path, capture_output=True, timeout=100, check=False).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert command(*words, *(["--resume", "workers=0"] if does == "train" else ["data.processes=1"])).code == 0
+
+
+def living(group):
+    """The processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
 def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, number):
-    arguments = [sys.executable, str(ROOT / "main.py"), *many, f"data.h5={tmp_path}/new.h5"]
-    begun = subprocess.Popen(arguments, process_group=0, stderr=subprocess.PIPE, text=True)
+    begun = MainProcess(*many, f"data.h5={tmp_path}/new.h5", own_group=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(tmp_path.glob("*.partial")):
         time.sleep(0.001)
@@ -225,11 +238,14 @@ def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, n
         begun.kill()  # alone, as by the kernel where memory is short
     else:
         os.killpg(begun.pid, number)  # all, as by Ctrl-C
-    _, said = begun.communicate(timeout=60)  # which is when the last of them has ended
-    if number != signal.SIGKILL and begun.returncode:
-        assert begun.returncode == 128 + number
-        assert said.count("\n") == 1
-        assert said.startswith("interrupted; preprocess ")
+    ended = begun.end()
+    if number != signal.SIGKILL and ended.code:
+        assert ended.code == 128 + number
+        assert ended.err.count("\n") == 1
+        assert ended.err.startswith("interrupted; preprocess ")
+    while time.monotonic() < deadline and living(begun.pid):
+        time.sleep(0.05)
+    assert not living(begun.pid)
 
 
 CHILD = """

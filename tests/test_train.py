@@ -1,10 +1,6 @@
 """Runs: what a run directory holds, exact resume after a kill, several processes, early stopping, bad losses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import h5py
@@ -16,13 +12,11 @@ from safetensors.torch import load_file
 
 from data.errors import InputError
 from data.store import _digest_of
-from tests.conftest import ROOT
+from tests.processes import start_ranks
 from vqa import engine
 from vqa.recipes import load_settings
 from vqa.train import prepare, train
 from vqa.training_data import VQATask
-
-PYTHON = [sys.executable, str(ROOT / "main.py")]
 
 
 def weights(run):
@@ -372,30 +366,19 @@ def test_tensorboard_files_are_written(tiny, tmp_path):
     assert list((run / "tensorboard").glob("events.*"))
 
 
-def start_ranks(config, folder, *words, resume=False):
-    """Two training processes in `folder`, with what torchrun would tell them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["train", "--config", str(config), *(["--resume"] if resume else []), "device=cpu", *words]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [*PYTHON, *arguments],
-            cwd=folder,
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-
-
 def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
-    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=2", "answer.dropout=0.3"]
-    for rank in start_ranks(tiny, tmp_path, "name=whole", *words):
-        assert rank.wait() == 0, rank.stderr.read()[-3000:]
-    killed = start_ranks(tiny, tmp_path, "name=killed", *words)
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=2", "answer.dropout=0.3", "device=cpu"]
+
+    def start(*more):
+        return start_ranks("train", "--config", tiny, *more, *words, folder=tmp_path)
+
+    def check_ended(ranks, code):
+        for rank in ranks:
+            ended = rank.end()
+            assert ended.code == code, ended.err[-3000:]
+
+    check_ended(start("name=whole"), 0)
+    killed = start("name=killed")
     checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not checkpoint.exists():
@@ -404,42 +387,34 @@ def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tm
         rank.kill()
         rank.wait()
     assert not torch.load(checkpoint, weights_only=True)["progress"]["finished"], "too fast to be killed in time"
-    asked = start_ranks(tiny, tmp_path, "name=killed", *words, resume=True)
+    asked = start("--resume", "name=killed")
     before = checkpoint.stat().st_mtime_ns
     while time.monotonic() < deadline and checkpoint.stat().st_mtime_ns == before:
         time.sleep(0.005)
     asked[1].terminate()  # one of them alone: both save the same step and end
-    for rank in asked:
-        assert rank.wait() == 143, rank.stderr.read()[-3000:]
+    check_ended(asked, 143)
     assert not torch.load(checkpoint, weights_only=True)["progress"]["finished"], "too fast to be ended in time"
-    for rank in start_ranks(tiny, tmp_path, "name=killed", *words, resume=True):
-        assert rank.wait() == 0, rank.stderr.read()[-3000:]
+    check_ended(start("--resume", "name=killed"), 0)
     assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
 
 
 def test_processes_that_may_not_train_all_say_so(tiny, tmp_path):
     train(load_settings(tiny, ["name=mine"]), runs=tmp_path / "runs")
-    for rank in start_ranks(tiny, tmp_path, "name=mine"):
-        assert rank.wait() == 2
-        assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: holds a run already")
+    for rank in start_ranks("train", "--config", tiny, "name=mine", "device=cpu", folder=tmp_path):
+        ended = rank.end()
+        assert ended.code == 2
+        assert ended.err.splitlines()[-1].startswith("error: runs/mine: holds a run already")
 
 
 @pytest.mark.parametrize("statistics", ["population", "batch"])
 def test_two_processes_train_as_one(tiny, tmp_path, statistics):
     words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
     words.append(f"backbone.statistics={statistics}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "main.py"), "train", "--config", str(tiny), "name=two", *words],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "FutureWarning" not in done.stderr
+    for rank in start_ranks("train", "--config", tiny, "name=two", *words, folder=tmp_path):
+        ended = rank.end()
+        assert ended.code == 0, ended.err[-3000:]
+        assert "FutureWarning" not in ended.err
     one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
     ours, theirs = weights(one), weights(tmp_path / "runs/two")
     for name, value in ours.items():

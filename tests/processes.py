@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Command
 MAIN = ROOT / "main.py"
 PATIENCE = 300.0  # seconds until a process that does not end is an error
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["vqa.train", "vqa.recalibrate", "experiments.runner"])
+_context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner"])
 
 
 class MainProcess:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,18 @@ def trained(tiny) -> Path:
     from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
+
+
+@pytest.fixture
+def finished(trained, tmp_path) -> Path:
+    """A copy of that run directory, `tmp_path/trained`, for tests that change it."""
+    return Path(shutil.copytree(trained, tmp_path / "trained"))
+
+
+@pytest.fixture(scope="session")
+def image(tiny) -> Path:
+    """An image of the validation split."""
+    return next((tiny.parent / "world" / "val").glob("*.png"))
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """`python main.py …` as a process of its own, forked from one that has imported everything: importing takes seconds."""
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -15,8 +21,16 @@ from tests.conftest import ROOT, Command
 
 MAIN = ROOT / "main.py"
 PATIENCE = 300.0  # seconds until a process that does not end is an error
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner"])
+
+
+@functools.cache
+def forking() -> ForkServerContext:
+    """Starts the process that the others are forked from, and imports in it what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner", "experiments.bench.bench"])
+    with contextlib.chdir(ROOT):  # where it finds our modules
+        forkserver.ensure_running()
+    return context
 
 
 class MainProcess:
@@ -28,6 +42,7 @@ class MainProcess:
         environment: variables over those of this process.
         own_group: whether it leads a process group, which can be killed as a whole.
         log: file of its standard output and errors; by default each has one, which `end` reads.
+        program: a file or a module to be run instead of main.py.
     """
 
     def __init__(
@@ -37,12 +52,13 @@ class MainProcess:
         environment: Mapping[str, str] | None = None,
         own_group: bool = False,
         log: Path | None = None,
+        program: str = str(MAIN),
     ) -> None:
         self.kept = tempfile.TemporaryDirectory(prefix="main-")
         self.logs = [log or Path(self.kept.name, name) for name in ("out", "err")]
         variables = dict(os.environ) | dict(environment or {})
-        given = (list(map(str, words)), folder or Path.cwd(), variables, own_group, self.logs)
-        self.process = _context.Process(target=_run, args=given)
+        given = (program, list(map(str, words)), folder or Path.cwd(), variables, own_group, self.logs)
+        self.process = forking().Process(target=_run, args=given)
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
 
@@ -66,7 +82,14 @@ class MainProcess:
         return Command(code, *(log.read_text(errors="replace") for log in self.logs))
 
 
-def _run(words: list[str], folder: Path, variables: dict[str, str], own_group: bool, logs: Sequence[Path]) -> None:
+def _run(
+    program: str,
+    words: list[str],
+    folder: Path,
+    variables: dict[str, str],
+    own_group: bool,
+    logs: Sequence[Path],
+) -> None:
     if own_group:
         os.setpgid(0, 0)
     os.chdir(folder)
@@ -76,8 +99,9 @@ def _run(words: list[str], folder: Path, variables: dict[str, str], own_group: b
     for number, log in enumerate(logs, start=1):
         with log.open("a") as file:
             os.dup2(file.fileno(), number)
-    sys.argv = [str(MAIN), *words]
-    runpy.run_path(str(MAIN), run_name="__main__")
+    sys.argv = [program, *words]
+    run = runpy.run_path if program == str(MAIN) else runpy.run_module
+    run(program, run_name="__main__")
 
 
 def start_ranks(*words: object, folder: Path | None = None) -> list[MainProcess]:
@@ -92,11 +116,14 @@ def start_ranks(*words: object, folder: Path | None = None) -> list[MainProcess]
     ]
 
 
-def fork_jobs(monkeypatch) -> None:
-    """Lets the runner of suites start its jobs as such processes."""
+def fork_children(monkeypatch, module: str) -> None:
+    """Lets a module start `python main.py …` and `python -m …` as such processes."""
 
-    def start(command, stdout, env, **_):
-        assert command[:2] == [sys.executable, str(MAIN)]
-        return MainProcess(*command[2:], environment=env, log=Path(stdout.name))
+    def start(command, stdout, env=None, **_):
+        _, program, *words = command
+        if program == "-m":
+            program, *words = words
+        return MainProcess(*words, program=program, environment=env, log=Path(stdout.name))
 
-    monkeypatch.setattr("experiments.runner.subprocess.Popen", start)
+    stand_in = SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(f"{module}.subprocess", stand_in)

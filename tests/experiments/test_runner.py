@@ -16,7 +16,7 @@ from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.experiments.test_suites import TINY
-from tests.processes import MainProcess, fork_jobs
+from tests.processes import MainProcess, fork_children
 
 SUITE = f"""\
 title: Two runs
@@ -37,7 +37,7 @@ def suite(tmp_path, monkeypatch):
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, monkeypatch, capsys, refused):
-    fork_jobs(monkeypatch)
+    fork_children(monkeypatch, "experiments.runner")
     runs = tmp_path / "runs"
     failed = run_suite(suite, runs, at_once=2)
     assert failed.startswith("2 of 4 runs failed; see ")
@@ -65,7 +65,7 @@ def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path, monkeypatch, com
     begun.wait()
     assert not second.is_finished(runs, suite.tests)
     made = (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns
-    fork_jobs(monkeypatch)
+    fork_children(monkeypatch, "experiments.runner")
     ended = command("experiment", *words)
     assert ended.code == 0, ended.err
     assert "2 runs, 1 of them finished" in ended.out

@@ -157,18 +157,16 @@ CASES = [
 
 
 @pytest.fixture
-def words(tiny, trained, tmp_path):
+def words(tiny, trained, image, tmp_path):
     """The words of a command, the files they name in braces made in a folder of their own."""
     folder = tmp_path / "given"
     folder.mkdir()
-    good = next((tiny.parent / "world" / "val").glob("*.png"))
-
     named = re.compile(r"\{((?:image|recipe|suite|data|model|h5|glove):[\w.]+|tiny|trained|good)\}")
 
     def made(match: re.Match) -> str:
         kind, _, name = match[1].partition(":")
         if not name:
-            return str({"tiny": tiny, "trained": trained, "good": good}[kind])
+            return str({"tiny": tiny, "trained": trained, "good": image}[kind])
         return str(getattr(bad_files, kind)(folder, name, *([trained] if kind == "model" else [])))
 
     return lambda text: [named.sub(made, word) for word in text.split(" ")]

@@ -106,11 +106,19 @@ def test_what_was_ignored_from_the_start_stays_so():
     assert told.startswith("1 <function _handle")
 
 
+TWO_EPOCHS = ["train.epochs=2", "answer.dropout=0.3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The run of two epochs that nothing disturbs."""
+    return train(load_settings(tiny, ["name=whole", *TWO_EPOCHS]), runs=tmp_path_factory.mktemp("whole")).path
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
-def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, monkeypatch, command, number, code):
+def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, tmp_path, monkeypatch, command, number, code):
     monkeypatch.chdir(tmp_path)
-    words = ["train.epochs=2", "answer.dropout=0.3"]
-    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path / "runs").path
+    words = TWO_EPOCHS
     stopping = calling(loop.nn.utils.clip_grad_norm_, 2, lambda: ask(number))
     with monkeypatch.context() as patched:
         patched.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
@@ -124,9 +132,8 @@ def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, mo
     assert lines(whole) == lines(tmp_path / "runs/stopped")
 
 
-def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
+def test_in_validation_the_epoch_is_kept(tiny, trained, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    whole = train(load_settings(tiny, ["name=whole"]), runs=tmp_path / "runs").path
     with monkeypatch.context() as patched:
         patched.setattr(VQATask, "score", calling(VQATask.score, 1, lambda: ask(signal.SIGTERM)))
         assert command("train", "--config", tiny, "name=stopped").code == 143
@@ -135,8 +142,8 @@ def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
     with monkeypatch.context() as patched:
         patched.setattr(loop.nn.utils, "clip_grad_norm_", pytest.fail)  # not one more
         assert command("train", "--config", tiny, "--resume", "name=stopped").code == 0
-    assert same_weights(whole, tmp_path / "runs/stopped")
-    assert lines(whole) == lines(tmp_path / "runs/stopped")
+    assert same_weights(trained, tmp_path / "runs/stopped")
+    assert lines(trained) == lines(tmp_path / "runs/stopped")
 
 
 def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):

@@ -118,8 +118,7 @@ print(codes)
 """
 
 
-def test_without_posix_one_line_says_so(tiny, trained):
-    image = next((tiny.parent / "world").rglob("*.png"))
+def test_without_posix_one_line_says_so(tiny, trained, image):
     commands = [
         ["preprocess", "--config", tiny],
         ["train", "--config", tiny],

@@ -1,6 +1,8 @@
 """Recipes: YAML files with `base:` inheritance and `key.sub=value` overrides, read into strict settings."""
 
+import copy
 import difflib
+import functools
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -145,9 +147,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
 
 
+@functools.cache
+def _load(text: str) -> Any:
+    """Cached: the runs of a suite parse the same files again and again, 60 ms for base.yaml."""
+    return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
+
+
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing
+        return copy.deepcopy(_load(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""

@@ -16,8 +16,7 @@ from data.h5_file import partial_path
 from experiments.runner import run_suite
 from experiments.suite import load_suite
 from tests.conftest import ROOT
-from tests.experiments.test_runner import SUITE
-from tests.experiments.test_suites import TINY
+from tests.tiny_suite import SUITE, TINY
 from vqa.io.errors import InputError
 from vqa.io.locks import held
 
@@ -124,7 +123,7 @@ def test_without_posix_one_line_says_so(tiny, trained, image):
         ["train", "--config", tiny],
         ["recalibrate", "--run", trained],
         ["experiment", "suite.yaml"],
-        ["ask", "--run", trained, "--image", image, "--question", "what is it"],  # locks nothing
+        ["ask", "--run", trained, "--image", image, "--question", "what color is the circle?"],  # locks nothing
     ]
     arguments = [sys.executable, "-c", WITHOUT_POSIX, json.dumps(commands, default=str)]
     ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)

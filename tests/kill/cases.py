@@ -20,8 +20,9 @@ from experiments.prepare import preprocessing_of
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.trainer import train
 from vqa.io.weight_files import read_safetensors
-from vqa.settings.recipes import BASE, load_settings
+from vqa.settings.recipes import load_settings
 
+DEMO = Path(__file__).parents[2] / "config" / "demo.yaml"
 RECIPE = """\
 base: {demo}
 name: tiny
@@ -68,7 +69,7 @@ class Case:
 
 def _world(folder: Path, images: int, h5: str = "world.h5") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPE.format(demo=BASE.parent / "demo.yaml", folder=folder, h5=h5, images=images)
+    recipe = RECIPE.format(demo=DEMO, folder=folder, h5=h5, images=images)
     (folder / "tiny.yaml").write_text(recipe)
     (folder / "two.yaml").write_text(SUITE.format(folder=folder))
     scenes = load_settings(folder / "tiny.yaml").scenes
@@ -91,13 +92,13 @@ CASES = {
     for case in (
         Case(
             "preprocess",
-            lambda folder: _world(folder, 800),
+            lambda folder: _world(folder, 400),
             lambda folder: ["preprocess", "--config", f"{folder}/tiny.yaml"],
             ".world.h5.lock",
         ),
         Case(
             "maps",
-            lambda folder: _world_and_h5(folder, 300),
+            lambda folder: _world_and_h5(folder, 150),
             lambda folder: ["train", "--resume", "--config", f"{folder}/tiny.yaml", "cbn.stages=[]", "train.epochs=1"],
             ".world_stage4_*.lock",
             given="world.h5",

@@ -1,5 +1,7 @@
 """The modulated ResNet is torchvision's: equal to it with no or zero deltas, moved by every other one."""
 
+import copy
+import functools
 import itertools
 
 import pytest
@@ -33,10 +35,16 @@ def stage4_map(resnet, x):
     return resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
 
 
+@functools.lru_cache(maxsize=2)
+def pretrained(name):
+    torch.manual_seed(0)
+    return with_statistics(build_resnet(name))
+
+
 def pair(name, stages=(1, 2, 3, 4), **where):
     """torchvision's network, and ours with its weights."""
+    plain = copy.deepcopy(pretrained(name))
     torch.manual_seed(0)
-    plain = with_statistics(build_resnet(name))
     net = ModulatedResNet(name, None, stages, **where)
     state = {f"network.{key}": value for key, value in plain.state_dict().items() if not key.startswith("fc.")}
     net.load_state_dict(state, strict="normaliser" not in where)

@@ -1,6 +1,7 @@
 """What several tests share: tiny synthetic scenes, preprocessed, and a MODERN trained on it for three steps."""
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -48,6 +49,9 @@ class Command(NamedTuple):
 def command(capsys, monkeypatch):
     """Runs `python main.py …` in this process."""
     import main
+    from vqa.io.progress import progress
+
+    monkeypatch.setattr(progress, "__defaults__", (0, math.inf))  # no such lines, however slow the machine is
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])

@@ -11,10 +11,8 @@ checkpoints bit for bit, h5 files by content, metrics line for line (but for tim
 
 import argparse
 import csv
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
 import sys
@@ -26,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from experiments.runner import MAIN
 from tests.kill.cases import CASES, Case, content_of, kept_work
+from tests.processes import MainProcess
 from vqa.io.files import written_whole
 
 _LONGEST = 600.0  # seconds until a command that does not end is an error
@@ -120,22 +118,8 @@ def kill(case: Case, kills: int, folder: Path, seed: int = 0, words: Sequence[st
 
 
 def _start(command: Sequence[str], work: Path) -> ForkServerProcess:
-    # forked from a process that has imported everything: else most of the time, and of the kills, would go there
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner"])
-    process = context.Process(target=_run, args=(list(command), work))
-    process.start()
-    return process
-
-
-def _run(command: list[str], work: Path) -> None:
-    os.setsid()  # a group of its own, which is killed as a whole
-    os.chdir(work)
-    with (work.parent / f"{work.name}.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.argv = [str(MAIN), *command]
-    runpy.run_path(str(MAIN), run_name="__main__")
+    # forked: else most of the time, and of the kills, would go into imports
+    return MainProcess(*command, folder=work, own_group=True, log=work.parent / f"{work.name}.log").process
 
 
 def _until_at_work(process: ForkServerProcess, work: Path, case: Case) -> float:

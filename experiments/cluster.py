@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import ROOT
-from experiments.runner import command_of, missing_jobs
-from experiments.suite import Suite
 from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json
 from vqa.io.locks import held
@@ -19,6 +17,8 @@ from vqa.io.processes import block_signals_in_children
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+
+    from experiments.suite import Suite
 
 _REQUEUES = 100  # after time limits; submitit's own default is 3
 
@@ -55,7 +55,7 @@ def _wait(process: int) -> None:
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
-def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
+def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str]:
     """Submits each missing run and seed that is not queued yet as a task of an array; the first task that starts makes
     the data and the backbone.
 
@@ -75,6 +75,8 @@ def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
         import submitit
     except ImportError:
         raise InputError("--submit needs submitit: pip install submitit") from None
+    from experiments.runner import command_of, missing_jobs  # with torch, which a task does without
+
     parameters = _parameters(resources)
     folder = runs / "experiments" / "submitted"
     record = folder / "tasks.json"

@@ -126,12 +126,10 @@ def test_every_role_is_given():
 
 
 @pytest.mark.parametrize("command_name", ["eval", "features", "recalibrate", "ask", "inspect"])
-def test_a_model_of_other_settings_than_its_run_is_refused(trained, tmp_path, refused, command_name):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    config = run / "config.yaml"
+def test_a_model_of_other_settings_than_its_run_is_refused(finished, refused, command_name):
+    config = finished / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
     words = ["--image", "x.png", "--question", "what?"] if command_name in ("ask", "inspect") else []
-    told = refused(command_name, "--run", run, *words)
-    assert f"{run}/model/config.yaml: not a model of {config}" in told
+    told = refused(command_name, "--run", finished, *words)
+    assert f"{finished}/model/config.yaml: not a model of {config}" in told
     assert "train.learning_rate is 0.001, not 0.002" in told

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import resource
+import shutil
 import tracemalloc
 import zipfile
 import zlib
@@ -210,15 +211,16 @@ def _check_harmless(page: str) -> None:
         assert (given.get("src") or "data:").startswith("data:")
 
 
-def test_questions_answers_and_names_stay_text_in_the_inspection(command, trained, tiny, tmp_path):
-    import shutil
-
-    picture = tmp_path / "<script>alert(3)<'\">.png"
-    picture.write_bytes(next((tiny.parent / "world" / "val").glob("*.png")).read_bytes())
-    model = tmp_path / "model"
-    shutil.copytree(trained / "model", model)
+def with_answers(model, text):
+    """The model, its answers now `text` and a number."""
     answers = json.loads((model / "answers.json").read_text())
-    (model / "answers.json").write_text(json.dumps([f"{SCRIPT} {place}" for place in range(len(answers))]))
+    (model / "answers.json").write_text(json.dumps([f"{text} {place}" for place in range(len(answers))]))
+    return model
+
+
+def test_questions_answers_and_names_stay_text_in_the_inspection(command, finished, image, tmp_path):
+    picture = Path(shutil.copy(image, tmp_path / "<script>alert(3)<'\">.png"))
+    model = with_answers(finished / "model", SCRIPT)
     asked = ("--question", f"={SCRIPT}", "--versus", SCRIPT)
     ended = command("inspect", "--run", model, "--image", picture, *asked, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
@@ -257,15 +259,9 @@ def test_a_terminal_shows_texts_and_obeys_none():
     assert str(InputError("a\nb")) == r"a\nb"
 
 
-def test_a_models_answers_do_not_steer_the_terminal(command, trained, tiny, tmp_path):
-    import shutil
-
-    model = tmp_path / "model"
-    shutil.copytree(trained / "model", model)
-    answers = json.loads((model / "answers.json").read_text())
-    (model / "answers.json").write_text(json.dumps([f"\x1b[2J\n{place}" for place in range(len(answers))]))
-    picture = next((tiny.parent / "world" / "val").glob("*.png"))
-    ended = command("ask", "--run", model, "--image", picture, "--question", "what \x1b?", "--top", 2)
+def test_a_models_answers_do_not_steer_the_terminal(command, finished, image):
+    model = with_answers(finished / "model", "\x1b[2J\n")
+    ended = command("ask", "--run", model, "--image", image, "--question", "what \x1b?", "--top", 2)
     assert ended.code == 0
     assert len(ended.out.splitlines()) == 2
     assert "\x1b" not in ended.out + ended.err

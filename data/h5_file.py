@@ -18,8 +18,7 @@ What is read is verified: a row of `pixels` by its checksum, all else that a mod
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from tokenizers import Tokenizer
 
 from data.h5_rows import (
     H5Rows,
-    RowPlace,
     damage_named,
     mark_rows,
     opened_for_filling,
@@ -56,15 +54,21 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-@contextmanager
-def begun(
-    partial: Path, *, image_size: int, image_ids: Sequence[int], image_files: Sequence[str]
-) -> Iterator[tuple[h5py.File, RowPlace]]:
-    """Begins a file: gives it without its tables, which the block has to write, and the place of its pixels, which may
-    be filled from now on. It is `partial` once the block has ended well; else it is gone.
+def begin(
+    partial: Path,
+    *,
+    image_size: int,
+    image_ids: Sequence[int],
+    image_files: Sequence[str],
+    provenance: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    vocabulary: Sequence[str],
+    splits: Mapping[str, QuestionTable],
+) -> None:
+    """Write a file that holds everything but its pixels; it appears as `partial` once it is whole.
 
     Raises:
-        InputError: the disk is full, or fails.
+        NotWrittenError: the disk is full, or fails.
     """
     count = len(image_ids)
     with written_whole(partial) as aside, structured(aside, "w") as file:
@@ -75,29 +79,17 @@ def begun(
         images.create_dataset("file", data=list(image_files), dtype=_TEXT)
         images.create_dataset("usable", data=np.ones(count, bool))
         reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
-        yield file, RowPlace(partial, images["pixels"].id.get_offset(), aside)
-
-
-def write_tables(
-    file: h5py.File,
-    *,
-    provenance: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    vocabulary: Sequence[str],
-    splits: Mapping[str, QuestionTable],
-) -> None:
-    """Writes all that a file of `begun` holds beside its images."""
-    file.attrs["provenance"] = json.dumps(provenance)
-    # over 64 KiB does not fit into an attribute
-    file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
-    file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
-    for name, table in splits.items():
-        group = file.create_group(f"splits/{name}")
-        for array in _ARRAYS:
-            group.create_dataset(array, data=getattr(table, array))
-        for text in _TEXTS:
-            group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
-        group.attrs["digest"] = np.bytes_(_digest_of_table(table))
+        file.attrs["provenance"] = json.dumps(provenance)
+        # over 64 KiB does not fit into an attribute
+        file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
+        file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
+        for name, table in splits.items():
+            group = file.create_group(f"splits/{name}")
+            for array in _ARRAYS:
+                group.create_dataset(array, data=getattr(table, array))
+            for text in _TEXTS:
+                group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
+            group.attrs["digest"] = np.bytes_(_digest_of_table(table))
 
 
 def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:

@@ -13,9 +13,9 @@ import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -96,7 +96,7 @@ def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any)
 
 
 def opened_for_filling(partial: Path) -> h5py.File:
-    """Open a file with unfilled rows, under the caller's lock (HDF5's own fails on disks without locks).
+    """Open a file with unfilled rows, under the caller's lock (`vqa.io.locks`); HDF5's own fails on some disks.
 
     Raises:
         InputError: the file is damaged.
@@ -107,96 +107,56 @@ def opened_for_filling(partial: Path) -> h5py.File:
         raise InputError(f"{partial}: cannot resume ({error!s:.100}); remove it to start again") from None
 
 
-class RowPlace(NamedTuple):
-    """Where the rows of an array lie in a file: all that another process needs to write some of them."""
+class RowWriter:
+    """Writes rows of an array in an open h5 file, from any thread; only `mark_rows` makes them count."""
 
-    path: Path
-    offset: int  # of the first row, bytes
-    aside: Path | None = None  # where the file is until it is given its name
+    def __init__(self, file: h5py.File, array: str) -> None:
+        data = file[array]
+        self.path = Path(file.filename)
+        self.shape, self.dtype = data.shape, data.dtype
+        self._file, self._offset = file.id.get_vfd_handle(), data.id.get_offset()
 
-    def opened(self) -> BinaryIO:
-        """The file, whether it has its name by now or not."""
-        if self.aside is not None:
-            with suppress(FileNotFoundError):
-                return self.aside.open("rb+", buffering=0)
-        return self.path.open("rb+", buffering=0)
+    def write(self, row: int, value: Any) -> int:
+        """Write one row and return its CRC-32.
 
-    def write(self, file: int, row: int, value: np.ndarray) -> int:
-        """Writes a contiguous row to an opened file and returns its checksum; only `mark_rows` makes it count."""
-        write_at(file, value, self.offset + row * value.nbytes)
-        return zlib.crc32(value)
-
-
-def place_of_rows(file: h5py.File, array: str) -> RowPlace:
-    """The place of an array that `reserve_rows` made room for."""
-    return RowPlace(Path(file.filename), file[array].id.get_offset())
+        Raises:
+            NotWrittenError: the disk is full, or fails.
+        """
+        kept = np.asarray(value, self.dtype, order="C")
+        if kept.shape != self.shape[1:] or not 0 <= row < self.shape[0]:
+            raise ValueError(f"an array of {self.shape} has no row {row} of {kept.shape}")
+        rest, offset = memoryview(kept.reshape(-1).view(np.uint8)), self._offset + row * kept.nbytes
+        with naming_write_errors(self.path):
+            while rest:  # a disk that gets full takes a part first
+                written = os.pwrite(self._file, rest, offset)
+                rest, offset = rest[written:], offset + written
+        return zlib.crc32(kept)
 
 
 def write_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[np.ndarray]) -> None:
-    """Writes rows with their checksums; only `mark_rows` makes them count.
-
-    Raises:
-        InputError: the disk is full, or fails.
-    """
-    data, place, checksums = file[array], place_of_rows(file, array), []
-    with naming_write_errors(place.path):
-        for row, value in zip(rows, values, strict=True):
-            kept = np.ascontiguousarray(value, data.dtype)
-            if kept.shape != data.shape[1:] or not 0 <= row < len(data):
-                raise ValueError(f"{array} {data.shape} takes no row {row} of {kept.shape}")
-            checksums.append(place.write(file.id.get_vfd_handle(), row, kept))
-    set_rows(file, data.parent["crc32"].name, rows, checksums)
+    """Write rows with their checksums; only `mark_rows` makes them count. Raises NotWrittenError."""
+    writer = RowWriter(file, array)
+    checksums = [writer.write(row, value) for row, value in zip(rows, values, strict=True)]
+    set_rows(file, file[array].parent["crc32"].name, rows, checksums)
 
 
 def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
-    """Waits until all that was written is on the disk, and marks rows as filled.
+    """Wait until all that was written is on the disk, and mark rows as filled.
 
     Raises:
-        InputError: the disk is full, or fails; the rows are not marked then.
+        NotWrittenError: the disk is full, or fails; the rows are not marked then.
     """
-    _to_disk(file)
-    # a kill does not undo what is written; when the marks come to the disk is no matter, as long as the rows are there
+    with naming_write_errors(Path(file.filename)):
+        os.fsync(file.id.get_vfd_handle())
+    # a kill does not undo what is written, and when the marks reach the disk does not matter once the rows are there
     set_rows(file, file[array].parent["filled"].name, rows, [True] * len(rows))
 
 
 def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Sequence[float]) -> None:
-    """Writes rows of a small array, a value each, by plain writes as well. Raises InputError as `write_rows` does."""
-    data, place = file[array], place_of_rows(file, array)
-    kept = np.array(values, data.dtype)
-    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-    with naming_write_errors(place.path):
-        for run in runs:  # rows that lie one after the other
-            write_at(file.id.get_vfd_handle(), kept[run], place.offset + rows[run[0]] * kept.itemsize)
-
-
-def copied_rows(rows: "H5Rows", place: RowPlace, chosen: Sequence[int]) -> Iterator[tuple[int, int | str]]:
-    """Copies rows of a file to the same places of another; yields each with its checksum once it is written, or with
-    what is wrong with it.
-
-    Raises:
-        InputError: the disk is full, or fails.
-    """
-    with naming_write_errors(place.path), place.opened() as file:
-        for row in chosen:
-            try:
-                value = rows[row]
-            except InputError as error:
-                yield row, str(error)
-                continue
-            yield row, place.write(file.fileno(), row, value)
-
-
-def _to_disk(file: h5py.File) -> None:
-    with naming_write_errors(Path(file.filename)):
-        os.fsync(file.id.get_vfd_handle())
-
-
-def write_at(file: int, value: np.ndarray, offset: int) -> None:
-    """Writes a contiguous array to a place, in bytes, of an opened file."""
-    rest = memoryview(value.reshape(-1).view(np.uint8))
-    while rest:  # a disk that gets full takes a part first
-        written = os.pwrite(file, rest, offset)
-        rest, offset = rest[written:], offset + written
+    """Write rows of a small array, one value each. Raises NotWrittenError."""
+    writer = RowWriter(file, array)
+    for row, value in zip(rows, values, strict=True):
+        writer.write(row, value)
 
 
 class H5Rows:

@@ -174,7 +174,7 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[dic
 
     def prepare() -> None:
         h5.unlink(missing_ok=True)
-        preprocess(splits, h5, **made, processes=processes)
+        preprocess(splits, h5, **made, threads=processes)
 
     whole = interleaved(
         {"preprocess": prepare, "decode": lambda: decode_alone(files, size, processes)},

@@ -5,8 +5,8 @@
     filled  bool [N], beside it: which rows are written
 
 HDF5 makes the file once, with a fixed place for each array. Rows are then written to their places by plain writes, so
-that HDF5 holds nothing back which a kill or a full disk would leave half-written; a row is marked in `filled` only
-after it and its checksum are on the disk.
+that HDF5 buffers nothing that a kill or a full disk would leave half-written; a row is marked in `filled` only after
+it and its checksum are on the disk.
 """
 
 import io
@@ -33,7 +33,7 @@ class _PatientFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of it, or nothing and `error`."""
+        """Write all of it, or set `error`."""
         rest = memoryview(data).cast("B")
         count = len(rest)
         try:
@@ -44,7 +44,7 @@ class _PatientFile(io.FileIO):
         return count
 
     def truncate(self, size: int | None = None) -> int:
-        """As that of `io.FileIO`, or nothing and `error`."""
+        """Truncate, or set `error`."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -54,10 +54,10 @@ class _PatientFile(io.FileIO):
 
 @contextmanager
 def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
-    """An h5 file whose structure or attributes are made or changed; at the end of the block it is on the disk.
+    """Open an h5 file to change its structure or attributes; the end of the block synchronises it to the disk.
 
     Raises:
-        OSError: at the end of the block: the disk is full, or fails.
+        OSError: the disk is full, or fails (at the end of the block).
     """
     with _PatientFile(path, "w+" if mode == "w" else "r+") as raw:
         try:
@@ -73,11 +73,7 @@ def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
 
 @contextmanager
 def damage_named(path: Path, remedy: str) -> Iterator[None]:
-    """Names the file that is read in the block where it is damaged, and what is to be done.
-
-    Raises:
-        InputError: it is.
-    """
+    """Turn any error of the block, which reads `path`, into an InputError that names it and the remedy."""
     try:
         yield
     except InputError:
@@ -87,7 +83,7 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
 
 
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
-    """Makes room for an array of `shape` [N, …]; nothing is written there, so the disk is not yet taken."""
+    """Reserve an array of `shape` [N, …]; nothing is written there, so no space is taken on the disk yet."""
     group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))
     group.create_dataset("filled", data=np.zeros(shape[0], bool))
     placed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -163,12 +159,12 @@ class H5Rows:
     """Random access to the rows of an array in an h5 file, verified; safe to hand to worker processes and threads."""
 
     def __init__(self, path: Path, array: str, remedy: str = "make it again") -> None:
-        """`remedy` is what is to be done with a damaged file."""
+        """`remedy` is what the user should do with a damaged file."""
         self.path, self.array, self.remedy = path, array, remedy
         self._file = None
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """One row, not to be written to.
+        """Read one row and verify its checksum; the array is read-only.
 
         Raises:
             InputError: the file is truncated or damaged, or the disk fails.
@@ -178,14 +174,14 @@ class H5Rows:
         if not 0 <= row < self._count:
             raise IndexError(f"{self.array} has {self._count} rows, no row {row}")
         try:
-            # at a place of its own: a handle that is inherited through a fork does not disturb another's
+            # `pread` moves no file position, which processes after a fork share
             read = os.pread(self._file.fileno(), self._bytes, self._offset + row * self._bytes)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({os.strerror(error.errno).lower()})") from None
         if len(read) != self._bytes:
             raise InputError(f"{self.path}: ends before row {row} of {self.array}: truncated; {self.remedy}")
         if zlib.crc32(read) != self._checksums[row]:
-            raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum); {self.remedy}")
+            raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum mismatch); {self.remedy}")
         return np.frombuffer(read, self._dtype).reshape(self._shape)
 
     def _open(self) -> None:

@@ -19,7 +19,6 @@ from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.data.test_preprocess import KILLED_IN_A_FLUSH, many
 from tests.raw_files import make, write_split
-from tests.vqa.test_space import left  # noqa: F401  (a fixture)
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
 from vqa.settings.recipes import load_settings
@@ -76,7 +75,7 @@ def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decode
     assert new.table("test").images.tolist() == [3, 4]
     # who reads the old one goes on with the new one, or is told
     assert np.array_equal(reader[1], decode_image(raw["train"].image(2), 32))
-    with pytest.raises(InputError, match=r"data.h5: was made anew meanwhile; start the command again"):
+    with pytest.raises(InputError, match=r"data.h5: was replaced meanwhile; start the command again"):
         old.table("val")
     decoded.clear()
     make(raw | {"test": test}, tmp_path / "fresh.h5")
@@ -113,7 +112,7 @@ def test_a_kill_while_images_are_copied_keeps_what_was_marked(tmp_path, decoded)
     assert path.read_bytes() == (tmp_path / "expected.h5").read_bytes()
 
 
-def test_the_disk_needs_room_for_both(raw, made, left):  # noqa: F811
+def test_the_disk_needs_room_for_both(raw, made, left):
     before = made.read_bytes()
     left(3 * 32**2 * 3)
     with pytest.raises(InputError, match=r"data.h5.partial: needs .* left; make room or name another data.h5"):

@@ -174,7 +174,7 @@ def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
     with pytest.raises(InputError, match="missing or unreadable"):
         make(raw, path)
     before = h5_file.partial_path(path).read_bytes()
-    with pytest.raises(InputError, match=r"begun with data.answers=10; finish it so first"):
+    with pytest.raises(InputError, match=r"begun with data.answers=10; finish it with these first"):
         make(raw, path, answers=3)
     assert h5_file.partial_path(path).read_bytes() == before
 

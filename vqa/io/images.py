@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MOST_BYTES = 2**24  # of one block beside the pixels that are looked at
+_MOST_BYTES = 2**24  # that are read of one block beside the pixels
 # Where Pillow looks for the orientation: keyword of a text block → name in `Image.info`.
 _ORIENTING = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif", b"XML:com.adobe.xmp": "xmp"}
-# Of the training set of torchvision's ImageNet weights.
+# of the training set of torchvision's ImageNet weights
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def read_image(path: Path) -> "Image.Image":
-    """The image in a file as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+    """Read the image in a file as RGB, upright; `docs/input.md` lists how each kind of file is treated.
 
     Raises:
         InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS.
@@ -39,10 +39,10 @@ def read_image(path: Path) -> "Image.Image":
     try:
         if not path.is_file():  # a pipe might never end
             raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        source, beside = _source(path)
+        source, beside = _without_ancillary(path)
         with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
             opened.info |= beside
-            if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
+            if opened.width * opened.height > MOST_PIXELS:  # its header says so, before anything is decoded
                 raise InputError(
                     f"{path}: too large an image: {opened.width} x {opened.height}, more than {MOST_PIXELS} pixels"
                 )
@@ -60,7 +60,7 @@ def read_image(path: Path) -> "Image.Image":
 
 
 def decode_image(path: Path, size: int) -> np.ndarray:
-    """The image as RGB, resized to size x size without regard to its shape (bilinear, antialiased).
+    """Read an image as RGB and resize it to size x size without regard to its shape (bilinear, antialiased).
 
     Returns:
         uint8 [S, S, 3].
@@ -73,20 +73,8 @@ def decode_image(path: Path, size: int) -> np.ndarray:
     return np.asarray(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _source(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
-    """What Pillow is to open, and what it is not shown of the blocks beside the pixels."""
-    with path.open("rb") as file:
-        header = file.read(24)  # up to width and height
-        if not header.startswith(SIGNATURE) or len(header) < 24:
-            return path, {}
-        if math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading the rest
-            return path, {}
-        file.seek(len(SIGNATURE))
-        return without_ancillary(file, path.stat().st_size)
-
-
 def _of_eight_bits(image: "Image.Image") -> "Image.Image":
-    """Grey images of more bits with 8 of them; Pillow's `convert` would clip them to white."""
+    """Reduce grey images of more than 8 bits to 8; Pillow's `convert` would clip them to white."""
     from PIL import Image
 
     if not image.mode.startswith(("I", "F")):
@@ -101,7 +89,7 @@ def _of_eight_bits(image: "Image.Image") -> "Image.Image":
 
 
 def _upright(image: "Image.Image") -> "Image.Image":
-    """Turned as its EXIF orientation says, as viewers show it; a damaged EXIF block says nothing."""
+    """Turn an image as its EXIF orientation says; ignore a damaged EXIF block."""
     from PIL import ImageOps
 
     with suppress(Exception):
@@ -109,38 +97,45 @@ def _upright(image: "Image.Image") -> "Image.Image":
     return image
 
 
-def without_ancillary(file: BinaryIO, size: int) -> tuple[io.BytesIO, dict[str, Any]]:
-    """Reads a PNG of `size` bytes from behind its signature.
+def _without_ancillary(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
+    """What Pillow opens: of a PNG only its critical blocks; it refuses images for other blocks that are large or damaged.
 
     Returns:
-        The PNG with its critical blocks only, and what `Image.info` holds of the EXIF and XMP data.
+        The file or its critical blocks, and what `Image.info` has to hold of the EXIF and XMP data.
     """
-    critical, info = io.BytesIO(), {}
-    critical.write(SIGNATURE)
-    name = b""
-    while name != b"IEND" and len(header := file.read(8)) == 8:
-        length, name = struct.unpack(">I4s", header)
-        if not (name.isalpha() and name[:1].islower()):
-            critical.write(header + file.read(min(length + 4, size)))  # with the checksum
-            continue
-        block = file.read(min(length, _MOST_BYTES)) if name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") else b""
-        file.seek(length - len(block) + 4, io.SEEK_CUR)
-        with suppress(zlib.error):
-            info |= {"exif": b"Exif\0\0" + block} if name == b"eXIf" else _orienting(name, block)
+    with path.open("rb") as file:
+        header = file.read(24)  # up to width and height
+        if not header.startswith(SIGNATURE) or len(header) < 24:
+            return path, {}
+        if math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading the rest
+            return path, {}
+        file.seek(len(SIGNATURE))
+        size, name = path.stat().st_size, b""
+        critical, info = io.BytesIO(), {}
+        critical.write(SIGNATURE)
+        while name != b"IEND" and len(header := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", header)
+            if not (name.isalpha() and name[:1].islower()):
+                critical.write(header + file.read(min(length + 4, size)))  # with the checksum
+                continue
+            block = file.read(min(length, _MOST_BYTES)) if name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") else b""
+            file.seek(length - len(block) + 4, io.SEEK_CUR)
+            with suppress(zlib.error):
+                info |= {"exif": b"Exif\0\0" + block} if name == b"eXIf" else _orientation_text(name, block)
     critical.seek(0)
     return critical, info
 
 
-def _orienting(name: bytes, block: bytes) -> dict[str, Any]:
-    """What a text block says, if its keyword is one of _ORIENTING."""
+def _orientation_text(name: bytes, block: bytes) -> dict[str, Any]:
+    """The content of a text block if its keyword is one of _ORIENTING."""
     keyword, _, text = block.partition(b"\0")
     if keyword not in _ORIENTING:
         return {}
     packed = name == b"zTXt"
     if packed:
-        text = text[1:]  # behind the number of the compression method
+        text = text[1:]  # after the compression method
     if name == b"iTXt":
-        packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]  # behind language and translated keyword
+        packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]  # after language and translated keyword
     if packed:
         text = zlib.decompressobj().decompress(text, _MOST_BYTES)
     return {_ORIENTING[keyword]: text.decode("latin-1") if keyword.startswith(b"Raw") else text}

@@ -69,9 +69,7 @@ def test_a_damaged_image_is_named(small):
         place = file["images/pixels"].id.get_offset() + 1 * 32 * 32 * 3 + 100
     images = H5Images(flipped(small, place))
     assert images[0].shape == images[2].shape == (32, 32, 3)
-    message = (
-        r"flipped.h5: row 1 of images/pixels is damaged \(checksum mismatch\); remove it and run `prep"
-    )
+    message = r"flipped.h5: row 1 of images/pixels is damaged \(checksum mismatch\); remove it and run `prep"
     with pytest.raises(InputError, match=message):
         images[1]
 

@@ -98,7 +98,7 @@ def _upright(image: "Image.Image") -> "Image.Image":
 
 
 def _without_ancillary(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
-    """What Pillow opens: of a PNG only its critical blocks; it refuses images for other blocks that are large or damaged.
+    """What Pillow opens: of a PNG only its critical blocks; it refuses images for large or damaged other ones.
 
     Returns:
         The file or its critical blocks, and what `Image.info` has to hold of the EXIF and XMP data.

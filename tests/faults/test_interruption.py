@@ -129,10 +129,15 @@ def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
 
 def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
     h5 = tmp_path / "new.h5"
+
+    def stopping(decoded, *_, **__):
+        for number, image in enumerate(decoded):
+            if number == 6:
+                ask(signal.SIGINT)
+            yield image
+
     with monkeypatch.context() as patched:
-        real = data.preprocess.decode_image
-        patched.setattr(data.preprocess, "_IMAGES_A_TASK", 2)
-        patched.setattr(data.preprocess, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
+        patched.setattr(data.preprocess, "progress", stopping)
         ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
     assert ended.code == 130
     assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"

@@ -1,6 +1,6 @@
-"""One policy for images that are missing or unreadable, in `preprocess` and in evaluation from raw files.
+"""The policy for missing and unreadable images, in `preprocess` and in evaluation from raw files.
 
-All of them are listed together. They end the command, or `data.skip_bad_images` has a stand-in take the place of each.
+They are listed together and end the command; with `data.skip_bad_images` a stand-in replaces each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,16 +11,16 @@ import numpy as np
 from vqa.io.errors import InputError
 from vqa.io.images import IMAGENET_MEAN
 
-_LISTED = 20  # bad images said one by one
+_LISTED = 20  # bad images that are printed one by one
 
 
 def stand_in(size: int) -> np.ndarray:
-    """An image of the mean colour, uint8 [S, S, 3]: what takes the place of a bad image of `size` S."""
+    """An image of the mean colour, uint8 [S, S, 3], that replaces a bad image."""
     return np.full((size, size, 3), np.round(255 * np.array(IMAGENET_MEAN)), np.uint8)
 
 
 def check_any_exists(files: Iterable[Path], split: str) -> None:
-    """Refuses a split of which not one image exists: its pattern must be wrong. Raises InputError."""
+    """Raise InputError if no image of a split exists: its pattern must be wrong."""
     first = None
     for file in files:
         if file.exists():
@@ -33,7 +33,7 @@ def check_any_exists(files: Iterable[Path], split: str) -> None:
 
 
 def settle_bad_images(bad: Sequence[tuple[int, str]], skip: bool) -> None:
-    """Lists bad images, each an id and what is wrong.
+    """Print bad images, each with its id and the reason.
 
     Raises:
         InputError: there are some, and `skip` is False.

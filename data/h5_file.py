@@ -1,4 +1,4 @@
-"""The h5 file of a dataset at one image size: what is in it, how it is written safely and read back.
+"""The h5 file of a dataset at one image size: its contents, safe writing, verified reading.
 
     /                attributes: format, version, complete, provenance (JSON), image_size, digest
     /tokenizer       text (JSON)
@@ -7,19 +7,17 @@
     /answers         vocabulary text [A]: the answer classes, most common first
     /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names; attribute: digest of them
 
-Work is done in `NAME.h5.partial`, which has that name as soon as its tables are written, and its final name when every
-row is filled. A complete file is never written to: one with other tables takes its place, in which the images that it
-held have the same rows, so that who reads images of the one can go on with the other. Pixels are written by the
-processes that decode, without h5py, also while the tables are made; a row is marked in `filled` only after it was
-flushed to the disk, so a killed run loses at most the rows of one flush.
+The file is `NAME.h5.partial` once its tables are written, and gets its final name when every row is filled. A complete
+file is never written to: a new one replaces it, in which its images keep their rows, so that a reader of the old file
+can continue with the new one. A row is marked in `filled` only after it is on the disk, so a killed run loses at most
+the rows of one flush.
 
-What is read is verified: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
+Reading verifies: a row of `pixels` by its checksum, all else that a model learns from by the digests (SHA-256).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from tokenizers import Tokenizer
 
 from data.h5_rows import (
     H5Rows,
-    RowPlace,
     damage_named,
     mark_rows,
     opened_for_filling,
@@ -52,19 +49,25 @@ _NO_DIGEST = "0" * 64  # until the file is complete
 
 
 def partial_path(path: Path) -> Path:
-    """Where the file is while it is not complete."""
+    """The name of the file while it is not complete."""
     return path.with_name(path.name + ".partial")
 
 
-@contextmanager
-def begun(
-    partial: Path, *, image_size: int, image_ids: Sequence[int], image_files: Sequence[str]
-) -> Iterator[tuple[h5py.File, RowPlace]]:
-    """Begins a file: gives it without its tables, which the block has to write, and the place of its pixels, which may
-    be filled from now on. It is `partial` once the block has ended well; else it is gone.
+def begin(
+    partial: Path,
+    *,
+    image_size: int,
+    image_ids: Sequence[int],
+    image_files: Sequence[str],
+    provenance: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    vocabulary: Sequence[str],
+    splits: Mapping[str, QuestionTable],
+) -> None:
+    """Write a file that holds everything but its pixels; it appears as `partial` once it is whole.
 
     Raises:
-        InputError: the disk is full, or fails.
+        NotWrittenError: the disk is full, or fails.
     """
     count = len(image_ids)
     with written_whole(partial) as aside, structured(aside, "w") as file:
@@ -75,64 +78,46 @@ def begun(
         images.create_dataset("file", data=list(image_files), dtype=_TEXT)
         images.create_dataset("usable", data=np.ones(count, bool))
         reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
-        yield file, RowPlace(partial, images["pixels"].id.get_offset(), aside)
-
-
-def write_tables(
-    file: h5py.File,
-    *,
-    provenance: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    vocabulary: Sequence[str],
-    splits: Mapping[str, QuestionTable],
-) -> None:
-    """Writes all that a file of `begun` holds beside its images."""
-    file.attrs["provenance"] = json.dumps(provenance)
-    # over 64 KiB does not fit into an attribute
-    file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
-    file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
-    for name, table in splits.items():
-        group = file.create_group(f"splits/{name}")
-        for array in _ARRAYS:
-            group.create_dataset(array, data=getattr(table, array))
-        for text in _TEXTS:
-            group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
-        group.attrs["digest"] = np.bytes_(_digest_of_table(table))
+        file.attrs["provenance"] = json.dumps(provenance)
+        # over 64 KiB does not fit into an attribute
+        file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
+        file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
+        for name, table in splits.items():
+            group = file.create_group(f"splits/{name}")
+            for array in _ARRAYS:
+                group.create_dataset(array, data=getattr(table, array))
+            for text in _TEXTS:
+                group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
+            group.attrs["digest"] = np.bytes_(_digest_of_table(table))
 
 
 def mark(file: h5py.File, written: Sequence[tuple[int, int]]) -> None:
-    """Marks rows of pixels, each with its checksum, as filled, once they are on the disk; whichever process wrote them.
+    """Mark written rows of pixels, each with its checksum, as filled once they are on the disk.
 
     Raises:
-        InputError: the disk is full, or fails; the rows are not marked then.
+        NotWrittenError: the disk is full, or fails; the rows are not marked then.
     """
     rows, checksums = ([pair[part] for pair in written] for part in (0, 1))
     set_rows(file, "images/crc32", rows, checksums)
-    set_rows(file, "images/usable", rows, [True] * len(rows))  # of an image that was mended meanwhile
+    set_rows(file, "images/usable", rows, [True] * len(rows))  # a stand-in may have been there
     mark_rows(file, "images/pixels", rows)
 
 
 def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> None:
-    """Writes one image uint8 [S, S, 3] into rows that have none of their own, and marks them so. Raises InputError as
-    `mark` does.
-    """
+    """Write a stand-in uint8 [S, S, 3] to some rows and mark them as not usable. Raises NotWrittenError."""
     write_rows(file, "images/pixels", rows, [image] * len(rows))
     set_rows(file, "images/usable", rows, [False] * len(rows))
     mark_rows(file, "images/pixels", rows)
 
 
 def opened_for_writing(partial: Path) -> h5py.File:
-    """A partial file to fill. Raises InputError if it is damaged, or of another version."""
+    """Open a partial file to fill its rows. Raises InputError if it is damaged, or of another version."""
     _opened(partial).close()
     return opened_for_filling(partial)
 
 
 def finish(partial: Path, path: Path) -> None:
-    """Gives a partial file its final name.
-
-    Raises:
-        RuntimeError: a row was never filled.
-    """
+    """Complete a partial file and give it its final name. Raises RuntimeError if a row was never filled."""
     with naming_write_errors(partial), structured(partial, "r+") as file:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
@@ -144,24 +129,22 @@ def finish(partial: Path, path: Path) -> None:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Where a file (partial or complete) came from. Raises InputError if it is none of ours or of another version."""
+    """The provenance of a partial or complete file. Raises InputError if it is of another program or version."""
     with _opened(path) as file, damage_named(path, _REMEDY):
         return json.loads(file.attrs["provenance"])
 
 
 class Store:
-    """A complete file, for reading. The handle is closed again: `H5Images` opens its own, one a process."""
+    """A complete file, for reading. It keeps no open handle: `H5Images` opens one in each process."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is small.
+        """Read and verify everything but the tables and images.
 
         Raises:
             InputError: the file is missing, unreadable, damaged, of another version, or not complete.
         """
         if not path.exists() and partial_path(path).exists():
-            raise InputError(
-                f"{path}: preprocessing is not finished; run `preprocess` again, it goes on where it stopped"
-            )
+            raise InputError(f"{path}: preprocessing is not finished; run `preprocess` again to resume it")
         with _opened(path) as file, damage_named(path, _REMEDY):
             if not file.attrs["complete"]:
                 raise InputError(f"{path}: not complete; run `preprocess` again")
@@ -176,16 +159,16 @@ class Store:
             self.splits = list(file["splits"])
             self._digest = file.attrs["digest"].decode()
             if self._digest != _digest_of(file):
-                raise ValueError("its digest is another")
+                raise ValueError("checksum mismatch")
 
     def stand_ins(self, splits: Sequence[str]) -> int:
-        """How many images that some splits ask about were missing or unreadable."""
+        """Count the stand-ins among the images that some splits ask about."""
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
             rows = [file[f"splits/{split}/images"][:] for split in splits]
             return int((~self.usable[np.unique(np.concatenate(rows))]).sum())
 
     def identity(self, splits: Sequence[str]) -> str:
-        """A digest of what a model learns from in some splits; what the file holds beside them is not in it."""
+        """A digest of everything in some splits that a model learns from."""
         sources = {name: source for name, source in self.provenance["sources"].items() if name in splits}
         parts: list[Any] = [self.provenance | {"sources": sources}, self.tokenizer.to_str(), self.vocabulary]
         if stand_ins := self.stand_ins(splits):
@@ -194,7 +177,7 @@ class Store:
 
     @property
     def images_identity(self) -> str:
-        """A digest of the images, whatever is asked about them."""
+        """A digest of the images alone."""
         return hashlib.sha256(f"{self.image_size}".encode() + self.checksums.tobytes()).hexdigest()
 
     def table(self, split: str) -> QuestionTable:
@@ -207,13 +190,13 @@ class Store:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
             if file.attrs["digest"].decode() != self._digest:
-                raise InputError(f"{self.path}: was made anew meanwhile; start the command again")
+                raise InputError(f"{self.path}: was replaced meanwhile; start the command again")
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
             table = QuestionTable(**arrays, **texts)
             if group.attrs["digest"].decode() != _digest_of_table(table):
-                raise ValueError(f"the digest of split {split!r} is another")
+                raise ValueError(f"checksum mismatch in split {split!r}")
         return table
 
 
@@ -247,7 +230,7 @@ def _opened(path: Path) -> h5py.File:
 
 
 def _digest_of(file: h5py.File) -> str:
-    """Of all that a model learns from; of the pixels it takes their checksums, of the tables their digests."""
+    """SHA-256 of all that a model learns from; pixels enter by their checksums, tables by their digests."""
     digest = hashlib.sha256()
     digest.update(f"{file.attrs['image_size']} {file.attrs['provenance']}".encode())
     digest.update(json.dumps([file["tokenizer"].asstr()[()], *file["answers/vocabulary"].asstr()[:]]).encode())

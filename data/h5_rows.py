@@ -5,17 +5,17 @@
     filled  bool [N], beside it: which rows are written
 
 HDF5 makes the file once, with a fixed place for each array. Rows are then written to their places by plain writes, so
-that HDF5 holds nothing back which a kill or a full disk would leave half-written; a row is marked in `filled` only
-after it and its checksum are on the disk.
+that HDF5 buffers nothing that a kill or a full disk would leave half-written; a row is marked in `filled` only after
+it and its checksum are on the disk.
 """
 
 import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -33,7 +33,7 @@ class _PatientFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of it, or nothing and `error`."""
+        """Write all of it, or set `error`."""
         rest = memoryview(data).cast("B")
         count = len(rest)
         try:
@@ -44,7 +44,7 @@ class _PatientFile(io.FileIO):
         return count
 
     def truncate(self, size: int | None = None) -> int:
-        """As that of `io.FileIO`, or nothing and `error`."""
+        """Truncate, or set `error`."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -54,10 +54,10 @@ class _PatientFile(io.FileIO):
 
 @contextmanager
 def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
-    """An h5 file whose structure or attributes are made or changed; at the end of the block it is on the disk.
+    """Open an h5 file to change its structure or attributes; the end of the block synchronises it to the disk.
 
     Raises:
-        OSError: at the end of the block: the disk is full, or fails.
+        OSError: the disk is full, or fails (at the end of the block).
     """
     with _PatientFile(path, "w+" if mode == "w" else "r+") as raw:
         try:
@@ -73,11 +73,7 @@ def structured(path: Path, mode: Literal["w", "r+"]) -> Iterator[h5py.File]:
 
 @contextmanager
 def damage_named(path: Path, remedy: str) -> Iterator[None]:
-    """Names the file that is read in the block where it is damaged, and what is to be done.
-
-    Raises:
-        InputError: it is.
-    """
+    """Turn any error of the block, which reads `path`, into an InputError that names it and the remedy."""
     try:
         yield
     except InputError:
@@ -87,7 +83,7 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
 
 
 def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any) -> None:
-    """Makes room for an array of `shape` [N, …]; nothing is written there, so the disk is not yet taken."""
+    """Reserve an array of `shape` [N, …]; nothing is written there, so no space is taken on the disk yet."""
     group.create_dataset("crc32", data=np.zeros(shape[0], np.uint32))
     group.create_dataset("filled", data=np.zeros(shape[0], bool))
     placed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -96,7 +92,7 @@ def reserve_rows(group: h5py.Group, name: str, shape: Sequence[int], dtype: Any)
 
 
 def opened_for_filling(partial: Path) -> h5py.File:
-    """Open a file with unfilled rows, under the caller's lock (HDF5's own fails on disks without locks).
+    """Open a file with unfilled rows, under the caller's lock (`vqa.io.locks`); HDF5's own fails on some disks.
 
     Raises:
         InputError: the file is damaged.
@@ -107,108 +103,68 @@ def opened_for_filling(partial: Path) -> h5py.File:
         raise InputError(f"{partial}: cannot resume ({error!s:.100}); remove it to start again") from None
 
 
-class RowPlace(NamedTuple):
-    """Where the rows of an array lie in a file: all that another process needs to write some of them."""
+class RowWriter:
+    """Writes rows of an array in an open h5 file, from any thread; only `mark_rows` makes them count."""
 
-    path: Path
-    offset: int  # of the first row, bytes
-    aside: Path | None = None  # where the file is until it is given its name
+    def __init__(self, file: h5py.File, array: str) -> None:
+        data = file[array]
+        self.path = Path(file.filename)
+        self.shape, self.dtype = data.shape, data.dtype
+        self._file, self._offset = file.id.get_vfd_handle(), data.id.get_offset()
 
-    def opened(self) -> BinaryIO:
-        """The file, whether it has its name by now or not."""
-        if self.aside is not None:
-            with suppress(FileNotFoundError):
-                return self.aside.open("rb+", buffering=0)
-        return self.path.open("rb+", buffering=0)
+    def write(self, row: int, value: Any) -> int:
+        """Write one row and return its CRC-32.
 
-    def write(self, file: int, row: int, value: np.ndarray) -> int:
-        """Writes a contiguous row to an opened file and returns its checksum; only `mark_rows` makes it count."""
-        write_at(file, value, self.offset + row * value.nbytes)
-        return zlib.crc32(value)
-
-
-def place_of_rows(file: h5py.File, array: str) -> RowPlace:
-    """The place of an array that `reserve_rows` made room for."""
-    return RowPlace(Path(file.filename), file[array].id.get_offset())
+        Raises:
+            NotWrittenError: the disk is full, or fails.
+        """
+        kept = np.asarray(value, self.dtype, order="C")
+        if kept.shape != self.shape[1:] or not 0 <= row < self.shape[0]:
+            raise ValueError(f"an array of {self.shape} has no row {row} of {kept.shape}")
+        rest, offset = memoryview(kept.reshape(-1).view(np.uint8)), self._offset + row * kept.nbytes
+        with naming_write_errors(self.path):
+            while rest:  # a disk that gets full takes a part first
+                written = os.pwrite(self._file, rest, offset)
+                rest, offset = rest[written:], offset + written
+        return zlib.crc32(kept)
 
 
 def write_rows(file: h5py.File, array: str, rows: Sequence[int], values: Iterable[np.ndarray]) -> None:
-    """Writes rows with their checksums; only `mark_rows` makes them count.
-
-    Raises:
-        InputError: the disk is full, or fails.
-    """
-    data, place, checksums = file[array], place_of_rows(file, array), []
-    with naming_write_errors(place.path):
-        for row, value in zip(rows, values, strict=True):
-            kept = np.ascontiguousarray(value, data.dtype)
-            if kept.shape != data.shape[1:] or not 0 <= row < len(data):
-                raise ValueError(f"{array} {data.shape} takes no row {row} of {kept.shape}")
-            checksums.append(place.write(file.id.get_vfd_handle(), row, kept))
-    set_rows(file, data.parent["crc32"].name, rows, checksums)
+    """Write rows with their checksums; only `mark_rows` makes them count. Raises NotWrittenError."""
+    writer = RowWriter(file, array)
+    checksums = [writer.write(row, value) for row, value in zip(rows, values, strict=True)]
+    set_rows(file, file[array].parent["crc32"].name, rows, checksums)
 
 
 def mark_rows(file: h5py.File, array: str, rows: Sequence[int]) -> None:
-    """Waits until all that was written is on the disk, and marks rows as filled.
+    """Wait until all that was written is on the disk, and mark rows as filled.
 
     Raises:
-        InputError: the disk is full, or fails; the rows are not marked then.
+        NotWrittenError: the disk is full, or fails; the rows are not marked then.
     """
-    _to_disk(file)
-    # a kill does not undo what is written; when the marks come to the disk is no matter, as long as the rows are there
+    with naming_write_errors(Path(file.filename)):
+        os.fsync(file.id.get_vfd_handle())
+    # a kill does not undo what is written, and when the marks reach the disk does not matter once the rows are there
     set_rows(file, file[array].parent["filled"].name, rows, [True] * len(rows))
 
 
 def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Sequence[float]) -> None:
-    """Writes rows of a small array, a value each, by plain writes as well. Raises InputError as `write_rows` does."""
-    data, place = file[array], place_of_rows(file, array)
-    kept = np.array(values, data.dtype)
-    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
-    with naming_write_errors(place.path):
-        for run in runs:  # rows that lie one after the other
-            write_at(file.id.get_vfd_handle(), kept[run], place.offset + rows[run[0]] * kept.itemsize)
-
-
-def copied_rows(rows: "H5Rows", place: RowPlace, chosen: Sequence[int]) -> Iterator[tuple[int, int | str]]:
-    """Copies rows of a file to the same places of another; yields each with its checksum once it is written, or with
-    what is wrong with it.
-
-    Raises:
-        InputError: the disk is full, or fails.
-    """
-    with naming_write_errors(place.path), place.opened() as file:
-        for row in chosen:
-            try:
-                value = rows[row]
-            except InputError as error:
-                yield row, str(error)
-                continue
-            yield row, place.write(file.fileno(), row, value)
-
-
-def _to_disk(file: h5py.File) -> None:
-    with naming_write_errors(Path(file.filename)):
-        os.fsync(file.id.get_vfd_handle())
-
-
-def write_at(file: int, value: np.ndarray, offset: int) -> None:
-    """Writes a contiguous array to a place, in bytes, of an opened file."""
-    rest = memoryview(value.reshape(-1).view(np.uint8))
-    while rest:  # a disk that gets full takes a part first
-        written = os.pwrite(file, rest, offset)
-        rest, offset = rest[written:], offset + written
+    """Write rows of a small array, one value each. Raises NotWrittenError."""
+    writer = RowWriter(file, array)
+    for row, value in zip(rows, values, strict=True):
+        writer.write(row, value)
 
 
 class H5Rows:
     """Random access to the rows of an array in an h5 file, verified; safe to hand to worker processes and threads."""
 
     def __init__(self, path: Path, array: str, remedy: str = "make it again") -> None:
-        """`remedy` is what is to be done with a damaged file."""
+        """`remedy` is what the user should do with a damaged file."""
         self.path, self.array, self.remedy = path, array, remedy
         self._file = None
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """One row, not to be written to.
+        """Read one row and verify its checksum; the array is read-only.
 
         Raises:
             InputError: the file is truncated or damaged, or the disk fails.
@@ -218,14 +174,14 @@ class H5Rows:
         if not 0 <= row < self._count:
             raise IndexError(f"{self.array} has {self._count} rows, no row {row}")
         try:
-            # at a place of its own: a handle that is inherited through a fork does not disturb another's
+            # `pread` moves no file position, which processes after a fork share
             read = os.pread(self._file.fileno(), self._bytes, self._offset + row * self._bytes)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({os.strerror(error.errno).lower()})") from None
         if len(read) != self._bytes:
             raise InputError(f"{self.path}: ends before row {row} of {self.array}: truncated; {self.remedy}")
         if zlib.crc32(read) != self._checksums[row]:
-            raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum); {self.remedy}")
+            raise InputError(f"{self.path}: row {row} of {self.array} is damaged (checksum mismatch); {self.remedy}")
         return np.frombuffer(read, self._dtype).reshape(self._shape)
 
     def _open(self) -> None:

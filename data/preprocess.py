@@ -1,45 +1,45 @@
 """Raw questions, annotations and images to one h5 file.
 
-1. a finished file made from the same sources (by their hashes) and settings is left alone; one that lacks a split, or
-   was made with other words or answer classes, is made anew as follows, but its images are copied and not decoded;
-2. read the questions of every split, from which the images are known;
-3. begin a file and, in several processes, to decode and resize the images into it;
-4. meanwhile, read the annotations, and write questions and answers into the file, which is `NAME.h5.partial` from then
-   on; words and answer classes come from the split `train` only;
-5. mark what is decoded; list the images that are missing or unreadable, and finish, or stop and keep the work done.
+1. A finished file made from the same sources (by their hashes) and settings is left as it is. One that lacks a split,
+   or was made with another vocabulary or other answer classes, is replaced by a new one, which copies its images.
+2. Read questions and annotations; vocabulary and answer classes come from the split `train` only. Write them to the
+   file, which is `NAME.h5.partial` until it is complete.
+3. Copy the images of the finished file; decode and resize the others, and mark what is written every few images.
+4. List images that are missing or unreadable; put stand-ins in their place, or stop and keep the work.
 
-A run that finds the partial file copies and decodes what is missing and does step 5. Until the new file is whole, the
-finished one stays as it is.
+A run that finds a partial file resumes at step 3.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
-from data.decoding import Decoding
-from data.h5_rows import copied_rows, place_of_rows, set_rows
+from data.h5_rows import RowWriter, set_rows
 from data.provenance import check_same, is_made, provenance_of, stand_ins_said
-from data.question_table import question_table
-from data.vqa_files import Question, SplitFiles, read_asked, remarks, with_annotations
+from data.question_table import NO_ANSWER, question_table
+from data.vqa_files import Question, SplitFiles, read_questions, remarks
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
 from vqa.io.images import decode_image
 from vqa.io.locks import held
 from vqa.io.progress import progress
-from vqa.text.answers import NO_ANSWER, answer_vocabulary
+from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
+_IMAGES_A_TASK = 8  # of a thread
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
 _BYTES_A_QUESTION = 230  # about, that the file needs for a question beside its text
-
-Decoded = Iterator[tuple[int, int | str]]  # rows, each with its checksum or what is wrong with its image
 
 
 def preprocess(
@@ -50,26 +50,23 @@ def preprocess(
     min_word_count: int,
     answers: int,
     skip_bad_images: bool,
-    processes: int,
+    threads: int,
 ) -> None:
-    """Makes the h5 file `path`; run again, goes on where it stopped; finished, says so and does nothing.
-
-    A finished file to which splits are added, or which is to have other words or answer classes, is made anew with the
-    images that it has; those that were skipped are decoded again where they no longer may be skipped.
+    """Make the h5 file `path`; a second run resumes where the first stopped, or says that there is nothing to do.
 
     Args:
         splits: raw files by split; one must be called `train`.
         path: the file to make.
         image_size: side S of the stored images, in pixels.
-        min_word_count: a word is in the vocabulary if the training questions hold it that often.
+        min_word_count: how often the training questions must hold a word of the vocabulary.
         answers: number of answer classes.
-        skip_bad_images: go on without the images that are missing or unreadable: training leaves their questions
-            out, evaluation answers them from an image of the mean colour.
-        processes: decoding processes.
+        skip_bad_images: continue without images that are missing or unreadable: training skips their questions,
+            evaluation answers them from an image of the mean colour. False decodes those of a finished file again.
+        threads: images that are decoded at the same time.
 
     Raises:
-        InputError: a source is missing or malformed, `path` was made otherwise or is being made by another process,
-            images are bad and not skipped, or the disk is full.
+        InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images
+            are bad and not skipped, or the disk is full.
     """
     if TRAINING_SPLIT not in splits:
         raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
@@ -87,89 +84,64 @@ def preprocess(
         if is_made(path, wanted, skip_bad_images):  # another process has finished it since
             return
         partial = h5_file.partial_path(path)
-        kept = h5_file.Store(path) if path.exists() else None
-        with Decoding(image_size, processes) as decoding:
-            decoded = None
-            if partial.exists():
-                check_same(partial, h5_file.read_provenance(partial), wanted)
-                check_room(partial, partial.stat().st_size, _OTHER_DISK)
-            else:
-                decoded = _begin(partial, splits, wanted, decoding, kept)
-            if kept is not None:
-                _copy_images(kept, partial)
-            bad = _mark_filled(partial, _go_on(partial, decoding) if decoded is None else decoded)
-        if bad:
-            _settle_bad_images(partial, bad, skip_bad_images)
+        finished = h5_file.Store(path) if path.exists() else None
+        if partial.exists():
+            check_same(partial, h5_file.read_provenance(partial), wanted)
+            check_room(partial, partial.stat().st_size, _OTHER_DISK)
+        else:
+            _begin(partial, splits, wanted, finished)
+        with h5_file.opened_for_writing(partial) as file:
+            if finished is not None:
+                _copy_images(finished, file)
+            bad = _decode_images(file, threads)
+            if bad and not skip_bad_images:
+                print(f"{partial}: keeps the other images")
+            ids = file["images/id"][:]
+            settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip_bad_images)
+            h5_file.fill_unusable(file, list(bad), stand_in(image_size))
         h5_file.finish(partial, path)
     print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
 
 
-def _copy_images(kept: h5_file.Store, partial: Path) -> None:
-    """Copies the images of a finished file, whose rows are the first of the partial file, but for stand-ins."""
-    count, splits = len(kept.usable), list(kept.provenance["sources"])
-    with h5_file.opened_for_writing(partial) as file:
-        place, filled = place_of_rows(file, "images/pixels"), file["images/filled"][:count]
-        same = np.array_equal(file["images/id"][:count], kept.image_ids)
-    if not same or list(h5_file.read_provenance(partial)["sources"])[: len(splits)] != splits:
-        return  # begun before the finished file came here
-    pending = np.flatnonzero(kept.usable & ~filled).tolist()
-    damaged = _mark_filled(partial, copied_rows(h5_file.H5Images(kept.path), place, pending))
-    if damaged:
-        print(f"{kept.path}: {len(damaged)} image(s) are damaged and decoded again")
-
-
-def _go_on(partial: Path, decoding: Decoding) -> Decoded:
-    """Begins to decode the images whose rows are not filled."""
-    with h5_file.opened_for_writing(partial) as file:
-        names = file["images/file"].asstr()[:]
-        stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
-        set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # they may be mended by now
-        pending = np.flatnonzero(~file["images/filled"][:]).tolist()
-        return decoding.begin(place_of_rows(file, "images/pixels"), [(row, names[row]) for row in pending])
-
-
 def _begin(
-    partial: Path,
-    splits: Mapping[str, SplitFiles],
-    wanted: Mapping[str, Any],
-    decoding: Decoding,
-    kept: h5_file.Store | None,
-) -> Decoded | None:
-    """Writes the tables; begins to decode meanwhile, unless there are images to be kept, which are copied first."""
-    stored = [] if kept is None else list(kept.provenance["sources"])
-    splits = {name: splits[name] for name in [*stored, *splits]}  # so that stored images keep their rows
-    questions = {name: read_asked(files.questions) for name, files in splits.items()}
+    partial: Path, splits: Mapping[str, SplitFiles], wanted: Mapping[str, Any], finished: h5_file.Store | None
+) -> None:
+    """Write the file without its pixels; the images of a finished one are its first."""
+    stored = [] if finished is None else list(finished.provenance["sources"])
+    splits = {name: splits[name] for name in [*stored, *splits]}
+    questions = {name: read_questions(files.questions, files.annotations) for name, files in splits.items()}
     files, ids, rows = _number_images(splits, questions)
     for name in splits:
         if name not in stored:
             check_any_exists((splits[name].image(image_id) for image_id in rows[name]), name)
-    if kept is not None:
-        if kept.provenance == wanted:
-            _check_any_is_mended(kept, ids, files)
-        print(f"{kept.path}: its {kept.usable.sum()} images are kept")
+    if finished is not None:
+        if finished.provenance == wanted:
+            _check_any_is_mended(finished, ids, files)
+        print(f"{finished.path}: its {finished.usable.sum()} images are kept")
     for name, asked in questions.items():
         print(f"{name}: {len(asked)} questions about {len(rows[name])} images")
     settings = wanted["settings"]
-    size = settings["image_size"]
-    pixels = 3 * size**2 * len(ids)
+    pixels = 3 * settings["image_size"] ** 2 * len(ids)
     words = sum(46 + len(file) for file in files)
     words += sum(_BYTES_A_QUESTION + len(question.text) for asked in questions.values() for question in asked)
     print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")
     check_room(partial, pixels + words, _OTHER_DISK)
-    with h5_file.begun(partial, image_size=size, image_ids=ids, image_files=files) as (file, place):
-        decoded = decoding.begin(place, list(enumerate(files))) if kept is None else None
-        tables = _tables(splits, questions, rows, settings)
-        sources = {name: wanted["sources"][name] for name in splits}
-        h5_file.write_tables(file, provenance=wanted | {"sources": sources}, **tables)
-    return decoded
+    h5_file.begin(
+        partial,
+        image_size=settings["image_size"],
+        image_ids=ids,
+        image_files=files,
+        provenance=wanted | {"sources": {name: wanted["sources"][name] for name in splits}},
+        **_tables(questions, rows, settings),
+    )
 
 
-def _check_any_is_mended(kept: h5_file.Store, ids: Sequence[int], files: Sequence[str]) -> None:
-    """Refuses to make a file anew for images that are as bad as they were."""
+def _check_any_is_mended(finished: h5_file.Store, ids: Sequence[int], files: Sequence[str]) -> None:
+    """Refuse to make a file again while all images that were bad still are."""
     bad = []
-    for row in np.flatnonzero(~kept.usable):
+    for row in np.flatnonzero(~finished.usable):
         try:
-            decode_image(Path(files[row]), kept.image_size)
+            decode_image(Path(files[row]), finished.image_size)
         except InputError as error:
             bad.append((ids[row], str(error)))
         else:
@@ -178,15 +150,9 @@ def _check_any_is_mended(kept: h5_file.Store, ids: Sequence[int], files: Sequenc
 
 
 def _tables(
-    splits: Mapping[str, SplitFiles],
-    questions: dict[str, list[Question]],
-    rows: Mapping[str, Mapping[int, int]],
-    settings: Mapping[str, int],
+    questions: Mapping[str, Sequence[Question]], rows: Mapping[str, Mapping[int, int]], settings: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The words, the answer classes and the table of each split: what `h5_file.write_tables` takes."""
-    for name, files in splits.items():
-        if files.annotations is not None:
-            questions[name] = with_annotations(questions[name], files.questions, files.annotations)
+    """The tokenizer, the answer classes and the table of each split, as `h5_file.begin` takes them."""
     training = questions[TRAINING_SPLIT]
     tokenizer = train_tokenizer((question.text for question in training), settings["min_word_count"])
     if tokenizer.get_vocab_size() <= len((PAD, UNKNOWN)):
@@ -208,7 +174,7 @@ def _tables(
 def _number_images(
     splits: Mapping[str, SplitFiles], questions: Mapping[str, Sequence[Question]]
 ) -> tuple[list[str], list[int], dict[str, dict[int, int]]]:
-    """Each image file once, in order of first use."""
+    """The files and ids of all images, once each in order of first use; a split's row of each image id."""
     places: dict[str, int] = {}
     ids: list[int] = []
     rows: dict[str, dict[int, int]] = {}
@@ -223,30 +189,66 @@ def _number_images(
     return list(places), ids, rows
 
 
-def _mark_filled(partial: Path, decoded: Decoded) -> dict[int, str]:
-    """Marks the rows that are decoded or copied; returns what is wrong with those that cannot be, by row."""
-    with h5_file.opened_for_writing(partial) as file:
-        filled = file["images/filled"][:]
-        bad: dict[int, str] = {}
-        written: list[tuple[int, int]] = []
+def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
+    """Copy the images of a finished file, except stand-ins, to the same rows of the partial file."""
+    count, splits = len(finished.usable), list(finished.provenance["sources"])
+    begun = list(json.loads(file.attrs["provenance"])["sources"])
+    if begun[: len(splits)] != splits or not np.array_equal(file["images/id"][:count], finished.image_ids):
+        return  # begun before the finished file came here: its images have other rows
+    images, writer = h5_file.H5Images(finished.path), RowWriter(file, "images/pixels")
+    pending = np.flatnonzero(finished.usable & ~file["images/filled"][:count]).tolist()
+    if damaged := _fill(file, (_write_image(writer, row, images.__getitem__) for row in pending)):
+        print(f"{finished.path}: {len(damaged)} image(s) are damaged and decoded again")
+
+
+def _decode_images(file: h5py.File, threads: int) -> dict[int, str]:
+    """Decode the images whose rows are not filled; returns what is wrong with those that cannot be, by row.
+
+    Threads do it, since Pillow decodes and resizes without Python's lock.
+    """
+    stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
+    set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # their images may have been repaired
+    pending = np.flatnonzero(~file["images/filled"][:]).tolist()
+    names, writer = file["images/file"].asstr()[:], RowWriter(file, "images/pixels")
+
+    def decode(row: int) -> np.ndarray:
+        return decode_image(Path(names[row]), writer.shape[1])
+
+    def decode_some(rows: Sequence[int]) -> list[tuple[int, int | str]]:
+        return [_write_image(writer, row, decode) for row in rows]
+
+    tasks = [pending[start : start + _IMAGES_A_TASK] for start in range(0, len(pending), _IMAGES_A_TASK)]
+    # `decode_image` ignores warnings as well, but among threads it may restore the filters of another one
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:
         try:
-            for row, done in progress(decoded, len(filled), "images", done=int(filled.sum())):
-                if isinstance(done, str):
-                    bad[row] = done
-                    continue
-                written.append((row, done))
-                if len(written) == _IMAGES_A_FLUSH:
-                    h5_file.mark(file, written)
-                    written = []
-        finally:  # also when a signal ends it
-            h5_file.mark(file, written)
+            return _fill(file, chain.from_iterable(pool.map(decode_some, tasks)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_image(writer: RowWriter, row: int, read: Callable[[int], np.ndarray]) -> tuple[int, int | str]:
+    """Write an image; returns its row with its checksum, or with what is wrong with the image."""
+    try:
+        image = read(row)
+    except InputError as error:
+        return row, str(error)
+    return row, writer.write(row, image)
+
+
+def _fill(file: h5py.File, images: Iterable[tuple[int, int | str]]) -> dict[int, str]:
+    """Mark the rows of images that `_write_image` wrote; returns what is wrong with the others, by row."""
+    filled = file["images/filled"][:]
+    bad: dict[int, str] = {}
+    written: list[tuple[int, int]] = []
+    try:
+        for row, done in progress(images, len(filled), "images", done=int(filled.sum())):
+            if isinstance(done, str):
+                bad[row] = done
+                continue
+            written.append((row, done))
+            if len(written) == _IMAGES_A_FLUSH:
+                h5_file.mark(file, written)
+                written = []
+    finally:  # also when a signal ends it
+        h5_file.mark(file, written)
     return bad
-
-
-def _settle_bad_images(partial: Path, bad: Mapping[int, str], skip: bool) -> None:
-    with h5_file.opened_for_writing(partial) as file:
-        ids, size = file["images/id"][:], file["images/pixels"].shape[1]
-        if not skip:
-            print(f"{partial}: keeps the other images")
-        settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip)
-        h5_file.fill_unusable(file, list(bad), stand_in(size))

@@ -1,4 +1,4 @@
-"""What an h5 file was made from, and what that allows: nothing is to be done, its images can be kept, or it is refused.
+"""The provenance of an h5 file, which decides whether it is complete, its images are kept, or it is refused.
 
 A provenance is plain data: {"settings": {…}, "sources": {SPLIT: {"images": …, "files": [{name, bytes, sha256}, …]}}}.
 """
@@ -14,7 +14,7 @@ from vqa.io.errors import InputError
 
 
 def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int]) -> dict[str, Any]:
-    """The provenance of a file that is made from raw files, which are read for their hashes."""
+    """The provenance of an h5 file of these raw files; reads them for their hashes."""
     sources = {}
     for name, files in splits.items():
         # without the folder, which may move
@@ -27,10 +27,10 @@ def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int])
 
 
 def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> bool:
-    """Whether the file is finished and nothing is to be done, which is said then.
+    """Whether the file is finished; prints so if it is.
 
     Raises:
-        InputError: there is a file whose images cannot be kept.
+        InputError: the file exists and its images cannot be kept.
     """
     if not path.exists():
         return False
@@ -46,7 +46,7 @@ def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> boo
 
 
 def stand_ins_said(made: h5_file.Store) -> str:
-    """How many images of a file are stand-ins, as the end of a line about it."""
+    """The end of a line about a file: how many of its images are stand-ins."""
     if made.usable.all():
         return ""
     count = f"; {(~made.usable).sum()} of its {len(made.usable)} images were missing or unreadable: "
@@ -54,19 +54,19 @@ def stand_ins_said(made: h5_file.Store) -> str:
 
 
 def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses to go on with a file that was begun from other sources or with other settings. Raises InputError."""
+    """Raise InputError if a partial file was begun from other sources or with other settings."""
     _check_images(partial, begun, wanted)
     others = [f"data.{key}={value}" for key, value in begun["settings"].items() if wanted["settings"].get(key) != value]
     others += [f"no split {name!r}" for name in wanted["sources"] if name not in begun["sources"]]
     if others:
         raise InputError(
-            f"{partial}: begun with {' and '.join(others)}; finish it so first (its images are then kept), name "
-            "another data.h5 or remove it"
+            f"{partial}: begun with {' and '.join(others)}; finish it with these first (its images are then kept), "
+            "name another data.h5 or remove it"
         )
 
 
 def _check_images(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses a file, finished or begun, of other images or with other questions about them."""
+    """Raise InputError if a file, finished or partial, holds other images or other questions about them."""
     size, now = made["settings"].get("image_size"), wanted["settings"]["image_size"]
     if size != now:
         raise InputError(f"{path}: made with image_size {size}, now {now}; name another data.h5 or remove it")

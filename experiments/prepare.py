@@ -59,8 +59,8 @@ def prepare(settings: Settings) -> None:
 def preprocessing_of(settings: Settings) -> dict[str, Any]:
     """The arguments of `data.preprocess.preprocess`."""
     data = settings.data
-    names = ("image_size", "min_word_count", "answers", "skip_bad_images", "processes")
-    return {"splits": split_files(settings), "path": Path(data.h5), **{name: getattr(data, name) for name in names}}
+    named = {name: getattr(data, name) for name in ("image_size", "min_word_count", "answers", "skip_bad_images")}
+    return {"splits": split_files(settings), "path": Path(data.h5), "threads": data.processes, **named}
 
 
 def split_files(settings: Settings) -> dict[str, SplitFiles]:

@@ -39,7 +39,7 @@ VAL = [(20, 3, "What zebra is the cat?", ["lilac"] * 10), (21, 3, "", ["yes"] * 
 
 
 def make(splits, path, **changed):
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 10, "skip_bad_images": False, "processes": 1}
+    settings = {"image_size": 32, "min_word_count": 1, "answers": 10, "skip_bad_images": False, "threads": 1}
     preprocess(splits, path, **(settings | changed))
 
 

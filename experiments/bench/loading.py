@@ -178,7 +178,7 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row
     def preprocess_all() -> None:
         h5.unlink(missing_ok=True)
         options = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
-        preprocess(splits, h5, **options, processes=processes)
+        preprocess(splits, h5, **options, threads=processes)
 
     jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, processes)}
     seconds = interleaved(jobs, repeats, CPU)

@@ -2,24 +2,11 @@
 
 import h5py
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.h5_rows import LAYOUT, RowPlace, reserve_rows, set_rows
+from data.h5_rows import LAYOUT, reserve_rows, set_rows
 from tests.conftest import fuzzed
-
-
-def test_rows_find_the_file_under_either_name(tmp_path):
-    place = RowPlace(tmp_path / "named", 0, tmp_path / "aside")
-    with pytest.raises(FileNotFoundError):
-        place.opened()
-    for name, byte in (("named", b"n"), ("aside", b"a")):
-        (tmp_path / name).write_bytes(byte)
-        with place.opened() as file:
-            assert file.read() == byte
-    with place._replace(aside=None).opened() as file:
-        assert file.read() == b"n"
 
 
 @fuzzed(max_examples=60)

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from data import decoding, h5_file
+import data.preprocess
+from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
 from data.vqa_files import SplitFiles
 from experiments.prepare import split_files
@@ -35,7 +36,9 @@ def made(raw, tmp_path):
 def decoded(monkeypatch):
     """The files that are decoded from now on."""
     names = []
-    monkeypatch.setattr(decoding, "decode_image", lambda path, size: (names.append(path), decode_image(path, size))[1])
+    monkeypatch.setattr(
+        data.preprocess, "decode_image", lambda path, size: (names.append(path), decode_image(path, size))[1]
+    )
     return names
 
 
@@ -72,7 +75,7 @@ def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decode
     assert new.table("test").images.tolist() == [3, 4]
     # who reads the old one goes on with the new one, or is told
     assert np.array_equal(reader[1], decode_image(raw["train"].image(2), 32))
-    with pytest.raises(InputError, match=r"data.h5: was made anew meanwhile; start the command again"):
+    with pytest.raises(InputError, match=r"data.h5: was replaced meanwhile; start the command again"):
         old.table("val")
     decoded.clear()
     make(raw | {"test": test}, tmp_path / "fresh.h5")
@@ -153,7 +156,7 @@ def test_mended_images_are_decoded_and_no_others(raw, made, tmp_path, decoded, c
     assert Store(path).usable.tolist() == [True, True, False]
     three.write_bytes(whole[three])
     make(raw, path)
-    assert decoded == [one, three, three, three]
+    assert decoded == [one, three, one, one, three, three, three, three]
     assert path.read_bytes() == made.read_bytes()
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
 
 import h5py
@@ -13,7 +13,7 @@ import pytest
 
 from data import h5_file
 from data.h5_file import H5Images, Store
-from data.vqa_files import SplitFiles, with_annotations
+from data.vqa_files import SplitFiles
 from tests.conftest import ROOT
 from tests.raw_files import TRAIN, VAL, change, make, write_split
 from vqa.io.errors import InputError
@@ -130,7 +130,7 @@ os.fsync = killed
 folder = Path(sys.argv[1])
 images = str(folder / "train_{image_id:012d}.png")
 splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
-preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, processes=1)
+preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, threads=1)
 """
 
 
@@ -160,33 +160,11 @@ def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
     assert not partial.exists()
 
 
-def test_images_are_decoded_while_the_annotations_are_read(tmp_path, monkeypatch):
-    splits, path = many(tmp_path, 100), tmp_path / "data.h5"
-    seen = []
-
-    def reading(*files):
-        (aside,) = tmp_path.glob(".data.h5.partial.unfinished")
-        deadline = time.monotonic() + 60
-        while not seen and time.monotonic() < deadline:
-            if b"\x63\x00\x64" in aside.read_bytes():  # the pixels of the last picture
-                seen.append(aside)
-            time.sleep(0.01)
-        return with_annotations(*files)
-
-    monkeypatch.setattr("data.preprocess.with_annotations", reading)
-    make(splits, path, processes=2)
-    assert seen
-    assert not seen[0].exists()
-    monkeypatch.undo()
-    make(splits, tmp_path / "alone.h5")
-    assert path.read_bytes() == (tmp_path / "alone.h5").read_bytes()
-
-
 def test_annotations_that_are_wrong_leave_nothing_behind(tmp_path):
     splits, path = many(tmp_path, 100), tmp_path / "data.h5"
     change(splits["train"].annotations, lambda content: content["annotations"][99].update(image_id=7))
     with pytest.raises(InputError, match="annotation of question 99: image_id 7"):
-        make(splits, path, processes=2)
+        make(splits, path)
     assert [file.name for file in tmp_path.glob("*data.h5*")] in ([], [".data.h5.lock"])
 
 
@@ -196,7 +174,7 @@ def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
     with pytest.raises(InputError, match="missing or unreadable"):
         make(raw, path)
     before = h5_file.partial_path(path).read_bytes()
-    with pytest.raises(InputError, match=r"begun with data.answers=10; finish it so first"):
+    with pytest.raises(InputError, match=r"begun with data.answers=10; finish it with these first"):
         make(raw, path, answers=3)
     assert h5_file.partial_path(path).read_bytes() == before
 
@@ -249,16 +227,18 @@ def test_how_many_answers_are_classes_is_said(tmp_path, capsys):
     assert "val: 0.0 % of the given answers are classes" in told
 
 
-def test_any_number_of_processes_gives_the_same_file(tmp_path):
+def test_any_number_of_threads_gives_the_same_file(tmp_path):
     splits = many(tmp_path, 150)
     for number in (1, 40, 149):
         splits["train"].image(number).write_bytes(b"no image")
     files = []
-    for processes in (1, 2, 3):
-        path = tmp_path / f"{processes}.h5"
-        make(splits, path, processes=processes, skip_bad_images=True)
+    filters = list(warnings.filters)
+    for threads in (1, 2, 5):
+        path = tmp_path / f"{threads}.h5"
+        make(splits, path, threads=threads, skip_bad_images=True)
         files.append(path.read_bytes())
     assert files[0] == files[1] == files[2]
+    assert warnings.filters == filters
     stored = H5Images(tmp_path / "2.h5")
     for number in (0, 7, 148):
         assert np.array_equal(stored[number], decode_image(splits["train"].image(number), 32))

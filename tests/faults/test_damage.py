@@ -69,7 +69,7 @@ def test_a_damaged_image_is_named(small):
         place = file["images/pixels"].id.get_offset() + 1 * 32 * 32 * 3 + 100
     images = H5Images(flipped(small, place))
     assert images[0].shape == images[2].shape == (32, 32, 3)
-    message = r"flipped.h5: row 1 of images/pixels is damaged \(checksum\); remove it and run `preprocess` again"
+    message = r"flipped.h5: row 1 of images/pixels is damaged \(checksum mismatch\); remove it and run `prep"
     with pytest.raises(InputError, match=message):
         images[1]
 
@@ -140,7 +140,7 @@ def test_a_damaged_map_is_named(tmp_path):
     shutil.move(flipped(path, place), path)
     maps = cached_maps(path, {"data": "a"}, 20, pytest.fail)
     assert (maps[6] == 6).all()
-    with pytest.raises(InputError, match=r"maps.h5: row 7 of maps is damaged \(checksum\); remove it"):
+    with pytest.raises(InputError, match=r"maps.h5: row 7 of maps is damaged \(checksum mismatch\); remove it"):
         maps[7]
 
 

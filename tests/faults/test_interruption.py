@@ -7,17 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import h5py
-import psutil
 import pytest
 import torch
 
-import data.decoding
+import data.preprocess
 from data.h5_file import Store, partial_path
-from data.scenes.write import write_world
 from experiments import runner
 from experiments.suite import load_suite
 from experiments.training import loop
@@ -140,10 +137,15 @@ def test_in_validation_the_epoch_is_kept(tiny, trained, tmp_path, monkeypatch, c
 
 def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
     h5 = tmp_path / "new.h5"
+
+    def stopping(decoded, *_, **__):
+        for number, image in enumerate(decoded):
+            if number == 6:
+                ask(signal.SIGINT)
+            yield image
+
     with monkeypatch.context() as patched:
-        real = data.decoding.decode_image
-        patched.setattr(data.decoding, "_IMAGES_A_TASK", 2)
-        patched.setattr(data.decoding, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
+        patched.setattr(data.preprocess, "progress", stopping)
         ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
     assert ended.code == 130
     assert ended.err == f"interrupted; to resume: preprocess --config {tiny} data.h5={h5}\n"
@@ -152,14 +154,6 @@ def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, comman
     assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
     one, other = Store(h5), Store(tiny.parent / "world.h5")
     assert one.identity(one.splits) == other.identity(other.splits)
-
-
-@pytest.fixture(scope="module")
-def many(tiny, tmp_path_factory):
-    """The words of a preprocessing that takes several processes."""
-    folder = tmp_path_factory.mktemp("many")
-    write_world(folder, seed=1, images={"train": 120, "val": 2}, processes=1)
-    return ["preprocess", "--config", str(tiny), f"data.folder={folder}", "data.processes=2"]
 
 
 FIRST_WORKER = """
@@ -184,66 +178,64 @@ def test_a_worker_ignores_signals_from_its_start_and_is_killed_at_exit(tmp_path)
     assert begun.communicate(timeout=60)[0] == b"None\n"
 
 
-def kill_a_worker(parent):
-    """Kills a worker process of `parent` as soon as there is one."""
+def worker_of(parent):
+    """The process id of a worker of `parent`, as soon as there is one."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
-                return
+                return int(child)
         time.sleep(0.005)
+    pytest.fail("no worker was started")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-@pytest.mark.parametrize("does", ["preprocess", "train"])
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(
-    many, tiny, tmp_path, monkeypatch, command, does
-):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(tiny, tmp_path, monkeypatch, command):
     """As by the kernel where memory is short."""
-    words = [*many, f"data.h5={tmp_path}/new.h5"]
-    if does == "train":
-        words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
+    words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
     begun = MainProcess(*words, folder=tmp_path)
-    kill_a_worker(begun.pid)
+    os.kill(worker_of(begun.pid), signal.SIGKILL)
     ended = begun.end()
     assert ended.code == 2, ended.err
     last = ended.err.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, as the system does where memory is short")
-    assert last.endswith(f"to resume: {shlex.join(words)}{' --resume' if does == 'train' else ''}")
+    assert last.endswith(f"to resume: {shlex.join(words)} --resume")
     monkeypatch.chdir(tmp_path)
-    assert command(*words, *(["--resume", "workers=0"] if does == "train" else ["data.processes=1"])).code == 0
+    assert command(*words, "--resume", "workers=0").code == 0
 
 
-def living(group):
-    """The processes of a group that have not ended."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+POOL = """
+import sys, time
+from data.scenes.write import in_order
+from vqa.io.processes import Interrupted, listen
+if __name__ == "__main__":
+    listen()
+    try:
+        list(in_order(time.sleep, [60], 2))
+    except Interrupted as signal:
+        sys.exit(signal.exit_code)
+"""
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
-def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, number):
-    begun = MainProcess(*many, f"data.h5={tmp_path}/new.h5", own_group=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob("*.partial")):
-        time.sleep(0.001)
-    time.sleep(0.1)  # they are about to start
+def test_workers_leave_signals_to_their_parent_and_end_with_it(tmp_path, number):
+    (tmp_path / "pool.py").write_text(POOL)
+    begun = subprocess.Popen(
+        [sys.executable, tmp_path / "pool.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        process_group=0,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    worker_of(begun.pid)
     if number == signal.SIGKILL:
         begun.kill()  # alone, as by the kernel where memory is short
     else:
         os.killpg(begun.pid, number)  # all, as by Ctrl-C
-    ended = begun.end()
-    if number != signal.SIGKILL and ended.code:
-        assert ended.code == 128 + number
-        assert ended.err.count("\n") == 1
-        assert ended.err.startswith("interrupted; to resume: preprocess ")
-    while time.monotonic() < deadline and living(begun.pid):
-        time.sleep(0.05)
-    assert not living(begun.pid)
+    _, said = begun.communicate(timeout=100)  # which is when the last of them has ended
+    assert said == "" or number == signal.SIGKILL  # Python's own process for semaphores warns of that
+    assert begun.returncode == (-number if number == signal.SIGKILL else 128 + number)
 
 
 CHILD = """

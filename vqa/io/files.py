@@ -17,19 +17,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; it takes the place of `path` only when the block ends well.
+    """Yield a temporary path that is synchronised and renamed to `path` if the block ends without an error.
 
     Raises:
-        InputError: as `naming_write_errors`; `path` is as it was.
+        NotWrittenError: as `naming_write_errors`; `path` is unchanged.
     """
-    aside = path.with_name(f".{path.name}.unfinished")  # one name, so that a killed run leaves at most one behind
+    aside = path.with_name(f".{path.name}.unfinished")  # always the same name: a killed run leaves at most one file
     with naming_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
             _sync(aside)
             aside.replace(path)
-            with suppress(OSError):  # some disks cannot; the file has its name by now
+            with suppress(OSError):  # some disks cannot; the file already has its name
                 _sync(path.parent)
         finally:
             with suppress(OSError):
@@ -38,10 +38,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Names the file that is written in the block where the system does not let it.
+    """Turn an OSError of the block, which writes `path`, into an error that names it.
 
     Raises:
-        NotWrittenError: the disk is full, fails or is read-only, or the like.
+        NotWrittenError: the disk is full, fails, is read-only, …
     """
     try:
         yield
@@ -60,13 +60,13 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) whole or not at all."""
+    """Write `text` (UTF-8) as `written_whole`."""
     with written_whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def as_cell(text: str) -> str:
-    """A text from outside for a CSV file: a spreadsheet takes what begins with one of these for a formula."""
+    """Quote a text for a CSV file if a spreadsheet would take it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -79,12 +79,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]])
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Writes `value` as JSON whole or not at all."""
+    """Write `value` as JSON as `written_whole`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def read_bytes(path: Path) -> bytes:
-    """All bytes of a regular file; a pipe or a device, which might never end, is not opened.
+    """Read all bytes of a regular file; does not open a pipe or a device, which might never end.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
@@ -102,7 +102,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises InputError as `read_bytes`, or not UTF-8."""
+    """Read a UTF-8 file, with or without a byte order mark. Raises InputError as `read_bytes`, or if not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -110,7 +110,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`.
+    """Read the JSON value in `path`.
 
     Raises:
         InputError: no such file, not UTF-8, or malformed (with its line).
@@ -131,12 +131,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def check_room(file: Path, size: int, otherwise: str) -> None:
-    """Refuses a file that will have `size` bytes where its disk has no room for what is missing of it.
+    """Check that a file that will have `size` bytes fits on its disk.
 
     Args:
-        file: it may be there already, wholly or partly written, with holes.
-        size: bytes in the end.
-        otherwise: what the user can do but make room.
+        file: may exist already, wholly or partly written, with holes.
+        size: bytes of the complete file.
+        otherwise: what the user can do instead of making room.
 
     Raises:
         NotWrittenError: it does not fit.
@@ -149,5 +149,5 @@ def check_room(file: Path, size: int, otherwise: str) -> None:
 
 
 def shown(size: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes as MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Locks that say who holds them, and that vanish with the process, however it ends."""
+"""Lock files that name their holder and are released when its process ends in any way."""
 
 import errno
 import os
@@ -16,32 +16,32 @@ try:
 except ImportError:
     raise InputError("this command needs a POSIX system (Linux, macOS, or WSL on Windows) to lock its files") from None
 
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network disks
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # on some network disks
 
 
 @contextmanager
 def held(lock: Path, what: object, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock file, which is there as long as the block runs.
+    """Hold a lock file during the block.
 
     Args:
         lock: the file.
-        what: the output that is locked, as the messages call it.
-        wait: whether to wait for another process that holds it, saying so.
+        what: the name of the locked output in messages.
+        wait: wait for another process that holds it, and print so.
 
     Raises:
-        InputError: another process holds it, and `wait` is False; the message says which.
+        InputError: another process, which is named, holds it, and `wait` is False.
     """
     file = _acquired(lock, what, wait)
     try:
         yield
     finally:
-        with suppress(OSError):  # of a disk that fails: what is raised in the block says more
-            lock.unlink(missing_ok=True)  # while it is held: who waits for it will notice and make a new one
+        with suppress(OSError):  # the disk fails: the block's own error says more
+            lock.unlink(missing_ok=True)  # while it is locked: a waiting process notices and makes a new one
         file.close()
 
 
 def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
-    told = False
+    announced = False
     while True:
         with naming_write_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,15 @@ def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
             if not wait:
                 file.close()
                 raise InputError(f"{what}: locked by {holder}") from None
-            if not told:
+            if not announced:
                 print(f"{what}: locked by {holder}; waiting", flush=True)
-                told = True
+                announced = True
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise InputError(f"{lock}: cannot be locked ({os.strerror(error.errno).lower()})") from None
             print(f"{lock}: this disk has no locks; make sure that no other process works on {what}", flush=True)
-        if _is_still(lock, file):
+        if _is_current(lock, file):
             break
         file.close()
     with naming_write_errors(lock):
@@ -72,8 +72,8 @@ def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
     return file
 
 
-def _is_still(lock: Path, file: TextIO) -> bool:
-    """Whether the opened file is the one of that name: who held it last has removed it."""
+def _is_current(lock: Path, file: TextIO) -> bool:
+    """Whether the opened file still has that name; the process that held it may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), lock.stat())
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """`modulate` as two C++ kernels for float32 maps on a CPU: one pass over the maps forward, one backward.
 
-`modulate_cpu.cpp` is compiled for this machine's CPU at first use, by `c++` or the compiler that CXX names, and cached in
-`~/.cache/modern-vqa` (XDG_CACHE_HOME moves it). It is not linked with an OpenMP library, so that it uses the one that
-torch has loaded: a second one would have threads of its own, which spin while those of the first work.
+`modulate_cpu.cpp` is compiled for this machine's CPU at first use, by `c++` or the compiler that CXX names, and cached
+in `~/.cache/modern-vqa` (XDG_CACHE_HOME moves it). It is not linked with an OpenMP library, so that it uses the one
+that torch has loaded: a second one would have threads of its own, which spin while those of the first work.
 
 Legend: B samples, C channels, H and W map size; a map is contiguous or channels-last.
 """

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from data.errors import InputError
 from data.table import NO_ANSWER
+from data.tokenizer import PAD_ID
+from vqa import question
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model, build_optimiser
 from vqa.bundle import load_bundle
@@ -31,6 +33,10 @@ def example(batch=3, words=5, vocabulary=20):
     images = torch.randn(batch, 3, 64, 64)
     tokens = torch.randint(2, vocabulary, (batch, words))
     return images, tokens, torch.full((batch,), words)
+
+
+def test_the_encoder_pads_as_the_tokenizer():
+    assert question.PAD_ID == PAD_ID
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "gru", "bag_of_words"])

@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,9 +94,9 @@ scenes: {{images: {{train: 12, val: 6}}, pretrain_images: 64, pretrain_epochs: 1
 def tiny(tmp_path_factory) -> Path:
     """A recipe over a world of 12 + 6 images with 48 + 24 questions, its h5 file made."""
     from data.preprocess import preprocess
-    from data.world import write_world
-    from vqa.recipes import load_settings
-    from vqa.settings import preprocessing_of
+    from data.scenes.write import write_world
+    from experiments.prepare import preprocessing_of
+    from vqa.settings.recipes import load_settings
 
     folder = tmp_path_factory.mktemp("tiny")
     config = folder / "tiny.yaml"
@@ -108,8 +110,8 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tiny) -> Path:
     """The run directory of a MODERN trained for one tiny epoch."""
-    from vqa.recipes import load_settings
-    from vqa.train import train
+    from experiments.training.trainer import train
+    from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
 
@@ -120,3 +122,39 @@ def raw(tmp_path):
     from tests.raw_files import TRAIN, VAL, write_split
 
     return {"train": write_split(tmp_path, "train", TRAIN), "val": write_split(tmp_path, "val", VAL)}
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Sets how much the disk has left; returns the folders that were asked about."""
+    asked = []
+
+    def set_to(size):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: (asked.append(folder), usage(10**15, 0, size))[1])
+        return asked
+
+    return set_to
+
+
+@pytest.fixture
+def listening():
+    """The handlers of the tests' own process are put back."""
+    from vqa.io.processes import SIGNALS, listen
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """The suite of `tests.tiny_suite`, loaded in its own working directory."""
+    from experiments.suite import load_suite
+    from tests.tiny_suite import SUITE, TINY
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    return load_suite(tmp_path / "two.yaml", TINY)

@@ -124,7 +124,7 @@ def test_a_split_that_the_h5_does_not_hold_is_read_from_its_files(command, train
 
 
 def test_incomplete_results_are_never_written():
-    from vqa.evaluate import complete_results
+    from experiments.evaluate import complete_results
 
     assert complete_results([1, 2], ["a", "b"]) == [
         {"question_id": 1, "answer": "a"},
@@ -193,9 +193,9 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
 def test_the_numbers_are_the_networks_own(trained, image):
     import torch
 
-    from vqa.bundle import load_bundle
     from vqa.cbn import Modulation
-    from vqa.inspection import inspect, run_question
+    from vqa.inspect.inspection import inspect, run_question
+    from vqa.saved_model import load_bundle
 
     bundle = load_bundle(trained)
     layers = inspect(bundle, image, ["is there a red circle?"])["readings"][0]["layers"]
@@ -217,7 +217,7 @@ def test_the_numbers_are_the_networks_own(trained, image):
 def test_gain_flips_and_shut_channels():
     import numpy as np
 
-    from vqa.inspection import describe_channels
+    from vqa.inspect.inspection import describe_channels
 
     gamma = np.array([1.0, 2.0, -1.0, 0.5, 0.0], np.float32)
     delta = np.array([-0.95, -3.0, 0.5, 0.5, 1.0], np.float32)
@@ -324,7 +324,7 @@ def test_weights_of_another_model_are_refused(refused, copied, image):
 
 
 def test_progress_is_lines_in_a_log(capsys, monkeypatch):
-    from data.progress import progress
+    from vqa.io.progress import progress
 
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))

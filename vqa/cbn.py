@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vqa.modulate import modulate
+from vqa.kernels.modulate import modulate
 from vqa.norms import (
     NO_MODULATION,
     ModulatedBatchNorm2d,

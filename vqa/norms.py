@@ -3,7 +3,7 @@
     y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) a sample and channel
 
 They differ only in the values that mean and variance are taken over. Each is computed as y = scale · x + shift, in one
-pass over the map together with the residual add and the ReLU that follow a norm in a ResNet (`vqa.modulate`).
+pass over the map together with the residual add and the ReLU that follow a norm in a ResNet (`vqa.kernels.modulate`).
 
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqa.modulate import Fused, modulate
+from vqa.kernels.modulate import Fused, modulate
 
 
 class Modulation(NamedTuple):

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from vqa.backbone import build_resnet
-from vqa.convolution import Convolution
-from vqa.modulate import Fused
+from vqa.kernels.frozen_conv import Convolution
+from vqa.kernels.modulate import Fused
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
 
 Statistics = Literal["population", "batch"]

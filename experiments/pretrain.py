@@ -79,7 +79,7 @@ def pretrain_backbone(
     with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
         pixels = np.memmap(aside, np.uint8, shape=(images + held_out, image_size, image_size, 3))
         labels = draw_single_objects(WORLDS[world], seed, pixels)
-        resnet = build_resnet(name, classes=len(WORLDS[world].shapes)).to(device)
+        resnet = build_resnet(name, classes=len(WORLDS[world].SHAPES)).to(device)
         naming = _Naming(resnet, torch.from_numpy(pixels), torch.from_numpy(labels), precision, torch.device(device))
         with _one_thread():
             naming.train(images, epochs, batch_size)

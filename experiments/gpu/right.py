@@ -28,7 +28,6 @@ from experiments.recalibrate import recalibrate
 from experiments.training.trainer import train
 from vqa.build import build_model
 from vqa.cbn import DeltaMLPs
-from vqa.inspect.inspection import ask, inspect
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation
 from vqa.resnet import ModulatedResNet
@@ -184,36 +183,17 @@ def commands_rows(check: Check) -> Rows:
     """Train in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the CPU in
     float32 `eval` must give nearly the same answers.
     """
-<<<<<<< HEAD
     run, on_cpu = train(_small_settings(check), runs=check.folder / "runs").path, check.folder / "on_cpu"
     scores = evaluate(run, "val")
     evaluate(run, "val", on_cpu, ["device=cpu", "precision=float32", "workers=0"])
     found, expected = (json.loads((folder / "results_val.json").read_text()) for folder in (run, on_cpu))
     agree = sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
-=======
-    from experiments.evaluate import evaluate
-    from experiments.features.compare import compare_features
-    from experiments.prepare import prepare
-    from experiments.recalibrate import recalibrate
-
-    settings = _small_settings(check, "name=commands")
-    prepare(settings)
-    run = train(settings, runs=check.folder / "runs").path
-    scores = evaluate(run, "val", per_question=False)
-    evaluate(run, "val", check.folder / "on_cpu", ["device=cpu", "precision=float32", "workers=0"])
-    answers = [
-        [entry["answer"] for entry in json.loads((folder / "results_val.json").read_text(encoding="utf-8"))]
-        for folder in (run, check.folder / "on_cpu")
-    ]
-    agree = sum(one == other for one, other in zip(*answers, strict=True)) / len(answers[0])
->>>>>>> h-inspect
     if agree < 0.9:
         raise AssertionError(f"only {agree:.2f} of the answers are those of the CPU")
     image, question = next((check.folder / "scenes" / "val").glob("*.png")), "what color is the circle?"
     bundle = load_bundle(run, check.device)
-<<<<<<< HEAD
-    here, there = (ask(loaded, image, question, 1)[0]["probability"] for loaded in (bundle, load_bundle(run)))
-    layers = inspect(bundle, image, [question])["readings"][0]["layers"]
+    here, there = (loaded.ask(image, question, 1)[0]["probability"] for loaded in (bundle, load_bundle(run)))
+    layers = bundle.inspect(image, question)["layers"]
     compare_features([run], "val", check.folder / "features", pairs=check.pick(40, 200))
     yield {
         "val_overall": scores["overall"],
@@ -222,25 +202,6 @@ def commands_rows(check: Check) -> Rows:
         "layers_inspected": len(layers),
         "questions_recalibrated_on": recalibrate(run, check.folder / "recalibrated", "train", [], batches=2),
     }
-=======
-    image = sorted((check.folder / "scenes" / "val").glob("*.png"))[0]
-    question = "what color is the circle?"
-    on_device, on_cpu = (loaded.ask(image, question, 3) for loaded in (bundle, load_bundle(run)))
-    difference = abs(on_device[0]["probability"] - on_cpu[0]["probability"])
-    layers = bundle.inspect(image, question)["layers"]
-    pairs = check.pick(40, 200)
-    compare_features([run], "val", check.folder / "features", [], pairs=pairs, seed=0)
-    counted = recalibrate(run, check.folder / "recalibrated", "train", [], batches=2)
-    return [
-        {
-            "val_overall": scores["overall"],
-            "answers_as_on_cpu": round(agree, 3),
-            "ask_difference": f"{assert_close('ask', difference, 1e-2):.1e}",
-            "layers_inspected": len(layers),
-            "questions_recalibrated_on": counted,
-        }
-    ]
->>>>>>> h-inspect
 
 
 def resume_rows(check: Check) -> Rows:

@@ -82,7 +82,7 @@ def train_steps(
             logits = model(prepare_images(part.images), part.tokens, part.lengths, places=part.places).logits
         return loss(logits.float(), part.labels, reduction=reduction)
 
-    for _, batch in moved(batches, device):
+    for batch in moved(batches, device):
         optimiser.zero_grad(set_to_none=True)
         value = torch.zeros((), device=device)
         buffers = [buffer.clone() for buffer in model.buffers()] if train.skip_not_finite else []
@@ -149,12 +149,12 @@ def predict_classes(
     # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split the heap
     rows: list[int] = []
     classes: list[int] = []
-    for batch, there in moved(batches, device):
+    for batch in moved(batches, device):
         with autocast(device, precision):
-            logits = model(prepare_images(there.images), there.tokens, there.lengths, places=there.places).logits
+            logits = model(prepare_images(batch.images), batch.tokens, batch.lengths, places=batch.places).logits
         best, class_ = logits.max(1)  # NaN is the largest
         if not best.isfinite().all():
-            bad = batch.rows[~best.isfinite().cpu()].tolist()
+            bad = batch.rows[~best.isfinite()].tolist()
             raise NotFiniteError(f"the model's scores of the answers are not finite for {len(bad)} question(s)", bad)
         rows += batch.rows.tolist()
         classes += class_.tolist()

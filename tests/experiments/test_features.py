@@ -71,7 +71,7 @@ def test_features_are_the_averaged_maps_of_each_pair(trained):
         _, bundle, _, data = network.run
         assert [of_stage.shape for of_stage in features] == [(24, width) for width in (64, 128, 256, 512)]
         for row in (0, 17):
-            batch = data.__getitems__([row])
+            batch = data[[row]]
             images = bundle.preprocessing.normalise(batch.images)
             output = bundle.model(images, batch.tokens, batch.lengths, modulate=network.modulate)
             expected = bundle.model.resnet(images, output.modulation).mean((2, 3))[0]

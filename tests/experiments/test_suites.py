@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.prepare import split_files
-from experiments.runner import Job, folder_of, run_job
+from experiments.runner import Job, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.test_recipes import write_split
@@ -44,7 +44,7 @@ def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())
         assert (line["epoch"], line["steps"]) == (1, 2)
         for test in suite.tests:
-            scores = json.loads((folder_of(job.folder(runs), test) / test.files[0]).read_text())
+            scores = json.loads((test.folder(job.folder(runs)) / test.files[0]).read_text())
             assert 0 <= scores["overall"] <= 100
 
 

@@ -139,9 +139,9 @@ def test_aliases_serve_as_meant_and_do_not_unfold_without_end(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("one: &one {a: 1}\ntwo: {<<: *one, b: 2}\n")
     assert read_yaml(file)["two"] == {"a": 1, "b": 2}
-    for text, says in ((laughs(), "more than 10000 values"), ("a: &a [*a]", "an alias holds itself")):
+    for text in (laughs(), "a: &a [*a]"):
         file.write_text(text)
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match="more than 10000 values, with aliases expanded"):
             read_yaml(file)
 
 
@@ -246,7 +246,7 @@ def test_names_stay_in_their_cells_of_markdown():
     names += ("difference_std", "seconds", "peak_memory_mib", "trained_parameters", "order_above")
     names += tuple(f"{column}_{kind}" for column in ("yes/no", "number", "other") for kind in ("mean", "std"))
     names += tuple(f"paper_{column}" for column in ("overall", "yes/no", "number", "other"))
-    line = dict.fromkeys(names, "") | {"row": "a|b\n# <script>", "paper_overall": "1"}
+    line = dict.fromkeys(names) | {"row": "a|b\n# <script>", "paper_overall": 1.0}
     last = markdown_table([line]).splitlines()[-1]
     assert last.startswith(r"| a\|b\n# &lt;script> |")
 

@@ -82,12 +82,12 @@ class Stopping(QuestionDataset):
     def __init__(self, dataset, arrived):
         self.__dict__ = dataset.__dict__ | {"arrived": arrived}
 
-    def __getitems__(self, rows):
+    def __getitem__(self, rows):
         if next(self.asked):
             while not self.arrived.exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().__getitems__(rows)
+        return super().__getitem__(rows)
 
 
 def after_the_first_step(arrived, what):
@@ -114,7 +114,7 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
         patched.setattr(trainer.Trainer, "_stop_if_asked", asking)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == 143
-    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    assert ended.err == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume\n"
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)
 

@@ -10,9 +10,9 @@ Normalisation = Literal["none", "map", "position"]
 
 
 def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0) -> Tensor:
-    """L2-normalises a map [B, C, H, W] over all of it (`map`) or at each position (`position`), then scales it.
+    """L2-normalise a map [B, C, H, W] as a whole (`map`) or at each position (`position`), then multiply it by `scale`.
 
-    It is computed in float32 or finer; the result has the map's type.
+    This is computed in float32 or finer; the result has the type of the map.
     """
     if kind == "none":
         return scale * features
@@ -21,14 +21,9 @@ def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0
 
 
 def attend(features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighs the positions of a map by a softmax over all of them.
+    """Sum the positions of a map F [B, C, H, W], weighted by a softmax of the scores ξ [B, G, H, W] over all of them.
 
-    Args:
-        features: F [B, C, H, W].
-        scores: ξ [B, G, H, W].
-
-    Returns:
-        e_v [B, G * C], the glimpses one after the other, and the weights α [B, G, H, W], each glimpse summing to 1.
+    Returns e_v [B, G * C], one glimpse after the other, and the weights α [B, G, H, W]; those of a glimpse sum to 1.
     """
     weights = scores.flatten(2).softmax(dim=2)  # [B, G, HW]
     seen = weights.to(features.dtype) @ features.flatten(2).transpose(1, 2)  # [B, G, C]
@@ -40,7 +35,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 1) -> None:
         super().__init__()
-        # The first layer over the concatenation, as the sum of its two blocks: the question's is computed once.
+        # The first layer over the concatenation is the sum of its two blocks; the question's is computed once.
         self.feature = nn.Conv2d(channels, units, 1)
         self.question = nn.Linear(question_size, units, bias=False)
         self.score = nn.Conv2d(units, glimpses, 1)
@@ -51,7 +46,7 @@ class SpatialAttention(nn.Module):
 
 
 class MLBAttention(nn.Module):
-    """ξ^g = P_g^T( tanh(U'^T e_q) ∘ tanh(V'^T F_hw) ), U' and V' shared by the G glimpses."""
+    """ξ^g = P_g^T( tanh(U'^T e_q) ∘ tanh(V'^T F_hw) ), U' and V' are shared by the G glimpses."""
 
     def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 2) -> None:
         super().__init__()

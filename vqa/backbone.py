@@ -14,27 +14,26 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from vqa.io.weight_files import load_tensors, read_safetensors
 
-ENDINGS = (".safetensors", ".pth", ".pt")  # of files of weights, as usual; a file that is there may have any other
+ENDINGS = (".safetensors", ".pth", ".pt")  # of names that are files even if there is none; others must exist
 
 
 def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
-    """torchvision's ResNet by name, with weights by torchvision's name or from a file.
+    """Build torchvision's ResNet by name, with weights by torchvision's name or from a file.
 
-    A file is .safetensors or what `torch.save` writes, of torchvision's names of keys (timm's are the same). It holds a
-    state_dict, alone or as the only one in a checkpoint, with or without one prefix of all keys (`module.`).
+    A file is a .safetensors file or written by `torch.save`, with torchvision's keys (timm's are the same). It holds a
+    state_dict, alone or as the only one in a checkpoint; all keys may share one prefix (`module.`).
 
     Raises:
         ValueError: unknown network or weights, or a file that does not fit the network, naming the keys.
     """
     if name == "resnet10":
-        build = _resnet10
+        resnet = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
     elif name in torchvision.models.list_models(torchvision.models) and re.match(r"(wide_)?resne(t|xt)", name):
-        build = torchvision.models.get_model_builder(name)
+        resnet = torchvision.models.get_model(name, num_classes=classes)
     else:
         raise ValueError(
             f"{name!r} is no ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
         )
-    resnet = build(num_classes=classes)
     if weights is None:
         return resnet
     file = Path(weights)
@@ -49,12 +48,8 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
     return resnet
 
 
-def _resnet10(num_classes: int) -> ResNet:
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
-
-
 def _published_weights(name: str, weights: str) -> Path:
-    """torchvision's cached file of weights, which may be damaged; downloads it if it is missing."""
+    """Return torchvision's cached file of weights, which may be damaged; download it if it is missing."""
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
@@ -81,13 +76,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if _is_safetensors(file):
             return read_safetensors(file)[0]
-        with safe_globals([Namespace]):  # the training's arguments, plain values, in checkpoints of many programs
+        with safe_globals([Namespace]):  # many programs store their command-line arguments in a checkpoint
             content = load_tensors(file)
     except UnpicklingError as error:
         found = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", str(error))
         what = f"holds {found[1]}, more than tensors" if found else "damaged, or more than tensors"
         raise ValueError(f"{file}: cannot be read as weights ({what}: not executed)") from None
-    except Exception as error:  # each format raises errors of its own kind on a broken file
+    except Exception as error:  # each format raises its own errors for a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: cannot be read as weights ({reason:.120})") from None
     if _is_state(content):
@@ -114,7 +109,7 @@ def _is_state(content: Any) -> bool:
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by torchvision's names, where all have one prefix before them (`module.`, `_orig_mod.`, …)."""
+    """Remove the prefix (`module.`, `_orig_mod.`, …) if all keys have the same one."""
     stem = min((key for key in state if key.endswith("conv1.weight")), key=len, default="")
     prefix = stem.removesuffix("conv1.weight")
     if all(key.startswith(prefix) for key in state):
@@ -123,7 +118,7 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_exactly(resnet: ResNet, state: dict[str, Tensor], source: str) -> None:
-    """Loads every weight but the classifier's, which is not used."""
+    """Load every weight but the classifier's, which is not used; raise ValueError if one is missing or unknown."""
     expected = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     counters = {key for key in expected if key.endswith(".num_batches_tracked")}  # not used, and not in all files

@@ -1,21 +1,23 @@
-"""Conditional batch normalisation (section 3 of the paper), its kin, and what predicts the deltas of a whole network.
+"""Conditional batch normalisation (section 3 of the paper), related norms, and the MLPs that predict the deltas.
 
 For a norm with affine parameters γ, β and a condition e (in the paper: the question's embedding),
 
     Δγ = MLP_γ(e),  Δβ = MLP_β(e)                                one hidden layer with ReLU each
     y  = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)        one pair (Δγ, Δβ) a sample and channel
 
-The layers stand alone: each takes the place of a norm in any network. `vqa.norms` computes the second line.
+Each layer can replace a norm in any network. `vqa.norms` computes the second line. `ModulationPredictor` computes the
+first for all norms of a network at once.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from vqa.kernels.modulate import modulate
 from vqa.norms import (
     NO_MODULATION,
     ModulatedBatchNorm2d,
@@ -24,7 +26,7 @@ from vqa.norms import (
     check_map,
     groups_of,
     in_place_of,
-    modulated_norm,
+    scale_and_shift,
 )
 
 __all__ = [
@@ -38,16 +40,16 @@ __all__ = [
     "ModulationPredictor",
 ]
 
-# Standard deviation of the last layer's initial weights: deltas begin near zero, so the network begins as pretrained.
+# Standard deviation of the last layer's initial weights: deltas start near zero, so the network starts as pretrained.
 INITIAL_DEVIATION = 0.01
 
 
 class DeltaMLP(nn.Sequential):
-    """Condition [B, D] → deltas [B, C] through one hidden layer with ReLU; near zero to begin with."""
+    """Condition [B, D] → deltas [B, C] through one hidden layer with ReLU; near zero at the start."""
 
     def __init__(self, condition_size: int, hidden_size: int, channels: int) -> None:
         super().__init__(nn.Linear(condition_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, channels))
-        # Without biases to begin with: a small condition would drown in them, and all samples get the same deltas.
+        # Biases start at zero: beside random ones a small condition would hardly count, and all deltas would be alike.
         nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
         nn.init.zeros_(self[0].bias)
         nn.init.normal_(self[2].weight, std=INITIAL_DEVIATION)
@@ -55,15 +57,15 @@ class DeltaMLP(nn.Sequential):
 
 
 class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
-    """A batch norm whose γ and β are moved by a condition; usable in any network in place of `nn.BatchNorm2d`.
+    """A batch norm whose γ and β are moved by a condition; replaces `nn.BatchNorm2d` in any network.
 
         norm = ConditionalBatchNorm2d(num_features=64, condition_size=256, hidden_size=128)
         y = norm(x, condition)              # x [B, 64, H, W], condition [B, 256] → [B, 64, H, W]
 
-    `ConditionalBatchNorm2d.from_batch_norm(pretrained, condition_size, hidden_size)` takes the place of a pretrained
-    norm and shares its parameters and statistics. They keep the names of `nn.BatchNorm2d`, so a pretrained norm's state
+    `ConditionalBatchNorm2d.from_batch_norm(pretrained, condition_size, hidden_size)` replaces a pretrained norm and
+    shares its parameters and statistics. They have the names of `nn.BatchNorm2d`, so the state of a pretrained norm
     loads with `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To
-    keep the pretrained network as the paper does, freeze them (`norm.weight.requires_grad_(False)`, likewise `bias`)
+    keep the pretrained network as the paper does, freeze γ and β (`norm.weight.requires_grad_(False)`, likewise `bias`)
     and keep the layer in evaluation mode.
     """
 
@@ -100,8 +102,8 @@ class ConditionalGroupNorm(ModulatedGroupNorm):
         return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
 
 
-class _NormOfKind(ConditionalGroupNorm):
-    """A conditional group norm whose number of groups follows from its kind."""
+class _OfFixedGroups(ConditionalGroupNorm):
+    """A conditional group norm whose kind determines the number of groups."""
 
     kind: str
 
@@ -110,26 +112,26 @@ class _NormOfKind(ConditionalGroupNorm):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int) -> Self:
-        """A norm of this kind with the γ and β (shared) and the ε of a batch norm."""
+        """Return a norm of this kind with the γ and β (shared) and the ε of a batch norm."""
         return in_place_of(norm, partial(cls, norm.num_features, condition_size, hidden_size, eps=norm.eps))
 
 
-class ConditionalInstanceNorm2d(_NormOfKind):
-    """An instance norm whose γ and β are moved by a condition (the kin of Dumoulin et al. 2017 and of AdaIN)."""
+class ConditionalInstanceNorm2d(_OfFixedGroups):
+    """An instance norm whose γ and β are moved by a condition (as in Dumoulin et al. 2017 and AdaIN)."""
 
     kind = "instance"
 
 
-class ConditionalLayerNorm2d(_NormOfKind):
+class ConditionalLayerNorm2d(_OfFixedGroups):
     """A layer norm (over channels, height and width) whose γ and β are moved by a condition."""
 
     kind = "layer"
 
 
 class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
-    """A batch norm with a γ and a β of its own for each class, as conditional GANs have it (Miyato and Koyama 2018).
+    """A batch norm with one γ and one β for each class, as in conditional GANs (Miyato and Koyama 2018).
 
-    `weight` (ones to begin with) and `bias` (zeros) are [K, C].
+    `weight` (initially ones) and `bias` (zeros) are [K, C].
     """
 
     def __init__(self, num_features: int, num_classes: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
@@ -139,7 +141,7 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, num_classes: int) -> Self:
-        """The same norm with its γ and β for every class to begin with, sharing its buffers."""
+        """Return the same norm, sharing its buffers, with a copy of its γ and β for every class."""
         modulated = super().from_batch_norm(norm, num_classes)
         for name in ("weight", "bias"):
             value = getattr(norm, name)
@@ -150,7 +152,7 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
         """x [B, C, H, W], classes int64 [B] → [B, C, H, W].
 
         Raises:
-            ValueError: classes are not [B], or (on a CPU; CUDA asserts it) not from 0 to K − 1.
+            ValueError: classes are not [B], or (on a CPU; CUDA asserts instead) not from 0 to K − 1.
         """
         check_map(x, self.num_features)
         if classes.shape != x.shape[:1]:
@@ -159,12 +161,27 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
             gamma, beta = (nn.functional.embedding(classes, table) for table in (self.weight, self.bias))
         except IndexError:
             raise ValueError(f"classes must be from 0 to {len(self.weight) - 1}, got {classes.tolist()}") from None
-        mean, var = self.statistics(x)
-        return modulated_norm(x, mean, var, gamma, beta, NO_MODULATION, self.eps, fused=self.fused)
+        scale, shift = scale_and_shift(*self.statistics(x), gamma, beta, NO_MODULATION, self.eps)
+        return modulate(x, scale, shift, fused=self.fused)
 
 
-class ModulationPredictor(nn.Module):
-    """The deltas of all conditioned norms of a network from one condition: two MLPs a norm."""
+class _Predictor(nn.Module):
+    """Δγ and Δβ of all conditioned norms of a network from one condition, each by a module or not at all."""
+
+    def __init__(self, make: Callable[[], nn.Module], gamma: bool, beta: bool) -> None:
+        if not (gamma or beta):
+            raise ValueError("a modulation predicts γ, β or both")
+        super().__init__()
+        self.gamma = make() if gamma else None
+        self.beta = make() if beta else None
+
+    def forward(self, condition: Tensor) -> Modulation:
+        """Condition → Δγ, Δβ, each [B, sum of C] or None where it is not predicted."""
+        return Modulation(*(None if part is None else part(condition) for part in (self.gamma, self.beta)))
+
+
+class ModulationPredictor(_Predictor):
+    """The deltas of all conditioned norms of a network from one condition [B, D]: two MLPs a norm."""
 
     def __init__(
         self,
@@ -181,14 +198,19 @@ class ModulationPredictor(nn.Module):
         Raises:
             ValueError: neither γ nor β is predicted.
         """
-        super().__init__()
-        _check_something_is_predicted(gamma, beta)
-        self.gamma = DeltaMLPs(condition_size, names, channels, hidden_size) if gamma else None
-        self.beta = DeltaMLPs(condition_size, names, channels, hidden_size) if beta else None
+        super().__init__(lambda: DeltaMLPs(condition_size, names, channels, hidden_size), gamma, beta)
 
-    def forward(self, condition: Tensor) -> Modulation:
-        """Condition [B, D] → Δγ, Δβ, each [B, sum of C] or None where it is not predicted."""
-        return Modulation(*(None if mlps is None else mlps(condition) for mlps in (self.gamma, self.beta)))
+
+class CategoricalPredictor(_Predictor):
+    """The deltas of all conditioned norms of a network from classes, int64 [B]: tables that start with zeros.
+
+    γ + Δγ and β + Δβ are then those of `CategoricalConditionalBatchNorm2d`, starting at the pretrained γ and β.
+    """
+
+    def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
+        """As `ModulationPredictor`."""
+        zeros = partial(torch.zeros, num_classes, sum(channels))
+        super().__init__(lambda: nn.Embedding.from_pretrained(zeros(), freeze=False), gamma, beta)
 
 
 JOINED = ("hidden_weight", "hidden_bias", "weight", "bias")  # the parameters of `DeltaMLPs`
@@ -197,11 +219,11 @@ JOINED = ("hidden_weight", "hidden_bias", "weight", "bias")  # the parameters of
 class DeltaMLPs(nn.Module):
     """A `DeltaMLP` for each of N norms, all computed together.
 
-    The first layers share their input: they are one layer of N * H units. The last ones share nothing. On a GPU, where
-    each product is a launch, they are one batched product of pieces as wide as all numbers of channels allow (64 in
-    torchvision's ResNets): four matrix products for the deltas of a network. On a CPU one product a norm is faster.
+    The first layers share their input and are one layer of N * H units. The last ones share nothing. On a GPU, where
+    each product is a launch, they are one batched product of pieces of equal width, the greatest common divisor of the
+    numbers of channels (64 in torchvision's ResNets). On a CPU one product a norm is faster.
 
-    Its state has each MLP's parameters by the name of its norm, as `layer1_0_bn1.0.weight`.
+    The state dict has the parameters of each MLP under the name of its norm, such as `layer1_0_bn1.0.weight`.
     """
 
     def __init__(self, condition_size: int, names: Sequence[str], channels: Sequence[int], hidden_size: int) -> None:
@@ -229,14 +251,14 @@ class DeltaMLPs(nn.Module):
 
     def _in_one_product(self, hidden: Tensor) -> Tensor:
         norms = [norm for norm, count in enumerate(self.channels) for _ in range(count // self.piece)]
-        # Made here, not kept: a plain tensor of the module would stay on the device it was built on.
+        # Built here and not kept: a plain attribute would stay on the device the module was built on.
         norm_of_piece = torch.tensor(norms, device="cpu").to(hidden.device, non_blocking=True)
         parts = hidden.view(len(hidden), -1, self.hidden_size).transpose(0, 1)[norm_of_piece]  # [pieces, B, H]
         weights = self.weight.view(len(parts), self.piece, self.hidden_size)
         return torch.bmm(parts, weights.transpose(1, 2)).transpose(0, 1).reshape(len(hidden), -1)
 
     def _by_norm(self, prefix: str, joined: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Views of the four joined parameters, by the names of each MLP's own."""
+        """Split the four joined parameters into views by the names of each MLP's parameters."""
         sizes = (self.hidden_size, self.hidden_size, self.channels, self.channels)
         keys, parts = ("0.weight", "0.bias", "2.weight", "2.bias"), {}
         for name, *mlp in zip(self.names, *map(torch.split, joined, sizes), strict=True):
@@ -257,34 +279,3 @@ class DeltaMLPs(nn.Module):
             else:
                 part.copy_(found)
         state.update(joined)
-
-
-class CategoricalPredictor(nn.Module):
-    """The deltas of all conditioned norms of a network from a class: a table, with zeros to begin with.
-
-    γ + Δγ and β + Δβ are then what `CategoricalConditionalBatchNorm2d` has, beginning at the pretrained γ and β.
-    """
-
-    def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
-        """`channels` are those of the norms in order of depth; `gamma` and `beta` say what is predicted.
-
-        Raises:
-            ValueError: neither γ nor β is predicted.
-        """
-        super().__init__()
-        _check_something_is_predicted(gamma, beta)
-
-        def table() -> nn.Embedding:
-            return nn.Embedding.from_pretrained(torch.zeros(num_classes, sum(channels)), freeze=False)
-
-        self.gamma = table() if gamma else None
-        self.beta = table() if beta else None
-
-    def forward(self, classes: Tensor) -> Modulation:
-        """Classes int64 [B] → Δγ, Δβ, each [B, sum of C] or None where it is not predicted."""
-        return Modulation(*(None if table is None else table(classes) for table in (self.gamma, self.beta)))
-
-
-def _check_something_is_predicted(gamma: bool, beta: bool) -> None:
-    if not (gamma or beta):
-        raise ValueError("a modulation predicts γ, β or both")

@@ -14,7 +14,7 @@ Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
 
 
 class Output(NamedTuple):
-    """What the model says of a batch."""
+    """The output of `VQAModel` for a batch."""
 
     logits: Tensor  # [B, A], before the softmax
     attention: Tensor  # [B, G, H, W], each glimpse sums to 1
@@ -27,7 +27,7 @@ class Fusion(nn.Module):
     def __init__(
         self, question_size: int, visual_size: int, fusion_size: int, hidden_size: int, answers: int, *, dropout: float
     ) -> None:
-        """`hidden_size` 0 leaves the hidden layer out; `dropout` is the probability of dropping a unit."""
+        """`hidden_size` 0 means no hidden layer; `dropout` is the probability of dropping a unit."""
         super().__init__()
         self.question = nn.Linear(question_size, fusion_size, bias=False)
         self.visual = nn.Linear(visual_size, fusion_size, bias=False)
@@ -40,7 +40,7 @@ class Fusion(nn.Module):
 
 
 class VQAModel(nn.Module):
-    """The parts put together; with `predictor` None it is the paper's baseline."""
+    """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
 
     def __init__(
         self,
@@ -57,17 +57,16 @@ class VQAModel(nn.Module):
     ) -> None:
         """
         Args:
-            question: None for the control that does not hear the question: ones stand for its embedding.
-            resnet: the network.
-            predictor: what predicts the deltas, of embeddings [B, D] or (for the condition `kind`) of kinds [B].
-            attention: scores of positions.
-            fusion: e_q and e_v to answers.
-            condition: what the predictor is given: the `question`, its `kind`, or for controls a `constant` (ones), the
+            question: question → e_q; None for the control without the question, where e_q is ones.
+            resnet: images → F.
+            predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
+            attention: F, e_q → scores of positions.
+            fusion: e_q, e_v → answers.
+            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
                 `mean_question` (one fixed vector, see `set_mean_question`) or another question of the batch
                 (`shuffled`; ones where there is no other).
-            normalise: what is done to the feature map before attention (`normalise_features`).
-            scale: likewise.
-            sees_image: False for the control that does not see the image: a map of ones stands for its features.
+            normalise, scale: how `normalise_features` treats F before attention.
+            sees_image: False for the control without the image, where F is ones.
         """
         super().__init__()
         self.question, self.resnet, self.predictor = question, resnet, predictor
@@ -80,13 +79,10 @@ class VQAModel(nn.Module):
 
     @torch.no_grad()
     def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Sets the fixed vector of the condition `mean_question`: the mean of the embeddings of these questions by the
-        present encoder, rescaled to the mean of their norms. So the control begins with the deltas of an ordinary
-        question, and not of a vector of another size.
+        """Set the fixed vector of the condition `mean_question` from questions, word ids [N, T] and lengths [N].
 
-        Args:
-            tokens: word ids [N, T].
-            lengths: [N].
+        It is the mean of their present embeddings, rescaled to the mean of their norms, so that the control starts with
+        deltas as large as those of a question.
         """
         embeddings = self.question(tokens, lengths)  # [N, D]
         mean = embeddings.mean(0)
@@ -101,11 +97,11 @@ class VQAModel(nn.Module):
         places: Tensor | None = None,
         modulate: bool = True,
     ) -> Output:
-        """Normalised images [I, 3, S, S] or a map made of them, word ids [B, T], lengths [B] → logits, attention and
-        modulation.
+        """Normalised images [I, 3, S, S] or a map computed from them, word ids [B, T], lengths [B] → logits, attention
+        and modulation.
 
-        Question i is about image places[i], or without `places` about image i.
-        With `modulate` False all deltas are zero: what the same model answers if its ResNet does not hear the question.
+        Question i is about image places[i], or without `places` about image i. With `modulate` False the ResNet is not
+        modulated.
         """
         if self.question is not None:
             question = self.question(tokens, lengths)  # [B, D]
@@ -130,6 +126,6 @@ class VQAModel(nn.Module):
         if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
             return torch.ones_like(question)
         if self.condition == "shuffled":
-            # from half a batch away: in evaluation, where questions come image by image, one about another image
+            # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
             return question.roll(len(question) // 2, dims=0)
         return question

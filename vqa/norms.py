@@ -1,15 +1,14 @@
-"""Norms whose γ and β take a delta a sample: batch, instance, group and layer normalisation, in one formula.
+"""Batch, instance, group and layer normalisation whose γ and β take a delta a sample, in one formula.
 
     y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) a sample and channel
 
-They differ only in what mean and variance are taken over. All are computed as y = scale · x + shift with
-scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two,
-and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it (`vqa.kernels.modulate`).
+They differ only in the values that mean and variance are taken over. Each is computed as y = scale · x + shift, in one
+pass over the map together with the residual add and the ReLU that follow a norm in a ResNet (`vqa.kernels.modulate`).
 
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -22,7 +21,7 @@ from vqa.kernels.modulate import Fused, modulate
 
 class Modulation(NamedTuple):
     """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth, or of the latter one row for all samples. None adds nothing.
+    in order of depth, or [1, sum of C] for all samples. None adds nothing.
     """
 
     gamma: Tensor | None
@@ -32,47 +31,20 @@ class Modulation(NamedTuple):
 NO_MODULATION = Modulation(None, None)
 
 
-class Folded(NamedTuple):
-    """What statistics, γ, β and their deltas come to, y = scale · x + shift: [B, C] each, or [1, C] for all samples."""
+def scale_and_shift(
+    mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, each [B, C] or [1, C].
 
-    scale: Tensor
-    shift: Tensor
-
-
-def folded(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float) -> Folded:
-    """scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale; arguments as of `modulated_norm`."""
+    `mean`, `var`, `gamma` and `beta` are [C], or [B, C] where they differ between samples; the deltas are [B, C] or
+    None. The result has the type of γ, also under autocast.
+    """
     if delta.gamma is not None:
         gamma = gamma + delta.gamma.to(gamma.dtype)
     if delta.beta is not None:
         beta = beta + delta.beta.to(beta.dtype)
     scale = gamma * torch.rsqrt(var + eps)
-    shift = beta - mean * scale
-    return Folded(*(part if part.ndim == 2 else part[None] for part in (scale, shift)))
-
-
-def modulated_norm(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    delta: Modulation,
-    eps: float,
-    residual: Tensor | None = None,
-    *,
-    relu: bool = False,
-    fused: Fused = True,
-) -> Tensor:
-    """y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ), and then act(y + residual).
-
-    Args:
-        x: map [B, C, H, W]; the result has its type (under autocast it is computed in the type of γ).
-        mean, var, gamma, beta: [C], or [B, C] where they differ from sample to sample.
-        delta: Δγ and Δβ, each [B, C] or None.
-        eps: ε.
-        residual, relu, fused: as `modulate`.
-    """
-    return modulate(x, *folded(mean, var, gamma, beta, delta, eps), residual, relu=relu, fused=fused)
+    return torch.atleast_2d(scale), torch.atleast_2d(beta - mean * scale)
 
 
 def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
@@ -85,7 +57,7 @@ def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
 
 
 def check_map(x: Tensor, channels: int) -> None:
-    """Raises ValueError if a map is not [B, C, H, W] with so many channels C."""
+    """Raise ValueError if a map is not [B, C, H, W] with this number of channels."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"a map must be [B, C, H, W] with C = {channels}, got {list(x.shape)}")
 
@@ -94,7 +66,7 @@ Norm = TypeVar("Norm", bound=nn.Module)
 
 
 def in_place_of(norm: nn.BatchNorm2d, make: Callable[[], Norm]) -> Norm:
-    """What `make` gives, on the device and in the type of `norm`, with its γ and β (shared) and its mode."""
+    """Return the norm that `make` builds, with the device, type, mode, γ and β (shared) of `norm`."""
     if norm.weight is None or norm.bias is None:
         raise ValueError("a modulated norm needs γ and β")
     with norm.weight.device:
@@ -103,18 +75,15 @@ def in_place_of(norm: nn.BatchNorm2d, make: Callable[[], Norm]) -> Norm:
     return modulated.train(norm.training)
 
 
-def _wants_gradient(*parts: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
-
-
 class Pooled:
     """Mean and variance of the values of several batches together, from the count, mean and variance of each."""
 
     def __init__(self) -> None:
         self.batches = self.count = 0
-        self.mean = self.var = 0.0  # [C] from the first batch on; the variance is the biased one
+        self.mean = self.var = 0.0  # [C] after the first batch; the variance is the biased one
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Add the mean and biased variance [C] of `count` values a channel."""
         mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
         self.batches += 1
         self.count += count
@@ -124,44 +93,40 @@ class Pooled:
 
 
 class ModulatedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`, by the same names of parameters and buffers, whose γ and β take a delta a sample.
+    """`nn.BatchNorm2d`, with the same names of parameters and buffers, whose γ and β take a delta a sample.
 
-    As there, the statistics are the batch's in training mode (and move the running ones), the running ones otherwise.
-    With `synchronised` set the batch is that of all processes, as in `nn.SyncBatchNorm`, on any device.
+    As there, training mode normalises with the statistics of the batch, which also move the running ones, and
+    evaluation mode with the running statistics.
     """
 
-    synchronised = False
-    fused: Fused = True  # as `modulate`
-    fixed = False  # set: the running statistics cannot be reset
-    pooled: Pooled | None = None  # set: in training mode the batch's statistics go there, the running ones stay
+    synchronised = False  # True: the batch is that of all processes, as in `nn.SyncBatchNorm`, on any device
+    fused: Fused = True  # as in `modulate`
+    fixed = False  # True: the running statistics cannot be reset
+    pooled: Pooled | None = None  # if set, training mode adds the statistics of the batch to it; the running ones stay
 
     def forward(
-        self, x: Tensor, delta: Modulation | Folded | None = None, residual: Tensor | None = None, relu: bool = False
+        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.BatchNorm2d` gives.
-
-        A residual and a ReLU may follow as in `modulate`. In evaluation mode the delta may be folded already.
+        """x [B, C, H, W] → [B, C, H, W], act(norm(x) (+ residual)); without a delta the norm is `nn.BatchNorm2d`.
 
         Raises:
-            ValueError: x is not [B, C, H, W], a delta not [B, C], or in training mode there is but one value a channel.
+            ValueError: x is not [B, C, H, W], a delta is not [B, C], or there is one value a channel in training mode.
         """
-        if isinstance(delta, Folded):
-            return modulate(x, *delta, residual, relu=relu, fused=self.fused)
         check_map(x, self.num_features)
         delta = _checked(delta, x)
-        unmodulated = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
-        if unmodulated and not _wants_gradient(x, residual, self.weight):
-            y = super().forward(x)  # to the bit what the pretrained network gives
+        as_pretrained = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
+        parts = (x, self.weight) if residual is None else (x, self.weight, residual)
+        if as_pretrained and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+            y = super().forward(x)  # bit for bit what the pretrained network computes
             y = y if residual is None else y.add_(residual)
             return y.relu_() if relu else y
-        mean, var = self.statistics(x)
-        return modulated_norm(
-            x, mean, var, self.weight, self.bias, delta, self.eps, residual, relu=relu, fused=self.fused
-        )
+        scale, shift = scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
+        return modulate(x, scale, shift, residual, relu=relu, fused=self.fused)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and (biased) variance [C] that normalise a map [B, C, H, W]; in training mode the running ones move."""
-        check_map(x, self.num_features)
+        """Return the mean and biased variance [C] that normalise a map [B, C, H, W]; in training mode, move the running
+        statistics.
+        """
         if not self.training:
             return self.running_mean, self.running_var
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
@@ -184,10 +149,10 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
 
     def reset_running_stats(self) -> None:
-        """As that of `nn.BatchNorm2d`.
+        """Reset the running statistics to mean 0 and variance 1.
 
         Raises:
-            RuntimeError: the statistics are fixed, so that no batch would move them from mean 0 and variance 1 again.
+            RuntimeError: the statistics are fixed: no batch would move them again.
         """
         if self.fixed:
             raise RuntimeError(
@@ -198,16 +163,16 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def take_statistics(self, pooled: Pooled) -> None:
-        """Makes pooled statistics the running ones."""
+        """Make pooled statistics the running ones."""
         self.running_mean.copy_(pooled.mean)
         self.running_var.copy_(pooled.var * pooled.count / (pooled.count - 1))
         self.num_batches_tracked.fill_(pooled.batches)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, *sizes: int, **named_sizes: int) -> Self:
-        """The same norm, sharing its parameters and buffers, able to take deltas.
+        """Return the same norm, sharing its parameters and buffers, that takes deltas.
 
-        `sizes` are what the constructor takes beside `num_features`, `eps` and `momentum`, which are those of `norm`.
+        `sizes` are the arguments of the constructor besides `num_features`, `eps` and `momentum`, which `norm` gives.
 
         Raises:
             ValueError: `norm` has no γ and β, or no running statistics.
@@ -228,8 +193,8 @@ _convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
 def _keep_modulated_norms(
     cls: type[nn.SyncBatchNorm], module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> nn.Module:
-    """As `nn.SyncBatchNorm.convert_sync_batchnorm`, which would replace a modulated norm by one without deltas: it is
-    made `synchronised` instead.
+    """As `nn.SyncBatchNorm.convert_sync_batchnorm`, but mark a modulated norm as `synchronised`; torch would replace it
+    by a norm without deltas.
     """
     if not isinstance(module, ModulatedBatchNorm2d):
         return _convert_sync_batchnorm(cls, module, process_group)
@@ -239,29 +204,17 @@ def _keep_modulated_norms(
     return module
 
 
-# torch asks a module nothing before it replaces it, and calls this for every child
+# torch replaces every subclass of BatchNorm2d and has no hook for it; trainers such as Lightning call it by this name.
 nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_keep_modulated_norms)
 
 
-def folded_at_once(norms: Sequence[ModulatedBatchNorm2d], modulation: Modulation) -> list[Folded]:
-    """As `folded`, for several batch norms of one ε in evaluation mode and the deltas of them all [B, ΣC]: a few
-    operations instead of a few for each norm.
-    """
-    mean, var, gamma, beta = (
-        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
-    )
-    scale, shift = folded(mean, var, gamma, beta, modulation, norms[0].eps)
-    widths = [norm.num_features for norm in norms]
-    return list(map(Folded, scale.split(widths, dim=1), shift.split(widths, dim=1)))
-
-
 def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """The statistics of all processes' values together from those of each; gradients flow through all of them."""
+    """Combine the statistics of all processes; gradients flow through all of them."""
     counts = mean.new_tensor(count)
     dist.all_reduce(counts)
     share = count / counts
-    everyones = _SumOverProcesses.apply(share * mean)
-    return everyones, _SumOverProcesses.apply(share * (var + (mean - everyones) ** 2)), int(counts)
+    total = _SumOverProcesses.apply(share * mean)
+    return total, _SumOverProcesses.apply(share * (var + (mean - total) ** 2)), int(counts)
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -283,17 +236,15 @@ class ModulatedGroupNorm(nn.GroupNorm):
     (over channels, height and width) with one. The statistics are the sample's own, in training and evaluation.
     """
 
-    fused: Fused = True  # as `modulate`
+    fused: Fused = True  # as in `modulate`
 
     def forward(
         self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """x [B, C, H, W] → [B, C, H, W]; without a delta what `nn.GroupNorm` gives.
-
-        A residual and a ReLU may follow as in `modulate`.
+        """x [B, C, H, W] → [B, C, H, W], act(norm(x) (+ residual)); without a delta the norm is `nn.GroupNorm`.
 
         Raises:
-            ValueError: x is not [B, C, H, W], a delta not [B, C], or a group holds but one value.
+            ValueError: x is not [B, C, H, W], a delta is not [B, C], or a group holds one value.
         """
         check_map(x, self.num_channels)
         delta = _checked(delta, x)
@@ -302,13 +253,12 @@ class ModulatedGroupNorm(nn.GroupNorm):
             raise ValueError("the statistics of a group need more than one value")
         var, mean = torch.var_mean(grouped, dim=2, correction=0)
         mean, var = (part.repeat_interleave(self.num_channels // self.num_groups, dim=1) for part in (mean, var))
-        return modulated_norm(
-            x, mean, var, self.weight, self.bias, delta, self.eps, residual, relu=relu, fused=self.fused
-        )
+        scale, shift = scale_and_shift(mean, var, self.weight, self.bias, delta, self.eps)
+        return modulate(x, scale, shift, residual, relu=relu, fused=self.fused)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **named_sizes: int) -> Self:
-        """A group norm with the γ and β (shared) and the ε of a batch norm; `sizes` as of `ModulatedBatchNorm2d`."""
+        """Return a group norm with the γ and β (shared) and the ε of a batch norm; `sizes` are further arguments."""
         return in_place_of(norm, partial(cls, groups, norm.num_features, *sizes, **named_sizes, eps=norm.eps))
 
 
@@ -316,5 +266,5 @@ GROUPS = 32  # of group normalisation (Wu and He 2018)
 
 
 def groups_of(normaliser: str, channels: int) -> int:
-    """Groups G of an `instance`, `group` or `layer` normaliser of so many channels."""
+    """Return the number of groups of an `instance`, `group` or `layer` norm of this number of channels."""
     return {"instance": channels, "group": min(GROUPS, channels), "layer": 1}[normaliser]

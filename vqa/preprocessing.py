@@ -1,4 +1,4 @@
-"""Image preprocessing of a model: decode at its size, normalise on the device; saved with the model."""
+"""The image preprocessing of a model: decode at its size, normalise on its device. It is saved with the model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json
 from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, decode_image
 
-MAX_SIZE = 2048  # of an image's side, in pixels
+MAX_SIZE = 2048  # the longest side of an image in pixels
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Preprocessing:
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → float32 [B, 3, S, S], (images / 255 - mean) / std in each channel.
 
-        The result stays channels-last in memory, as the images come; convolutions are faster so.
+        The result is channels-last in memory like the images, which makes convolutions faster.
         """
         mean = images.new_tensor([255 * value for value in self.mean], dtype=torch.float32)
         scale = images.new_tensor([1 / (255 * value) for value in self.std], dtype=torch.float32)
@@ -46,7 +46,7 @@ class Preprocessing:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is missing, malformed or holds other values than a preprocessing can have.
+            InputError: the file is missing or malformed, or a value is out of range.
         """
         content: dict[str, Any] = read_json(file)
         try:

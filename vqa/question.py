@@ -1,20 +1,20 @@
-"""The question encoder (section 3.2 of the paper): word embeddings into an LSTM or GRU; and kinds of questions."""
+"""The question encoder (section 3.2 of the paper), word embeddings into an LSTM or GRU, and the kinds of questions."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqa.text.tokenizer import PAD_ID
-
+PAD_ID = 0  # the word id after the end of a question, as in the tokenizer
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
-KIND_WORDS = 2  # as many first words of a question are its kind: "what color", "how many", "is there"
-KINDS = 64  # kinds that are told apart, the most common ones; all others are one more
+KIND_WORDS = 2  # the first words of a question that are its kind: "what color", "how many", "is there"
+KINDS = 64  # the most common kinds have a class each; all other questions share one more
 
 
 class QuestionEncoder(nn.Module):
-    """e_q is the last valid hidden state; a word is a learned embedding, with its fixed GloVe vector appended.
+    """The embedding e_q of a question: the last valid hidden state of an LSTM or GRU over its words.
 
-    As a `bag_of_words`, e_q is the tanh of a linear layer over the words' mean instead.
+    A word is a learned embedding, with its fixed GloVe vector appended if there are any. With the encoder
+    `bag_of_words` e_q is the tanh of a linear layer over the mean of the words.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class QuestionEncoder(nn.Module):
         layers: int,
         fixed_size: int = 0,
     ) -> None:
-        """`fixed_size` is the length of the fixed vectors (0: none); they are set with `set_fixed`."""
+        """`fixed_size` is the length of the fixed vectors (0: none), which `set_fixed` sets."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD_ID)
         self.fixed = nn.Embedding(vocabulary_size, fixed_size) if fixed_size else None
@@ -42,11 +42,11 @@ class QuestionEncoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, hidden_size: int) -> None:
-        """Each gate by itself: input weights Glorot-uniform, recurrent ones orthogonal, biases zero but for the LSTM's
-        forget gates, which begin with 1 so that a question's first words are not lost (TensorFlow's way).
+        """Initialise gate by gate as TensorFlow does: input weights Glorot-uniform, recurrent ones orthogonal, biases
+        zero, but 1 in the LSTM's forget gates so that the first words of a question are not lost.
 
-        PyTorch's default is small and alike for all; with it the embeddings of different questions begin nearly equal,
-        and the modulation takes several times as long to learn.
+        With PyTorch's small uniform weights the embeddings of different questions are nearly equal at the start, and
+        the modulation takes several times as long to learn.
         """
         for name, parameter in self.recurrent.named_parameters():
             if name.startswith("bias"):
@@ -60,41 +60,39 @@ class QuestionEncoder(nn.Module):
                 getattr(self.recurrent, f"bias_ih_l{layer}")[forget] = 1.0
 
     def set_fixed(self, vectors: Tensor) -> None:
-        """Sets the fixed vectors [V, fixed_size]."""
+        """Set the fixed vectors [V, fixed_size]."""
         with torch.no_grad():
             self.fixed.weight.copy_(vectors)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Word ids [B, T] and lengths [B], each at least 1 → e_q [B, D]; what follows a question is not read."""
+        """Word ids [B, T] and lengths [B], each at least 1 → e_q [B, D], independent of the padding."""
         words = self.embedding(tokens)  # [B, T, E]
         if self.fixed:
             words = torch.cat([words, self.fixed(tokens)], dim=2)
         if self.bag:
             valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
             return torch.tanh(self.bag((words * valid[:, :, None]).sum(1) / lengths[:, None]))
-        # In full precision: under autocast cuDNN's recurrent layers would run in float16, whose gradients underflow.
+        # in full precision: under autocast cuDNN would run the recurrent layers in float16, whose gradients underflow
         with torch.autocast(tokens.device.type, enabled=False):
             states, _ = self.recurrent(words)  # [B, T, D]; causal: padding after a question cannot reach its last state
         return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
 class QuestionKinds(nn.Module):
-    """The kind of a question: which of the most common pairs of first words it begins with, or none of them."""
+    """The kind of a question: which of the most common pairs of first words it starts with, or none of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("first_words", torch.full((KINDS, KIND_WORDS), PAD_ID))
 
     def set_from(self, tokens: Tensor) -> None:
-        """Takes the most common pairs among the first words of training questions, word ids [N, 2] (PAD_ID where a
-        question has but one).
-        """
+        """Choose the most common pairs of first words of training questions, word ids [N, 2], padded with PAD_ID."""
         pairs, counts = tokens.unique(dim=0, return_counts=True)
         chosen = pairs[counts.argsort(descending=True, stable=True)[:KINDS]]
         self.first_words.fill_(PAD_ID)[: len(chosen)] = chosen
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS is any other beginning."""
+        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS stands for all other first words."""
         first = F.pad(tokens[:, :KIND_WORDS], (0, max(KIND_WORDS - tokens.shape[1], 0)), value=PAD_ID)
         same = (first[:, None] == self.first_words).all(2)  # [B, KINDS]
         return torch.where(same.any(1), same.int().argmax(1), KINDS)

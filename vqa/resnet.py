@@ -1,7 +1,7 @@
 """torchvision's ResNets whose norms take a modulation as an argument (section 3.1 of the paper).
 
 torchvision builds the network and defines every layer. Only the forward pass is restated, so that a norm takes its
-deltas, and the residual and the ReLU that follow it; nothing is kept between calls.
+deltas and performs the residual add and the ReLU that follow it. No module keeps state between calls.
 """
 
 import re
@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from vqa.backbone import build_resnet
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
-from vqa.norms import Folded, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, folded_at_once, groups_of
+from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer"]
@@ -27,7 +27,7 @@ DECAY = 0.99  # of the moving averages of the policy `batch`, as in the authors'
 
 
 class StageMap(NamedTuple):
-    """The map after a stage, standing for the images it was made from."""
+    """The map after a stage, which `ModulatedResNet` takes in place of the images it was computed from."""
 
     stage: int  # 0 is the stem
     map: Tensor  # [B, C, H, W]
@@ -41,25 +41,25 @@ class ConditionedNorm(NamedTuple):
     channels: int
 
 
-Deltas = Mapping[str, Modulation | Folded]  # by the names of the conditioned norms
+Deltas = Mapping[str, Modulation]  # by the names of the conditioned norms
 
 
 def stage_of(name: str) -> int:
-    """The stage of a part of torchvision's network by its name; 0 is the stem."""
+    """Return the stage of a layer by its name in torchvision's network; 0 is the stem."""
     return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
 
 
-LAYERS = {  # of torchvision's blocks, in the order of the forward pass, which optimisers' states go by
+LAYERS = {  # of torchvision's blocks, in the order of the forward pass: saved optimiser states refer to this order
     BasicBlock: ("conv1", "bn1", "conv2", "downsample", "bn2"),
     Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "downsample", "bn3"),
 }
 
 
 class ModulatedBlock(nn.Module):
-    """The layers of a residual block of torchvision, by their names there, with norms that take deltas."""
+    """A residual block of torchvision, with the same layers and names, whose norms take deltas."""
 
     def __init__(self, name: str, block: nn.Module) -> None:
-        """`name` is that of the block in torchvision's network.
+        """`name` is the name of the block in torchvision's network.
 
         Raises:
             ValueError: the block is neither a `BasicBlock` nor a `Bottleneck`.
@@ -87,9 +87,10 @@ class ModulatedBlock(nn.Module):
 class ModulatedResNet(nn.Module):
     """A frozen ResNet up to stage 4 whose norms can be modulated.
 
-    What its norms normalise with is the statistics policy:
-    `population`: the pretrained running mean and variance, always; the network begins as exactly the pretrained one.
-    `batch`: in training the batch's (of all processes), in evaluation moving averages of decay 0.99 that begin afresh.
+    The statistics policy chooses the mean and variance that its batch norms normalise with:
+    `population`: always the pretrained running ones; the network starts as exactly the pretrained one.
+    `batch`: those of the batch (of all processes) in training, moving averages of decay 0.99 in evaluation; the
+    averages start anew.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class ModulatedResNet(nn.Module):
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.
             statistics: the policy.
-            normaliser: what the conditioned norms are; all but `batch` take a sample's own statistics and keep only the
-                pretrained γ and β.
-            fused: norm, shortcut and ReLU as one operation whose backward pass saves the least, and convolutions that
-                save no input (`modulate`, `Convolution`); False: torch's own operations, equal up to rounding; `eager`:
-                as True, without kernels and with the weights as they are.
-            recompute: stages whose inner maps are not kept for the backward pass but computed again there (gradient
+            normaliser: the kind of the conditioned norms; all but `batch` normalise each sample with its own statistics
+                and keep only the pretrained γ and β.
+            fused: True: norm, residual add and ReLU are one operation whose backward pass saves the least, and
+                convolutions save no input (`modulate`, `Convolution`); `eager`: the same without kernels and reordered
+                weights; False: torch's own operations, equal up to rounding.
+            recompute: stages whose inner maps are computed again in the backward pass instead of kept (gradient
                 checkpointing, Chen et al. 2016).
 
         Raises:
@@ -155,15 +156,13 @@ class ModulatedResNet(nn.Module):
             made.fused = fused
             self.network.set_submodule(place, made)
         self.requires_grad_(False)
-        self.statistics: Statistics = "population"
-        for norm in self.batch_norms():
-            norm.fixed = True
+        self.statistics: Statistics | None = None
         self.set_statistics(statistics)
         self.eval()
 
     def set_statistics(self, policy: Statistics) -> None:
-        """Converts to a statistics policy: to `batch` with averages that begin afresh (mean 0, variance 1), to
-        `population` with whatever the running statistics are now.
+        """Change the statistics policy: `batch` resets the averages to mean 0 and variance 1, `population` keeps the
+        present running statistics.
         """
         if policy == self.statistics:
             return
@@ -176,21 +175,21 @@ class ModulatedResNet(nn.Module):
         self.train(self.training)
 
     def batch_norms(self) -> list[ModulatedBatchNorm2d]:
-        """Every batch norm, conditioned or not."""
+        """Return every batch norm, conditioned or not."""
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
     def least_batch(self, image_size: int) -> int:
-        """How many samples a batch needs at least where its own statistics normalise: two values a channel."""
+        """Return the smallest batch whose own statistics can normalise it: two values a channel."""
         names = (name for name, module in self.network.named_modules() if isinstance(module, ModulatedBatchNorm2d))
         return 2 if image_size <= 32 and any(stage_of(name) == 4 for name in names) else 1  # one position in stage 4
 
     def forward(
         self, images: Tensor | StageMap, modulation: Modulation | None = None, places: Tensor | None = None
     ) -> Tensor:
-        """Normalised images [B, 3, S, S], or what `prefix` made of them → the stage-4 map [B, C, S/32, S/32].
+        """Normalised images [B, 3, S, S], or the result of `prefix` → the stage-4 map [B, C, S/32, S/32].
 
         Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
-        i is about image places[i] of [I, 3, S, S]: stages that nothing conditions are then computed once an image.
+        i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then computed once an image.
         """
         begin = images.stage + 1 if isinstance(images, StageMap) else 0
         map_ = images.map if isinstance(images, StageMap) else images
@@ -206,7 +205,7 @@ class ModulatedResNet(nn.Module):
         return StageMap(stage, self._run(images, range(stage + 1), {}))
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, with the maps after all of stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
+        """As `forward`, but return the maps after stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
         deltas = self._deltas(modulation, len(images))
         maps = [self._run(images, range(2), deltas)]
         for stage in (2, 3, 4):
@@ -231,31 +230,31 @@ class ModulatedResNet(nn.Module):
         return map_
 
     def fixed_state(self, stage: int) -> list[tuple[str, Tensor]]:
-        """Names and values of all that the map after a stage depends on."""
+        """Return the names and values of the parameters and buffers that the map after a stage depends on."""
         return [(name, value) for name, value in self.network.state_dict().items() if stage_of(name) <= stage]
 
     def unconditioned_stage(self) -> int | None:
-        """The last stage (0 is the stem) whose map is the same for all questions on an image: nothing up to it is
-        conditioned, and its statistics are not those of a batch; None if not even the stem's is.
+        """Return the last stage (0 is the stem) whose map is the same for all questions on an image, because no norm up
+        to it is conditioned and none uses the statistics of a batch; None if there is no such stage.
         """
         if self.statistics == "batch":
             return None
-        last = min((layer.stage for layer in self.layers), default=5) - 1
-        return last if last >= 0 else None
+        first = min((layer.stage for layer in self.layers), default=5)
+        return first - 1 if first > 0 else None
 
     def fixed_stage(self) -> int | None:
-        """The last stage (0 is the stem) whose map depends on the image alone, because nothing up to it is conditioned
-        or trained and its statistics are the pretrained ones; None if not even the stem's does.
+        """Return the last stage (0 is the stem) whose map depends on the image alone in training too, because nothing
+        up to it is conditioned or trained; None if there is no such stage.
         """
-        last = self.unconditioned_stage()
-        if last is None:
+        unconditioned = self.unconditioned_stage()
+        if unconditioned is None:
             return None
-        trained = [stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad]
-        last = min([last, *(stage - 1 for stage in trained)])
-        return last if last >= 0 else None
+        trained = (stage_of(name) for name, value in self.network.named_parameters() if value.requires_grad)
+        first = min(trained, default=5)
+        return min(unconditioned, first - 1) if first > 0 else None
 
     def _deltas(self, modulation: Modulation | None, samples: int) -> Deltas:
-        """Each norm's part of the modulation of so many samples. Raises ValueError if it has another shape."""
+        """Split a modulation of `samples` rows, or of one, by norm. Raises ValueError if it has another shape."""
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return {}
         widths = [layer.channels for layer in self.layers]
@@ -263,25 +262,18 @@ class ModulatedResNet(nn.Module):
         for part in modulation:
             if part is not None and part.shape not in (rows, one_row):
                 raise ValueError(f"a modulation must be {list(rows)} or {list(one_row)}, got {list(part.shape)}")
-        modulation = Modulation(*(None if part is None else part.expand(rows) for part in modulation))
-        norms = [self.norm(layer.name) for layer in self.layers]
-        fixed = all(isinstance(norm, ModulatedBatchNorm2d) and not norm.training for norm in norms)
-        if fixed and len({norm.eps for norm in norms}) == 1:
-            deltas = folded_at_once(norms, modulation)
-        else:
-            parts = ([None] * len(widths) if part is None else part.split(widths, dim=1) for part in modulation)
-            deltas = map(Modulation, *parts)
-        return dict(zip((layer.name for layer in self.layers), deltas, strict=True))
+        parts = (
+            [None] * len(widths) if part is None else part.expand(rows).split(widths, dim=1) for part in modulation
+        )
+        return dict(zip((layer.name for layer in self.layers), map(Modulation, *parts), strict=True))
 
     def norm(self, name: str) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
-        """A norm by its name in torchvision's network."""
+        """Return a norm by its name in torchvision's network."""
         return self.network.get_submodule(name)
 
     def trainable(self, what: str) -> list[nn.Parameter]:
-        """Parameters that a recipe may train besides the modulation.
-
-        Args:
-            what: `none`, `stage4` (all weights of stage 4) or `batchnorm` (every γ and β).
+        """Return the parameters that `backbone.train` names: `none`, `stage4` (all of stage 4) or `batchnorm` (every γ
+        and β).
         """
         if what == "none":
             return []
@@ -294,7 +286,7 @@ class ModulatedResNet(nn.Module):
         raise ValueError(f"backbone.train must be none, stage4 or batchnorm, not {what!r}")
 
     def train(self, mode: bool = True) -> "ModulatedResNet":
-        """Sets the mode of everything; under the policy `population` the batch norms stay in evaluation mode."""
+        """Set the mode; under the policy `population` the batch norms stay in evaluation mode."""
         super().train(mode)
         for norm in self.batch_norms():
             norm.train(mode and self.statistics == "batch")
@@ -302,9 +294,8 @@ class ModulatedResNet(nn.Module):
 
     @contextmanager
     def estimating_statistics(self) -> Iterator[None]:
-        """Within it the batch norms normalise with each batch's statistics; at the end their running statistics become
-        those of all values of all batches that went through (AdaBN, Li et al. 2016). Ended by an exception, it leaves
-        them as they were.
+        """Normalise with the statistics of each batch inside the `with` block; at its end set the running statistics to
+        those of all values of all batches (AdaBN, Li et al. 2016). An exception leaves them unchanged.
 
         Raises:
             ValueError: no batch went through.

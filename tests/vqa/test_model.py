@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from experiments.training.loop import answer_targets
 from experiments.training.optimiser import build_optimiser
+from vqa import question
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -16,6 +17,7 @@ from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.saved_model import load_bundle
 from vqa.settings.recipes import load_settings
 from vqa.text.answers import NO_ANSWER
+from vqa.text.tokenizer import PAD_ID
 
 
 @pytest.fixture
@@ -32,6 +34,10 @@ def example(batch=3, words=5, vocabulary=20):
     images = torch.randn(batch, 3, 64, 64)
     tokens = torch.randint(2, vocabulary, (batch, words))
     return images, tokens, torch.full((batch,), words)
+
+
+def test_the_encoder_pads_as_the_tokenizer():
+    assert question.PAD_ID == PAD_ID
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "gru", "bag_of_words"])

@@ -6,7 +6,6 @@ from torch import nn
 
 from tests.saved import saved_bytes
 from tests.vqa.test_resnet import pair, random_modulation
-from vqa import resnet
 from vqa.norms import ModulatedBatchNorm2d, Modulation
 from vqa.resnet import ModulatedResNet, StageMap
 
@@ -90,38 +89,6 @@ def test_questions_share_what_nothing_conditions(options):
         equal_to_rounding(shared, loss_gradients(net, net.prefix(images, 0), modulation, places))
 
 
-@pytest.mark.parametrize("missing", [None, "gamma", "beta"])
-@pytest.mark.parametrize("options", [{}, {"stem": True, "shortcuts": True}, {"stages": (2, 4)}, {"recompute": (2, 3)}])
-def test_norms_folded_at_once_are_those_folded_one_by_one(options, missing, monkeypatch):
-    _, net = pair("resnet10", **options)
-    for norm in net.batch_norms():
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(3, 3, 64, 64)
-    parts = {name: part.requires_grad_() for name, part in random_modulation(net, 3)._asdict().items()}
-    modulation = Modulation(**parts | ({missing: None} if missing else {}))
-    wanted = [part for part in modulation if part is not None]
-
-    def value_and_gradients():
-        y = net(x, modulation)
-        return y, *torch.autograd.grad(y.square().sum(), wanted)
-
-    at_once = value_and_gradients()
-    asked = []
-
-    def one_by_one(norms, modulation):
-        asked.append(len(norms))
-        columns = (
-            [None] * len(norms) if p is None else p.split([n.num_features for n in norms], 1) for p in modulation
-        )
-        return list(map(Modulation, *columns))
-
-    monkeypatch.setattr(resnet, "folded_at_once", one_by_one)
-    for one, other in zip(at_once, value_and_gradients(), strict=True):
-        assert torch.equal(one, other)
-    assert asked == [len(net.layers)]
-
-
 @pytest.mark.parametrize("options", [{}, {"statistics": "batch"}, {"normaliser": "group"}, {"recompute": (2,)}])
 @pytest.mark.parametrize("training", [False, True])
 def test_one_row_of_deltas_stands_for_all_images(options, training):
@@ -147,14 +114,6 @@ def test_every_norm_has_its_own_epsilon():
     norm.running_var += 1 - 1e-5  # the same sum under the root
     norm.eps = 1e-5
     torch.testing.assert_close(net(x, modulation), changed)
-
-
-def test_norms_are_not_folded_before_their_statistics_are_known(monkeypatch):
-    monkeypatch.setattr(resnet, "folded_at_once", lambda *_: pytest.fail("folded"))
-    x = torch.randn(3, 3, 64, 64)
-    for options in ({"statistics": "batch"}, {"normaliser": "instance"}):
-        net = pair("resnet10", **options)[1].train()
-        net(x, random_modulation(net, 3))
 
 
 def test_batch_statistics_are_those_of_all_questions():

@@ -1,12 +1,14 @@
 // `modulate` in float32: one pass over the maps forward, one backward. `vqa/kernels/cpu.py` builds and calls it.
 //
-// A map lies in memory as B matrices of rows and columns: positions by channels where it is channels-last, channels by
-// positions where it is contiguous. A row is worked on in eights of columns, the last of which may be short; where a
-// ReLU was open is a byte an eight. Matrices are cut into blocks of rows by their size alone, and sums are added up in
-// the blocks' order: the result does not depend on the number of threads.
+// A map lies in memory as B matrices of rows and columns: positions by channels if it is channels-last, channels by
+// positions if it is contiguous. scale, shift and their gradients are [B, C]. A row is processed in groups of eight
+// columns, the last of which may be short; [y > 0] takes a byte a group. The size of a matrix alone determines the
+// blocks of rows into which it is divided, and partial sums are added in the order of the blocks: the result does not
+// depend on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #ifdef __AVX__
@@ -35,7 +37,7 @@ inline void store(float* to, Floats values, Count count) {
 
 inline Floats where(Ints chosen, Floats values) { return (Floats)(chosen & (Ints)values); }
 
-inline Ints open_of(Floats sums) { return ~(sums <= 0.0f); }  // as torch has it, NaN passes a ReLU
+inline Ints open_of(Floats sums) { return ~(sums <= 0.0f); }  // as in torch, NaN passes a ReLU
 
 inline uint8_t packed(Ints open) {
 #ifdef __AVX__
@@ -58,7 +60,7 @@ inline float total(Floats values) {
     return sum;
 }
 
-// Calls body(first column, how many) for each eight of a row.
+// Calls body(first column, number of columns) for each group of eight columns of a row.
 template <class Body>
 inline void in_eights(int64_t columns, Body body) {
     int64_t column = 0;
@@ -66,14 +68,14 @@ inline void in_eights(int64_t columns, Body body) {
     if (column < columns) body(column, static_cast<int>(columns - column));
 }
 
-// The sum over blocks of what `backward` found in each of them, [blocks, 2, channels].
+// Adds up the partial sums of a sample's blocks, [blocks, 2, channels].
 void add_up(const float* sums, int64_t blocks, int64_t channels, float* to) {
     std::memcpy(to, sums, channels * sizeof(float));
     for (int64_t block = 1; block < blocks; ++block)
         for (int64_t i = 0; i < channels; ++i) to[i] += sums[2 * block * channels + i];
 }
 
-// Calls body with each flag as a type, so that its loops are compiled for every choice.
+// Calls body with each flag as a type, so that its loops are compiled for every combination.
 template <class Body>
 void for_flags(Body body) {
     body();
@@ -90,7 +92,6 @@ void for_flags(Body body, bool flag, Flags... flags) {
 
 struct Shape {
     int64_t samples, channels, positions;
-    int64_t scale_stride, shift_stride;  // from a sample's to the next one's
     int32_t channels_last, relu, threads;
 
     int64_t rows() const { return channels_last ? positions : channels; }
@@ -99,22 +100,17 @@ struct Shape {
     int64_t blocks() const { return (rows() + rows_of_block() - 1) / rows_of_block(); }  // of a sample
 };
 
-// Sums that `backward` needs memory for, in floats.
-extern "C" int64_t modulate_workspace(const Shape* shape) {
-    return shape->channels_last ? 2 * shape->samples * shape->blocks() * shape->channels : 0;
-}
-
 // residual and bits may be null.
 extern "C" void modulate_forward(const Shape* shape, const float* x, const float* scale, const float* shift,
                                  const float* residual, float* y, uint8_t* bits) {
     const int64_t rows = shape->rows(), columns = shape->columns(), bytes = (columns + 7) / 8;
-    const int64_t step = shape->rows_of_block(), blocks = shape->blocks();
+    const int64_t channels = shape->channels, step = shape->rows_of_block(), blocks = shape->blocks();
     const auto run = [&](auto last, auto adds, auto relu, auto keeps) {
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
         for (int64_t block = 0; block < shape->samples * blocks; ++block) {
             const int64_t sample = block / blocks, begin = block % blocks * step;
-            const float* factors = scale + sample * shape->scale_stride;
-            const float* terms = shift + sample * shape->shift_stride;
+            const float* factors = scale + sample * channels;
+            const float* terms = shift + sample * channels;
             for (int64_t row = begin; row < std::min(rows, begin + step); ++row) {
                 const int64_t start = (sample * rows + row) * columns;
                 in_eights(columns, [&](int64_t column, auto count) {
@@ -138,16 +134,19 @@ extern "C" void modulate_forward(const Shape* shape, const float* x, const float
     for_flags(run, shape->channels_last, residual != nullptr, shape->relu, bits != nullptr);
 }
 
-// A gradient that is null is not computed. x, scale and shift are read where they are needed; without bits, a ReLU was
-// open where scale · x + shift says so.
+// A gradient whose pointer is null is not computed. x, scale and shift may be null where they are not needed. Without
+// bits, [y > 0] is computed again from scale · x + shift.
 extern "C" void modulate_backward(const Shape* shape, const float* gradient, const float* x, const float* scale,
                                   const float* shift, const uint8_t* bits, float* of_x, float* of_scale,
-                                  float* of_shift, float* of_residual, float* workspace) {
+                                  float* of_shift, float* of_residual) {
     const int64_t rows = shape->rows(), columns = shape->columns(), bytes = (columns + 7) / 8;
     const int64_t channels = shape->channels, step = shape->rows_of_block(), blocks = shape->blocks();
+    // partial sums of channels-last maps; only what is written is read
+    const int64_t floats = shape->channels_last ? 2 * shape->samples * blocks * channels : 0;
+    float* const workspace = static_cast<float*>(std::malloc(floats * sizeof(float)));
     const auto run = [&](auto last, auto relu, auto stored, auto wants_x, auto wants_scale, auto wants_residual) {
         constexpr bool recomputes = relu && !stored;
-        // one eight of a row of all samples' rows: writes its gradients and adds to its sums
+        // writes the gradients of one group of columns and adds to its sums; row counts over all samples
         const auto one = [&](int64_t row, int64_t column, auto count, Floats factor, Floats term, Floats& scales,
                              Floats& shifts) {
             const int64_t place = row * columns + column;
@@ -164,8 +163,8 @@ extern "C" void modulate_backward(const Shape* shape, const float* gradient, con
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
             for (int64_t block = 0; block < shape->samples * blocks; ++block) {
                 const int64_t sample = block / blocks, begin = block % blocks * step;
-                const float* factors = scale + sample * shape->scale_stride;
-                const float* terms = shift + sample * shape->shift_stride;
+                const float* factors = scale + sample * channels;
+                const float* terms = shift + sample * channels;
                 float *sums_scale = workspace + 2 * block * channels, *sums_shift = sums_scale + channels;
                 std::memset(sums_scale, 0, 2 * channels * sizeof(float));
                 for (int64_t row = begin; row < std::min(rows, begin + step); ++row)
@@ -182,10 +181,9 @@ extern "C" void modulate_backward(const Shape* shape, const float* gradient, con
         } else {
 #pragma omp parallel for num_threads(shape->threads) schedule(static)
             for (int64_t row = 0; row < shape->samples * rows; ++row) {
-                const int64_t sample = row / rows, channel = row % rows;
                 Floats factor = {}, term = {}, scales = {}, shifts = {};
-                if constexpr (wants_x || recomputes) factor += scale[sample * shape->scale_stride + channel];
-                if constexpr (recomputes) term += shift[sample * shape->shift_stride + channel];
+                if constexpr (wants_x || recomputes) factor += scale[row];
+                if constexpr (recomputes) term += shift[row];
                 in_eights(columns, [&](int64_t column, auto count) {
                     one(row, column, count, factor, term, scales, shifts);
                 });
@@ -202,4 +200,5 @@ extern "C" void modulate_backward(const Shape* shape, const float* gradient, con
             if (of_scale) add_up(sums, blocks, channels, of_scale + sample * channels);
             if (of_shift) add_up(sums + channels, blocks, channels, of_shift + sample * channels);
         }
+    std::free(workspace);
 }

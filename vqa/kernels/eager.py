@@ -8,16 +8,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Compute y = act(scale · x + shift (+ residual)) [B, C, H, W] in the finer type of x and scale."""
+    y = torch.addcmul(_as_map(shift), x, _as_map(scale))
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
+
+
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, keeps_bits: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [B, C, H, W], and with `keeps_bits` where it is positive, to be handed to `backward`."""
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, scale.dtype))
-    torch.addcmul(_as_map(shift), x, _as_map(scale), out=y)
-    if residual is not None:
-        y += residual
-    if relu:
-        y.relu_()
+    """Compute y [B, C, H, W] in the type of x, and with `keeps_bits` [y > 0], packed for `backward`."""
+    y = composed(x, scale, shift, residual, relu)
     return y.to(x.dtype), _packed(y) if keeps_bits else None
 
 
@@ -28,18 +31,18 @@ def backward(
     shift: Tensor | None,
     bits: Tensor | None,
     relu: bool,
-    wants_x: bool,
-    wants_scale: bool,
-    wants_shift: bool,
-    wants_residual: bool,
+    wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, scale, shift and residual, None where not wanted; x and the three after it as far as saved."""
+    """Compute the gradients that are wanted of x, scale, shift and residual; None stands for the others.
+
+    `x`, `scale`, `shift` and `bits` are None where this needs them not: [y > 0] is unpacked or computed again.
+    """
+    wants_x, wants_scale, wants_shift, wants_residual = wants
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32 if scale is None else scale.dtype))
     if bits is not None:
         g = g * _unpacked(bits, g)
     elif relu:
-        y = torch.addcmul(_as_map(shift), x, _as_map(scale))
-        g = torch.ops.aten.threshold_backward(g, y, 0)
+        g = torch.ops.aten.threshold_backward(g, composed(x, scale, shift, None, False), 0)
     return (
         (g * _as_map(scale)).to(gradient.dtype) if wants_x else None,
         (g * x).sum((2, 3)) if wants_scale else None,
@@ -53,7 +56,7 @@ def _as_map(values: Tensor) -> Tensor:
 
 
 def _packed(y: Tensor) -> Tensor:
-    """Whether each element of a map without negative values is above 0 or NaN, a bit each: uint8 [B, ⌈CHW / 8⌉].
+    """Pack whether each element of a map without negative values is above 0 or NaN, a bit each: uint8 [B, ⌈CHW / 8⌉].
 
     Bit i of a sample's bytes tells of the i-th eighth of its elements, in the order of memory.
     """
@@ -63,7 +66,7 @@ def _packed(y: Tensor) -> Tensor:
 
 
 def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """What `_packed` found, as 0 and 1 in the shape and layout of a map."""
+    """Unpack `_packed` to 0 and 1 in the shape and layout of a map."""
     positive = (bits[:, None] >> _places(bits) & 1).flatten(1)[:, : like[0].numel()]
     return positive.contiguous().as_strided(like.shape, like.stride())
 

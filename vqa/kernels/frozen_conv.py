@@ -1,10 +1,10 @@
-"""A convolution with a frozen weight: its backward pass saves nothing of its input, and a CPU orders its weight once.
+"""A convolution with a frozen weight: its backward pass saves nothing of its input, and a CPU reorders its weight once.
 
-The gradient of the input needs the weight alone, ∂x = wᵀ ⋆ ∂y; torch's own convolution saves x all the same. In a
-frozen network that is every second map.
+The gradient of the input needs the weight alone, ∂x = wᵀ ⋆ ∂y, but torch's convolution saves x too. In a frozen network
+x is every second map.
 
-On a CPU, oneDNN convolves with weights in an order of its own, which torch makes anew at every step, forward and
-backward: with small batches a tenth of a convolution's time. A weight that stays the same is ordered once.
+On a CPU oneDNN convolves with weights in an order of its own. torch reorders them at every step, forward and backward,
+which takes a tenth of the time of a convolution at small batches. A frozen weight is reordered once.
 """
 
 from functools import cache
@@ -17,45 +17,41 @@ from vqa.kernels.modulate import Fused
 
 
 class Convolution(nn.Conv2d):
-    """`nn.Conv2d`, by the same names; with a frozen weight (and without a bias) its backward pass needs no input.
+    """`nn.Conv2d`, with the same names; with a frozen weight (and without a bias) its backward pass needs no input.
 
-    On a CPU a frozen weight is kept in oneDNN's order as well, if this torch can do that. The copy is dropped when
-    `forward` meets a trainable weight, and made again when the weight is replaced, is changed by an operation that
-    autograd counts, or differs in a sample of its values that is compared at every call. One change is not noticed: a
-    change that autograd does not count (through `.data`, a numpy array or another process) and that spares the whole
-    sample, as when single filters are pruned in this way. With `fused = "eager"` no copy is kept.
+    On a CPU a copy of a frozen weight in oneDNN's order is kept, where this torch can make one. The copy is dropped
+    when `forward` finds the weight trainable. It is made again when the weight is replaced, is changed by an operation
+    that autograd counts, or differs in a sample of its values that is compared at every call. One change goes
+    unnoticed: one that autograd does not count (through `.data`, a numpy array or another process) and that spares the
+    whole sample, such as pruning a single filter in this way.
     """
 
-    fused: Fused = True  # False: always torch's own; `eager`: the weight is not kept in oneDNN's order
+    fused: Fused = True  # False: always torch's own convolution; `eager`: no copy of the weight
     _ordered: "_Ordered | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] → [B, C', H', W']."""
         if self.weight.requires_grad:
-            self._ordered = None  # a fused optimiser's steps are not counted in `_version`
+            self._ordered = None  # the steps of a fused optimiser are not counted in `_version`
         as_in_a_resnet = self.bias is None and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not self.fused or self.weight.requires_grad or not as_in_a_resnet:
             return super().forward(x)
-        ordered = self._in_order(x) if self.fused is True and _can_order(x, self.weight) else None
+        geometry = _Geometry(self.stride, self.padding, self.dilation, self.groups)
+        ordered = None
+        if self.fused is True and _can_order(x, self.weight):
+            if self._ordered is None or not self._ordered.is_of(self.weight):
+                self._ordered = _Ordered(self.weight, geometry, x.shape)
+            ordered = self._ordered
         if torch.is_grad_enabled() and x.requires_grad:
-            return _OfFrozenWeight.apply(x, self.weight, self._geometry, ordered)
-        return super().forward(x) if ordered is None else ordered.convolved(x)
-
-    @property
-    def _geometry(self) -> "_Geometry":
-        return _Geometry(self.stride, self.padding, self.dilation, self.groups)
-
-    def _in_order(self, x: Tensor) -> "_Ordered":
-        if self._ordered is None or not self._ordered.is_of(self.weight):
-            self._ordered = _Ordered(self.weight, self._geometry, x.shape)
-        return self._ordered
+            return _FrozenConvolution.apply(x, self.weight, geometry, ordered)
+        return super().forward(x) if ordered is None else ordered.convolve(x)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_ordered"}  # it cannot be copied
+        return self.__dict__ | {"_ordered": None}  # oneDNN's tensors cannot be copied
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Convolution":
-        """The same convolution, sharing its weight."""
+        """Return the same convolution, sharing its parameters."""
         made = cls(
             conv.in_channels,
             conv.out_channels,
@@ -68,8 +64,7 @@ class Convolution(nn.Conv2d):
             conv.padding_mode,
             device="meta",
         )
-        for name, parameter in conv.named_parameters():
-            made.register_parameter(name, parameter)
+        made.weight, made.bias = conv.weight, conv.bias
         return made
 
 
@@ -80,25 +75,25 @@ class _Geometry(NamedTuple):
     groups: int
 
 
-class _OfFrozenWeight(torch.autograd.Function):
+class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry, ordered: "_Ordered | None") -> Tensor:
         ctx.shape, ctx.geometry, ctx.ordered = x.shape, geometry, ordered
         ctx.save_for_backward(weight)
-        return torch.conv2d(x, weight, None, *geometry) if ordered is None else ordered.convolved(x)
+        return torch.conv2d(x, weight, None, *geometry) if ordered is None else ordered.convolve(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         if ctx.ordered is not None and ctx.ordered.has_adjoint and not torch.is_grad_enabled():
-            return ctx.ordered.of_input(gradient), None, None, None  # which cannot be differentiated again
+            return ctx.ordered.convolve_adjoint(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
         of_x, _, _ = torch.ops.aten.convolution_backward(
             gradient,
-            # of the input only shape and layout are read: memory that is never touched stands for it
+            # only the shape and the layout of the input are read: uninitialised memory replaces it
             torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout),
-            weight.to(gradient.dtype, memory_format=layout),  # cast as autocast did
+            weight.to(gradient.dtype, memory_format=layout),  # autocast casts it in the forward pass too
             None,
             stride,
             padding,
@@ -114,14 +109,14 @@ class _OfFrozenWeight(torch.autograd.Function):
 class _Ordered:
     """A weight in oneDNN's order, for channels-last maps of float32.
 
-    The gradient of the input is a convolution, too, where there is no stride: with the weight turned round, ordered as
-    well. With a stride it is torch's own.
+    Without a stride the gradient of the input is a convolution too, with the flipped weight, which is reordered as
+    well. With a stride torch's own operation computes it.
     """
 
     def __init__(self, weight: Tensor, geometry: _Geometry, shape: torch.Size) -> None:
-        """`shape` is the one of x for which the order is best."""
+        """`shape` is the shape of x for which the order is chosen."""
         self.geometry = geometry
-        self._of, self._version = weight.detach(), weight._version  # while it is kept, its address is no other's
+        self._source, self._version = weight.detach(), weight._version  # holding it keeps its address from being reused
         self._sample = _sample(weight).clone()
         self._weight = _ordered(weight, geometry, shape)
         stride, padding, dilation, groups = geometry
@@ -132,25 +127,25 @@ class _Ordered:
         self._adjoint: Tensor | None = None
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight, and the weight has not changed since (as far as `_sample` tells)."""
-        same = self._of.data_ptr() == weight.data_ptr() and self._version == weight._version
+        """Return whether it was made of this weight, which has not changed since as far as the sample shows."""
+        same = self._source.data_ptr() == weight.data_ptr() and self._version == weight._version
         return same and torch.equal(self._sample, _sample(weight))
 
-    def convolved(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] → [B, C', H', W'], both channels-last."""
         return _convolved(x, self._weight, self.geometry)
 
-    def of_input(self, gradient: Tensor) -> Tensor:
-        """∂x of ∂y, where `has_adjoint`."""
+    def convolve_adjoint(self, gradient: Tensor) -> Tensor:
+        """∂y → ∂x, where `has_adjoint`."""
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         if self._adjoint is None:
-            turned = self._of.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-            self._adjoint = _ordered(turned, self._adjoint_geometry, gradient.shape)
+            flipped = self._source.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+            self._adjoint = _ordered(flipped, self._adjoint_geometry, gradient.shape)
         return _convolved(gradient, self._adjoint, self._adjoint_geometry)
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A view of up to 8 x 8 of a weight's kernels [C', C, kernel's height and width], evenly spread."""
+    """Return a view of up to 8 x 8 of the kernels of a weight [C', C, height, width], evenly spread."""
     outputs, inputs = (-(-size // 8) for size in weight.shape[:2])
     return weight.detach()[::outputs, ::inputs]
 
@@ -162,8 +157,8 @@ def _can_order(x: Tensor, weight: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # it orders frozen weights by itself
-        and not weight.is_inference()  # these do not say when they change
+        and not torch.compiler.is_compiling()  # it reorders frozen weights itself
+        and not weight.is_inference()  # inference tensors do not count their changes
         and torch.backends.mkldnn.enabled
         and _has_operators()
     )

@@ -151,12 +151,11 @@ def test_wrong_shapes_are_refused():
 def results_of(implementation, shape, kind, layout, residual, relu, wants_scale):
     """What an implementation gives forward and backward."""
     x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
-    scale, shift = (torch.cat([part] * times, 1)[:, : shape[1]] for part, times in ((scale, 2), (shift, 3)))  # columns
     keeps_bits = relu and (residual or not wants_scale)
     y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)
     saved = (x if wants_scale else None, scale, shift if relu and not keeps_bits else None, bits)
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(kind).contiguous(memory_format=layout)
-    return y, *implementation.backward(gradient, *saved, relu, True, wants_scale, True, residual)
+    return y, *implementation.backward(gradient, *saved, relu, (True, wants_scale, True, residual))
 
 
 def assert_same(found, expected, **close):

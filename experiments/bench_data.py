@@ -31,6 +31,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings, preprocessing_of
 from vqa.train import prepare, train
+from vqa.training_data import VQATask
 
 RECIPE = Path(__file__).parent.parent / "config" / "scenes_224.yaml"
 QUESTIONS_AN_IMAGE = (1, 2, 4, 8)
@@ -129,8 +130,8 @@ def waiting_rows(
         words = [*_words(network, size, images, folder, device), f"workers={workers}", f"train.batch_size={batch}"]
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
-        trainer = prepare(settings, RunDirectory(folder / "runs" / settings.name), Processes())
-        waited = Waiting(trainer.batches(trainer.sampler(1)))
+        trainer = prepare(settings, VQATask(settings), RunDirectory(folder / "runs" / settings.name), Processes())
+        waited = Waiting(trainer.batches(epoch=1))
         begun = time.perf_counter()
         for _ in trainer.steps(trainer.model, waited):
             pass

@@ -180,10 +180,11 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
     from vqa.recipes import load_settings
     from vqa.run_directory import RunDirectory
     from vqa.train import prepare
+    from vqa.training_data import VQATask
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
-    trainer = prepare(settings, RunDirectory(run), Processes())
-    for _ in trainer.steps(trainer.model, islice(trainer.batches(trainer.sampler(1)), steps)):
+    trainer = prepare(settings, VQATask(settings), RunDirectory(run), Processes())
+    for _ in trainer.steps(trainer.model, islice(trainer.batches(epoch=1), steps)):
         pass
     save_weights(trainer.run.model, trainer.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size

@@ -7,13 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import InputError
+from data.loading import Batch
 from data.preprocess import preprocess
 from experiments import bench_step
 from experiments.bench_data import Waiting
@@ -22,12 +22,13 @@ from experiments.gpu_right import CONFIG, Check, Rows, normalised, random_model
 from experiments.preparation import prepare_world
 from vqa.build import build_optimiser, build_schedule
 from vqa.distributed import Processes
-from vqa.engine import answer_loss, train_steps
+from vqa.engine import answer_logits, train_steps
 from vqa.modulate import modulate
 from vqa.recipes import load_settings
 from vqa.run_directory import RunDirectory
 from vqa.settings import Settings, preprocessing_of
 from vqa.train import prepare
+from vqa.training_data import VQATask, answer_loss
 
 VQA_V1 = 248_349  # training questions
 EPOCHS = 20  # of the paper
@@ -153,18 +154,15 @@ def _train_some(settings: Settings, batch: int, steps: int, check: Check) -> int
     """Takes training steps on one random batch; returns the peak of the GPU's memory in bytes (0 on a CPU)."""
     model, made = random_model(settings, batch, check)
     optimiser = build_optimiser(settings.train, model)
+    schedule = build_schedule(settings.train, optimiser, steps)
+
+    def loss_of(batch: Batch, reduction: str) -> Tensor:
+        logits = answer_logits(model, batch, normalised, settings.precision)
+        return answer_loss(logits, batch.labels, settings.train.loss, reduction)
+
     if check.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(check.device)
-    for _ in train_steps(
-        model,
-        [made] * steps,
-        settings,
-        optimiser,
-        build_schedule(settings.train, optimiser, steps),
-        loss=partial(answer_loss, kind=settings.train.loss),
-        prepare_images=normalised,
-        device=check.device,
-    ):
+    for _ in train_steps(model, [made] * steps, loss_of, settings.train, optimiser, schedule):
         pass
     return torch.cuda.max_memory_allocated(check.device) if check.device.type == "cuda" else 0
 
@@ -226,12 +224,12 @@ def _generated_data(check: Check, size: int, make: bool) -> list[str]:
 
 def _questions_a_second(settings: Settings, check: Check) -> tuple[float, float]:
     """Of up to sixty steps of a training, without the first ones; and the share of them spent waiting for data."""
-    trainer = prepare(settings, RunDirectory(check.folder / "runs" / settings.name), Processes())
+    trainer = prepare(settings, VQATask(settings), RunDirectory(check.folder / "runs" / settings.name), Processes())
     if settings.speed.compile:
         trainer.model.resnet.compile()
     unmeasured, most = check.pick((1, 3), (8, 60))
     ends: list[tuple[float, float]] = []
-    waited = Waiting(itertools.islice(trainer.batches(trainer.sampler(1)), most))
+    waited = Waiting(itertools.islice(trainer.batches(epoch=1), most))
     for _ in trainer.steps(trainer.model, waited):
         ends.append((time.perf_counter(), waited.seconds))
     if len(ends) <= unmeasured + 1:

@@ -263,7 +263,9 @@ def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, 
     Path("runs/new/tensorboard").write_text("in the way")
     ended = command("train", "--config", tiny, "name=new", "train.epochs=2", "train.tensorboard=true")
     assert ended.code == 0, ended.err
-    assert ended.out.count("tensorboard: cannot be written (file exists); training goes on without TensorBoard\n") == 1
+    assert (
+        ended.out.count("tensorboard: cannot be written (file exists); training continues without TensorBoard\n") == 1
+    )
 
 
 def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, tmp_path, command):

@@ -12,9 +12,9 @@ from data.table import NO_ANSWER
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model, build_optimiser
 from vqa.bundle import load_bundle
-from vqa.engine import answer_targets
 from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.recipes import load_settings
+from vqa.training_data import answer_targets
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path):
     ended = subprocess.run([*PYTHON, *words], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "2 runs, 1 of them finished" in ended.stdout
-    assert "goes on at epoch" in (second.folder(runs) / "log.txt").read_text()
+    assert "resumes at epoch" in (second.folder(runs) / "log.txt").read_text()
     assert not missing_jobs(suite, runs)
     assert (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns == made
 

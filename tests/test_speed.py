@@ -15,6 +15,7 @@ from vqa.recipes import load_settings
 from vqa.resnet import ModulatedResNet, StageMap
 from vqa.run_directory import RunDirectory
 from vqa.train import prepare, train
+from vqa.training_data import VQATask
 
 # small steps: rounding must not grow
 SLOW = ["speed.fused=false", "speed.share_images=false", "speed.channels_last=false", "data.cache_gib=0"]
@@ -73,7 +74,7 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     compiled = []
     monkeypatch.setattr(ModulatedResNet, "compile", lambda _self: compiled.append(1))
     settings = load_settings(tiny, words)
-    trainer = prepare(settings, RunDirectory(tmp_path / settings.name), this_process())
+    trainer = prepare(settings, VQATask(settings), RunDirectory(tmp_path / settings.name), this_process())
     resnet = trainer.model.resnet
     fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
     assert fused == {on}

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from data.errors import InputError
-from data.loading import QuestionDataset
+from data.loading import QuestionDataset, batches_by_image
 from vqa.build import choose_device
 from vqa.bundle import Bundle, find_model, load_bundle
-from vqa.engine import autocast
-from vqa.evaluate import batches_in_order, check_overrides, split_data
+from vqa.engine import autocast, read_batches
+from vqa.evaluate import check_overrides, split_data
 from vqa.recipes import load_saved
 from vqa.settings import Settings
 
@@ -155,7 +155,8 @@ def stage_features(network: Network) -> list[np.ndarray]:
     _, bundle, settings, device, data = network.run
     parts: list[list[np.ndarray]] = [[] for _ in STAGES]
     rows = []
-    for batch in batches_in_order(data, settings, device, f"{network.name}: features"):
+    in_order = batches_by_image(data.table, settings.train.batch_size)
+    for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
         images, modulation = bundle.preprocessing.normalise(moved.images)[moved.places], None
         with autocast(device, settings.precision):

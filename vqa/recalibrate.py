@@ -1,4 +1,4 @@
-"""Re-estimates the statistics of a trained model's norms on images it is to be tested on (AdaBN; Li et al. 2016)."""
+"""Re-estimate the statistics of a trained model's norms on other images (AdaBN; Li et al. 2016)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from data.errors import InputError
 from data.loading import EpochSampler
 from vqa.build import choose_device
 from vqa.bundle import find_model, load_bundle, save_companions, save_weights
-from vqa.engine import autocast
-from vqa.evaluate import batches_of, check_overrides, split_data
+from vqa.engine import autocast, read_batches
+from vqa.evaluate import check_overrides, split_data
 from vqa.recipes import load_saved
 
 
@@ -54,7 +54,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     model = bundle.model
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
-        for batch in batches_of(data, rows, settings, device, "re-estimating"):
+        for batch in read_batches(data, rows, settings, device, "re-estimating"):
             good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
             if good.sum() < needed:
                 continue

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import InputError, NotWrittenError, printable
-from data.interruption import Interrupted, listen
 from experiments.command_line import build_parser
+from vqa.io.errors import InputError, NotWrittenError, printable
+from vqa.io.processes import Interrupted, listen
 
 if TYPE_CHECKING:
     from experiments.suite import Suite
@@ -29,7 +29,7 @@ GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after 
 def demo(arguments: argparse.Namespace) -> None:
     """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
     from experiments.demo import run_demo
-    from vqa.recipes import load_settings
+    from vqa.settings.recipes import load_settings
 
     run_demo(load_settings(arguments.config, arguments.settings))
 
@@ -37,16 +37,16 @@ def demo(arguments: argparse.Namespace) -> None:
 def preprocess(arguments: argparse.Namespace) -> None:
     """Raw questions, annotations and images to one h5 file; run again, it goes on where it stopped."""
     from data.preprocess import preprocess as run
-    from vqa.recipes import load_settings
-    from vqa.settings import preprocessing_of
+    from experiments.prepare import preprocessing_of
+    from vqa.settings.recipes import load_settings
 
     run(**preprocessing_of(load_settings(arguments.config, arguments.settings)))
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
-    from vqa.recipes import load_settings
-    from vqa.train import train as run
+    from experiments.training.trainer import train as run
+    from vqa.settings.recipes import load_settings
 
     settings = load_settings(arguments.config, arguments.settings)
     run(settings, resume=arguments.resume)
@@ -54,9 +54,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
-    from vqa.distributed import this_process
-    from vqa.evaluate import evaluate as run
-    from vqa.evaluate import table_of
+    from experiments.evaluate import evaluate as run
+    from experiments.evaluate import table_of
+    from experiments.process_group import this_process
 
     scores = run(
         arguments.run,
@@ -75,9 +75,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def ask(arguments: argparse.Namespace) -> None:
     """The answers to one question about any image, most probable first."""
-    from vqa.bundle import load_bundle
-    from vqa.inspection import ask as run
-    from vqa.inspection import unknown_words
+    from vqa.inspect.inspection import ask as run
+    from vqa.inspect.inspection import unknown_words
+    from vqa.saved_model import load_bundle
 
     bundle = load_bundle(arguments.run)
     answers = run(bundle, arguments.image, arguments.question, arguments.top)
@@ -92,9 +92,9 @@ def ask(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
-    from vqa.bundle import load_bundle
-    from vqa.inspection import inspect as run
-    from vqa.inspection import summary, write_inspection
+    from vqa.inspect.inspection import inspect as run
+    from vqa.inspect.inspection import summary, write_inspection
+    from vqa.saved_model import load_bundle
 
     questions = [arguments.question] + ([arguments.versus] if arguments.versus is not None else [])
     out = arguments.out or arguments.run / "inspect"
@@ -108,7 +108,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def features(arguments: argparse.Namespace) -> None:
     """What the stages of trained networks hold of the question: t-SNE figures, neighbours.json, points.csv."""
-    from vqa.comparison import compare_features, table_of
+    from experiments.features.compare import compare_features, table_of
 
     out = arguments.out or arguments.run[0] / "features"
     comparison = compare_features(
@@ -122,7 +122,7 @@ def features(arguments: argparse.Namespace) -> None:
 
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
-    from experiments.report import write_report
+    from experiments.report.page import write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
 
@@ -148,9 +148,8 @@ def experiment(arguments: argparse.Namespace) -> None:
 
 
 def _publish(suite: "Suite", runs: Path) -> None:
-    from experiments.collection import collect
-    from experiments.evidence import keep_evidence
-    from experiments.report import write_report
+    from experiments.report.page import write_report
+    from experiments.report.results import collect, keep_evidence
     from experiments.runner import missing_jobs
 
     if suite.words:
@@ -167,7 +166,7 @@ def bench(arguments: argparse.Namespace) -> None:
     """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading, scale."""
     from contextlib import redirect_stdout
 
-    from experiments.bench import bench as run
+    from experiments.bench.bench import bench as run
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         results = run(
@@ -184,8 +183,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def gpu_check(arguments: argparse.Namespace) -> None:
     """Whether all is right on a GPU, how fast it is, and the first experiments there, in bounded time."""
-    from experiments.gpu_check import SUITES
-    from experiments.gpu_check import gpu_check as run
+    from experiments.gpu.check import SUITES
+    from experiments.gpu.check import gpu_check as run
 
     failed = run(
         arguments.out,
@@ -203,11 +202,11 @@ def gpu_check(arguments: argparse.Namespace) -> None:
 
 def recalibrate(arguments: argparse.Namespace) -> None:
     """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
-    from vqa.recalibrate import recalibrate as run
+    from experiments.recalibrate import recalibrate as run
 
     words = arguments.settings
     if arguments.config is not None:
-        from vqa.recipes import load_settings
+        from vqa.settings.recipes import load_settings
 
         data = load_settings(arguments.config).data
         words = [f"data.folder={data.folder}", f"data.h5={data.h5}", *words]

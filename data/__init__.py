@@ -1,4 +1,1 @@
-"""From raw files to batches: official question files, words, answers, images, the h5 store and its loader.
-
-Nothing here knows a model or a setting: functions take plain named arguments.
-"""
+"""Raw files to batches: question files, images and GloVe vectors, the h5 file, and its loader."""

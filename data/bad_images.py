@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import InputError
-from data.images import IMAGENET_MEAN
+from vqa.io.errors import InputError
+from vqa.io.images import IMAGENET_MEAN
 
 _LISTED = 20  # bad images said one by one
 

@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from data.errors import InputError
-from data.files import naming_write_errors
-from data.images import decode_image
-from data.rows import RowPlace
-from data.workers import WorkerContext, naming_worker_limits
+from data.h5_rows import RowPlace
+from vqa.io.errors import InputError
+from vqa.io.files import naming_write_errors
+from vqa.io.images import decode_image
+from vqa.io.processes import WorkerContext, naming_worker_limits
 
 _IMAGES_A_TASK = 32  # large enough to hide the cost of handing a task over
 _SECONDS_BETWEEN = 0.25

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.errors import InputError
-from data.progress import progress
+from vqa.io.errors import InputError
+from vqa.io.progress import progress
 
 _LONGEST_LINE = 2**20  # bytes
 

@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from data import store
-from data.answers import answer_vocabulary
+from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.decoding import Decoding
-from data.errors import InputError
-from data.images import decode_image
-from data.locks import held
-from data.progress import progress
+from data.h5_rows import copied_rows, place_of_rows, set_rows
 from data.provenance import check_same, is_made, provenance_of, stand_ins_said
-from data.rows import copied_rows, place_of_rows, set_rows
-from data.space import check_room, shown
-from data.table import NO_ANSWER, question_table
-from data.tokenizer import PAD, UNKNOWN, train_tokenizer
+from data.question_table import question_table
 from data.vqa_files import Question, SplitFiles, read_asked, remarks, with_annotations
+from vqa.io.errors import InputError
+from vqa.io.files import check_room, shown
+from vqa.io.images import decode_image
+from vqa.io.locks import held
+from vqa.io.progress import progress
+from vqa.text.answers import NO_ANSWER, answer_vocabulary
+from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 
 TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
@@ -86,12 +86,12 @@ def preprocess(
     with held(path.with_name(f".{path.name}.lock"), path):
         if is_made(path, wanted, skip_bad_images):  # another process has finished it since
             return
-        partial = store.partial_path(path)
-        kept = store.Store(path) if path.exists() else None
+        partial = h5_file.partial_path(path)
+        kept = h5_file.Store(path) if path.exists() else None
         with Decoding(image_size, processes) as decoding:
             decoded = None
             if partial.exists():
-                check_same(partial, store.read_provenance(partial), wanted)
+                check_same(partial, h5_file.read_provenance(partial), wanted)
                 check_room(partial, partial.stat().st_size, _OTHER_DISK)
             else:
                 decoded = _begin(partial, splits, wanted, decoding, kept)
@@ -100,27 +100,27 @@ def preprocess(
             bad = _mark_filled(partial, _go_on(partial, decoding) if decoded is None else decoded)
         if bad:
             _settle_bad_images(partial, bad, skip_bad_images)
-        store.finish(partial, path)
-    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(store.Store(path))}")
+        h5_file.finish(partial, path)
+    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
 
 
-def _copy_images(kept: store.Store, partial: Path) -> None:
+def _copy_images(kept: h5_file.Store, partial: Path) -> None:
     """Copies the images of a finished file, whose rows are the first of the partial file, but for stand-ins."""
     count, splits = len(kept.usable), list(kept.provenance["sources"])
-    with store.opened_for_writing(partial) as file:
+    with h5_file.opened_for_writing(partial) as file:
         place, filled = place_of_rows(file, "images/pixels"), file["images/filled"][:count]
         same = np.array_equal(file["images/id"][:count], kept.image_ids)
-    if not same or list(store.read_provenance(partial)["sources"])[: len(splits)] != splits:
+    if not same or list(h5_file.read_provenance(partial)["sources"])[: len(splits)] != splits:
         return  # begun before the finished file came here
     pending = np.flatnonzero(kept.usable & ~filled).tolist()
-    damaged = _mark_filled(partial, copied_rows(store.H5Images(kept.path), place, pending))
+    damaged = _mark_filled(partial, copied_rows(h5_file.H5Images(kept.path), place, pending))
     if damaged:
         print(f"{kept.path}: {len(damaged)} image(s) are damaged and decoded again")
 
 
 def _go_on(partial: Path, decoding: Decoding) -> Decoded:
     """Begins to decode the images whose rows are not filled."""
-    with store.opened_for_writing(partial) as file:
+    with h5_file.opened_for_writing(partial) as file:
         names = file["images/file"].asstr()[:]
         stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
         set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # they may be mended by now
@@ -133,7 +133,7 @@ def _begin(
     splits: Mapping[str, SplitFiles],
     wanted: Mapping[str, Any],
     decoding: Decoding,
-    kept: store.Store | None,
+    kept: h5_file.Store | None,
 ) -> Decoded | None:
     """Writes the tables; begins to decode meanwhile, unless there are images to be kept, which are copied first."""
     stored = [] if kept is None else list(kept.provenance["sources"])
@@ -156,15 +156,15 @@ def _begin(
     words += sum(_BYTES_A_QUESTION + len(question.text) for asked in questions.values() for question in asked)
     print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")
     check_room(partial, pixels + words, _OTHER_DISK)
-    with store.begun(partial, image_size=size, image_ids=ids, image_files=files) as (file, place):
+    with h5_file.begun(partial, image_size=size, image_ids=ids, image_files=files) as (file, place):
         decoded = decoding.begin(place, list(enumerate(files))) if kept is None else None
         tables = _tables(splits, questions, rows, settings)
         sources = {name: wanted["sources"][name] for name in splits}
-        store.write_tables(file, provenance=wanted | {"sources": sources}, **tables)
+        h5_file.write_tables(file, provenance=wanted | {"sources": sources}, **tables)
     return decoded
 
 
-def _check_any_is_mended(kept: store.Store, ids: Sequence[int], files: Sequence[str]) -> None:
+def _check_any_is_mended(kept: h5_file.Store, ids: Sequence[int], files: Sequence[str]) -> None:
     """Refuses to make a file anew for images that are as bad as they were."""
     bad = []
     for row in np.flatnonzero(~kept.usable):
@@ -183,7 +183,7 @@ def _tables(
     rows: Mapping[str, Mapping[int, int]],
     settings: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The words, the answer classes and the table of each split: what `store.write_tables` takes."""
+    """The words, the answer classes and the table of each split: what `h5_file.write_tables` takes."""
     for name, files in splits.items():
         if files.annotations is not None:
             questions[name] = with_annotations(questions[name], files.questions, files.annotations)
@@ -225,7 +225,7 @@ def _number_images(
 
 def _mark_filled(partial: Path, decoded: Decoded) -> dict[int, str]:
     """Marks the rows that are decoded or copied; returns what is wrong with those that cannot be, by row."""
-    with store.opened_for_writing(partial) as file:
+    with h5_file.opened_for_writing(partial) as file:
         filled = file["images/filled"][:]
         bad: dict[int, str] = {}
         written: list[tuple[int, int]] = []
@@ -236,17 +236,17 @@ def _mark_filled(partial: Path, decoded: Decoded) -> dict[int, str]:
                     continue
                 written.append((row, done))
                 if len(written) == _IMAGES_A_FLUSH:
-                    store.mark(file, written)
+                    h5_file.mark(file, written)
                     written = []
         finally:  # also when a signal ends it
-            store.mark(file, written)
+            h5_file.mark(file, written)
     return bad
 
 
 def _settle_bad_images(partial: Path, bad: Mapping[int, str], skip: bool) -> None:
-    with store.opened_for_writing(partial) as file:
+    with h5_file.opened_for_writing(partial) as file:
         ids, size = file["images/id"][:], file["images/pixels"].shape[1]
         if not skip:
             print(f"{partial}: keeps the other images")
         settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip)
-        store.fill_unusable(file, list(bad), stand_in(size))
+        h5_file.fill_unusable(file, list(bad), stand_in(size))

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data import store
-from data.errors import InputError
+from data import h5_file
 from data.vqa_files import SplitFiles
+from vqa.io.errors import InputError
 
 
 def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int]) -> dict[str, Any]:
@@ -34,18 +34,18 @@ def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> boo
     """
     if not path.exists():
         return False
-    made, partial = store.Store(path), store.partial_path(path)
+    made, partial = h5_file.Store(path), h5_file.partial_path(path)
     _check_images(path, made.provenance, wanted)
     done = made.provenance == wanted
     if done and not made.usable.all():
-        mending = partial.exists() and store.read_provenance(partial) == wanted
+        mending = partial.exists() and h5_file.read_provenance(partial) == wanted
         done = skip_bad_images and not mending
     if done:
         print(f"{path}: complete, nothing to do{stand_ins_said(made)}")
     return done
 
 
-def stand_ins_said(made: store.Store) -> str:
+def stand_ins_said(made: h5_file.Store) -> str:
     """How many images of a file are stand-ins, as the end of a line about it."""
     if made.usable.all():
         return ""

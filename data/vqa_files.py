@@ -11,10 +11,10 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from data.errors import InputError
-from data.files import read_text
+from vqa.io.errors import InputError
+from vqa.io.files import read_text
+from vqa.text.tokenizer import unusable
 
-LONGEST = 10_000  # characters of a text; a batch is as wide as its longest question
 MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
 # Two letters in a row of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no blanks between words.
 _WITHOUT_BLANKS = re.compile(
@@ -220,18 +220,3 @@ def _check_texts(texts: Iterable[str]) -> None:
     for text in texts:
         if wrong := unusable(text):
             raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
-
-
-def unusable(text: str) -> str:
-    """Why a question, an answer or a type cannot be used; empty if it can."""
-    if len(text) > LONGEST:
-        return f"longer than {LONGEST} characters"
-    if text.isprintable():
-        return ""
-    if "\0" in text:
-        return "with a null character, which an h5 file cannot hold"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "not UTF-8 text (it holds half a surrogate pair)"
-    return ""

@@ -1,1 +1,5 @@
-"""Experiments: what is trained and compared with the parts in `data` and `vqa`."""
+"""Train, evaluate, ablate, measure."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent  # of the checkout

@@ -9,13 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import InputError, first_line
-from data.files import read_json, write_json
-from data.interruption import SIGNALS
-from data.locks import held
-from data.workers import block_signals_in_children
 from experiments.runner import MAIN, command_of, missing_jobs
 from experiments.suite import Suite
+from vqa.io.errors import InputError, first_line
+from vqa.io.files import read_json, write_json
+from vqa.io.locks import held
+from vqa.io.processes import SIGNALS, block_signals_in_children
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

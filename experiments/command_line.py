@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from data.errors import InputError
+from experiments import ROOT
 from vqa import __version__
+from vqa.io.errors import InputError
 
-DEMO_CONFIG = Path(__file__).parent.parent / "config" / "demo.yaml"
+DEMO_CONFIG = ROOT / "config" / "demo.yaml"
 RUN = ("--run", "--model")  # one option; torchrun takes --run for its own
 
 

@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from data.errors import InputError
-from data.files import read_json, write_json
-from data.images import read_image
+from data.h5_file import Store
 from data.preprocess import preprocess
-from data.store import Store
-from data.table import QuestionTable
+from data.question_table import QuestionTable
 from experiments.demo_page import NAMES, write_demo
-from experiments.preparation import prepare_backbone, prepare_world
-from experiments.tables import aligned
-from vqa.bundle import load_bundle
-from vqa.evaluate import evaluate
-from vqa.inspection import inspect, write_inspection
-from vqa.metrics import Scores, question_accuracies, score
-from vqa.settings import Settings, preprocessing_of, split_files
-from vqa.train import train
+from experiments.evaluate import evaluate, question_accuracies, score
+from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
+from experiments.report.tables import aligned
+from experiments.training.trainer import train
+from vqa.inspect.inspection import inspect, write_inspection
+from vqa.io.errors import InputError
+from vqa.io.files import read_json, write_json
+from vqa.io.images import read_image
+from vqa.metrics import Scores
+from vqa.saved_model import load_bundle
+from vqa.settings.schema import Settings
 
 MODELS = ("baseline", "modern")
 EXAMPLES = 12

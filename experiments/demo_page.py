@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from vqa.report import inline_image, inspection_view, write_page
+from vqa.inspect.html import inline_image, inspection_view, write_page
 
 # name in summary.json: name on the page, what it is
 NAMES = {

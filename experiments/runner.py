@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 
-from data.errors import InputError
-from data.files import naming_write_errors, read_json
-from data.interruption import SIGNALS, Interrupted, StopRequest
-from data.locks import held
-from data.workers import block_signals_in_children
-from experiments.preparation import prepare
+from experiments import ROOT
+from experiments.evaluate import evaluate
+from experiments.prepare import prepare
+from experiments.recalibrate import recalibrate
 from experiments.suite import Run, Suite, Test
-from vqa.evaluate import evaluate
-from vqa.recalibrate import recalibrate
-from vqa.recipes import load_saved, load_settings
-from vqa.run_directory import RunDirectory
-from vqa.settings import Role, Settings, difference, role_of
-from vqa.train import train
+from experiments.training.run_directory import RunDirectory
+from experiments.training.trainer import train
+from vqa.io.errors import InputError
+from vqa.io.files import naming_write_errors, read_json
+from vqa.io.locks import held
+from vqa.io.processes import SIGNALS, Interrupted, StopRequest, block_signals_in_children
+from vqa.settings.recipes import load_saved, load_settings
+from vqa.settings.schema import Role, Settings, difference, role_of
 
-MAIN = Path(__file__).parent.parent / "main.py"
+MAIN = ROOT / "main.py"
 # glibc gives large arrays back to the system at each step, and each page of them is a fault when it is used again
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 

@@ -25,9 +25,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.errors import InputError
-from vqa.recipes import BASE, load_settings, read_yaml
-from vqa.settings import FileName, Role, Settings, SplitName, different_keys, flat, role_of
+from vqa.io.errors import InputError
+from vqa.settings.recipes import BASE, load_settings, read_yaml
+from vqa.settings.schema import FileName, Role, Settings, SplitName, different_keys, flat, role_of
 
 _Column = Literal["overall", "yes/no", "number", "other"]
 COLUMNS = get_args(_Column)

@@ -92,9 +92,9 @@ scenes: {{images: {{train: 12, val: 6}}, pretrain_images: 64, pretrain_epochs: 1
 def tiny(tmp_path_factory) -> Path:
     """A recipe over a world of 12 + 6 images with 48 + 24 questions, its h5 file made."""
     from data.preprocess import preprocess
-    from data.world import write_world
-    from vqa.recipes import load_settings
-    from vqa.settings import preprocessing_of
+    from data.scenes.write import write_world
+    from experiments.prepare import preprocessing_of
+    from vqa.settings.recipes import load_settings
 
     folder = tmp_path_factory.mktemp("tiny")
     config = folder / "tiny.yaml"
@@ -108,8 +108,8 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tiny) -> Path:
     """The run directory of a MODERN trained for one tiny epoch."""
-    from vqa.recipes import load_settings
-    from vqa.train import train
+    from experiments.training.trainer import train
+    from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
 

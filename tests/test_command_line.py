@@ -6,9 +6,9 @@ import tomllib
 import pytest
 
 import main
-from data.errors import InputError
 from experiments.command_line import build_parser
 from tests.conftest import ROOT
+from vqa.io.errors import InputError
 
 SEVERAL = {"features --run", "gpu-check --step", "gpu-check --suite"}  # options that may be given as often as wanted
 

@@ -183,9 +183,9 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
 def test_the_numbers_are_the_networks_own(trained, image):
     import torch
 
-    from vqa.bundle import load_bundle
     from vqa.cbn import Modulation
-    from vqa.inspection import inspect, run_question
+    from vqa.inspect.inspection import inspect, run_question
+    from vqa.saved_model import load_bundle
 
     bundle = load_bundle(trained)
     layers = inspect(bundle, image, ["is there a red circle?"])["readings"][0]["layers"]
@@ -207,7 +207,7 @@ def test_the_numbers_are_the_networks_own(trained, image):
 def test_gain_flips_and_shut_channels():
     import numpy as np
 
-    from vqa.inspection import describe_channels
+    from vqa.inspect.inspection import describe_channels
 
     gamma = np.array([1.0, 2.0, -1.0, 0.5, 0.0], np.float32)
     delta = np.array([-0.95, -3.0, 0.5, 0.5, 1.0], np.float32)
@@ -314,7 +314,7 @@ def test_weights_of_another_model_are_refused(refused, copied, image):
 
 
 def test_progress_is_lines_in_a_log(capsys, monkeypatch):
-    from data.progress import progress
+    from vqa.io.progress import progress
 
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.collection import KIND, collect
-from experiments.statistics import compare
+from experiments.report.results import KIND, collect
+from experiments.report.statistics import compare
+from experiments.report.tables import read_lines
 from experiments.suite import load_suite
-from experiments.tables import read_lines
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "experiments" / "results"

@@ -11,14 +11,14 @@ import yaml
 from PIL import Image
 
 import main
-from data.errors import InputError
-from experiments.bench import PARTS
+from experiments.bench.bench import PARTS
 from experiments.command_line import build_parser
-from experiments.kill_cases import CASES
+from experiments.prepare import split_files
 from tests.conftest import ROOT
-from vqa.recipes import load_saved, load_settings
+from tests.kill.cases import CASES
+from vqa.io.errors import InputError
 from vqa.resnet import Modulation
-from vqa.settings import split_files
+from vqa.settings.recipes import load_saved, load_settings
 
 # base.yaml is no recipe: it names no data
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "config").rglob("*.yaml") if path.stem != "base")
@@ -124,7 +124,7 @@ def test_every_command_of_the_pages(command):
             with zipfile.ZipFile(words[2]) as archive:
                 archive.extractall(words[4])
             continue
-        if words[:3] == ("python", "-m", "experiments.kill"):
+        if words[:3] == ("python", "-m", "tests.kill.harness"):
             assert words[3] in CASES  # test_kill.py runs them
             continue
         assert words[:2] == ("python", "main.py")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from vqa.verified import load_tensors, read_safetensors
+from vqa.io.weight_files import load_tensors, read_safetensors
 
 ENDINGS = (".safetensors", ".pth", ".pt")  # of files of weights, as usual; a file that is there may have any other
 

@@ -6,10 +6,9 @@ from typing import TypedDict
 
 import numpy as np
 
-from data.answers import normalise_answer, strip_answer
-from data.table import NO_ANSWER, QuestionTable
+from vqa.text.answers import NO_ANSWER, normalise_answer, strip_answer
 
-__all__ = ["Scores", "normalise_answer", "question_accuracies", "question_accuracy", "score", "summary"]
+__all__ = ["Scores", "accuracies", "normalise_answer", "question_accuracy", "summary"]
 
 
 class Scores(TypedDict):
@@ -29,22 +28,15 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: there are no answers.
     """
-    return _accuracies([prediction], answers, np.arange(len(answers))[None])[0]
+    return accuracies([prediction], answers, np.arange(len(answers))[None])[0]
 
 
-def question_accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
-    """`question_accuracy` of one prediction for each question of the table, in its order.
+def accuracies(predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray) -> list[float]:
+    """`question_accuracy` of N predictions; `rows` [N, K] are the given answers' places in `spellings`, or NO_ANSWER.
 
     Raises:
         ValueError: a question has no answers.
     """
-    if len(predictions) != len(table):
-        raise ValueError(f"{len(predictions)} predictions for {len(table)} questions")
-    return _accuracies(predictions, table.spellings, table.given)
-
-
-def _accuracies(predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray) -> list[float]:
-    """The accuracy of N predictions; `rows` [N, K] are the given answers' places in `spellings`, or NO_ANSWER."""
     given = rows != NO_ANSWER
     count = given.sum(1)
     if not count.all():
@@ -72,18 +64,13 @@ def _matches(
     return given, given == np.array([of_text[prediction] for prediction in predictions], np.int64)[:, None]
 
 
-def score(predictions: Sequence[str], table: QuestionTable) -> Scores:
-    """The official summary of one prediction for each question of the table, in its order."""
-    return summary(question_accuracies(predictions, table), table)
-
-
-def summary(accuracies: Sequence[float], table: QuestionTable) -> Scores:
-    """The official summary of the accuracy (0 to 1) of each question of the table, in its order."""
+def summary(accuracies: Sequence[float], answer_types: Sequence[str], question_types: Sequence[str]) -> Scores:
+    """The official summary of N accuracies (0 to 1), each with its question's types."""
     return {
         "questions": len(accuracies),
         "overall": _percent(accuracies),
-        "per_answer_type": _by(table.answer_types, accuracies),
-        "per_question_type": _by(table.question_types, accuracies),
+        "per_answer_type": _by(answer_types, accuracies),
+        "per_question_type": _by(question_types, accuracies),
     }
 
 

@@ -4,7 +4,7 @@
 
 They differ only in what mean and variance are taken over. All are computed as y = scale · x + shift with
 scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, both [B, C]: one pass over the map instead of two,
-and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it (`vqa.modulate`).
+and what follows a norm in a ResNet (adding the shortcut, the ReLU) goes with it (`vqa.kernels.modulate`).
 
 Legend: B samples, C channels, H and W map size, G groups of channels.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqa.modulate import Fused, modulate
+from vqa.kernels.modulate import Fused, modulate
 
 
 class Modulation(NamedTuple):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError
-from data.files import read_json, write_json
-from data.images import IMAGENET_MEAN, IMAGENET_STD, decode_image
+from vqa.io.errors import InputError
+from vqa.io.files import read_json, write_json
+from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, decode_image
 
 MAX_SIZE = 2048  # of an image's side, in pixels
 

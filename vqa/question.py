@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.tokenizer import PAD_ID
+from vqa.text.tokenizer import PAD_ID
 
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 KIND_WORDS = 2  # as many first words of a question are its kind: "what color", "how many", "is there"

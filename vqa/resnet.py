@@ -16,17 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from vqa.backbone import build_resnet
-from vqa.convolution import Convolution
-from vqa.modulate import Fused
-from vqa.norms import (
-    Folded,
-    ModulatedBatchNorm2d,
-    ModulatedGroupNorm,
-    Modulation,
-    Pooled,
-    folded_at_once,
-    groups_of,
-)
+from vqa.kernels.frozen_conv import Convolution
+from vqa.kernels.modulate import Fused
+from vqa.norms import Folded, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, folded_at_once, groups_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer"]

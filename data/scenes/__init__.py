@@ -1,0 +1,1 @@
+"""Synthetic scenes and questions about them."""

@@ -1,0 +1,203 @@
+"""The official accuracy of a trained model on a split, and the file for the challenge server."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.bad_images import check_any_exists
+from data.batches import FileImages, QuestionDataset
+from data.h5_file import H5Images, Store
+from data.question_table import QuestionTable, question_table
+from data.vqa_files import read_questions
+from experiments.prepare import split_files
+from experiments.process_group import this_process, together
+from experiments.training.loop import predict_classes
+from vqa.io.errors import InputError
+from vqa.io.files import write_json, written_whole
+from vqa.io.locks import held
+from vqa.metrics import Scores, accuracies, summary
+from vqa.saved_model import Bundle, find_model, load_bundle
+from vqa.settings.recipes import load_saved
+from vqa.settings.schema import Role, Settings, role_of
+from vqa.text.answers import NO_ANSWER
+from vqa.text.tokenizer import UNKNOWN_ID
+
+MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
+
+
+def evaluate(
+    run: Path,
+    split: str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow_trained: bool = False,
+    per_question: bool = False,
+) -> Scores | None:
+    """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json` (the challenge server's format).
+
+    The questions come from the h5 file of the model's settings or, if that does not hold them, from the raw files.
+    Under torchrun the processes share the questions; files and scores are those of one process.
+
+    Args:
+        run: a run directory, or a `model/` directory.
+        split: a split of the data.
+        out: where the files are written; by default `run`.
+        overrides: `key=value` words over the model's settings: where the data are, and the device.
+        allow_trained: score a split that was trained on; the metrics are marked so.
+        per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids;
+            the metrics then name the `epoch` whose model was scored.
+
+    Returns:
+        The scores; None for a split without annotations, of which only the results are written.
+
+    Raises:
+        InputError: no model, no such split, no data, a split that was trained on, another process evaluates into
+            `out`, or the disk is full.
+    """
+    check_overrides(overrides)
+    out = out or run
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
+    folder = find_model(run)
+    settings = load_saved(folder / "config.yaml", overrides)
+    processes = this_process()
+    device = processes.device(settings.device)
+    with together(processes, device), ExitStack() as stack:
+
+        def prepare() -> tuple[Bundle, QuestionDataset]:
+            bundle = load_bundle(folder, device)
+            if split in bundle.training.get("trained_on", []) and not allow_trained:
+                raise InputError(
+                    f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
+                )
+            data = split_data(bundle, settings, split)
+            if processes.is_main:
+                _warn_about_unknown_words(bundle, data.table, split)
+                stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
+            return bundle, data
+
+        bundle, data = processes.agreed(prepare)
+        classes = predict_classes(
+            bundle.model,
+            data,
+            settings,
+            processes,
+            prepare_images=bundle.preprocessing.normalise,
+            what="answering",
+            where=bundle.folder,
+        )
+
+        def write() -> Scores | None:
+            if not processes.is_main:
+                return None
+            answers = [bundle.answers[class_] for class_ in classes]
+            return _write_scores(out, split, data.table, answers, bundle.training, per_question)
+
+        return processes.broadcast(processes.agreed(write))
+
+
+def _write_scores(
+    out: Path, split: str, table: QuestionTable, answers: Sequence[str], training: dict[str, Any], per_question: bool
+) -> Scores | None:
+    """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
+    results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
+    write_json(out / f"results_{split}.json", results, indent=None)
+    if not table.given.size:
+        return None
+    of_questions = question_accuracies(answers, table)
+    if per_question:
+        order = np.argsort(table.ids)
+        with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
+    scores = summary(of_questions, table.answer_types, table.question_types)
+    trained_on = training.get("trained_on", [])
+    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    if per_question:
+        metrics["epoch"] = training.get("epoch")
+    if split in trained_on:
+        metrics["seen_in_training"] = True
+    write_json(out / f"metrics_{split}.json", metrics)
+    return scores
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises InputError if a `key=value` word would change what a trained model is."""
+    for word in overrides:
+        if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
+            raise InputError(
+                f"command line: {word}: a trained model is taken as it is; only where the data are, "
+                "data.skip_bad_images, device, precision, workers and train.batch_size can be given"
+            )
+
+
+def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDataset:
+    """The questions of a split with their images, in the words of the model's tokenizer.
+
+    Raises:
+        InputError: there are neither an h5 file nor raw files, or they are not of the model's image size.
+    """
+    h5, size = Path(settings.data.h5), bundle.preprocessing.size
+    store = Store(h5) if h5.exists() else None
+    if store is not None and (split in store.splits or split not in settings.data.splits):
+        if store.image_size != size:
+            raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
+        table = store.table(split)
+        if store.tokenizer.to_str() != bundle.tokenizer.to_str():
+            table = table.encoded_with(bundle.tokenizer)
+        if stand_ins := store.stand_ins([split]):
+            print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are used")
+        return QuestionDataset(table, H5Images(h5))
+    if split not in settings.data.splits:
+        raise InputError(
+            f"{bundle.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
+        )
+    files = split_files(settings)[split]
+    if not files.questions.exists():
+        raise InputError(
+            f"{files.questions}: no such file, and no {h5}; say where the data are with data.h5=… or data.folder=…"
+        )
+    questions = read_questions(files.questions, files.annotations)
+    image_ids = list(dict.fromkeys(question.image_id for question in questions))
+    paths = [files.image(image_id) for image_id in image_ids]
+    check_any_exists(paths, split)
+    rows = {image_id: row for row, image_id in enumerate(image_ids)}
+    table = question_table(questions, rows, bundle.tokenizer, bundle.answers)
+    return QuestionDataset(table, FileImages(paths, image_ids, size))
+
+
+def _warn_about_unknown_words(bundle: Bundle, table: QuestionTable, split: str) -> None:
+    """Warns of questions without a known word, and of answers none of which is a class."""
+    known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
+    if unknown := int((~known).sum()):
+        print(f"split {split!r}: the model knows no word of {unknown} of {len(table)} questions")
+    if table.given.size and (table.labels() == NO_ANSWER).all():
+        print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
+
+
+def table_of(scores: Scores) -> str:
+    """The scores as a small table for a terminal; question types only where they are few."""
+    rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
+    if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
+        rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)
+
+
+def score(predictions: Sequence[str], table: QuestionTable) -> Scores:
+    """The official summary of one prediction for each question of the table, in its order."""
+    return summary(question_accuracies(predictions, table), table.answer_types, table.question_types)
+
+
+def question_accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
+    """`question_accuracy` of one prediction for each question of the table, in its order.
+
+    Raises:
+        ValueError: a question has no answers.
+    """
+    if len(predictions) != len(table):
+        raise ValueError(f"{len(predictions)} predictions for {len(table)} questions")
+    return accuracies(predictions, table.spellings, table.given)

@@ -1,0 +1,1 @@
+"""Figures 4 to 7 of the paper: how well the stages separate questions and answers."""

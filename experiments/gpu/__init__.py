@@ -1,0 +1,1 @@
+"""`gpu-check`: correctness, speed and the first experiments on a GPU."""

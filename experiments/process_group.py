@@ -1,0 +1,110 @@
+"""One process or many (torchrun): who this process is, and what the processes exchange."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vqa.devices import choose_device
+from vqa.io.errors import InputError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among all processes of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files: one over all hosts."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """This process's device for a `device` setting. Raises InputError as `choose_device`."""
+        return choose_device(name, self.local_rank, self.world_size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in order of rank, in every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def agreed(self, work: Callable[[], Result]) -> Result:
+        """The result of this process's work, where no process raises InputError.
+
+        Raises:
+            InputError: the first that a process raised, in all of them.
+        """
+        if self.world_size == 1:
+            return work()
+        result = refusal = None
+        try:
+            result = work()
+        except InputError as error:
+            refusal = str(error)
+        if refusals := [refusal for refusal in self.gather(refusal) if refusal is not None]:
+            raise InputError(refusals[0])
+        return result
+
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether `value` holds in any process, the same in all of them."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor(int(value), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def this_process() -> Processes:
+    """What torchrun says of this process; without torchrun it is alone."""
+    names = ("RANK", "LOCAL_RANK")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Processes(*(int(os.environ.get(name, "0")) for name in names), world_size)
+
+
+@contextmanager
+def together(processes: Processes, device: torch.device) -> Iterator[None]:
+    """Joins the other processes, if there are any, and leaves them at the end."""
+    if processes.world_size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model so that its gradients are averaged over the processes; a step does not exchange its buffers."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(model, **{buffers: False})

@@ -1,0 +1,70 @@
+"""Re-estimate the statistics of a trained model's norms on other images (AdaBN; Li et al. 2016)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.batches import EpochSampler
+from experiments.evaluate import check_overrides, split_data
+from experiments.training.loop import read_batches
+from vqa.devices import autocast, choose_device
+from vqa.io.errors import InputError
+from vqa.saved_model import find_model, load_bundle, save_companions, save_weights
+from vqa.settings.recipes import load_saved
+
+
+def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
+    """Writes `out/model`: the model of `run` with the running statistics of its batch norms taken from other images.
+
+    Images go through with the questions asked about them (the statistics of a modulated network depend on them) but
+    without answers, in random order.
+
+    Args:
+        run: a run directory, or a `model/` directory.
+        out: where the new model is written.
+        split: the split whose images and questions are taken.
+        overrides: `key=value` words over the model's settings: where the data are, the device, the batch size.
+        batches: how many batches at most.
+
+    Returns:
+        The number of questions that went through.
+
+    Raises:
+        InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
+    """
+    check_overrides(overrides)
+    folder = find_model(run)
+    settings = load_saved(folder / "config.yaml", overrides)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: must be a directory")
+    if (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
+        raise InputError(f"{out}: holds a trained model; --out must name another directory")
+    device = choose_device(settings.device)
+    bundle = load_bundle(folder, device)
+    if "image" not in settings.inputs or not bundle.model.resnet.batch_norms():
+        raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
+    data = split_data(bundle, settings, split)
+    rows = list(EpochSampler(data.table.images, settings.train.batch_size, settings.seed, epoch=1))[:batches]
+    if len(rows[0]) < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
+        raise InputError(
+            f"train.batch_size: statistics at {settings.data.image_size} px need batches of {needed} questions, not "
+            f"{len(rows[0])}"
+        )
+    model = bundle.model
+    bad, questions = torch.as_tensor(data.images.bad), 0
+    with torch.inference_mode(), model.resnet.estimating_statistics():
+        for batch in read_batches(data, rows, settings, device, "re-estimating"):
+            good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
+            if good.sum() < needed:
+                continue
+            questions += int(good.sum())
+            moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
+            with autocast(device, settings.precision):
+                images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
+                model(images, moved.tokens, moved.lengths)
+        if not questions:
+            raise InputError(f"split {split!r}: too few of its images can be read")
+    save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
+    save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
+    return questions

@@ -1,0 +1,152 @@
+"""The loops: training steps, and the answers to all questions of a table. They know neither task nor command line."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batches import Batch, FileImages, QuestionDataset, batches_by_image, make_loader, moved, readable
+from experiments.process_group import Processes
+from experiments.training.nonfinite import NotFiniteError, listed, located
+from vqa.devices import autocast
+from vqa.io.errors import InputError
+from vqa.io.progress import progress
+from vqa.resnet import StageMap
+from vqa.settings.schema import Settings, TrainSettings
+
+
+def answer_logits(
+    model: nn.Module, batch: Batch, prepare_images: Callable[[Tensor], Tensor | StageMap], precision: str
+) -> Tensor:
+    """The model's scores of all answers, float32 [B, A], for a batch that is on the model's device."""
+    with autocast(batch.images.device, precision):
+        logits = model(prepare_images(batch.images), batch.tokens, batch.lengths, places=batch.places).logits
+    return logits.float()
+
+
+def train_steps(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_of: Callable[[Batch, str], Tensor],
+    settings: TrainSettings,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> Iterator[float | NotFiniteError]:
+    """Trains on batches in their order, one step for each.
+
+    Args:
+        model: the model, or a wrapper of it.
+        batches: the batches.
+        loss_of: the model's loss of a batch on its device, with reduction `mean` or `none`.
+        settings: `clip`, `accumulate` and `skip_not_finite` are used.
+        optimiser: of the trained parameters.
+        schedule: of the learning rate, advanced by every step that is taken.
+
+    Yields:
+        The loss of each step; or why it is skipped: its gradient is not finite, and `skip_not_finite` is not 0. The
+        model is then as before the step, running statistics included.
+
+    Raises:
+        NotFiniteError: a loss or gradient is not finite and not skipped; the parameters are as before that step.
+    """
+    model.train()
+    trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for _, batch in moved(batches, trained[0].device):
+        optimiser.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in model.buffers()] if settings.skip_not_finite else []
+        parts, loss = batch.parts(settings.accumulate), 0.0
+        for part in parts:
+            with nullcontext() if part is parts[-1] else _without_averaging(model):
+                of_part = loss_of(part, "mean") * (len(part.rows) / len(batch.rows))
+                of_part.backward()
+            loss += of_part.detach()
+        norm = nn.utils.clip_grad_norm_(trained, settings.clip)
+        if torch.isfinite(norm + loss):
+            optimiser.step()
+            schedule.step()
+            yield loss.item()
+            continue
+        what = f"the norm of the gradient is {norm}" if torch.isfinite(loss) else f"the loss is {loss}"
+        error = located(what, model, parts, loss_of)
+        # the gradient is the same in all processes, so that all skip the step; the loss alone is not
+        if not settings.skip_not_finite or torch.isfinite(norm):
+            raise error
+        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        yield error
+
+
+def _without_averaging(model: nn.Module) -> AbstractContextManager:
+    """Processes average their gradients once a step, with its last part."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def predict_classes(
+    model: nn.Module,
+    data: QuestionDataset,
+    settings: Settings,
+    processes: Processes,
+    *,
+    prepare_images: Callable[[Tensor], Tensor | StageMap],
+    what: str,
+    where: object,
+) -> np.ndarray:
+    """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
+
+    Args:
+        model: the model, without a wrapper.
+        data: the questions with their images.
+        settings: `train.batch_size`, `precision`, `workers` and `data.skip_bad_images` are used.
+        processes: those that share the questions.
+        prepare_images: a batch's images → the model's input.
+        what: the work's name for its progress.
+        where: the model's name for errors.
+
+    Raises:
+        InputError: the model's scores of a question's answers are not finite, or an image cannot be read.
+    """
+    device = next(model.parameters()).device
+    share = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+
+    @torch.inference_mode()
+    def predict_share() -> np.ndarray:
+        model.eval()
+        # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split
+        # the heap
+        rows: list[int] = []
+        classes: list[int] = []
+        batches = read_batches(data, share, settings, device, what if processes.is_main else None)
+        for batch, there in moved(batches, device):
+            best, class_ = answer_logits(model, there, prepare_images, settings.precision).max(1)  # NaN is the largest
+            if not best.isfinite().all():
+                bad = data.table.ids[batch.rows[~best.isfinite().cpu()].numpy()]
+                why = f"the model's scores of the answers are not finite for {len(bad)} question(s)"
+                raise InputError(f"{where}: {why} {listed(bad)}")
+            rows += batch.rows.tolist()
+            classes += class_.tolist()
+        return np.array([rows, classes], np.int64)
+
+    answers = np.empty(len(data), np.int64)
+    for rows, classes in processes.gather(processes.agreed(predict_share)):
+        answers[rows] = classes
+    return answers
+
+
+def read_batches(
+    data: QuestionDataset, rows: Collection[list[int]], settings: Settings, device: torch.device, what: str | None
+) -> Iterator[Batch]:
+    """Batches of the given rows, with the progress of `what` (None: not shown).
+
+    Raises:
+        InputError: an image is missing or damaged, and `data.skip_bad_images` is false; raw files are read to the end
+            first, and all bad images listed.
+    """
+    skip, images = settings.data.skip_bad_images, data.images
+    batches = readable(make_loader(data, rows, settings.workers, device))
+    for batch in batches if what is None else progress(batches, len(rows), what):
+        if skip or not isinstance(images, FileImages) or not images.bad.any():
+            yield batch
+    if isinstance(images, FileImages):
+        images.settle(skip)

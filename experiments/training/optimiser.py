@@ -1,0 +1,48 @@
+"""The optimiser and the learning rate of a run."""
+
+import math
+
+import torch
+from torch import nn
+
+from vqa.model import VQAModel
+from vqa.settings.schema import TrainSettings
+
+WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
+
+
+def trained_parameters(model: VQAModel) -> list[nn.Parameter]:
+    """The parameters that training changes, and only these."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Optimizer:
+    """Adam over what training changes; the MLPs that predict the deltas may have a learning rate of their own."""
+    predicting = list(model.predictor.parameters()) if model.predictor else []
+    others = [parameter for parameter in trained_parameters(model) if all(parameter is not one for one in predicting)]
+    groups = [
+        {"params": others, "lr": settings.learning_rate},
+        {"params": predicting, "lr": settings.predictor_learning_rate or settings.learning_rate},
+    ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    # one pass over parameters and moments instead of ten
+    return torch.optim.Adam([group for group in groups if group["params"]], fused=fused)
+
+
+def build_schedule(
+    settings: TrainSettings, optimiser: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over the `steps` of a whole run."""
+    if settings.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, steps))
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Share of the largest learning rate at a step (from 0): rises linearly in the first tenth, then falls to 0 as a
+    cosine (Smith and Topin 2018).
+    """
+    warm = math.ceil(WARM_UP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2

@@ -1,0 +1,34 @@
+"""Rows of an array in an h5 file: where they are written."""
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.h5_rows import LAYOUT, RowPlace, reserve_rows, set_rows
+from tests.conftest import fuzzed
+
+
+def test_rows_find_the_file_under_either_name(tmp_path):
+    place = RowPlace(tmp_path / "named", 0, tmp_path / "aside")
+    with pytest.raises(FileNotFoundError):
+        place.opened()
+    for name, byte in (("named", b"n"), ("aside", b"a")):
+        (tmp_path / name).write_bytes(byte)
+        with place.opened() as file:
+            assert file.read() == byte
+    with place._replace(aside=None).opened() as file:
+        assert file.read() == b"n"
+
+
+@fuzzed(max_examples=60)
+@given(st.lists(st.integers(0, 30), unique=True))
+def test_small_values_go_to_their_rows(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "file.h5"
+    with h5py.File(path, "w", libver=LAYOUT) as file:
+        reserve_rows(file, "array", (31, 2), np.uint8)
+    with h5py.File(path, "r+") as file:
+        set_rows(file, "crc32", rows, [7 + row for row in rows])
+    with h5py.File(path) as file:
+        assert file["crc32"][:].tolist() == [7 + row if row in rows else 0 for row in range(31)]

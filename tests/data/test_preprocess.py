@@ -1,0 +1,374 @@
+"""The h5 file: what it holds, where it came from, and that no kill makes it lie."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data import h5_file
+from data.h5_file import H5Images, Store
+from data.vqa_files import SplitFiles, with_annotations
+from tests.conftest import ROOT
+from tests.raw_files import TRAIN, VAL, change, make, write_split
+from vqa.io.errors import InputError
+from vqa.io.images import decode_image
+from vqa.text.answers import NO_ANSWER
+from vqa.text.tokenizer import UNKNOWN_ID
+
+
+def test_the_file_holds_everything_and_where_it_came_from(raw, tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    make(raw, path)
+    with h5py.File(path) as file:
+        assert file.attrs["complete"]
+        assert file["images/pixels"].dtype == np.uint8
+        assert file["images/pixels"].shape == (3, 32, 32, 3)
+        assert file["images/pixels"].chunks is None
+    opened = Store(path)
+    assert opened.splits == ["train", "val"]
+    train, val = opened.table("train"), opened.table("val")
+    assert train.ids.tolist() == [10, 11, 12]
+    assert train.images.tolist() == [0, 0, 1]
+    assert val.texts == ["What zebra is the cat?", ""]
+    assert val.lengths.tolist() == [6, 1]
+    assert train.question_types == ["What", "How", "Is"]
+    assert opened.vocabulary == ["2", "black", "yes", "no"]
+    sources = opened.provenance["sources"]["train"]["files"]
+    assert sources[0]["name"] == "train_q.json"
+    assert sources[0]["bytes"] == raw["train"].questions.stat().st_size
+    assert len(sources[1]["sha256"]) == 64
+    image = H5Images(path)[1]
+    assert np.array_equal(image, decode_image(raw["train"].image(2), 32))
+    capsys.readouterr()
+    make(raw, path)
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+def test_vocabularies_are_of_the_training_split_only(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    opened = Store(tmp_path / "data.h5")
+    assert "zebra" not in opened.tokenizer.get_vocab()
+    assert UNKNOWN_ID in opened.table("val").words(0)
+    assert "lilac" not in opened.vocabulary
+    assert (opened.table("val").labels()[0] == NO_ANSWER).all()
+
+
+def test_an_image_two_splits_share_is_stored_once(raw, tmp_path):
+    make(
+        raw | {"dev": raw["val"], "test": SplitFiles(raw["val"].questions, None, raw["val"].images)}, tmp_path / "d.h5"
+    )
+    opened = Store(tmp_path / "d.h5")
+    assert len(opened.usable) == 3
+    assert opened.table("test").images.tolist() == opened.table("val").images.tolist()
+    assert opened.table("test").given.shape == (2, 0)
+
+
+def test_a_finished_file_of_other_images_is_not_touched(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    before = (tmp_path / "data.h5").read_bytes()
+    with pytest.raises(InputError, match="made with image_size 32, now 48; name another data.h5 or remove it"):
+        make(raw, tmp_path / "data.h5", image_size=48)
+    with pytest.raises(InputError, match=r"holds a split 'val'; name it in data.splits, name another data.h5 or rem"):
+        make({"train": raw["train"]}, tmp_path / "data.h5")
+    change(raw["val"].questions, lambda c: c["questions"][0].update(question="Other?"))
+    with pytest.raises(InputError, match="split 'val' was made from other files"):
+        make(raw, tmp_path / "data.h5")
+    assert (tmp_path / "data.h5").read_bytes() == before
+
+
+def many(folder, count):
+    entries = [(n, n, f"what is {n}", ["yes"] * 10) for n in range(count)]
+    return {"train": write_split(folder, "train", entries)}
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    splits, path = many(tmp_path, 600), tmp_path / "data.h5"
+    real, decoded = h5_file.mark, []
+
+    def stopping(file, written):
+        decoded.extend(written)
+        if len(decoded) > 300:
+            raise KeyboardInterrupt
+        real(file, written)
+
+    monkeypatch.setattr(h5_file, "mark", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(splits, path)
+    assert not path.exists()
+    with pytest.raises(InputError, match="not finished"):
+        Store(path)
+    again = []
+    monkeypatch.setattr(h5_file, "mark", lambda file, written: (again.extend(dict(written)), real(file, written)))
+    make(splits, path)
+    assert sorted(again) == list(range(256, 600))
+    whole = tmp_path / "whole.h5"
+    make(splits, whole)
+    with h5py.File(path) as one, h5py.File(whole) as other:
+        assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
+
+
+KILLED_IN_A_FLUSH = """
+import os, sys
+from pathlib import Path
+from data.preprocess import preprocess
+from data.vqa_files import SplitFiles
+import data.preprocess
+data.preprocess._IMAGES_A_FLUSH = 16
+real, flushes = os.fsync, []
+def killed(file):
+    flushes.append(1)
+    if len(flushes) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    real(file)
+os.fsync = killed
+folder = Path(sys.argv[1])
+images = str(folder / "train_{image_id:012d}.png")
+splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
+preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, processes=1)
+"""
+
+
+def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
+    splits = many(tmp_path, 100)
+    whole = tmp_path / "whole.h5"
+    make(splits, whole)
+    with h5py.File(whole) as file:
+        expected = file["images/pixels"][:]
+    partial = h5_file.partial_path(tmp_path / "data.h5")
+    # three end the creation; from then on there is one for every 16 images, before they are marked
+    for flush, kept in ((1, None), (2, None), (3, 0), (1, 0), (2, 16), (3, 48)):
+        arguments = [sys.executable, "-c", KILLED_IN_A_FLUSH, str(tmp_path), str(flush)]
+        ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, check=False)
+        assert ended.returncode == -9
+        assert not (tmp_path / "data.h5").exists()
+        assert partial.exists() == (kept is not None)
+        if kept is None:
+            continue
+        with h5py.File(partial) as file:
+            filled = file["images/filled"][:]
+            assert filled.sum() == kept
+            assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
+    make(splits, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert np.array_equal(file["images/pixels"][:], expected)
+    assert not partial.exists()
+
+
+def test_images_are_decoded_while_the_annotations_are_read(tmp_path, monkeypatch):
+    splits, path = many(tmp_path, 100), tmp_path / "data.h5"
+    seen = []
+
+    def reading(*files):
+        (aside,) = tmp_path.glob(".data.h5.partial.unfinished")
+        deadline = time.monotonic() + 60
+        while not seen and time.monotonic() < deadline:
+            if b"\x63\x00\x64" in aside.read_bytes():  # the pixels of the last picture
+                seen.append(aside)
+            time.sleep(0.01)
+        return with_annotations(*files)
+
+    monkeypatch.setattr("data.preprocess.with_annotations", reading)
+    make(splits, path, processes=2)
+    assert seen
+    assert not seen[0].exists()
+    monkeypatch.undo()
+    make(splits, tmp_path / "alone.h5")
+    assert path.read_bytes() == (tmp_path / "alone.h5").read_bytes()
+
+
+def test_annotations_that_are_wrong_leave_nothing_behind(tmp_path):
+    splits, path = many(tmp_path, 100), tmp_path / "data.h5"
+    change(splits["train"].annotations, lambda content: content["annotations"][99].update(image_id=7))
+    with pytest.raises(InputError, match="annotation of question 99: image_id 7"):
+        make(splits, path, processes=2)
+    assert [file.name for file in tmp_path.glob("*data.h5*")] in ([], [".data.h5.lock"])
+
+
+def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
+    raw["train"].image(1).unlink()
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="missing or unreadable"):
+        make(raw, path)
+    before = h5_file.partial_path(path).read_bytes()
+    with pytest.raises(InputError, match=r"begun with data.answers=10; finish it so first"):
+        make(raw, path, answers=3)
+    assert h5_file.partial_path(path).read_bytes() == before
+
+
+def test_the_folder_of_the_sources_may_move(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    again = {"train": write_split(moved, "train", TRAIN), "val": write_split(moved, "val", VAL)}
+    with pytest.raises(InputError, match="other files"):  # other bytes: the patterns' last folder is another one
+        make(again, tmp_path / "data.h5")
+    same = {
+        name: SplitFiles(f.questions, f.annotations, f"{tmp_path}/./{Path(f.images).name}") for name, f in raw.items()
+    }
+    make(same, tmp_path / "data.h5")
+
+
+def test_few_answers_are_warned_of(tmp_path, capsys):
+    make({"train": write_split(tmp_path, "train", [(1, 1, "is it?", ["yes"])])}, tmp_path / "data.h5")
+    assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
+
+
+def test_remarks_on_the_questions_are_printed_once(tmp_path, capsys):
+    files = write_split(tmp_path, "train", [(1, 1, "这是什么", ["红色"] * 10)])
+    change(files.annotations, lambda content: content["annotations"][0]["answers"][0].pop("answer_id"))
+    make({"train": files, "val": files}, tmp_path / "data.h5")
+    out = capsys.readouterr().out
+    assert out.count("2 question(s) have answers whose answer_id is missing or repeated") == 1
+    assert out.count("2 question(s) are in a script without blanks between words") == 1
+    make({"train": files, "val": files}, tmp_path / "data.h5")
+    assert "question(s)" not in capsys.readouterr().out
+
+
+def test_words_that_are_all_too_rare_are_an_error(raw, tmp_path):
+    with pytest.raises(InputError, match="data.min_word_count: no word occurs 99 times in the training questions"):
+        make(raw, tmp_path / "data.h5", min_word_count=99)
+    assert not list(tmp_path.glob("*data.h5*"))
+
+
+def test_how_many_answers_are_classes_is_said(tmp_path, capsys):
+    splits = {
+        "train": write_split(
+            tmp_path, "train", [(1, 1, "what is it", ["cat"] * 3 + ["dog"]), (2, 1, "and", ["cat"] * 4)]
+        ),
+        "val": write_split(tmp_path, "val", [(3, 2, "what is it", ["fish"] * 4)]),
+    }
+    make(splits, tmp_path / "data.h5", answers=1)
+    told = capsys.readouterr().out
+    assert "train: 87.5 % of the given answers are classes" in told
+    assert "val: 0.0 % of the given answers are classes" in told
+
+
+def test_any_number_of_processes_gives_the_same_file(tmp_path):
+    splits = many(tmp_path, 150)
+    for number in (1, 40, 149):
+        splits["train"].image(number).write_bytes(b"no image")
+    files = []
+    for processes in (1, 2, 3):
+        path = tmp_path / f"{processes}.h5"
+        make(splits, path, processes=processes, skip_bad_images=True)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+    stored = H5Images(tmp_path / "2.h5")
+    for number in (0, 7, 148):
+        assert np.array_equal(stored[number], decode_image(splits["train"].image(number), 32))
+
+
+def test_pixels_that_cannot_be_written_are_one_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(
+        InputError, match=r"data.h5.partial: cannot be written \(no space left on device\); make space, then"
+    ):
+        make(many(tmp_path, 3), tmp_path / "data.h5")
+    monkeypatch.undo()
+    real = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, data, offset: real(file, data[:1000], offset))
+    make(many(tmp_path, 3), tmp_path / "data.h5")
+    assert np.array_equal(H5Images(tmp_path / "data.h5")[2], decode_image(tmp_path / "train_000000000002.png", 32))
+
+
+def test_bad_images_are_all_listed_and_can_be_left_out(raw, tmp_path, capsys):
+    raw["train"].image(1).unlink()
+    raw["val"].image(3).write_bytes(b"no image")
+    path = tmp_path / "data.h5"
+    write_split(tmp_path, "val", [*VAL, (22, 4, "Is it?", ["yes"] * 10)])
+    raw["val"].image(3).write_bytes(b"no image")
+    with pytest.raises(InputError, match="2 image.*by id: 1, 3; .*data.skip_bad_images=true"):
+        make(raw, path)
+    out = capsys.readouterr().out
+    assert f"1: {raw['train'].image(1)}: no such file" in out
+    assert f"3: {raw['val'].image(3)}: cannot be read" in out
+    assert not path.exists()
+    make(raw, path, skip_bad_images=True)
+    opened = Store(path)
+    assert opened.usable.tolist() == [False, True, False, True]
+    assert len(opened.table("train")) == 3
+    assert np.ptp(H5Images(path)[0], axis=(0, 1)).tolist() == [0, 0, 0]
+
+
+def test_a_split_without_any_image_is_refused_before_the_work(raw, tmp_path):
+    wrong = SplitFiles(raw["val"].questions, raw["val"].annotations, str(tmp_path / "test2015/{image_id}.jpg"))
+    with pytest.raises(InputError, match="test2015/3.jpg: no such file, nor any other image of split 'val'"):
+        make(raw | {"val": wrong}, tmp_path / "data.h5")
+    assert not h5_file.partial_path(tmp_path / "data.h5").exists()
+
+
+def test_a_training_split_is_needed(raw, tmp_path):
+    with pytest.raises(InputError, match="'train'"):
+        make({"val": raw["val"]}, tmp_path / "data.h5")
+    blank = SplitFiles(raw["train"].questions, None, raw["train"].images)
+    with pytest.raises(InputError, match="needs annotations"):
+        make({"train": blank}, tmp_path / "data.h5")
+
+
+def test_other_files_are_refused(raw, tmp_path):
+    path = tmp_path / "data.h5"
+    with pytest.raises(InputError, match="no such file"):
+        Store(path)
+    path.write_bytes(b"no h5")
+    with pytest.raises(InputError, match="cannot be read as an h5 file"):
+        Store(path)
+    path.unlink()
+    make(raw, path)
+    with pytest.raises(InputError, match="no split 'test'; it holds train, val"):
+        Store(path).table("test")
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 99
+    with pytest.raises(InputError, match="version 99"):
+        Store(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs.update(version=h5_file.VERSION, complete=False)
+    with pytest.raises(InputError, match="not complete"):
+        Store(path)
+
+
+def test_a_file_with_an_empty_row_is_never_finished(raw, tmp_path):
+    make(raw, tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        file["images/filled"][1] = False
+    with pytest.raises(RuntimeError, match="not every image"):
+        h5_file.finish(tmp_path / "data.h5", tmp_path / "final.h5")
+
+
+def test_texts_of_every_script_are_kept_as_they_are(tmp_path):
+    entries = [
+        (1, 1, "这是什么颜色？", ["红色"] * 10),
+        (2, 1, "ما هذا؟", ["قطة"] * 3),
+        (3, 1, "🐈 or 🐕?", ["🐈"]),
+        (4, 2, "  \t ", ["", "yes", " "]),
+        (5, 2, "?!", ["yes"] * 10),
+        (6, 2, "a\x1b[2J\tb\u202e", ["\x07x"] * 2),
+        (7, 2, "word " * 1_999, ["2"] * 100),
+    ]
+    make({"train": write_split(tmp_path, "train", entries)}, tmp_path / "odd.h5")
+    store = Store(tmp_path / "odd.h5")
+    table = store.table("train")
+    assert table.texts == [text for _, _, text, _ in entries]
+    assert [table.answers(row) for row in range(len(table))] == [answers for *_, answers in entries]
+    assert table.lengths.min() == 1
+    assert table.lengths.max() == 1_999
+    assert "" not in store.vocabulary
+    assert {"红色", "قطة", "🐈", "yes"} <= set(store.vocabulary)
+
+
+def test_of_many_bad_images_a_few_are_listed_and_all_are_counted(tmp_path, capsys):
+    files = write_split(tmp_path, "train", [(n, n, "a?", ["b"]) for n in range(60)])
+    for n in range(1, 60):
+        files.image(n).write_bytes(b"")
+    with pytest.raises(InputError, match=r"59 image\(s\) missing or unreadable, by id: 1, 2, 3, 4, 5, …"):
+        make({"train": files}, tmp_path / "bad.h5")
+    assert capsys.readouterr().out.count("cannot be read") == 20
+    assert not (tmp_path / "bad.h5").exists()

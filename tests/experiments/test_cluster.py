@@ -1,0 +1,102 @@
+"""Suites on a cluster: nothing is submitted twice, and a time limit costs no work. SLURM's commands are stand-ins."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import cluster
+from experiments.runner import jobs_of, run_job
+from tests.experiments.test_suites import TINY
+
+pytest.importorskip("submitit")
+COMMANDS = {
+    "sbatch": 'cp "$1" "$SLURM_STAND_IN/script_$(ls "$SLURM_STAND_IN" | grep -c script)"\n'
+    'echo "Submitted batch job $((6 + $(ls "$SLURM_STAND_IN" | grep -c script)))"',
+    "srun": f'echo $$ > "$SLURM_STAND_IN/task"\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"',
+    "squeue": 'cat "$SLURM_STAND_IN/queue"',
+    "scontrol": 'echo "$@" >> "$SLURM_STAND_IN/scontrol"',
+}
+# is asked to save, and goes on the next time
+RUN = """
+import pathlib, signal, sys, time
+told = pathlib.Path(sys.argv[1])
+def end(*_):
+    time.sleep(0.5)
+    told.write_text("saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+if told.exists() and told.read_text() == "saved":
+    told.write_text("finished")
+    sys.exit()
+told.write_text("begun")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins of SLURM's commands; the folder of what they keep."""
+    commands, kept = tmp_path / "bin", tmp_path / "slurm"
+    commands.mkdir()
+    kept.mkdir()
+    for name, does in COMMANDS.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(kept))
+    return kept
+
+
+def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp_path, command, refused):
+    run_job(jobs_of(suite)[0], suite, tmp_path / "runs")
+    words = ["experiment", "two.yaml", "--submit", "slurm", "--resources"]
+    assert "3 runs submitted" in command(*words, "timeout_min=240 slurm_partition=gpu", *TINY).out
+    script = (slurm / "script_0").read_text()
+    for line in ("array=0-2%3", "time=240", "partition=gpu", "signal=USR2@90", "requeue", "job-name=two"):
+        assert f"#SBATCH --{line}\n" in script
+    assert "squeue does not say what is queued" in refused(*words, "", *TINY)
+    (slurm / "queue").write_text("7_0\n7_2\n")  # the second has failed
+    told = command(*words, "", *TINY).out
+    assert "2 runs are queued already and not submitted again" in told
+    assert "1 runs submitted" in told
+    assert "--array" not in (slurm / "script_1").read_text()
+    (slurm / "queue").write_text("7_0\n7_2\n8\n")
+    assert "0 runs submitted" in command(*words, "", *TINY).out
+    (slurm / "queue").write_text("")
+    assert "'much' is no NAME=VALUE" in refused(*words, "much")
+    assert "no closing quotation" in refused(*words, "'")
+    assert "patrition" in refused(*words, "patrition=gpu")
+    assert "timeout_min" in refused(*words, "timeout_min=long")
+
+
+def run_script(slurm) -> subprocess.Popen:
+    """As SLURM runs it on a node."""
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    return subprocess.Popen(["bash", slurm / "script_0"], env=environment)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
+@pytest.mark.parametrize("children_too", [False, True])
+def test_before_a_time_limit_a_task_saves_and_is_requeued(suite, slurm, tmp_path, monkeypatch, children_too):
+    told = tmp_path / "told"
+    monkeypatch.setattr(cluster, "missing_jobs", lambda *_: jobs_of(suite)[:1])
+    monkeypatch.setattr(cluster, "command_of", lambda *_: [sys.executable, "-c", RUN, str(told)])
+    assert cluster.submit(suite, tmp_path / "runs", "slurm", "timeout_min=60") == ["7"]
+    script = run_script(slurm)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (told.exists() and told.read_text() == "begun"):
+        time.sleep(0.05)
+    task = int((slurm / "task").read_text())
+    children = Path(f"/proc/{task}/task/{task}/children").read_text().split() if children_too else []
+    for process in (*map(int, children), task):
+        os.kill(process, signal.SIGUSR2)
+    script.wait(timeout=60)
+    assert told.read_text() == "saved"
+    assert (slurm / "scontrol").read_text() == "requeue 7\n"
+    assert run_script(slurm).wait(timeout=60) == 0
+    assert told.read_text() == "finished"

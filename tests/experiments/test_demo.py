@@ -1,0 +1,142 @@
+"""The demo on a world of a few images: the same code, the same files; and its blind reference."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.h5_file import Store
+from experiments.demo import best_blind_answers, run_demo
+from experiments.evaluate import evaluate, score
+from vqa.io.errors import InputError
+from vqa.io.files import write_json
+from vqa.settings.recipes import load_settings
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    places = [f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/w.h5", f"backbone.weights={tmp_path}/b.safetensors"]
+    return load_settings(tiny, ["name=demo", *places])
+
+
+def without_seconds(page):
+    return re.sub(r"\b[\d.]+\s*(s|seconds)\b", "", page)
+
+
+def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monkeypatch):
+    summary = run_demo(settings, runs=tmp_path / "runs")
+    out = tmp_path / "runs" / "demo"
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for model in ("baseline", "modern"):
+        metrics = json.loads((out / model / "metrics_val.json").read_text())
+        assert summary[model]["overall"] == metrics["overall"]
+    assert summary["difference"] == pytest.approx(
+        summary["modern"]["overall"] - summary["baseline"]["overall"], abs=0.01
+    )
+    assert summary["seconds"] > 0
+    assert {path.name for path in (out / "inspect").iterdir()} == {"modulation.json", "modulation.csv", "report.html"}
+    assert (out / "example.png").exists()
+    page = (out / "report.html").read_text()
+    assert "says nothing about VQA" in page
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert (out / link).stat().st_size > 0
+    assert {"blind", "baseline", "MODERN"} <= set(re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE))
+    inspected = (out / "inspect" / "modulation.json").read_bytes()
+
+    def evaluate_and_reverse(run, split):
+        scores = evaluate(run, split)
+        write_json(run / "results_val.json", json.loads((run / "results_val.json").read_text())[::-1])
+        return scores
+
+    # run again, it is made anew, and the same in whatever order the results are written
+    monkeypatch.setattr("experiments.demo.evaluate", evaluate_and_reverse)
+    again = run_demo(settings, runs=tmp_path / "runs")
+    assert (out / "inspect" / "modulation.json").read_bytes() == inspected
+    assert without_seconds((out / "report.html").read_text()) == without_seconds(page)
+    for model in ("blind", "baseline", "modern"):
+        assert again[model] == summary[model]
+
+
+def test_both_models_differ_in_their_conditioned_stages_only(settings, tmp_path):
+    run_demo(settings, runs=tmp_path / "runs")
+    one, other = (
+        load_settings(tmp_path / "runs/demo" / model / "config.yaml").model_dump() for model in ("baseline", "modern")
+    )
+    assert one.pop("name") != other.pop("name")
+    assert (one["cbn"].pop("stages"), other["cbn"].pop("stages")) == ([], [1, 2, 3, 4])
+    assert one == other
+
+
+def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):
+    store = Store(tiny.parent / "world.h5")
+    train = store.table("train")
+    answers = best_blind_answers(train, train)
+    by_text = {}
+    for row, text in enumerate(train.texts):
+        by_text.setdefault(text, Counter()).update(train.answers(row))
+    best = sum(max(counts.values()) for counts in by_text.values()) / sum(c.total() for c in by_text.values())
+    assert score(answers, train)["overall"] == pytest.approx(100 * best)
+
+
+def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
+    from experiments.pretrain import pretrain_backbone
+
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    for name in ("mine.safetensors", "mine.pth", "none"):
+        with pytest.raises(InputError, match=name):
+            pretrain_backbone(tmp_path / name, "resnet10", **made)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+
+
+def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
+    from experiments.pretrain import pretrain_backbone
+
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    file = tmp_path / "backbone.safetensors"
+    accuracy = pretrain_backbone(file, "resnet10", **made)
+    before = file.read_bytes()
+    assert pretrain_backbone(file, "resnet10", **made) == accuracy
+    assert file.read_bytes() == before
+    for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
+        with pytest.raises(InputError, match=f"pretrained with {next(iter(other))}"):
+            pretrain_backbone(file, "resnet10", **made | other)
+        assert file.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {file.name}
+
+
+def test_a_backbone_does_not_depend_on_the_number_of_cores(tmp_path):
+    from experiments.pretrain import pretrain_backbone
+
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            file = tmp_path / f"{count}.safetensors"
+            pretrain_backbone(file, "resnet10", seed=1, image_size=32, images=128, epochs=1)
+            assert torch.get_num_threads() == count
+            made.append(file.read_bytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1]
+
+
+def test_a_backbone_of_the_large_world_names_its_shapes(tmp_path):
+    from experiments.pretrain import pretrain_backbone
+
+    file = tmp_path / "new" / "backbone.safetensors"
+    pretrain_backbone(file, "resnet10", world="large", seed=1, image_size=64, images=64, epochs=1)
+    assert load_file(file)["fc.weight"].shape[0] == 8
+
+
+def test_a_backbone_that_does_not_say_all_it_was_made_with_is_refused(tmp_path):
+    from experiments.pretrain import pretrain_backbone
+
+    file = tmp_path / "backbone.safetensors"
+    said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
+    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
+    with pytest.raises(InputError, match="pretrained with world None, not small; remove it or name another"):
+        pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1)

@@ -1,0 +1,293 @@
+"""Features after each stage: what is captured, the numbers on features made up for it, and the command's files."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.features.figure import COLOURS, class_colours, write_scatter
+from experiments.features.neighbours import is_colour, neighbour_accuracy, project
+from experiments.features.networks import RAW, networks_of, open_runs, show_same_pairs, shown_names, stage_features
+from tests.vqa.test_resnet import pair, random_modulation
+from vqa.cbn import Modulation
+from vqa.text.answers import normalise_answer
+
+FILES = {"answer_type.png", "question_type.png", "colour.png", "points.csv", "neighbours.csv", "neighbours.json"}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, trained):
+    """Run directories of one ResNet: MODERN, the baseline, and one whose stage 4 was trained."""
+    from experiments.training.trainer import train
+    from vqa.settings.recipes import load_settings
+
+    def run(*words):
+        return train(load_settings(tiny, ["cbn.stages=[]", *words]), runs=tiny.parent / "runs").path
+
+    return [trained, run("name=baseline"), run("name=tuned", "backbone.train=stage4", "train.learning_rate=0.01")]
+
+
+def networks(folders, pairs=24, seed=0):
+    return {one.name: one for one in networks_of(show_same_pairs(open_runs(folders, "val", []), "val", pairs, seed))}
+
+
+# ---- the maps
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50", "resnext50_32x4d"])
+@torch.inference_mode()
+def test_stage_maps_are_those_of_torchvisions_stages(name):
+    plain, net = pair(name)
+    x = torch.randn(2, 3, 64, 64)
+    zero = torch.zeros(2, sum(layer.channels for layer in net.layers))
+    still, zeroed = net.stage_maps(x), net.stage_maps(x, Modulation(zero, zero))
+    assert len(still) == len(zeroed) == 4
+    expected = plain.maxpool(plain.relu(plain.bn1(plain.conv1(x))))
+    for stage, ours, ours_zeroed in zip((1, 2, 3, 4), still, zeroed, strict=True):
+        expected = plain.get_submodule(f"layer{stage}")(expected)
+        assert ours.shape[-1] == 64 // 2 ** (stage + 1)
+        assert torch.equal(ours, expected)
+        torch.testing.assert_close(ours_zeroed, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_the_fourth_map_is_the_networks_and_deltas_move_only_what_follows():
+    _, net = pair("resnet18", (3, 4))
+    x, modulation = torch.randn(2, 3, 64, 64), random_modulation(net, 2)
+    still, moved = net.stage_maps(x), net.stage_maps(x, modulation)
+    assert torch.equal(moved[3], net(x, modulation))
+    assert [torch.equal(*maps) for maps in zip(still, moved, strict=True)] == [True, True, False, False]
+
+
+def test_features_are_the_averaged_maps_of_each_pair(trained):
+    found = networks([trained])
+    assert list(found) == [RAW, "trained"]
+    for network in found.values():
+        features = stage_features(network)
+        _, bundle, _, _, data = network.run
+        assert [of_stage.shape for of_stage in features] == [(24, width) for width in (64, 128, 256, 512)]
+        for row in (0, 17):
+            batch = data.__getitems__([row])
+            images = bundle.preprocessing.normalise(batch.images)
+            output = bundle.model(images, batch.tokens, batch.lengths, modulate=network.modulate)
+            expected = bundle.model.resnet(images, output.modulation).mean((2, 3))[0]
+            torch.testing.assert_close(torch.from_numpy(features[3][row]), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- which networks, by which names
+
+
+def test_a_frozen_run_lends_the_raw_resnet_and_a_baseline_is_it(runs):
+    modern, baseline, tuned = runs
+    assert [(one.name, one.modulate) for one in networks(runs).values()] == [
+        (RAW, False),
+        ("trained", True),
+        ("tuned", False),
+    ]
+    assert list(networks([tuned, baseline])) == [RAW, "tuned"]
+    assert list(networks([tuned])) == ["tuned"]
+    lent, own = (stage_features(networks([run])[RAW]) for run in (modern, baseline))
+    assert all(np.array_equal(*both) for both in zip(lent, own, strict=True))
+    raw, fine = (stage_features(one) for one in networks([baseline, tuned]).values())
+    assert [np.array_equal(*both) for both in zip(raw, fine, strict=True)] == [True, True, True, False]
+
+
+def test_re_estimated_statistics_make_another_resnet(command, trained, tmp_path):
+    assert command("recalibrate", "--run", trained, "--out", tmp_path / "moved").code == 0
+    assert list(networks([tmp_path / "moved"])) == ["moved"]
+    assert list(networks([tmp_path / "moved", trained])) == [RAW, "moved", "trained"]
+
+
+def test_runs_of_different_resnets_are_refused(refused, tiny, trained, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert command("train", "--config", tiny, "name=other", "seed=5").code == 0
+    line = refused("features", "--run", trained, "--run", "runs/other")
+    assert "other: its frozen ResNet is another than that of trained" in line
+
+
+def test_names_are_as_long_as_they_must_be(trained, tmp_path):
+    folders = [tmp_path / name for name in ("a/seed_1", "b/seed_1", "c")]
+    for folder in folders:
+        shutil.copytree(trained / "model", folder / "model")
+    assert shown_names(folders[1:]) == ["seed_1", "c"]
+    assert shown_names([folders[0] / "model", folders[1]]) == ["a/seed_1", "b/seed_1"]
+
+
+# ---- the numbers
+
+
+def test_neighbours_find_what_is_apart():
+    rng = np.random.default_rng(0)
+    images = np.arange(300)
+    labels = np.array(["a", "b", "c"])[images % 3]
+    apart = rng.normal(size=(300, 5)) + 100.0 * (images % 3)[:, None]
+    found = neighbour_accuracy(apart, labels, images, seed=0)
+    assert found == (1.0, pytest.approx(1 / 3), 3, 300, 15)
+    labels[:30] = np.roll(labels[:30], 1)  # a tenth is labelled as what it is not
+    assert neighbour_accuracy(apart, labels, images, seed=0).accuracy == pytest.approx(0.9)
+
+
+def test_neighbours_are_at_chance_on_noise():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["a", "b"], 2000)
+    found = neighbour_accuracy(rng.normal(size=(2000, 8)), labels, np.arange(2000), seed=0)
+    assert abs(found.accuracy - 0.5) < 0.04
+    assert found.chance == max((labels == "a").mean(), (labels == "b").mean())
+
+
+def test_a_pair_is_not_told_by_the_other_pairs_of_its_image():
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.arange(100), 20)
+    of_image, labels = rng.normal(size=(100, 4)), rng.choice(["a", "b"], 100)
+    found = neighbour_accuracy(of_image[images], labels[images], images, seed=0)
+    assert abs(found.accuracy - 0.5) < 0.2
+
+
+def test_channels_count_alike_whatever_their_scale():
+    rng = np.random.default_rng(0)
+    labels = np.array(["a", "b"])[np.arange(200) % 2]
+    features = np.stack([10.0 * (np.arange(200) % 2) + rng.normal(size=200), 1e4 * rng.normal(size=200)], axis=1)
+    assert neighbour_accuracy(features, labels, np.arange(200), seed=0).accuracy > 0.95
+
+
+def test_classes_of_too_few_images_are_left_out():
+    features, images = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40)
+    labels = ["a"] * 18 + ["b"] * 18 + ["rare"] * 4
+    found = neighbour_accuracy(features, labels, images, seed=0)
+    assert (found.classes, found.pairs, found.chance) == (2, 36, 0.5)
+    assert neighbour_accuracy(features, ["a"] * 36 + ["rare"] * 4, images, seed=0) is None
+    assert neighbour_accuracy(features, labels, np.arange(40) % 4, seed=0) is None
+
+
+def test_points_are_the_same_for_the_same_seed():
+    features = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    points = project(features, seed=1)
+    assert points.shape == (50, 2)
+    assert np.isfinite(points).all()
+    assert np.array_equal(project(features, seed=1), points)
+    assert not project(np.ones((50, 8), np.float32), seed=1).any()
+
+
+@pytest.mark.parametrize("answer", ["red", "Black and white", "gray.", "red, white and blue"])
+def test_colours(answer):
+    assert is_colour(answer)
+
+
+@pytest.mark.parametrize("answer", ["", "and", "red car", "2", "yes", "colour"])
+def test_no_colours(answer):
+    assert not is_colour(answer)
+
+
+# ---- the picture
+
+
+def test_the_most_common_classes_have_a_colour_each():
+    colours = class_colours(["b", "b", "a", *map(str, range(10))])
+    assert list(colours)[:3] == ["b", "0", "1"]
+    assert len(set(colours.values())) == len(colours) == len(COLOURS)
+
+
+def test_a_picture_of_many_classes_and_any_name(tmp_path):
+    points = {"a $ b $": [np.random.rand(30, 2)] * 2, "c": [np.zeros((30, 2))] * 2}
+    notes = {name: ["", "9 %"] for name in points}
+    write_scatter(tmp_path / "a.png", points, [f"kind {n % 12}" for n in range(30)], "title", notes)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 700
+
+
+# ---- the command
+
+
+def test_the_command_writes_everything(command, tiny, runs, tmp_path):
+    given = [word for run in runs for word in ("--run", run)]
+    ended = command("features", *given, "--out", tmp_path / "a")
+    assert ended.code == 0, ended.err
+    assert "split 'val' has no more than these 24 pairs" in ended.out
+    assert "question type (4 classes, chance" in ended.out
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
+
+    with (tmp_path / "a/points.csv").open(newline="", encoding="utf-8") as file:
+        points = list(csv.DictReader(file))
+    shown = {(point["network"], point["stage"], point["question_id"]) for point in points}
+    assert len(shown) == len(points) == 3 * 4 * 24
+    assert {point["network"] for point in points} == {RAW, "trained", "tuned"}
+    world = json.loads((tiny.parent / "world/val_annotations.json").read_text())["annotations"]
+    for entry in world:
+        of_question = [point for point in points if point["question_id"] == str(entry["question_id"])]
+        assert len(of_question) == 12
+        for point in of_question:
+            assert point["answer_type"] == entry["answer_type"]
+            assert point["question_type"] == entry["question_type"]
+            assert normalise_answer(point["answer"]) == normalise_answer(entry["answers"][0]["answer"])
+            assert np.isfinite([float(point["x"]), float(point["y"])]).all()
+
+    numbers = json.loads((tmp_path / "a/neighbours.json").read_text())
+    assert (numbers["split"], numbers["pairs"], numbers["seed"]) == ("val", 24, 0)
+    with (tmp_path / "a/neighbours.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{key: str(value) for key, value in entry.items()} for entry in numbers["accuracies"]]
+    for entry in numbers["accuracies"]:
+        assert 0 <= entry["accuracy"] <= 100
+        assert f"{entry['accuracy']:.1f}" in ended.out
+
+
+def test_the_same_seed_gives_the_same_files(command, trained, tmp_path):
+    def run(name, *words):
+        assert command("features", "--run", trained, "--pairs", 20, "--out", tmp_path / name, *words).code == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    first = run("a")
+    assert run("b") == first
+    assert run("c", "--seed", 1)["points.csv"] != first["points.csv"]
+
+
+def test_a_copied_model_is_shown_from_raw_files_too(command, trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "trained")
+    for run, out, words in ((trained, "h5", []), (tmp_path / "trained", "raw", ["data.h5=absent.h5"])):
+        assert command("features", "--run", run, "--out", tmp_path / out, *words).code == 0
+    assert (tmp_path / "h5/neighbours.csv").read_text() == (tmp_path / "raw/neighbours.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "vall"], "no split 'vall'; it holds train, val"),
+        (["--pairs", "19"], "20 are the fewest"),
+        (["--pairs", "0"], "no positive number"),
+        (["--seed", "-1"], "no number from 0"),
+        (["--seed", "4294967296"], "no number from 0"),
+        (["--run", "nowhere"], "nowhere: no model here"),
+        (["cbn.stages=[4]"], "taken as it is"),
+    ],
+)
+def test_wrong_input_is_refused(refused, trained, tmp_path, words, said):
+    assert said in refused("features", "--run", trained, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_wrong_input_is_refused(refused, trained, tmp_path):
+    given = ("features", "--run", trained)
+    assert "given twice" in refused(*given, "--run", trained / "model", "--out", tmp_path / "out")
+    (tmp_path / "file").touch()
+    assert "must be a directory" in refused(*given, "--out", tmp_path / "file")
+    assert "--run" in refused("features")
+    split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
+    words = (f"data.splits.test={split}", "data.h5=absent.h5")
+    assert "has no annotations" in refused(*given, "--split", "test", "--out", tmp_path / "out", *words)
+
+
+def test_runs_of_other_questions_are_refused(refused, command, tiny, trained, tmp_path, monkeypatch):
+    from data.scenes.write import write_world
+
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path / "world", seed=8, images={"train": 12, "val": 6}, processes=1)
+    words = (f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/world.h5")
+    assert command("preprocess", "--config", tiny, *words).code == 0
+    assert command("train", "--config", tiny, "name=elsewhere", *words).code == 0
+    line = refused("features", "--run", trained, "--run", "runs/elsewhere", "--out", tmp_path / "out")
+    assert "elsewhere: its split 'val' holds other questions than that of trained" in line

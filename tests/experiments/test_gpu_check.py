@@ -1,0 +1,72 @@
+"""`main.py gpu-check` on a CPU: every step runs, has its file in the archive, and one that fails stops no other."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+
+from experiments.gpu import check as gpu_check
+from experiments.training.run_directory import surroundings
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    out = tmp_path_factory.mktemp("checked")
+    failed = gpu_check.gpu_check(out, minutes=20, device="cpu", tiny=True, suites=[])
+    return out, failed
+
+
+def test_every_step_passes_and_is_in_the_archive(checked):
+    out, failed = checked
+    assert failed == [], (out / "log.txt").read_text()
+    with zipfile.ZipFile(out / "gpu-check.zip") as archive:
+        told = {name: json.loads(archive.read(f"{name}.json")) for name in gpu_check.STEPS}
+    for name, step in told.items():
+        assert step["state"] == "passed"
+        assert step["command"].endswith(f"--step {name}")
+        assert step["machine"]["torch"]
+    assert [row["type"] for row in told["modulate"]["rows"]] == ["float32", "bfloat16", "float16"]
+    assert told["resume"]["rows"][0]["difference"] == "0.0e+00"
+    assert {row["way"] for row in told["step"]["rows"]} == {"ours", "plain", "usual", "stacked"}
+
+
+def test_what_passed_is_not_run_again(checked, capsys):
+    out, _ = checked
+    before = (out / "step.json").stat().st_mtime_ns
+    assert gpu_check.gpu_check(out, minutes=1, device="cpu", tiny=True, suites=[]) == []
+    assert (out / "step.json").stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "RIGHT", {"unknown": 60, "deltas": 60})
+    monkeypatch.setattr(gpu_check, "STEPS", {"unknown": 60, "deltas": 60})
+    names = ["unknown", "deltas"]
+    assert gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, steps=names, suites=[]) == ["unknown"]
+    assert "unknown: failed: KeyError: 'unknown_rows'" in capsys.readouterr().out
+    assert json.loads((tmp_path / "deltas.json").read_text())["state"] == "passed"
+
+
+def test_a_step_that_takes_too_long_is_ended_and_the_exit_code_says_that_one_failed(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(gpu_check, "_START", 0)
+    monkeypatch.setattr(gpu_check, "STEPS", {"deltas": 0})
+    ended = command("gpu-check", "--out", tmp_path, "--device", "cpu", "--tiny", "--step", "deltas", "--no-suites")
+    assert ended.code == 1
+    assert ended.out.endswith("gpu-check.zip; failed: deltas\n")
+    assert json.loads((tmp_path / "deltas.json").read_text())["error"] == "took too long"
+
+
+def test_a_copy_without_its_history_says_its_commit(monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert surroundings(torch.device("cpu"))["git_commit"] == "abc"
+
+
+def test_wrong_words_are_refused(refused, tmp_path):
+    out = ("--out", tmp_path / "out")
+    assert "no number of minutes" in refused("gpu-check", *out, "--minutes", "0")
+    assert refused("gpu-check", *out, "--step", "speed").startswith("error: gpu-check: no step speed; steps are modul")
+    assert refused("gpu-check", *out, "--suite", "table9").endswith("table9.yaml: no such suite")
+    assert "device: cuda" in refused("gpu-check", *out)
+    (tmp_path / "file").touch()
+    assert refused("gpu-check", "--out", tmp_path / "file").endswith("must be a directory")

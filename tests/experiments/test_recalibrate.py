@@ -1,0 +1,49 @@
+"""Re-estimated statistics: a new model that differs in them alone, on a command line that refuses what is wrong."""
+
+import pytest
+import torch
+
+from vqa.saved_model import load_bundle
+
+
+def test_only_the_running_statistics_change(command, trained, tmp_path):
+    ended = command("recalibrate", "--run", trained, "--out", tmp_path / "new", "--split", "val", "--batches", 1)
+    assert ended.code == 0, ended.err
+    assert "statistics of 16 questions' images" in ended.out
+    old, new = load_bundle(trained), load_bundle(tmp_path / "new")
+    assert new.training["recalibrated_on"] == "val"
+    changed = 0
+    for name, value in new.model.state_dict().items():
+        same = torch.equal(value, old.model.state_dict()[name])
+        if "running" in name:
+            changed += not same
+        elif "num_batches_tracked" not in name:
+            assert same, name
+    assert changed > 20
+    ended = command("eval", "--run", tmp_path / "new")
+    assert ended.code == 0, ended.err
+
+
+def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, tmp_path):
+    for name in ("one", "two"):
+        assert command("recalibrate", "--run", trained, "--config", tiny, "--out", tmp_path / name).code == 0
+    one, two = (load_bundle(tmp_path / name).model.state_dict() for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--split", "tset"], "no split 'tset'"),
+        (["cbn.stages=[]"], "cbn.stages=[]: a trained model is taken as it is"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--batches", "0"], "'0' is no positive number"),
+    ],
+)
+def test_wrong_input_is_one_line(refused, trained, tmp_path, words, says):
+    assert says in refused("recalibrate", "--run", trained, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_itself_is_not_overwritten(refused, trained):
+    assert "must name another directory" in refused("recalibrate", "--run", trained, "--out", trained)

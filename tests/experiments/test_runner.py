@@ -1,0 +1,119 @@
+"""The runner: what is finished is not repeated, what was killed goes on, what fails does not stop the rest."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+from experiments.report.results import keep_evidence
+from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
+from experiments.suite import Test as SuiteTest
+from experiments.suite import load_suite
+from tests.conftest import ROOT
+from tests.experiments.test_suites import TINY
+
+SUITE = f"""\
+title: Two runs
+recipe: {ROOT}/config/demo.yaml
+seeds: [1, 2]
+baseline: none
+runs:
+  none: {{settings: "cbn.stages=[]"}}
+  lost: {{settings: "cbn.stages=[] question.glove=nowhere.txt"}}
+"""
+PYTHON = [sys.executable, str(ROOT / "main.py"), "experiment"]
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    return load_suite(tmp_path / "two.yaml", TINY)
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, capsys, refused):
+    runs = tmp_path / "runs"
+    failed = run_suite(suite, runs, at_once=2)
+    assert failed.startswith("2 of 4 runs failed; see ")
+    told = capsys.readouterr().out
+    assert "lost, seed 1: error: nowhere.txt: no such file" in told
+    assert [job.name for job in missing_jobs(suite, runs)] == ["lost, seed 1", "lost, seed 2"]
+    finished = [job.folder(runs) / "model" / "model.safetensors" for job in jobs_of(suite) if job.run.name == "none"]
+    made = [file.stat().st_mtime_ns for file in finished]
+    assert "2 of 2 runs failed" in refused("experiment", "two.yaml", "--at-once", 2, *TINY)
+    assert [file.stat().st_mtime_ns for file in finished] == made  # nothing finished was trained again
+
+
+def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path):
+    (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
+    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=20"]
+    runs = tmp_path / "runs"
+    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
+    first, second = jobs_of(suite)
+    begun = subprocess.Popen([*PYTHON, *words], process_group=0, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and not (second.folder(runs) / "checkpoints" / "last.pt").exists():
+        time.sleep(0.005)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    assert first.is_finished(runs, suite.tests)
+    assert not second.is_finished(runs, suite.tests)
+    made = (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns
+    ended = subprocess.run([*PYTHON, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 runs, 1 of them finished" in ended.stdout
+    assert "resumes at epoch" in (second.folder(runs) / "log.txt").read_text()
+    assert not missing_jobs(suite, runs)
+    assert (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns == made
+
+
+@pytest.mark.usefixtures("suite")
+def test_commands_that_are_listed_run_one_job_each(command, refused):
+    words = list(TINY)
+    listed = command("experiment", "two.yaml", "--list", *words).out.splitlines()
+    assert len(listed) == 4
+    assert "--only none --seed 1 " in listed[0]
+    assert command("experiment", "two.yaml", "--only", "none", "--seed", 1, *words).code == 0
+    assert len(command("experiment", "two.yaml", "--list", *words).out.splitlines()) == 3
+    assert "no run 'nine'" in refused("experiment", "two.yaml", "--only", "nine", "--seed", 1)
+    assert "no run 'none' with seed 9" in refused("experiment", "two.yaml", "--only", "none", "--seed", 9)
+    assert "belong together" in refused("experiment", "two.yaml", "--only", "none")
+
+
+def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp_path):
+    runs, job = tmp_path / "runs", jobs_of(suite)[0]
+    run_job(job, suite, runs)
+    shutil.rmtree(job.folder(runs) / "checkpoints")  # as when it was brought back from published evidence
+    suite = replace(suite, tests=(*suite.tests, SuiteTest("re-estimated", (), "train")))  # which needs the model
+    (job.folder(runs) / "metrics_val.json").write_text("{}")
+    (job.folder(runs) / "environment.json").write_text('{"git_commit": "of the old one"}')
+    run_job(job, suite, runs)
+    assert "of the old one" not in (job.folder(runs) / "environment.json").read_text()
+    assert "overall" in json.loads((job.folder(runs) / "metrics_val.json").read_text())
+
+
+def test_evidence_brings_reports_back_without_training(suite, tmp_path, command):
+    runs, file = tmp_path / "runs", tmp_path / "two_runs.zip"
+    job = jobs_of(suite)[0]
+    run_job(job, suite, runs)
+    reported = command("experiment", "two.yaml", "--report", *TINY).out
+    keep_evidence(suite, runs, file)
+    kept = file.read_bytes()
+    keep_evidence(suite, runs, file)
+    assert file.read_bytes() == kept
+    assert len(kept) < 20_000
+    (tmp_path / "elsewhere").mkdir()
+    runs.rename(tmp_path / "elsewhere" / "runs")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(runs)
+    assert job.is_finished(runs, suite.tests)
+    assert command("experiment", "two.yaml", "--report", *TINY).out == reported
+    assert "finished, nothing to do" in command("experiment", "two.yaml", "--only", "none", "--seed", 1, *TINY).out
+    assert not (job.folder(runs) / "checkpoints").exists()

@@ -1,0 +1,136 @@
+"""Every suite is expanded, and each of its runs takes two tiny training steps and all its tests."""
+
+import json
+
+import pytest
+
+from experiments.prepare import split_files
+from experiments.runner import Job, folder_of, run_job
+from experiments.suite import load_suite
+from tests.conftest import ROOT
+from tests.test_recipes import write_split
+from vqa.io.errors import InputError
+from vqa.settings.recipes import load_settings
+
+SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
+TINY = (
+    "device=cpu",
+    "backbone.name=resnet10",
+    "attention.units=8",
+    "answer.fusion_size=16",
+    "answer.hidden_size=8",
+    "question.embedding_size=8",
+    "question.hidden_size=16",
+    "scenes.images={train: 8, val: 4, test: 4}",
+    "scenes.pretrain_size=64",
+    "scenes.pretrain_images=64",
+    "scenes.pretrain_epochs=1",
+    "train.epochs=1",
+    "train.batch_size=16",
+    "data.processes=1",
+    "workers=0",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One folder of runs for all suites: what they share is run once."""
+    return tmp_path_factory.mktemp("suites")
+
+
+OF_PHOTOGRAPHS = ("backbone.weights=none", "question.glove=null", "question.layers=1", "data.image_size=64")
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
+def test_every_run_of_every_suite_takes_two_steps(file, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    recipe = load_suite(file).runs[0].settings
+    drawn = recipe.scenes is not None
+    words = TINY if drawn else OF_PHOTOGRAPHS + tuple(word for word in TINY if "scenes" not in word)
+    if drawn and recipe.data.image_size == 224:
+        words += ("data.image_size=64",)
+    suite = load_suite(file, words)
+    if not drawn:
+        for first, (name, files) in enumerate(split_files(recipe).items()):
+            write_split(files, range(100 * first, 100 * first + (32 if name == "train" else 4)))
+    for run in suite.runs:
+        job = Job(run, suite.seeds[0])
+        run_job(job, suite, runs)
+        assert job.is_finished(runs, suite.tests)
+        line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())
+        assert (line["epoch"], line["steps"]) == (1, 2)
+        for test in suite.tests:
+            scores = json.loads((folder_of(job.folder(runs), test) / test.files[0]).read_text())
+            assert 0 <= scores["overall"] <= 100
+
+
+def test_runs_of_the_same_settings_are_one_run_whatever_suite_asks():
+    named = {}
+    for file in SUITES:
+        for run in load_suite(file).runs:
+            seeded = run.seeded(3)
+            named.setdefault(seeded.name, []).append(seeded)
+    for same in named.values():
+        assert all(settings == same[0] for settings in same)
+    assert max(len(same) for same in named.values()) >= 4  # MODERN itself
+
+
+def test_a_seed_changes_nothing_but_the_seed_and_the_place():
+    run = load_suite(ROOT / "experiments" / "suites" / "table2.yaml").runs[0]
+    one, two = run.seeded(1), run.seeded(2)
+    assert one.model_copy(update={"seed": 2, "name": two.name}) == two
+    assert one.name != two.name
+
+
+@pytest.fixture
+def suite_of(tmp_path):
+    def write(text: str):
+        file = tmp_path / "suite.yaml"
+        file.write_text(f"title: t\nrecipe: {ROOT}/config/demo.yaml\n{text}")
+        return file
+
+    return write
+
+
+GOOD = "seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: train.epochs=2}}\n"
+
+
+def test_a_suite_is_a_delta_over_its_recipe(suite_of):
+    suite = load_suite(suite_of(GOOD), ("train.batch_size=8",))
+    a, b = suite.runs
+    recipe = load_settings(ROOT / "config" / "demo.yaml", ["train.batch_size=8"])
+    assert a.settings.model_copy(update={"name": "demo"}) == recipe
+    assert b.settings.train.epochs == 2
+    assert a.settings.name != b.settings.name
+    assert [row.name for row in suite.rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seeds: [1]\nbaseline: c\nruns: {a: {}}\n", "no row 'c'; rows are a"),
+        ("seeds: []\nbaseline: a\nruns: {a: {}}\n", "seeds"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {setings: x}}\n", "runs.a.setings"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: trian.epochs=2}}\n", "did you mean train"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is no setting"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n",
+            "runs.a.paper.overal.*should be 'overall', 'yes/no', 'number' or 'other'",
+        ),
+        ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
+        ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
+        ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "come to the same settings"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {settings: 'train.splits=[val] train.validate_on='}}\n",
+            "trains on val",
+        ),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
+        ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
+    ],
+)
+def test_a_wrong_suite_is_refused(suite_of, text, says):
+    with pytest.raises(InputError, match=says) as refused:
+        load_suite(suite_of(text))
+    assert "suite.yaml" in str(refused.value)

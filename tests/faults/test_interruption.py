@@ -1,0 +1,266 @@
+"""SIGTERM, Ctrl-C and a cluster's SIGUSR2: what was done is saved, one line says how to go on, and nothing is torn."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+import data.decoding
+from data.h5_file import Store, partial_path
+from data.scenes.write import write_world
+from experiments import runner
+from experiments.suite import load_suite
+from experiments.training import loop
+from experiments.training.run_data import VQATask
+from experiments.training.trainer import train
+from tests.conftest import ROOT
+from tests.experiments.test_runner import SUITE
+from tests.experiments.test_suites import TINY
+from tests.experiments.training.test_trainer import lines, same_weights
+from vqa.io.processes import Interrupted, StopRequest, listen
+from vqa.settings.recipes import load_settings
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """The handlers of the tests' own process are put back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ask(number):
+    """The signal, as from outside, and time to hear it."""
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+
+def calling(real, at, what):
+    """`real`, which in its call number `at` first does `what`."""
+    calls = []
+
+    def function(*arguments, **named):
+        calls.append(1)
+        if len(calls) == at:
+            what()
+        return real(*arguments, **named)
+
+    return function
+
+
+def test_a_signal_waits_for_the_end_of_what_holds_it_back():
+    done = []
+    with pytest.raises(Interrupted) as raised, StopRequest() as stop:
+        ask(signal.SIGTERM)
+        ask(signal.SIGTERM)  # from the group, and from the parent
+        assert stop.made
+        done.append(1)
+    assert done
+    assert raised.value.exit_code == 143
+    with pytest.raises(Interrupted):  # after it, one is raised at once
+        ask(signal.SIGTERM)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    done = []
+    with pytest.raises(Interrupted), StopRequest():
+        ask(signal.SIGINT)
+        done.append(1)
+        ask(signal.SIGINT)
+        done.append(2)
+    assert done == [1]
+    with StopRequest() as stop:
+        assert not stop.made  # it leaves nothing behind
+
+
+def test_where_it_may_it_comes_through():
+    done = []
+    with pytest.raises(Interrupted), StopRequest() as stop:
+        with pytest.raises(Interrupted), stop.suspended():
+            ask(signal.SIGTERM)
+            done.append(1)
+        ask(signal.SIGTERM)
+        done.append(2)
+    assert done == [2]
+
+
+def test_what_was_ignored_from_the_start_stays_so():
+    code = "from signal import *; from vqa.io.processes import listen; listen(); print(*map(getsignal, (2, 15)))"
+    begun = f"trap '' INT; exec {sys.executable} -c '{code}'"
+    told = subprocess.run(["bash", "-c", begun], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("1 <function _handle")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
+def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, monkeypatch, command, number, code):
+    monkeypatch.chdir(tmp_path)
+    words = ["train.epochs=2", "answer.dropout=0.3"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path / "runs").path
+    stopping = calling(loop.nn.utils.clip_grad_norm_, 2, lambda: ask(number))
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
+        ended = command("train", "--config", tiny, "name=stopped", *words)
+    assert ended.code == code
+    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    assert command("train", "--config", tiny, "--resume", "name=stopped", *words).code == 0
+    assert same_weights(whole, tmp_path / "runs/stopped")
+    assert lines(whole) == lines(tmp_path / "runs/stopped")
+
+
+def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    whole = train(load_settings(tiny, ["name=whole"]), runs=tmp_path / "runs").path
+    with monkeypatch.context() as patched:
+        patched.setattr(VQATask, "score", calling(VQATask.score, 1, lambda: ask(signal.SIGTERM)))
+        assert command("train", "--config", tiny, "name=stopped").code == 143
+    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)  # all three steps
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.nn.utils, "clip_grad_norm_", pytest.fail)  # not one more
+        assert command("train", "--config", tiny, "--resume", "name=stopped").code == 0
+    assert same_weights(whole, tmp_path / "runs/stopped")
+    assert lines(whole) == lines(tmp_path / "runs/stopped")
+
+
+def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
+    h5 = tmp_path / "new.h5"
+    with monkeypatch.context() as patched:
+        real = data.decoding.decode_image
+        patched.setattr(data.decoding, "_IMAGES_A_TASK", 2)
+        patched.setattr(data.decoding, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
+        ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
+    assert ended.code == 130
+    assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"
+    with h5py.File(partial_path(h5)) as file:
+        assert file["images/filled"][:].sum() == 6
+    assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
+    one, other = Store(h5), Store(tiny.parent / "world.h5")
+    assert one.identity(one.splits) == other.identity(other.splits)
+
+
+@pytest.fixture(scope="module")
+def many(tiny, tmp_path_factory):
+    """The words of a preprocessing that takes several processes."""
+    folder = tmp_path_factory.mktemp("many")
+    write_world(folder, seed=1, images={"train": 120, "val": 2}, processes=1)
+    return ["preprocess", "--config", str(tiny), f"data.folder={folder}", "data.processes=2"]
+
+
+FIRST_WORKER = """
+import time
+from vqa.io.processes import WorkerContext
+if __name__ == "__main__":
+    worker = WorkerContext().Process(target=time.sleep, args=(60,))
+    worker.start()
+    print(worker.pid, flush=True)
+    worker.join(1)
+    print(worker.exitcode, flush=True)
+    worker.kill()
+"""
+
+
+def test_the_first_worker_is_deaf_from_its_first_moment(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST_WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begun = subprocess.Popen([sys.executable, tmp_path / "first.py"], stdout=subprocess.PIPE, env=environment)
+    worker = int(begun.stdout.readline())
+    for number in SIGNALS:
+        os.kill(worker, number)
+    assert begun.communicate(timeout=60)[0] == b"None\n"
+
+
+def kill_a_worker(parent):
+    """Kills a worker process of `parent` as soon as there is one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+@pytest.mark.parametrize("does", ["preprocess", "train"])
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(many, tiny, tmp_path, does):
+    """As by the kernel where memory is short."""
+    words = [*many, f"data.h5={tmp_path}/new.h5"]
+    if does == "train":
+        words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
+    arguments = [sys.executable, str(ROOT / "main.py"), *words]
+    begun = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    kill_a_worker(begun.pid)
+    _, said = begun.communicate(timeout=100)
+    assert begun.returncode == 2, said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: a worker process was killed, as the system does where memory is short")
+    assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")
+    again = [*arguments, "--resume"] if does == "train" else arguments
+    assert subprocess.run(again, cwd=tmp_path, capture_output=True, timeout=100, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
+def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, number):
+    arguments = [sys.executable, str(ROOT / "main.py"), *many, f"data.h5={tmp_path}/new.h5"]
+    begun = subprocess.Popen(arguments, process_group=0, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("*.partial")):
+        time.sleep(0.001)
+    time.sleep(0.1)  # they are about to start
+    if number == signal.SIGKILL:
+        begun.kill()  # alone, as by the kernel where memory is short
+    else:
+        os.killpg(begun.pid, number)  # all, as by Ctrl-C
+    _, said = begun.communicate(timeout=60)  # which is when the last of them has ended
+    if number != signal.SIGKILL and begun.returncode:
+        assert begun.returncode == 128 + number
+        assert said.count("\n") == 1
+        assert said.startswith("interrupted; preprocess ")
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.2)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).write_text("begun")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_suite_ends_its_runs_after_they_saved(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    suite, told = load_suite(tmp_path / "two.yaml", TINY), tmp_path / "told"
+    monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", CHILD, str(told)])
+
+    def outside():
+        while not told.exists() or told.read_text() != "begun":
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=outside)
+    thread.start()
+    with pytest.raises(Interrupted) as raised:
+        runner.run_suite(suite, tmp_path / "runs")
+    thread.join()
+    assert raised.value.number == number
+    assert told.read_text() == "saved"
+    assert not list((tmp_path / "runs" / "experiments").glob("*.lock"))

@@ -1,0 +1,218 @@
+"""Images: decoded, resized, normalised."""
+
+import json
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.bad_files import png, png_block
+from vqa.io.errors import InputError
+from vqa.io.images import decode_image, read_image
+from vqa.preprocessing import Preprocessing
+
+
+def test_images_are_plainly_resized_rgb(tmp_path):
+    picture = Image.new("RGB", (90, 30))
+    picture.paste((255, 0, 0), (0, 0, 45, 30))
+    picture.paste((0, 0, 255), (45, 0, 90, 30))
+    picture.save(tmp_path / "wide.png")
+    pixels = decode_image(tmp_path / "wide.png", 32)
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels[16, 4].tolist() == [255, 0, 0]
+    assert pixels[16, 28].tolist() == [0, 0, 255]
+    for mode in ("L", "CMYK", "P"):
+        picture.convert(mode).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+        assert decode_image(next(tmp_path.glob(f"{mode}.*")), 16).shape == (16, 16, 3)
+
+
+def test_sixteen_bits_a_pixel_keep_their_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = decode_image(tmp_path / "deep.png", 64)
+    assert abs(pixels.mean() - 127.5) < 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_files_that_are_no_images_are_named(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(InputError, match="bad.jpg: cannot be read as an image"):
+        decode_image(tmp_path / "bad.jpg", 16)
+
+
+def test_normalisation_is_torchvisions(tmp_path):
+    from torchvision.transforms.v2.functional import normalize, to_dtype
+
+    preprocessing = Preprocessing(8)
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    expected = normalize(to_dtype(images.permute(0, 3, 1, 2), scale=True), preprocessing.mean, preprocessing.std)
+    torch.testing.assert_close(preprocessing.normalise(images), expected, rtol=1e-5, atol=1e-5)
+    preprocessing.save(tmp_path / "p.json")
+    assert Preprocessing.load(tmp_path / "p.json") == preprocessing
+    good = {"size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "resize": "bilinear"}
+    for wrong in ({"size": "big"}, {"mean": [0, 0]}, {"std": [1, 0, 1]}, {"resize": "nearest"}, {"std": None}):
+        (tmp_path / "p.json").write_text(json.dumps(good | wrong))
+        with pytest.raises(InputError, match="p.json"):
+            Preprocessing.load(tmp_path / "p.json")
+
+
+def corners(mode=None):
+    """A picture whose corners are red, green, blue and white, clockwise from the top left."""
+    picture = Image.new("RGB", (64, 48), (0, 255, 0))
+    picture.paste((255, 0, 0), (0, 0, 32, 24))
+    picture.paste((255, 255, 255), (0, 24, 32, 48))
+    picture.paste((0, 0, 255), (32, 24, 64, 48))
+    return picture.convert(mode) if mode else picture
+
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def seen(file) -> np.ndarray:
+    """The four corners as they are decoded, clockwise, [4, 3]."""
+    pixels = decode_image(file, 16).astype(int)
+    return pixels[[2, 2, 13, 13], [2, 13, 13, 2]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_pictures_stand_upright(tmp_path, orientation, kind):
+    """Stored turned, as cameras do, with the EXIF entry that says so."""
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose: what EXIF 2 to 8 take back
+    picture = corners()
+    if orientation > 1:
+        picture = picture.transpose(Image.Transpose(turned[orientation]))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    picture.save(tmp_path / f"a.{kind}", exif=exif)
+    assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+def test_a_picture_of_sixteen_bits_stands_upright(tmp_path):
+    pixels = np.zeros((20, 40), np.uint16)
+    pixels[:, :20] = 60_000
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter
+    Image.fromarray(pixels).save(tmp_path / "deep.png", exif=exif)
+    assert read_image(tmp_path / "deep.png").size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "block", [{"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, {"exif": b"junk"}, {"icc_profile": b"junk"}], ids=str
+)
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_damaged_block_beside_the_picture_says_nothing(tmp_path, kind, block):
+    corners().save(tmp_path / f"a.{kind}", **block)
+    with warnings.catch_warnings(action="error"):
+        assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+TURNED = b'<x:xmpmeta tiff:Orientation="6"/>'
+EXIF = Image.Exif()
+EXIF[0x112] = 6
+RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(EXIF.tobytes()), EXIF.tobytes().hex().encode())
+UPRIGHT, SIDEWAYS = (64, 48), (48, 64)
+
+
+def packed(text: bytes) -> bytes:
+    return zlib.compress(text + b" " * 3_000_000)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize(
+    ("blocks", "size"),
+    [
+        ([(b"iCCP", b"profile\0\0" + packed(b""))], UPRIGHT),
+        ([(b"iCCP", b"profile\0\5")], UPRIGHT),
+        ([(b"gAMA", b"")], UPRIGHT),
+        ([(b"zTXt", b"text\0\0" + packed(b""))], UPRIGHT),
+        ([(b"tEXt", b"text\0" + b"x" * 2**20)] * 70, UPRIGHT),
+        ([(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed(TURNED))], SIDEWAYS),
+        ([(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + TURNED), (b"iCCP", b"p\0\0" + packed(b""))], SIDEWAYS),
+        ([(b"zTXt", b"text\0\0" + packed(b"")), (b"eXIf", EXIF.tobytes()[6:])], SIDEWAYS),
+        ([(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE))], SIDEWAYS),
+        ([(b"tEXt", b"Raw profile type exif\0" + RAW_PROFILE)], SIDEWAYS),
+        ([(b"tEXt", b"exif\0" + EXIF.tobytes())], SIDEWAYS),
+    ],
+    ids=lambda value: value[0][0].decode() if isinstance(value, list) else "",
+)
+def test_blocks_beside_the_pixels_of_a_png_are_left_out(tmp_path, blocks, size, behind):
+    corners().save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    place = len(whole) - 12 if behind else 33
+    added = b"".join(png_block(name, content) for name, content in blocks)
+    (tmp_path / "a.png").write_bytes(whole[:place] + added + whole[place:])
+    with warnings.catch_warnings(action="error"):
+        image = read_image(tmp_path / "a.png")
+    assert image.size == size
+    turned = corners() if size == UPRIGHT else corners().transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(image), np.asarray(turned))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [(kind, given) for kind in ("webp", "tiff", "avif") for given in ("icc_profile", "xmp")]
+    + [("jpg", "icc_profile"), ("gif", "comment")],
+)
+def test_large_blocks_beside_the_pixels_do_not_matter(tmp_path, kind, given):
+    corners().save(tmp_path / f"a.{kind}", **{given: b"x" * 3_000_000})
+    assert read_image(tmp_path / f"a.{kind}").size == UPRIGHT
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "given"),
+    [
+        ("L", "a.png", {}),
+        ("LA", "a.png", {}),
+        ("RGBA", "a.png", {}),
+        ("P", "a.png", {}),
+        ("P", "a.png", {"transparency": 0}),
+        ("P", "a.png", {"transparency": bytes(range(200))}),
+        ("P", "a.gif", {}),
+        ("CMYK", "a.jpg", {}),
+        ("CMYK", "a.tiff", {}),
+        ("RGB", "a.ppm", {}),
+        ("RGB", "a.bmp", {}),
+        ("RGB", "no_ending", {"format": "PNG"}),
+        ("RGB", "another_ending.jpg", {"format": "PNG"}),
+    ],
+)
+def test_every_kind_of_picture_has_its_colours(tmp_path, mode, name, given):
+    corners(mode).save(tmp_path / name, **given)
+    colours = COLOURS if not mode.startswith("L") else [(76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3]
+    with warnings.catch_warnings(action="error"):
+        assert np.abs(seen(tmp_path / name) - colours).max() < 40
+
+
+def test_what_lies_under_transparency_is_seen(tmp_path):
+    picture = corners("RGBA")
+    picture.putalpha(0)
+    picture.save(tmp_path / "a.png")
+    assert np.abs(seen(tmp_path / "a.png") - COLOURS).max() < 10
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
+def test_of_several_pictures_the_first_is_seen(tmp_path, kind):
+    corners().save(tmp_path / f"a.{kind}", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4])
+def test_sixteen_bits_a_channel(tmp_path, colour):
+    channels = {0: 1, 2: 3, 4: 2}[colour]
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32, 1).repeat(channels, 2).astype(">u2")
+    (tmp_path / "a.png").write_bytes(png(32, 32, 16, colour, b"".join(b"\0" + row.tobytes() for row in ramp)))
+    pixels = decode_image(tmp_path / "a.png", 32).astype(int)
+    assert np.abs(pixels - ramp[..., :1].astype(int) // 256).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30_000, 2), (2, 30_000), (3, 1)])
+def test_odd_shapes(tmp_path, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
+    pixels = decode_image(tmp_path / "a.png", 32)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels == (10, 200, 30)).all()

@@ -1,0 +1,174 @@
+"""Locks: who holds one is told, nobody else writes, and none outlives its process."""
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.h5_file import partial_path
+from experiments.runner import run_suite
+from experiments.suite import load_suite
+from tests.conftest import ROOT
+from tests.experiments.test_runner import SUITE
+from tests.experiments.test_suites import TINY
+from vqa.io.errors import InputError
+from vqa.io.locks import held
+
+NO_LOCKS = "#include <errno.h>\nint flock(int file, int how) { errno = NUMBER; return -1; }\n"
+US = f"locked by process {os.getpid()} on {socket.gethostname()}"
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vqa.io.locks import held
+with held(Path(sys.argv[1]), "it", wait=True):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(lock, seconds) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", HOLDER, str(lock), str(seconds)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_who_holds_it_is_told(tmp_path):
+    lock = tmp_path / "some" / ".lock"
+    with held(lock, "it"):
+        with pytest.raises(InputError, match=f"^it: {US}$"), held(lock, "it"):
+            pytest.fail("held twice")
+        assert lock.exists()  # who was refused does not remove it
+    assert not lock.exists()
+    with held(lock, "it"):
+        assert lock.exists()
+
+
+def test_it_vanishes_with_a_killed_process(tmp_path):
+    other = holder(tmp_path / ".lock", 60)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"process {other.pid} on "), held(tmp_path / ".lock", "it"):
+        pytest.fail("held twice")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert (tmp_path / ".lock").exists()
+    with held(tmp_path / ".lock", "it"):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+
+
+def test_who_waits_says_for_whom_and_gets_it(tmp_path, capsys):
+    first = holder(tmp_path / ".lock", 0.5)
+    assert first.stdout.readline() == "held\n"
+    second = holder(tmp_path / ".lock", 0.5)
+    begun = time.monotonic()
+    with held(tmp_path / ".lock", "it", wait=True):
+        assert first.wait() == 0
+        assert time.monotonic() - begun > 0.2
+        # where the second came before this one, it has ended by now
+        assert second.poll() == 0 or "held\n" not in second.stdout.read(1)
+    assert f"it: locked by process {first.pid} on {socket.gethostname()}; waiting\n" in capsys.readouterr().out
+    assert second.wait() == 0
+
+
+def test_a_second_training_of_a_run_is_refused(tiny, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    with held(tmp_path / "runs/.mine.lock", "it"):
+        for resume in ([], ["--resume"]):
+            assert refused("train", "--config", tiny, *resume, "name=mine").startswith(f"error: runs/mine: {US}")
+    assert not (tmp_path / "runs/mine").exists()
+
+
+def test_a_second_preprocessing_is_refused(tiny, tmp_path, refused):
+    h5 = tmp_path / "new.h5"
+    with held(tmp_path / ".new.h5.lock", "it"):
+        assert refused("preprocess", "--config", tiny, f"data.h5={h5}").startswith(f"error: {h5}: {US}")
+    assert not partial_path(h5).exists()
+
+
+def test_a_second_evaluation_into_a_folder_is_refused(trained, tmp_path, refused, command):
+    with held(tmp_path / ".val.lock", "it"):
+        assert f"{tmp_path}, split 'val': {US}" in refused("eval", "--run", trained, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert command("eval", "--run", trained, "--out", tmp_path).code == 0
+
+
+def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    suite = load_suite(tmp_path / "two.yaml", TINY)
+    lock = tmp_path / "runs/experiments" / f".{suite.report_name}.lock"
+    with held(lock, "it"), pytest.raises(InputError, match=f"suite {suite.report_name}: {US}"):
+        run_suite(suite, tmp_path / "runs")
+
+
+WITHOUT_POSIX = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import main
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("does", ["preprocess", "train", "recalibrate", "experiment", "ask"])
+def test_without_posix_one_line_says_so(tiny, trained, does):
+    image = next((tiny.parent / "world").rglob("*.png"))
+    words = {
+        "preprocess": ["--config", tiny],
+        "train": ["--config", tiny],
+        "recalibrate": ["--run", trained],
+        "experiment": ["suite.yaml"],
+        "ask": ["--run", trained, "--image", image, "--question", "what is it"],
+    }[does]
+    arguments = [sys.executable, "-c", WITHOUT_POSIX, does, *map(str, words)]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    if does == "ask":  # locks nothing
+        assert ended.returncode == 0, ended.stderr
+        return
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: this command needs a POSIX system")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def without_locks(tmp_path):
+    """Runs a command where flock fails with an error number, as on a disk without locks."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or compiler is None:
+        pytest.skip("no C compiler for a library that refuses locks")
+    (tmp_path / "refuse.c").write_text(NO_LOCKS)
+
+    def run(number, *words) -> subprocess.CompletedProcess:
+        library = tmp_path / f"refuse{number}.so"
+        made = [compiler, "-shared", "-fPIC", f"-DNUMBER={number}", "-o", library, tmp_path / "refuse.c"]
+        subprocess.run(made, check=True)
+        arguments = [sys.executable, ROOT / "main.py", *map(str, words)]
+        environment = {**os.environ, "LD_PRELOAD": str(library)}
+        return subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_disks_without_locks_are_said_and_worked_on(tiny, tmp_path, without_locks, number):
+    h5 = tmp_path / "new.h5"
+    ended = without_locks(number, "preprocess", "--config", tiny, f"data.h5={h5}")
+    assert ended.returncode == 0, ended.stderr
+    assert (
+        f"{tmp_path}/.new.h5.lock: this disk has no locks; make sure that no other process works on {h5}"
+        in ended.stdout
+    )
+    stored = ["data.cache_gib=1", "cbn.stages=[4]", "train.epochs=1"]  # the first stages' maps are stored
+    ended = without_locks(number, "train", "--config", tiny, f"data.h5={h5}", *stored)
+    assert ended.returncode == 0, ended.stderr
+    assert list(tmp_path.glob("new_stage*.h5"))
+    assert ended.stdout.count("this disk has no locks") == 2
+
+
+def test_an_error_of_locking_names_the_lock(tiny, tmp_path, without_locks):
+    ended = without_locks(errno.EIO, "preprocess", "--config", tiny, f"data.h5={tmp_path}/new.h5")
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: {tmp_path}/.new.h5.lock: cannot be locked (input/output error)\n"

@@ -1,0 +1,189 @@
+"""Settings: strict keys and types, inheritance, overrides; and the shipped recipes."""
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from vqa.io.errors import InputError
+from vqa.settings.recipes import load_settings
+from vqa.settings.schema import SplitSettings, setting_keys
+
+RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml"))
+PAPER = {"baseline", "finetune_stage4", "finetune_bn", "modern", "modern_448", "modern_mlb_448"}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A recipe over base.yaml."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {ROOT}/config/base.yaml\nname: mine\n")
+    return file
+
+
+def test_base_names_every_key_and_no_other():
+    def keys(section, prefix=""):
+        for key, value in section.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from keys(value, f"{prefix}{key}.")
+
+    base = set(keys(yaml.safe_load((ROOT / "vqa/settings/base.yaml").read_text())))
+    demo = set(keys(yaml.safe_load((ROOT / "config/demo.yaml").read_text())["scenes"], "scenes."))
+    assert base | {key for key in demo if not key.startswith("scenes.images.")} == set(setting_keys())
+
+
+def test_every_line_of_base_is_explained():
+    text = (ROOT / "vqa/settings/base.yaml").read_text()
+    lines = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
+    uncommented = {line.split(":")[0].strip() for line in lines if "#" not in line}
+    assert uncommented <= {"optimiser", "learning_rate", "epochs", "scenes"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_opens_with_what_it_is(recipe):
+    settings = load_settings(recipe)
+    text = recipe.read_text()
+    assert text.startswith("# ")
+    if recipe.stem != "base":
+        assert "python main.py" in text
+        assert "Paper" in text
+        assert "Cost: " in text
+        assert settings.name != "unnamed"
+
+
+def test_the_papers_hyper_parameters():
+    found = {path.stem: load_settings(path) for path in (ROOT / "config/vqa_v1").glob("*.yaml")}
+    assert set(found) == PAPER
+    modern = found["modern"]
+    assert modern.cbn.stages == [1, 2, 3, 4]
+    assert (modern.cbn.hidden_size, modern.cbn.stem, modern.cbn.shortcuts) == (512, False, False)
+    assert (modern.question.embedding_size, modern.question.glove_size, modern.question.hidden_size) == (300, 300, 1024)
+    assert modern.question.glove
+    assert modern.question.layers == 2
+    assert (modern.attention.units, modern.answer.fusion_size, modern.answer.hidden_size) == (512, 1024, 512)
+    assert (modern.train.learning_rate, modern.train.clip, modern.train.batch_size) == (2e-4, 5, 32)
+    assert (modern.train.epochs, modern.data.answers, modern.data.image_size) == (20, 2000, 224)
+    assert (modern.backbone.name, modern.backbone.train) == ("resnet50", "none")
+    assert found["baseline"].cbn.stages == found["finetune_bn"].cbn.stages == found["finetune_stage4"].cbn.stages == []
+    assert found["finetune_bn"].backbone.train == "batchnorm"
+    assert found["finetune_stage4"].backbone.train == "stage4"
+    assert found["modern_448"].data.image_size == found["modern_mlb_448"].data.image_size == 448
+    mlb = found["modern_mlb_448"].attention
+    assert (mlb.kind, mlb.glimpses, mlb.units) == ("mlb", 2, 256)
+
+
+def test_names_and_h5_files_of_recipes_do_not_collide():
+    settings = [load_settings(path) for path in RECIPES]
+    assert len({one.name for one in settings}) == len(settings)
+    sizes = {}
+    for one in settings:
+        assert sizes.setdefault(one.data.h5, one.data.image_size) == one.data.image_size
+
+
+def test_numbers_as_people_write_them(base):
+    base.write_text(base.read_text() + "train: {learning_rate: 1e-3, clip: 2}\n")
+    assert load_settings(base).train.learning_rate == 0.001
+    assert load_settings(base, ["train.learning_rate=2.5e-4"]).train.learning_rate == 0.00025
+    assert load_settings(base, ["question.glove=null"]).question.glove is None
+
+
+def test_files_override_their_base_and_words_override_files(tmp_path, base):
+    (tmp_path / "child.yaml").write_text("base: mine.yaml\ntrain: {epochs: 7}\ncbn: {stages: [4]}\n")
+    settings = load_settings(tmp_path / "child.yaml", ["train.batch_size=8", "cbn.stages=[3, 4]"])
+    assert (settings.name, settings.train.epochs, settings.train.batch_size) == ("mine", 7, 8)
+    assert settings.cbn.stages == [3, 4]
+    assert settings.train.clip == load_settings(base).train.clip
+
+
+def test_saved_settings_are_the_same_settings(base, tmp_path):
+    settings = load_settings(base, ["train.learning_rate=1e-5"])
+    settings.save(tmp_path / "saved.yaml")
+    assert load_settings(tmp_path / "saved.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.epoch=2", "unknown key train.epoch; did you mean train.epochs?"),
+        ("epochs=2", "unknown key epochs; did you mean train.epochs?"),
+        ("train.lr=1e-3", "unknown key train.lr; did you mean train.learning_rate?"),
+        ("bs=8", "unknown key bs; did you mean train.batch_size?"),
+        ("train.batch=8", "unknown key train.batch; did you mean train.batch_size?"),
+        ("train.grad-accum=2", "unknown key train.grad-accum; did you mean train.accumulate?"),
+        ("train.max_grad_norm=1", "did you mean train.clip?"),
+        ("num_epochs=3", "did you mean train.epochs?"),
+        ("num_workers=3", "did you mean workers?"),
+        ("arch=resnet18", "did you mean backbone.name?"),
+        ("train.wd=0.1", "unknown key train.wd; there is no weight decay"),
+        ("data.splits.val={questions: q, images: i/{image_id}.jpg}", "quotes, as '{image_id}.jpg'"),
+        ("data.splits.val={questions: q, images: {image_id}}", "images: .*quotes, as '{image_id}.jpg'"),
+        ("use_cbn=true", "unknown key use_cbn"),
+        ("cbn.use=true", "unknown key cbn.use"),
+        ("train.epochs=two", "train.epochs: .*integer"),
+        ("train.epochs=2.5", "train.epochs: .*integer"),
+        ("train.epochs=0", "train.epochs: .*greater than or equal to 1"),
+        ("cbn.stages=[5]", "cbn.stages.0: input should be 1, 2, 3 or 4, got 5"),
+        ("cbn.gamma=1", "cbn.gamma: .*boolean"),
+        ("answer.dropout=1.0", "answer.dropout: .*less than 1"),
+        ("device=gpu", "device: "),
+        ("name=../elsewhere", "name: "),
+        ("train.validate_on=train", "split 'train' is trained on"),
+        ("train.epochs", "no setting; write key.sub=value"),
+        ("train.epochs=[", "command line: train.epochs"),
+        ("train=5", "train: "),
+    ],
+)
+def test_wrong_words_are_one_clear_line(base, word, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_settings(base, [word])
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 3, epochs: 4}", "line 1: key 'epochs' is given twice"),
+        ("a: 1\nb: [", r"wrong.yaml: line \d"),
+        ("- a\n- b", "must hold `key: value` lines"),
+        ("base: nowhere.yaml", "nowhere.yaml: no such file"),
+        ("base: wrong.yaml", "leads back to itself"),
+        ("base: 5", "must be a file name"),
+        ("name: x", "is missing"),
+        ("name: !!python/object/apply:os.system ['touch ran']", "wrong.yaml: line 1"),
+        ("? [a]\n: 1", "wrong.yaml"),
+        (
+            "data:\n  images: {image_id}.jpg\n",
+            "line 2: .*; a text with braces must stand in quotes, as '{image_id}.jpg'",
+        ),
+        ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must stand in quotes"),
+    ],
+)
+def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_settings(tmp_path / "wrong.yaml")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_programs_names_lead_to_settings_that_exist():
+    from vqa.settings.recipes import _OTHER_NAMES
+
+    names = [name for names in _OTHER_NAMES.values() for name in names.split()]
+    assert _OTHER_NAMES.keys() <= set(setting_keys())
+    assert len(names) == len(set(names))
+    assert not set(names) & {key.rsplit(".", 1)[-1] for key in setting_keys()}
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="binary.yaml"):
+        load_settings(tmp_path / "binary.yaml")
+
+
+def test_splits_have_only_known_keys(base):
+    assert set(SplitSettings.model_fields) == {"questions", "annotations", "images"}
+    with pytest.raises(InputError, match="data.splits.train.image"):
+        load_settings(base, ["data.splits.train={questions: q, images: i, image: j}"])

@@ -1,0 +1,1 @@
+"""Small tools: errors, files, images, locks, signals and worker processes, progress. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Operations behind the layers: `modulate` (in C++ or plain torch operations) and the frozen convolution."""

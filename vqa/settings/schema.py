@@ -1,0 +1,238 @@
+"""Every setting with its type and range. `base.yaml`, beside this file, explains them and holds the defaults."""
+
+import reprlib
+from collections.abc import Collection, Iterable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vqa.io.files import write_text
+
+# Bounds are far above what any model has; they keep a slip of the finger from taking all memory or processes.
+Size = Annotated[int, Field(ge=1, le=2**16)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Processes = Annotated[int, Field(ge=1, le=256)]
+FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # names files and groups in h5 files
+
+
+class Role(Enum):
+    """What a setting decides, if not what is learnt; a setting without a role decides what is learnt."""
+
+    COMPUTING = auto()  # where it is computed, and what is written where meanwhile: the same results
+    SPEED = auto()  # how fast and in how much memory: the same results up to rounding
+    DATA = auto()  # where the data are: which they are is known by the h5 file's identity
+    SKIPPING = auto()  # what is skipped, and counted, instead of ending with an error
+    SCORING = auto()  # of training, but a trained model can be evaluated with another value
+
+
+SAME_RESULTS = (Role.COMPUTING, Role.SPEED)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SplitSettings(_Section):
+    """Raw files of a split, relative to `data.folder`."""
+
+    questions: FileName
+    annotations: FileName | None = None
+    images: FileName
+
+
+class DataSettings(_Section):
+    """Raw data and the h5 file made from it."""
+
+    folder: Annotated[FileName, Role.DATA]
+    splits: Annotated[dict[SplitName, SplitSettings], Role.DATA]
+    h5: Annotated[FileName, Role.DATA]
+    image_size: int = Field(ge=32, le=2048)
+    min_word_count: Count
+    answers: int = Field(ge=2, le=2**20)
+    skip_bad_images: Annotated[bool, Role.SKIPPING]
+    processes: Annotated[Processes, Role.COMPUTING]
+    cache_gib: Annotated[float, Role.SPEED] = Field(ge=0)
+
+
+class BackboneSettings(_Section):
+    """The pretrained ResNet."""
+
+    name: str
+    weights: FileName
+    train: Literal["none", "stage4", "batchnorm"]
+    statistics: Literal["population", "batch"]
+
+
+class CBNSettings(_Section):
+    """Where and how batch norms are conditioned on the question (PAPER, section 2 and 3)."""
+
+    condition: Literal["question", "kind", "constant", "mean_question", "shuffled"]
+    normaliser: Literal["batch", "instance", "group", "layer"]
+    stages: list[Literal[1, 2, 3, 4]]
+    stem: bool
+    shortcuts: bool
+    gamma: bool
+    beta: bool
+    hidden_size: Size
+
+
+class QuestionSettings(_Section):
+    """The question encoder."""
+
+    encoder: Literal["lstm", "gru", "bag_of_words"]
+    embedding_size: Size
+    glove: FileName | None
+    glove_size: Size
+    hidden_size: Size
+    layers: int = Field(ge=1, le=8)
+
+
+class AttentionSettings(_Section):
+    """Attention over the positions of the feature map."""
+
+    kind: Literal["spatial", "mlb"]
+    units: Size
+    glimpses: int = Field(ge=1, le=64)
+    normalise: Literal["none", "map", "position"]
+    scale: float = Field(gt=0)
+
+
+class AnswerSettings(_Section):
+    """Fusion and answer layers."""
+
+    fusion_size: Size
+    hidden_size: int = Field(ge=0, le=2**16)
+    dropout: float = Field(ge=0, lt=1)
+
+
+class TrainSettings(_Section):
+    """Training."""
+
+    splits: list[SplitName] = Field(min_length=1)
+    validate_on: SplitName | None
+    loss: Literal["soft", "hard"]
+    optimiser: Literal["adam"]
+    learning_rate: float = Field(gt=0)
+    predictor_learning_rate: float | None = Field(gt=0)
+    schedule: Literal["constant", "one_cycle"]
+    clip: float = Field(gt=0)
+    epochs: Count
+    batch_size: Annotated[Size, Role.SCORING]
+    patience: int = Field(ge=0, le=2**31)
+    accumulate: Size
+    together: Size
+    checkpoint_every: Annotated[int, Role.COMPUTING] = Field(ge=0, le=2**31)
+    skip_not_finite: Annotated[int, Role.SKIPPING] = Field(ge=0, le=2**31)
+    tensorboard: Annotated[bool, Role.COMPUTING]
+
+    @model_validator(mode="after")
+    def _validation_is_unseen(self) -> "TrainSettings":
+        if self.validate_on in self.splits:
+            raise ValueError(f"validate_on: split {self.validate_on!r} is trained on; use another split or null")
+        return self
+
+
+class SpeedSettings(_Section):
+    """What makes training faster or smaller and, up to rounding, changes nothing else."""
+
+    fused: bool | Literal["eager"]
+    share_images: bool
+    channels_last: bool
+    recompute: list[Literal[1, 2, 3, 4]]
+    compile: bool
+
+
+class ScenesSettings(_Section):
+    """Synthetic scenes and the backbone pretrained on them."""
+
+    world: Literal["small", "large"]
+    look: Literal["plain", "dark", "noisy", "bright"]
+    seed: int = Field(ge=0, lt=2**63)
+    images: dict[SplitName, Annotated[int, Field(ge=1, le=10**7)]]
+    questions_per_image: Size
+    pretrain_size: int = Field(ge=32, le=2048)
+    pretrain_images: int = Field(ge=64, le=10**7)
+    pretrain_epochs: Size
+
+
+class Settings(_Section):
+    """Every setting of a run."""
+
+    name: Annotated[str, Role.COMPUTING] = Field(max_length=1000, pattern=r"^\w[\w.\-]*(/\w[\w.\-]*)*$")
+    seed: int = Field(ge=0, lt=2**63)
+    device: Annotated[str, Role.COMPUTING] = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    precision: Annotated[Literal["float32", "bfloat16"], Role.SCORING]
+    workers: Annotated[int, Role.COMPUTING] = Field(ge=0, le=256)
+    inputs: list[Literal["image", "question"]] = Field(min_length=1)
+    data: DataSettings
+    backbone: BackboneSettings
+    cbn: CBNSettings
+    question: QuestionSettings
+    attention: AttentionSettings
+    answer: AnswerSettings
+    train: TrainSettings
+    speed: Annotated[SpeedSettings, Role.SPEED]
+    scenes: ScenesSettings | None
+
+    def save(self, file: Path) -> None:
+        """Writes every setting, resolved."""
+        write_text(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> Iterable[str]:
+    """Every key in dotted form, sections included."""
+    for name, described in section.model_fields.items():
+        yield prefix + name
+        kinds = [described.annotation, *getattr(described.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, _Section) and kind is not SplitSettings:
+                yield from setting_keys(kind, f"{prefix}{name}.")
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every setting by its dotted key; the splits are one value."""
+
+    def walk(content: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in content.items():
+            name = prefix + key
+            found |= walk(value, f"{name}.") if isinstance(value, dict) and name != "data.splits" else {name: value}
+        return found
+
+    return walk(settings.model_dump(), "")
+
+
+def role_of(key: str) -> Role | None:
+    """The role of the setting with this dotted key, or of the section or setting that the key is in."""
+    kind: Any = Settings
+    for part in key.split("."):
+        if not hasattr(kind, "model_fields") or part not in kind.model_fields:
+            return None
+        field = kind.model_fields[part]
+        if roles := [mark for mark in field.metadata if isinstance(mark, Role)]:
+            return roles[0]
+        kind = field.annotation
+    return None
+
+
+def different_keys(one: Settings, other: Settings, apart: Collection[Role] = ()) -> list[str]:
+    """Keys whose values differ, dotted and sorted; keys of the roles `apart` may differ."""
+    ours, theirs = flat(one), flat(other)
+    missing = object()
+    different = (key for key in ours.keys() | theirs.keys() if ours.get(key, missing) != theirs.get(key, missing))
+    return sorted(key for key in different if role_of(key) not in apart)
+
+
+def difference(made: Settings, asked: Settings) -> str | None:
+    """Why results that were made with `made` are not those of `asked`: the keys, and the values of the first of them;
+    None if they are.
+    """
+    keys = different_keys(made, asked, SAME_RESULTS)
+    if not keys:
+        return None
+    theirs, ours = (reprlib.repr(flat(settings).get(keys[0])) for settings in (made, asked))
+    return f"{keys[0]} is {theirs}, not {ours}" + "".join(f", {key} differs" for key in keys[1:])

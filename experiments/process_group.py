@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who this process is, and what the processes exchange."""
+"""One process or many (torchrun): this process's rank, and what the processes exchange."""
 
 import inspect
 import os
@@ -68,7 +68,7 @@ class Processes:
             result = work()
         except InputError as error:
             refusal = str(error)
-        if refusals := [refusal for refusal in self.gather(refusal) if refusal is not None]:
+        if refusals := list(filter(None, self.gather(refusal))):
             raise InputError(refusals[0])
         return result
 
@@ -82,15 +82,14 @@ class Processes:
 
 
 def this_process() -> Processes:
-    """What torchrun says of this process; without torchrun it is alone."""
-    names = ("RANK", "LOCAL_RANK")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Processes(*(int(os.environ.get(name, "0")) for name in names), world_size)
+    """This process's place as torchrun sets it; without torchrun it is alone."""
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return Processes(*(int(os.environ.get(name, alone)) for name, alone in places.items()))
 
 
 @contextmanager
 def together(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Joins the other processes, if there are any, and leaves them at the end."""
+    """Joins the process group for the block, if there are several processes."""
     if processes.world_size == 1:
         yield
         return
@@ -104,7 +103,7 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
-    """Wrap a model so that its gradients are averaged over the processes; a step does not exchange its buffers."""
+    """Wraps a model so that its gradients are averaged over the processes; its buffers are not exchanged."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     return DistributedDataParallel(model, **{buffers: False})

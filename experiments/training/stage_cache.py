@@ -1,7 +1,15 @@
-"""Where training takes its images from: the pixels, or a cache of the frozen stages' feature maps on disk.
+"""Cache of the fixed stages' feature maps on disk, which training reads in place of the images.
 
 Up to the first stage that is conditioned or trained, a ResNet under `population` statistics gives the same map for the
-same image in every epoch. With no stage conditioned (the baseline) that is all of it.
+same image in every epoch. With no stage conditioned (the baseline) that is all of it. The file:
+
+    /       attribute: identity (JSON: of what images, by what network, after which stage)
+    maps    float16 [N, H, W, C], channels last as convolutions read them
+    crc32   uint32 [N], verified when a row is read
+    filled  bool [N]: rows that are on the disk
+
+It is `NAME.partial` until every row is filled, so a killed run loses what was not flushed, and a partial file is never
+taken for a complete one.
 """
 
 import hashlib
@@ -31,7 +39,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 
 @dataclass(frozen=True)
 class ImageSource:
-    """What stands for the images of a dataset, and how a batch of it becomes the network's input."""
+    """Images, or the feature maps in their place, and how a batch of them becomes the network's input."""
 
     images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
     preprocessing: Preprocessing
@@ -54,10 +62,8 @@ def choose_images(
     most_gib: float,
     processes: Processes,
 ) -> ImageSource:
-    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing.
-
-    It is `pixels`, the images of the store, where no stage is fixed, or the file would be larger than `most_gib` or
-    cannot be written.
+    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
+    `pixels`, where no stage is fixed, or the file would be larger than `most_gib` or cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
@@ -84,7 +90,7 @@ def choose_images(
         try:
             maps = cached_maps(file, identity, count, encode)
         except NotWrittenError as error:
-            processes.say(f"{error}; training goes on without stored maps")
+            processes.say(f"{error}; training continues without stored feature maps")
     if not processes.broadcast(maps is not None):
         return pixels
     if maps is None:
@@ -93,7 +99,7 @@ def choose_images(
 
 
 def _digest(resnet: ModulatedResNet, stage: int) -> str:
-    """Of the weights and statistics of the stages up to `stage`."""
+    """SHA-256 of the weights and statistics of the stages up to `stage`."""
     digest = hashlib.sha256()
     for name, value in resnet.fixed_state(stage):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -102,7 +108,7 @@ def _digest(resnet: ModulatedResNet, stage: int) -> str:
 
 _REMEDY = "remove it; it is made again"
 _BATCH = 64  # images encoded at once
-_SECONDS_A_FLUSH = 2.0  # from one to the next
+_SECONDS_A_FLUSH = 2.0
 
 
 def cached_maps(
@@ -118,7 +124,7 @@ def cached_maps(
 
     Raises:
         InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.
-        NotWrittenError: it is not there and cannot be written, or does not fit on its disk.
+        NotWrittenError: it does not exist and cannot be written, or does not fit on its disk.
     """
     if not path.exists():
         # several runs may need it at once: one makes it, the others wait
@@ -126,55 +132,45 @@ def cached_maps(
             if not path.exists():
                 _make(path, identity, count, encode)
     with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:
-        _check(path, file, identity)
+        _check_identity(path, file, identity)
     return H5Rows(path, "maps", _REMEDY)
 
 
 def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:
-    partial = partial_path(path)
+    partial, without = partial_path(path), "set data.cache_gib=0 to do without"
     if not partial.exists():
-        _begin(partial, identity, count, encode([0])[0].shape)
+        shape = (count, *encode([0])[0].shape)
+        with written_whole(partial) as aside, structured(aside, "w") as file:
+            file.attrs["identity"] = json.dumps(identity)
+            reserve_rows(file, "maps", shape, np.float16)
     with opened_for_filling(partial) as file:
         with damage_named(partial, _REMEDY):
-            _check(partial, file, identity)
-            pending = np.flatnonzero(~file["filled"][:])
+            _check_identity(partial, file, identity)
+            pending = np.flatnonzero(~file["filled"][:]).tolist()
             size = file["maps"].nbytes + file["crc32"].nbytes
-        check_room(partial, size, "set data.cache_gib=0 to do without")
-        _fill(file, pending, encode, path.name)
+        check_room(partial, size, without)
+        written: list[int] = []  # and not yet marked
+        flushed = time.monotonic()
+        try:
+            for start in progress(range(0, len(pending), _BATCH), -(-len(pending) // _BATCH), path.name):
+                rows = pending[start : start + _BATCH]
+                with np.errstate(over="ignore"):  # refused in the next lines
+                    maps = encode(rows).astype(np.float16)
+                if not np.isfinite(maps).all():
+                    raise InputError(f"{path.name}: a map is not finite in half precision; {without}")
+                write_rows(file, "maps", rows, maps)
+                written += rows
+                if time.monotonic() - flushed >= _SECONDS_A_FLUSH:
+                    mark_rows(file, "maps", written)
+                    written, flushed = [], time.monotonic()
+        finally:  # also when a signal ends it
+            mark_rows(file, "maps", written)
     with naming_write_errors(path):
-        with structured(partial, "r+") as file:
-            file.attrs.modify("complete", True)
         partial.replace(path)
 
 
-def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
-    found = json.loads(file.attrs.get("identity", "{}"))
+def _check_identity(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
+    found = json.loads(file.attrs["identity"])
     for key in identity.keys() | found.keys():
-        if found.get(key) == identity.get(key):
-            continue
-        raise InputError(f"{path}: made with another {key}; remove it")
-
-
-def _begin(partial: Path, identity: dict[str, Any], count: int, shape: tuple[int, ...]) -> None:
-    with written_whole(partial) as aside, structured(aside, "w") as file:
-        file.attrs.update(identity=json.dumps(identity), complete=False)
-        reserve_rows(file, "maps", (count, *shape), np.float16)
-
-
-def _fill(file: h5py.File, pending: np.ndarray, encode: Callable[[Sequence[int]], np.ndarray], name: str) -> None:
-    batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
-    unmarked: list[int] = []
-    flushed = time.monotonic()
-    try:
-        for rows in progress(batches, len(batches), name):
-            with np.errstate(over="ignore"):  # said below
-                maps = encode(rows.tolist()).astype(np.float16)
-            if not np.isfinite(maps).all():
-                raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
-            write_rows(file, "maps", rows.tolist(), maps)
-            unmarked += rows.tolist()
-            if time.monotonic() - flushed >= _SECONDS_A_FLUSH:
-                mark_rows(file, "maps", unmarked)
-                unmarked, flushed = [], time.monotonic()
-    finally:  # also when a signal ends it
-        mark_rows(file, "maps", unmarked)
+        if found.get(key) != identity.get(key):
+            raise InputError(f"{path}: made with another {key}; remove it")

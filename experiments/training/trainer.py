@@ -44,10 +44,7 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
     """
     run = RunDirectory(runs / settings.name)
     processes = this_process()
-    with (
-        together(processes, processes.device(settings.device)),
-        ExitStack() as stack,
-    ):
+    with together(processes, processes.device(settings.device)), ExitStack() as stack:
 
         def look() -> bool:
             if processes.is_main:

@@ -217,7 +217,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(ti
     run = train(load_settings(tiny, ["name=mine", "cbn.stages=[4]"]), resume=resume, runs=tmp_path).path
     assert yaml.safe_load((run / "config.yaml").read_text())["cbn"]["stages"] == [4]
     assert "resumed" not in json.loads((run / "environment.json").read_text())
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
 
 
@@ -427,7 +427,7 @@ def test_processes_that_may_not_train_all_say_so(tiny, tmp_path):
     train(load_settings(tiny, ["name=mine"]), runs=tmp_path / "runs")
     for rank in start_ranks(tiny, tmp_path, "name=mine"):
         assert rank.wait() == 2
-        assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: holds a run already")
+        assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: already holds a run")
 
 
 @pytest.mark.parametrize("statistics", ["population", "batch"])

@@ -81,23 +81,10 @@ def evaluate(
             return bundle, data
 
         bundle, data = processes.agreed(prepare)
-        classes = predict_classes(
-            bundle.model,
-            data,
-            settings,
-            processes,
-            prepare_images=bundle.preprocessing.normalise,
-            what="answering",
-            where=bundle.folder,
-        )
-
-        def write() -> Scores | None:
-            if not processes.is_main:
-                return None
-            answers = [bundle.answers[class_] for class_ in classes]
-            return _write_scores(out, split, data.table, answers, bundle.training, per_question)
-
-        return processes.broadcast(processes.agreed(write))
+        prepare_images, what = bundle.preprocessing.normalise, f"{folder}: answering"
+        classes = predict_classes(bundle.model, data, settings, processes, prepare_images=prepare_images, what=what)
+        answers = [bundle.answers[class_] for class_ in classes]
+        return processes.on_main(lambda: _write_scores(out, split, data.table, answers, bundle.training, per_question))
 
 
 def _write_scores(

@@ -22,6 +22,8 @@ from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
 from vqa.preprocessing import Preprocessing
 
+BATCH = 64  # objects a step
+
 
 def pretrain_backbone(
     file: Path,
@@ -32,7 +34,6 @@ def pretrain_backbone(
     image_size: int,
     images: int,
     epochs: int,
-    batch_size: int = 64,
     precision: str = "float32",
     device: str = "cpu",
 ) -> float:
@@ -49,7 +50,6 @@ def pretrain_backbone(
         image_size: side S in pixels.
         images: objects to train on; a tenth as many others are held out.
         epochs: passes over them.
-        batch_size: images a step.
         precision: `float32`, or `bfloat16` (autocast).
         device: where it is trained.
 
@@ -61,7 +61,7 @@ def pretrain_backbone(
         InputError: `file` is no .safetensors file, or one that was not written with these arguments.
     """
     made = {"name": name, "world": world, "seed": seed, "image_size": image_size, "images": images, "epochs": epochs}
-    made |= {"batch_size": batch_size, "precision": precision}
+    made |= {"batch_size": BATCH, "precision": precision}
     if (found := _header_of(file)) is not None:
         accuracy = found.pop("held_out_accuracy")
         if found == made:
@@ -85,9 +85,9 @@ def pretrain_backbone(
             with autocast(place, precision):
                 return resnet(normalised).float()
 
-        order = torch.cat([torch.randperm(images)[: images // batch_size * batch_size] for _ in range(epochs)])
+        order = torch.cat([torch.randperm(images)[: images // BATCH * BATCH] for _ in range(epochs)])
         with _one_thread():
-            _train(resnet, order.split(batch_size), lambda rows: F.cross_entropy(logits_of(rows), shapes[rows]))
+            _train(resnet, order.split(BATCH), lambda rows: F.cross_entropy(logits_of(rows), shapes[rows]))
         resnet.eval()
         with torch.inference_mode():
             held_out = torch.arange(images, count).split(256)

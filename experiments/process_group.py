@@ -43,13 +43,6 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
     def say(self, text: str) -> None:
         """Prints a line, once for all processes."""
         if self.is_main:
@@ -72,13 +65,12 @@ class Processes:
             raise InputError(refusals[0])
         return result
 
-    def any(self, value: bool, device: torch.device) -> bool:
-        """Whether `value` holds in any process, the same in all of them."""
-        if self.world_size == 1:
-            return value
-        flag = torch.tensor(int(value), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """The result of the main process's work, in every process. Raises InputError as `agreed`."""
+        results = [self.agreed(lambda: work() if self.is_main else None)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results)
+        return results[0]
 
 
 def this_process() -> Processes:

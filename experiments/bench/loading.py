@@ -131,7 +131,7 @@ def waiting_rows(
         words = [*_words(network, size, images, folder, device), f"workers={workers}", f"train.batch_size={batch}"]
         settings = load_settings(RECIPE, [*words, f"name=waiting_{workers}", "data.cache_gib=0"])
         _prepare(settings)
-        trainer = prepare(settings, VQATask(settings), RunDirectory(folder / "runs" / settings.name), Processes())
+        trainer = prepare(VQATask(settings), RunDirectory(folder / "runs" / settings.name), Processes())
         waited = Waiting(trainer.batches(epoch=1))
         begun = time.perf_counter()
         for _ in trainer.steps(trainer.model, waited):

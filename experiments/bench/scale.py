@@ -184,7 +184,7 @@ def _train(words: Sequence[str], run: Path, steps: int) -> int:
     from vqa.settings.recipes import load_settings
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
-    trainer = prepare(settings, VQATask(settings), RunDirectory(run), Processes())
+    trainer = prepare(VQATask(settings), RunDirectory(run), Processes())
     for _ in trainer.steps(trainer.model, islice(trainer.batches(epoch=1), steps)):
         pass
     save_weights(trainer.run.model, trainer.model, {"trained_on": ["train"]})

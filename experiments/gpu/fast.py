@@ -224,7 +224,7 @@ def _generated_data(check: Check, size: int, make: bool) -> list[str]:
 
 def _questions_a_second(settings: Settings, check: Check) -> tuple[float, float]:
     """Of up to sixty steps of a training, without the first ones; and the share of them spent waiting for data."""
-    trainer = prepare(settings, VQATask(settings), RunDirectory(check.folder / "runs" / settings.name), Processes())
+    trainer = prepare(VQATask(settings), RunDirectory(check.folder / "runs" / settings.name), Processes())
     if settings.speed.compile:
         trainer.model.resnet.compile()
     unmeasured, most = check.pick((1, 3), (8, 60))

@@ -34,15 +34,9 @@ def train_steps(
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> Iterator[float | NotFiniteError]:
-    """Trains on batches in their order, one step for each.
+    """Trains a model, or a wrapper of it, on batches in their order, one step for each.
 
-    Args:
-        model: the model, or a wrapper of it.
-        batches: the batches.
-        loss_of: the model's loss of a batch on its device, with reduction `mean` or `none`.
-        settings: `clip`, `accumulate` and `skip_not_finite` are used.
-        optimiser: of the trained parameters.
-        schedule: of the learning rate, advanced by every step that is taken.
+    `loss_of` computes the model's loss of a batch on its device, with reduction `mean` or `none`.
 
     Yields:
         The loss of each step; or why it is skipped: its gradient is not finite, and `skip_not_finite` is not 0. The
@@ -91,18 +85,10 @@ def predict_classes(
     *,
     prepare_images: Callable[[Tensor], Tensor | StageMap],
     what: str,
-    where: object,
 ) -> np.ndarray:
     """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
 
-    Args:
-        model: the model, without a wrapper.
-        data: the questions with their images.
-        settings: `train.batch_size`, `precision`, `workers` and `data.skip_bad_images` are used.
-        processes: those that share the questions.
-        prepare_images: a batch's images → the model's input.
-        what: the work's name for its progress.
-        where: the model's name for errors.
+    `settings` give the batch size, precision and workers; `what` names the work in its progress and errors.
 
     Raises:
         InputError: the model's scores of a question's answers are not finite, or an image cannot be read.
@@ -123,7 +109,7 @@ def predict_classes(
             if not best.isfinite().all():
                 bad = data.table.ids[batch.rows[~best.isfinite().cpu()].numpy()]
                 why = f"the model's scores of the answers are not finite for {len(bad)} question(s)"
-                raise InputError(f"{where}: {why} {listed(bad)}")
+                raise InputError(f"{what}: {why} {listed(bad)}")
             rows += batch.rows.tolist()
             classes += class_.tolist()
         return np.array([rows, classes], np.int64)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.batches import Images, QuestionDataset, padded_words
+from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
 from data.h5_file import Store
 from data.question_table import QuestionTable, joined
 from experiments.evaluate import score
+from experiments.process_group import Processes
 from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -71,6 +72,12 @@ class VQATask:
     def dataset(self, table: QuestionTable, images: Images) -> QuestionDataset:
         """Batches of a table's questions with their images, or with what stands for them."""
         return QuestionDataset(table, images, share=self.settings.speed.share_images)
+
+    def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
+        """This process's part of the training batches of an epoch, from batch `start` on."""
+        train, place = self.settings.train, (processes.rank, processes.world_size)
+        order = {"together": train.together, "start": start}
+        return EpochSampler(self.training.images, train.batch_size, self.settings.seed, epoch, *place, **order)
 
     def new_model(self, *, fresh: bool, say: Callable[[str], None]) -> VQAModel:
         """Builds the model; a `fresh` one gets what it takes from the data, else a checkpoint sets all weights."""

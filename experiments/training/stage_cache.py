@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from data.batches import Images
-from data.h5_file import Store, partial_path
+from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
+from experiments.training.run_data import VQATask
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -54,48 +55,43 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(
-    resnet: ModulatedResNet,
-    store: Store,
-    pixels: ImageSource,
-    device: torch.device,
-    most_gib: float,
-    processes: Processes,
-) -> ImageSource:
+def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
-    `pixels`, where no stage is fixed, or the file would be larger than `most_gib` or cannot be written.
+    the images, where no stage is fixed, or the file would be larger than `data.cache_gib` or cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
     """
+    store, settings = task.store, task.settings
+    pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
     stage = resnet.fixed_stage()
     if stage is None:
         return pixels
+    device = next(resnet.parameters()).device
 
     @torch.inference_mode()
     def encode(rows: Sequence[int]) -> np.ndarray:
         images = torch.from_numpy(np.stack([pixels.images[row] for row in rows])).to(device)
-        was_training = resnet.training
         maps = resnet.eval().prefix(pixels.preprocessing.normalise(images), stage).map
-        resnet.train(was_training)
         return maps.permute(0, 2, 3, 1).cpu().numpy()
 
     count = len(store.usable)
-    if 2 * count * encode([0])[0].size > most_gib * 2**30:
+    if 2 * count * encode([0])[0].size > settings.data.cache_gib * 2**30:
         return pixels
     identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
     file = store.path.with_name(f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5")
-    maps = None
-    if processes.is_main:
+
+    def make() -> bool:
         try:
-            maps = cached_maps(file, identity, count, encode)
+            cached_maps(file, identity, count, encode)
         except NotWrittenError as error:
-            processes.say(f"{error}; training continues without stored feature maps")
-    if not processes.broadcast(maps is not None):
+            print(f"{error}; training continues without stored feature maps", flush=True)
+            return False
+        return True
+
+    if not processes.on_main(make):
         return pixels
-    if maps is None:
-        maps = cached_maps(file, identity, count, encode)
-    return replace(pixels, images=maps, stage=stage)
+    return replace(pixels, images=cached_maps(file, identity, count, encode), stage=stage)
 
 
 def _digest(resnet: ModulatedResNet, stage: int) -> str:

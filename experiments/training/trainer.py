@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
-from data.h5_file import H5Images
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
 from experiments.training.loop import answer_logits, predict_classes, train_steps
@@ -63,7 +62,7 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
             why = ", stopped early by train.patience (which may be raised)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
-            prepare(settings, task, run, processes, saved).run_epochs()
+            prepare(task, run, processes, saved).run_epochs()
     return run
 
 
@@ -78,25 +77,19 @@ def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> 
     return saved
 
 
-def prepare(
-    settings: Settings, task: VQATask, run: RunDirectory, processes: Processes, saved: dict[str, Any] | None = None
-) -> "Trainer":
-    """Builds the model of a task, restores what was `saved` in a checkpoint, fills the cache of stage maps and writes
-    what explains the run.
+def prepare(task: VQATask, run: RunDirectory, processes: Processes, saved: dict[str, Any] | None = None) -> "Trainer":
+    """Builds the task's model, restores a `saved` checkpoint, fills the stage cache, writes what explains the run.
 
     Raises:
         InputError: as `train`.
     """
-    train = settings.train
-    if train.batch_size % processes.world_size:
-        raise InputError(
-            f"train.batch_size: {train.batch_size} questions cannot be shared equally by "
-            f"{processes.world_size} processes"
-        )
+    settings, train, size = task.settings, task.settings.train, processes.world_size
+    if train.batch_size % size:
+        raise InputError(f"train.batch_size: {train.batch_size} questions cannot be shared equally by {size} processes")
     device = processes.device(settings.device)
     torch.manual_seed(settings.seed)  # the same initial weights in every process
     model = task.new_model(fresh=saved is None, say=processes.say).to(device)
-    sampler = epoch_sampler(settings, task, processes, epoch=1)
+    sampler = task.sampler(processes, epoch=1)
     _check_batch_statistics(settings, model.resnet, sampler)
     torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
 
@@ -107,28 +100,12 @@ def prepare(
         state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
 
-    pixels = ImageSource(H5Images(task.store.path), task.preprocessing, settings.speed.channels_last)
-    images = choose_images(model.resnet, task.store, pixels, device, settings.data.cache_gib, processes)
-    trainer = Trainer(settings, task, run, processes, state, images)
+    trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        run.start(settings, device, processes.world_size, trainer.trained_count)
+        run.start(settings, device, size, trainer.trained_count)
         task.save_companions(run.model)
     return trainer
-
-
-def epoch_sampler(settings: Settings, task: VQATask, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
-    """This process's part of the batches of an epoch, from batch `start` on."""
-    return EpochSampler(
-        task.training.images,
-        settings.train.batch_size,
-        settings.seed,
-        epoch,
-        processes.rank,
-        processes.world_size,
-        together=settings.train.together,
-        start=start,
-    )
 
 
 def _check_batch_statistics(settings: Settings, resnet: ModulatedResNet, sampler: EpochSampler) -> None:
@@ -151,22 +128,16 @@ class Trainer:
     """Trains one process's part of a run, from `state` on."""
 
     def __init__(
-        self,
-        settings: Settings,
-        task: VQATask,
-        run: RunDirectory,
-        processes: Processes,
-        state: TrainingState,
-        images: ImageSource,
+        self, task: VQATask, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
     ) -> None:
-        self.settings, self.task, self.run, self.processes = settings, task, run, processes
-        self.state, self.images = state, images
+        self.task, self.run, self.processes, self.state, self.images = task, run, processes, state, images
+        self.settings = task.settings
         self.model, self.progress, self.device = state.model, state.progress, state.device
         self.training = task.dataset(task.training, images.images)
         self.validation = task.dataset(task.validation, images.images) if task.validation is not None else None
-        self.steps_per_epoch = epoch_sampler(settings, task, processes, epoch=1).batches
+        self.steps_per_epoch = task.sampler(processes, epoch=1).batches
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(state.model))
-        self.writes_tensorboard = settings.train.tensorboard
+        self.writes_tensorboard = task.settings.train.tensorboard
         self.stop = StopRequest()
 
     def run_epochs(self) -> None:
@@ -210,9 +181,67 @@ class Trainer:
                 "train.skip_not_finite skips such steps; the last checkpoint is kept"
             ) from None
 
+    def _end_epoch(self) -> None:
+        """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
+        progress, taken = self.progress, self.progress.step - self.progress.left_out
+        if not taken:
+            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
+        losses = self.processes.gather(progress.loss_sum)
+        line: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "steps": progress.step,
+            "steps_left_out": progress.left_out,
+            "train_loss": sum(losses) / len(losses) / taken,
+            "val_overall": None,
+            "learning_rate": self.state.schedule.get_last_lr()[0],
+            "seconds": round(progress.seconds, 2),
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
+        if self.validation is not None:
+            scores = self._validate()
+            line |= {"val_overall": scores["overall"], "val_per_answer_type": scores["per_answer_type"]}
+        is_best = progress.end_epoch(line)
+        if self.processes.is_main:
+            if is_best:
+                facts = {key: line[key] for key in ("epoch", "val_overall")}
+                facts["trained_on"] = self.settings.train.splits
+                saved_model.save_weights(self.run.model, self.model, facts)
+            self._report(line)
+        self._save_checkpoint()
+
+    def _validate(self) -> Scores:
+        """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
+        try:
+            with self.stop.suspended():
+                classes = predict_classes(
+                    self.model,
+                    self.validation,
+                    self.settings,
+                    self.processes,
+                    prepare_images=self.images.prepare,
+                    what=f"{self.run.path}: validation {self.progress.epoch}",
+                )
+                return self.task.score(classes)
+        except Interrupted:
+            self._save_if_alone()
+            raise
+
+    def _report(self, line: dict[str, Any]) -> None:
+        self.run.write_metrics(self.progress.history)
+        if self.writes_tensorboard:
+            try:
+                self.run.write_tensorboard(line)
+            except NotWrittenError as error:
+                print(f"{error}; training continues without TensorBoard", flush=True)
+                self.writes_tensorboard = False
+        by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
+        scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
+        epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
+        print(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s", flush=True)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, from batch `start` on; a signal ends the wait for one."""
-        sampler = epoch_sampler(self.settings, self.task, self.processes, epoch, start)
+        sampler = self.task.sampler(self.processes, epoch, start)
         loader = make_loader(self.training, sampler, self.settings.workers, self.device)
         batches = readable(loader, self._stop_waiting_if_asked)
         return shown(batches, sampler.batches, f"epoch {epoch}", done=start) if self.processes.is_main else batches
@@ -237,69 +266,9 @@ class Trainer:
         where = f"{self.run.path}: epoch {self.progress.epoch}, step {self.progress.step + 1}"
         return f"{where}: {error} {listed(self.task.training.ids[error.rows])}"
 
-    def _end_epoch(self) -> None:
-        """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
-        progress, taken = self.progress, self.progress.step - self.progress.left_out
-        if not taken:
-            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
-        losses = self.processes.gather(progress.loss_sum)
-        line: dict[str, Any] = {
-            "epoch": progress.epoch,
-            "steps": progress.step,
-            "steps_left_out": progress.left_out,
-            "train_loss": sum(losses) / len(losses) / taken,
-            "val_overall": None,
-            "learning_rate": self.state.schedule.get_last_lr()[0],
-            "seconds": round(progress.seconds, 2),
-            "peak_memory_mib": peak_memory_mib(self.device),
-        }
-        if self.validation is not None:
-            scores = self._validate()
-            line |= {"val_overall": scores["overall"], "val_per_answer_type": scores["per_answer_type"]}
-        if progress.end_epoch(line) and self.processes.is_main:  # the best so far
-            trained_on = {"trained_on": self.settings.train.splits}
-            saved_model.save_weights(
-                self.run.model, self.model, trained_on | {key: line[key] for key in ("epoch", "val_overall")}
-            )
-        if self.processes.is_main:
-            self._report(line)
-        self._save_checkpoint()
-
-    def _validate(self) -> Scores:
-        """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
-        epoch = self.progress.epoch
-        try:
-            with self.stop.suspended():
-                classes = predict_classes(
-                    self.model,
-                    self.validation,
-                    self.settings,
-                    self.processes,
-                    prepare_images=self.images.prepare,
-                    what=f"validation {epoch}",
-                    where=f"{self.run.path}: epoch {epoch}",
-                )
-                return self.task.score(classes)
-        except Interrupted:
-            self._save_if_alone()
-            raise
-
-    def _report(self, line: dict[str, Any]) -> None:
-        self.run.write_metrics(self.progress.history)
-        if self.writes_tensorboard:
-            try:
-                self.run.write_tensorboard(line)
-            except NotWrittenError as error:
-                print(f"{error}; training continues without TensorBoard", flush=True)
-                self.writes_tensorboard = False
-        by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
-        scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
-        epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
-        print(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s", flush=True)
-
     def _stop_if_asked(self, save: bool = False) -> None:
         """Ends the run where a signal came to any process; `save` says that the last step is not saved yet."""
-        if self.processes.any(self.stop.made, self.device):
+        if any(self.processes.gather(self.stop.made)):
             if save:
                 self._save_checkpoint()
             self.stop.obey()

@@ -74,7 +74,7 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     compiled = []
     monkeypatch.setattr(ModulatedResNet, "compile", lambda _self: compiled.append(1))
     settings = load_settings(tiny, words)
-    trainer = prepare(settings, VQATask(settings), RunDirectory(tmp_path / settings.name), this_process())
+    trainer = prepare(VQATask(settings), RunDirectory(tmp_path / settings.name), this_process())
     resnet = trainer.model.resnet
     fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
     assert fused == {on}

@@ -106,6 +106,6 @@ def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained
         opened.append(len(list(Path("/proc/self/fd").iterdir())))
         return bundle.preprocessing.normalise(images)
 
-    classes = predict_classes(bundle.model, data, settings, Processes(), prepare_images=see, what="", where="")
+    classes = predict_classes(bundle.model, data, settings, Processes(), prepare_images=see, what="")
     assert len(opened) == len(data) == len(classes) >= 40
     assert opened[-1] < opened[3] + 20

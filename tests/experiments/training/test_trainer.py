@@ -474,4 +474,4 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):
 
     settings = load_settings(tiny)
     with pytest.raises(InputError, match="cannot be shared equally by 3 processes"):
-        prepare(settings, VQATask(settings), RunDirectory(tmp_path), Processes(0, 0, 3))
+        prepare(VQATask(settings), RunDirectory(tmp_path), Processes(0, 0, 3))

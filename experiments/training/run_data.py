@@ -1,6 +1,7 @@
-"""What is VQA's own in training: its questions and answers, what a new model takes from them, loss and score.
+"""The task of a run: its questions and answers, what a new model takes from them, its loss and its score.
 
-The trainer knows of a task the public members of `VQATask`: a second task is a second class with the same ones.
+A trainer knows of its task nothing but the public members of `VQATask`: a second task is a second class with the same
+members, chosen in `trainer.train`.
 """
 
 from collections.abc import Callable
@@ -32,9 +33,10 @@ MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_q
 
 
 class VQATask:
-    """Questions about images, with a class of answers each.
+    """Answering questions about images with one of the classes of answers.
 
     Attributes:
+        settings: of the run.
         store: the h5 file, with the images.
         identity: digest of what is learnt from; a checkpoint names it.
         training: the questions to train on.
@@ -70,14 +72,21 @@ class VQATask:
         self.preprocessing = Preprocessing(store.image_size)
 
     def dataset(self, table: QuestionTable, images: Images) -> QuestionDataset:
-        """Batches of a table's questions with their images, or with what stands for them."""
+        """Makes the batches of a table's questions with their images, or with feature maps in their place."""
         return QuestionDataset(table, images, share=self.settings.speed.share_images)
 
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
         """This process's part of the training batches of an epoch, from batch `start` on."""
-        train, place = self.settings.train, (processes.rank, processes.world_size)
-        order = {"together": train.together, "start": start}
-        return EpochSampler(self.training.images, train.batch_size, self.settings.seed, epoch, *place, **order)
+        return EpochSampler(
+            self.training.images,
+            self.settings.train.batch_size,
+            self.settings.seed,
+            epoch,
+            processes.rank,
+            processes.world_size,
+            together=self.settings.train.together,
+            start=start,
+        )
 
     def new_model(self, *, fresh: bool, say: Callable[[str], None]) -> VQAModel:
         """Builds the model; a `fresh` one gets what it takes from the data, else a checkpoint sets all weights."""

@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,3 +122,39 @@ def raw(tmp_path):
     from tests.raw_files import TRAIN, VAL, write_split
 
     return {"train": write_split(tmp_path, "train", TRAIN), "val": write_split(tmp_path, "val", VAL)}
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Sets how much the disk has left; returns the folders that were asked about."""
+    asked = []
+
+    def set_to(size):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: (asked.append(folder), usage(10**15, 0, size))[1])
+        return asked
+
+    return set_to
+
+
+@pytest.fixture
+def listening():
+    """The handlers of the tests' own process are put back."""
+    from vqa.io.processes import SIGNALS, listen
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """The suite of `tests.tiny_suite`, loaded in its own working directory."""
+    from experiments.suite import load_suite
+    from tests.tiny_suite import SUITE, TINY
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(SUITE)
+    return load_suite(tmp_path / "two.yaml", TINY)

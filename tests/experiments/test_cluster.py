@@ -11,7 +11,7 @@ import pytest
 
 from experiments import cluster
 from experiments.runner import jobs_of, run_job
-from tests.experiments.test_suites import TINY
+from tests.tiny_suite import TINY
 
 pytest.importorskip("submitit")
 COMMANDS = {

@@ -17,25 +17,9 @@ from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.conftest import ROOT
-from tests.experiments.test_suites import TINY
+from tests.tiny_suite import SUITE, TINY
 
-SUITE = f"""\
-title: Two runs
-recipe: {ROOT}/config/demo.yaml
-seeds: [1, 2]
-baseline: none
-runs:
-  none: {{settings: "cbn.stages=[]"}}
-  lost: {{settings: "cbn.stages=[] question.glove=nowhere.txt"}}
-"""
 PYTHON = [sys.executable, str(ROOT / "main.py"), "experiment"]
-
-
-@pytest.fixture
-def suite(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "two.yaml").write_text(SUITE)
-    return load_suite(tmp_path / "two.yaml", TINY)
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, capsys, refused):

@@ -9,27 +9,11 @@ from experiments.runner import Job, folder_of, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.test_recipes import write_split
+from tests.tiny_suite import TINY
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
 
 SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
-TINY = (
-    "device=cpu",
-    "backbone.name=resnet10",
-    "attention.units=8",
-    "answer.fusion_size=16",
-    "answer.hidden_size=8",
-    "question.embedding_size=8",
-    "question.hidden_size=16",
-    "scenes.images={train: 8, val: 4, test: 4}",
-    "scenes.pretrain_size=64",
-    "scenes.pretrain_images=64",
-    "scenes.pretrain_epochs=1",
-    "train.epochs=1",
-    "train.batch_size=16",
-    "data.processes=1",
-    "workers=0",
-)
 
 
 @pytest.fixture(scope="module")

@@ -22,23 +22,15 @@ from experiments.training import loop
 from experiments.training.run_data import VQATask
 from experiments.training.trainer import train
 from tests.conftest import ROOT
-from tests.experiments.test_runner import SUITE
-from tests.experiments.test_suites import TINY
 from tests.experiments.training.test_trainer import lines, same_weights
-from vqa.io.processes import Interrupted, StopRequest, listen
+from tests.tiny_suite import SUITE, TINY
+from vqa.io.processes import Interrupted, StopRequest
 from vqa.settings.recipes import load_settings
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
 
 
-@pytest.fixture(autouse=True)
-def listening():
-    """The handlers of the tests' own process are put back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    listen()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("listening")
 
 
 def ask(number):

@@ -20,6 +20,8 @@ from experiments.training import trainer
 from tests.conftest import ROOT
 from vqa.io.processes import Interrupted
 
+pytestmark = pytest.mark.usefixtures("listening")
+
 FULL = "/dev/shm: full; enlarge it (docker: --shm-size=1g), or use fewer worker processes (workers=0: none)"
 READ_ONLY = "/dev/shm: cannot be written, but worker processes share memory there; mount it writable"
 LIMITS = {

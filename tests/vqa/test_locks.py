@@ -15,8 +15,7 @@ from data.h5_file import partial_path
 from experiments.runner import run_suite
 from experiments.suite import load_suite
 from tests.conftest import ROOT
-from tests.experiments.test_runner import SUITE
-from tests.experiments.test_suites import TINY
+from tests.tiny_suite import SUITE, TINY
 from vqa.io.errors import InputError
 from vqa.io.locks import held
 

@@ -1,7 +1,5 @@
 """Room on the disk: large files are refused before the work, and what is there already counts."""
 
-from collections import namedtuple
-
 import numpy as np
 import pytest
 
@@ -10,19 +8,6 @@ from experiments.training.stage_cache import cached_maps
 from tests.raw_files import make, write_split
 from vqa.io.errors import InputError
 from vqa.io.files import check_room
-
-
-@pytest.fixture
-def left(monkeypatch):
-    """Sets how much the disk has left; returns the folders that were asked about."""
-    asked = []
-
-    def set_to(size):
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr("shutil.disk_usage", lambda folder: (asked.append(folder), usage(10**15, 0, size))[1])
-        return asked
-
-    return set_to
 
 
 def test_what_a_file_has_allocated_counts_and_its_holes_do_not(tmp_path, left):

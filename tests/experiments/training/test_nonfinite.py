@@ -26,6 +26,8 @@ from vqa.settings.recipes import load_settings
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import UNKNOWN_ID
 
+pytestmark = pytest.mark.usefixtures("listening")
+
 
 def spoil(monkeypatch, at):
     """The question encoder gives NaN for the second question of a batch, in the calls of training `at` (from 0)."""

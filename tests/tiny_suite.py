@@ -1,0 +1,30 @@
+"""A suite of two rows and two seeds, one row of which fails, and settings that make the runs of a suite tiny."""
+
+from tests.conftest import ROOT
+
+SUITE = f"""\
+title: Two runs
+recipe: {ROOT}/config/demo.yaml
+seeds: [1, 2]
+baseline: none
+runs:
+  none: {{settings: "cbn.stages=[]"}}
+  lost: {{settings: "cbn.stages=[] question.glove=nowhere.txt"}}
+"""
+TINY = (
+    "device=cpu",
+    "backbone.name=resnet10",
+    "attention.units=8",
+    "answer.fusion_size=16",
+    "answer.hidden_size=8",
+    "question.embedding_size=8",
+    "question.hidden_size=16",
+    "scenes.images={train: 8, val: 4, test: 4}",
+    "scenes.pretrain_size=64",
+    "scenes.pretrain_images=64",
+    "scenes.pretrain_epochs=1",
+    "train.epochs=1",
+    "train.batch_size=16",
+    "data.processes=1",
+    "workers=0",
+)

@@ -203,8 +203,8 @@ class Trainer:
         is_best = progress.end_epoch(line)
         if self.processes.is_main:
             if is_best:
-                facts = {key: line[key] for key in ("epoch", "val_overall")}
-                facts["trained_on"] = self.settings.train.splits
+                facts = {"trained_on": self.settings.train.splits}
+                facts |= {key: line[key] for key in ("epoch", "val_overall")}
                 saved_model.save_weights(self.run.model, self.model, facts)
             self._report(line)
         self._save_checkpoint()

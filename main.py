@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import vqa
 from experiments.command_line import build_parser
 from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, listen
@@ -75,13 +76,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def ask(arguments: argparse.Namespace) -> None:
     """The answers to one question about any image, most probable first."""
-    from vqa.inspect.inspection import ask as run
-    from vqa.inspect.inspection import unknown_words
-    from vqa.saved_model import load_bundle
-
-    bundle = load_bundle(arguments.run)
-    answers = run(bundle, arguments.image, arguments.question, arguments.top)
-    if unknown := unknown_words(bundle, arguments.question):
+    model = vqa.load(arguments.run)
+    answers = model.ask(arguments.image, arguments.question, arguments.top)
+    if unknown := model.unknown_words(arguments.question):
         print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
     if arguments.json:
         print(json.dumps({"image": str(arguments.image), "question": arguments.question, "answers": answers}))
@@ -94,13 +91,12 @@ def inspect(arguments: argparse.Namespace) -> None:
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
     from vqa.inspect.inspection import inspect as run
     from vqa.inspect.inspection import summary, write_inspection
-    from vqa.saved_model import load_bundle
 
     questions = [arguments.question] + ([arguments.versus] if arguments.versus is not None else [])
     out = arguments.out or arguments.run / "inspect"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
-    inspection = run(load_bundle(arguments.run), arguments.image, questions)
+    inspection = run(vqa.load(arguments.run), arguments.image, questions)
     write_inspection(inspection, out, arguments.image)
     print(summary(inspection))
     print(f"{out / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Reader of the official VQA v1 and v2 open-ended question and annotation files (visualqa.org)."""
+"""Read the official VQA v1 and v2 open-ended question and annotation files (visualqa.org)."""
 
 import re
 import reprlib
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,17 +14,17 @@ from vqa.io.errors import InputError
 from vqa.io.files import read_text
 from vqa.text.tokenizer import unusable
 
-MOST_ANSWERS = 100  # of one question; a table of questions is as wide as the most
-# Two letters in a row of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no blanks between words.
+MOST_ANSWERS = 100  # to one question: a question table is as wide as the greatest number
+# Two consecutive letters of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which have no blanks between words.
 _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{2}"
 )
 
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what an h5 file holds
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # as an h5 file holds them
 
 
 class Question(msgspec.Struct, frozen=True, gc=False):
-    """One question about one image; types and answers are empty where the split has no annotations."""
+    """One question about one image; types and answers are empty without annotations."""
 
     question_id: int
     image_id: int
@@ -36,9 +35,8 @@ class Question(msgspec.Struct, frozen=True, gc=False):
     answer_ids: bool = True  # whether each answer has an `answer_id` of its own
 
 
+# Entries of the official files; other fields are ignored.
 class _Asked(msgspec.Struct, gc=False):
-    """An entry of a question file; other fields are ignored."""
-
     question_id: _Id
     image_id: _Id
     question: str
@@ -53,8 +51,6 @@ class _Answer(msgspec.Struct, gc=False):
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    """An entry of an annotation file; other fields are ignored."""
-
     question_id: _Id
     image_id: _Id
     question_type: str
@@ -85,26 +81,22 @@ class SplitFiles:
     images: str
 
     def image(self, image_id: int) -> Path:
-        """The file of an image. Raises InputError if the pattern is no pattern of `image_id`."""
+        """Return the file of an image. Raises InputError if the pattern does not hold `{image_id}`."""
         _check_pattern(self.images)
         return Path(self.images.format(image_id=image_id))
 
 
 @cache
 def _check_pattern(images: str) -> None:
-    """Refuses all that `str.format` knows beyond the number itself: attributes, items, widths of a million digits."""
-    try:
-        asked = [part[1:] for part in Formatter().parse(images) if part[1] is not None]
-    except ValueError:  # a lone brace
-        asked = []
-    if not asked or not all(
-        name == "image_id" and not conversion and re.fullmatch(r"0?\d{0,2}d?", form) for name, form, conversion in asked
-    ):
+    """Allow only the number with a width of two digits: `str.format` knows attributes, items and any width."""
+    without_escapes = re.sub(r"\{\{|\}\}", "", images)
+    rest = re.sub(r"\{image_id(:0?\d{0,2}d?)?\}", "", without_escapes)
+    if rest == without_escapes or "{" in rest or "}" in rest:
         raise InputError(f"data.splits: images {images!r} must hold {{image_id}}, for example {{image_id:012d}}")
 
 
 def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
-    """All questions of a split, in the order of the question file, joined with their annotations.
+    """Read the questions of a split, in the order of the question file, with their annotations.
 
     Raises:
         InputError: a file is missing or malformed, an id occurs twice, or the two files do not hold the same ids.
@@ -114,36 +106,30 @@ def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
 
 
 def read_asked(questions: Path) -> list[Question]:
-    """The questions of a split without their annotations. Raises InputError as `read_questions`."""
+    """Read the questions of a split without annotations. Raises InputError as `read_questions`."""
     entries = _read(questions, _QuestionFile).entries
     return [Question(entry.question_id, entry.image_id, entry.question) for entry in entries]
 
 
 def with_annotations(asked: Sequence[Question], questions: Path, annotations: Path) -> list[Question]:
-    """What `read_asked` read of the file `questions`, with the annotations. Raises InputError as `read_questions`."""
+    """Join questions of the file `questions` with their annotations. Raises InputError as `read_questions`."""
+    shared: dict[str, str] = {}  # equal texts are kept once
     known = {question.question_id: question for question in asked}
-    shared: dict[str, str] = {}
-    annotated: dict[int, Question] = {}
-    unknown: list[int] = []
-    for entry in _read(annotations, _AnnotationFile).entries:
-        if entry.question_id in known:
-            annotated[entry.question_id] = _joined(known[entry.question_id], entry, annotations, shared)
-        else:
-            unknown.append(entry.question_id)
+    given = {entry.question_id: entry for entry in _read(annotations, _AnnotationFile).entries}
     for missing, where, present in (
-        (known.keys() - annotated.keys(), annotations, questions),
-        (unknown, questions, annotations),
+        (known.keys() - given.keys(), annotations, questions),
+        (given.keys() - known.keys(), questions, annotations),
     ):
         if missing:
             raise InputError(
                 f"{where}: no entry for {len(missing)} question(s) of {present.name}, the first is "
                 f"{min(missing)}; both files must be of the same split"
             )
-    return [annotated[question.question_id] for question in asked]
+    return [_joined(question, given[question.question_id], annotations, shared) for question in asked]
 
 
 def remarks(questions: Sequence[Question]) -> Iterator[str]:
-    """What the user should know of questions that are used as they are, a line a kind."""
+    """Yield a line for each property of the questions that the user should know of."""
     if few := sum(0 < len(question.answers) < 4 for question in questions):
         yield (
             f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "
@@ -164,7 +150,6 @@ def remarks(questions: Sequence[Question]) -> Iterator[str]:
 
 
 def _joined(question: Question, annotation: _Annotation, file: Path, shared: dict[str, str]) -> Question:
-    """`shared`: texts that were met before; the same few are given again and again."""
     if annotation.image_id != question.image_id:
         raise InputError(
             f"{file}: annotation of question {question.question_id}: image_id {annotation.image_id}, but the question "
@@ -181,14 +166,14 @@ def _joined(question: Question, annotation: _Annotation, file: Path, shared: dic
 
 
 class _Key:
-    """A key of a JSON object; unlike texts no two are equal, so that a key that occurs twice is found."""
+    """A key of a JSON object. No two are equal, so that a dict keeps repeated keys."""
 
     def __init__(self, _: type, text: str) -> None:
         self.text = text
 
 
 def _read(file: Path, kind: type[_File]) -> _File:
-    """The content of an official file, checked; each question_id occurs once."""
+    """Read and check an official file; each question_id occurs once."""
     text = read_text(file)
     listed = kind.__struct_encode_fields__[0]
     try:
@@ -199,7 +184,7 @@ def _read(file: Path, kind: type[_File]) -> _File:
     except msgspec.ValidationError as error:
         raise InputError(f"{file}: not an official VQA file: {error}") from None
     except msgspec.DecodeError as error:
-        raise InputError(f"{file}: {_with_its_line(error, text)}") from None
+        raise InputError(f"{file}: {_with_line(error, text)}") from None
     except RecursionError:
         raise InputError(f"{file}: nested too deeply") from None
     ids: set[int] = set()
@@ -210,7 +195,7 @@ def _read(file: Path, kind: type[_File]) -> _File:
     return content
 
 
-def _with_its_line(error: msgspec.DecodeError, text: str) -> str:
+def _with_line(error: msgspec.DecodeError, text: str) -> str:
     reason, _, byte = str(error).removesuffix(")").partition(" (byte ")
     lines = text.encode()[: int(byte) if byte else None].decode(errors="ignore").split("\n")
     return f"line {len(lines)}, column {len(lines[-1]) + 1}: {reason}"

@@ -14,7 +14,7 @@ from experiments.suite import Suite
 from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json
 from vqa.io.locks import held
-from vqa.io.processes import SIGNALS, block_signals_in_children
+from vqa.io.processes import block_signals_in_children
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -35,7 +35,7 @@ class Task:
             subprocess.CalledProcessError: it failed.
         """
         # submitit answers the cluster's signal here, by `checkpoint`, whether or not the cluster sends it to children
-        with block_signals_in_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
+        with block_signals_in_children(but=signal.SIGTERM):
             process = subprocess.Popen(self.command, cwd=self.folder)
             self.process = process.pid
         _wait(self.process)

@@ -1,11 +1,11 @@
-"""The demo's page: the comparison of the baseline with MODERN, examples, and the inspection of one question."""
+"""Write the demo's page: the baseline compared with MODERN, examples, and the inspection of one question."""
 
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vqa.inspect.html import inline_image, inspection_view, write_page
+from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 
 # name in summary.json: name on the page, what it is
 NAMES = {
@@ -16,10 +16,14 @@ NAMES = {
 
 
 def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], image: Image.Image) -> None:
-    """Write the demo's comparison and the inspection of one question (as `write_inspection` takes it) as a page.
+    """Write the page.
 
-    `demo` has what `summary.json` holds, `questions` (how many), `curves` (percent per epoch, by model), `settings`,
-    `commands` and `examples` (`image`, `question`, `truth`, and the answers of `baseline` and `modern`).
+    Args:
+        path: the file.
+        demo: the content of `summary.json`, `questions` (their number), `curves` (percent per epoch, by model),
+            `settings`, `commands` and `examples` (`image`, `question`, `truth`, and the answers of each model).
+        inspection: the content of `modulation.json`.
+        image: the image of the inspection.
     """
     write_page(
         path,
@@ -27,6 +31,6 @@ def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], ima
         [Path(__file__).parent / "templates"],
         demo=demo | {"examples": [each | {"image": inline_image(each["image"])} for each in demo["examples"]]},
         models=NAMES,
-        gap=f"{demo['modern']['overall'] - demo['baseline']['overall']:+.1f}",
+        gap=signed(demo["modern"]["overall"] - demo["baseline"]["overall"], 1),
         view=inspection_view(inspection, image),
     )

@@ -78,7 +78,7 @@ def pretrain_backbone(
         mapped = np.memmap(aside, np.uint8, shape=(count, image_size, image_size, 3))
         shapes = torch.from_numpy(draw_single_objects(WORLDS[world], seed, mapped)).to(place)
         pixels = torch.from_numpy(mapped)
-        resnet = build_resnet(name, classes=len(WORLDS[world].shapes)).to(place)
+        resnet = build_resnet(name, classes=len(WORLDS[world].SHAPES)).to(place)
 
         def logits_of(rows: Tensor) -> Tensor:
             normalised = Preprocessing(image_size).normalise(pixels[rows].to(place))

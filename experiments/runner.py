@@ -23,7 +23,7 @@ from experiments.training.trainer import train
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json
 from vqa.io.locks import held
-from vqa.io.processes import SIGNALS, Interrupted, StopRequest, block_signals_in_children
+from vqa.io.processes import Interrupted, StopRequest, block_signals_in_children
 from vqa.settings.recipes import load_saved, load_settings
 from vqa.settings.schema import Role, Settings, difference, role_of
 
@@ -215,7 +215,7 @@ def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> 
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("a")
     # every signal is answered here, and handed on as SIGTERM
-    with file, block_signals_in_children(*(number for number in SIGNALS if number != signal.SIGTERM)):
+    with file, block_signals_in_children(but=signal.SIGTERM):
         return subprocess.Popen(
             command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
         )

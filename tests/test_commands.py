@@ -184,12 +184,12 @@ def test_the_numbers_are_the_networks_own(trained, image):
     import torch
 
     from vqa.cbn import Modulation
-    from vqa.inspect.inspection import inspect, run_question
+    from vqa.inspect.inspection import inspect
     from vqa.saved_model import load_bundle
 
     bundle = load_bundle(trained)
     layers = inspect(bundle, image, ["is there a red circle?"])["readings"][0]["layers"]
-    output = run_question(bundle, image, "is there a red circle?")
+    output = bundle.run(image, "is there a red circle?")
     joined = [value for layer in layers for value in layer["delta_gamma"]]
     torch.testing.assert_close(torch.tensor(joined), output.modulation.gamma[0], rtol=1e-5, atol=1e-7)
     # written into the norms themselves, the deltas make the unmodulated network the modulated one

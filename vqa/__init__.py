@@ -4,4 +4,26 @@ Legend of the shape letters in this package: B images (one question each), T wor
 D question embedding, C channels, H and W map size, G glimpses, A answers, S image side, L conditioned norms.
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vqa.saved_model import Bundle
+
 __version__ = "0.1.0"
+
+
+def load(folder: str | Path, device: str = "cpu") -> "Bundle":
+    """Load a trained model to `ask` and `inspect`; torch is imported here, not with the package.
+
+    Args:
+        folder: a run directory, or a copied `model/`.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        InputError: there is no model, a file of it is missing or broken, or there is no such device.
+    """
+    from vqa.devices import choose_device
+    from vqa.saved_model import load_bundle
+
+    return load_bundle(Path(folder), choose_device(device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json
-from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, decode_image
+from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, decode_image
 
 MAX_SIZE = 2048  # of an image's side, in pixels
 
@@ -24,9 +24,9 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
     resize: str = "bilinear"
 
-    def decode(self, path: Path) -> np.ndarray:
-        """Decode an image file to uint8 [S, S, 3]. Raises InputError as `decode_image` does."""
-        return decode_image(path, self.size)
+    def decode(self, image: ImageSource) -> np.ndarray:
+        """Decode and resize an image to uint8 [S, S, 3]. Raises InputError as `read_image` does."""
+        return decode_image(image, self.size)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] → float32 [B, 3, S, S], (images / 255 - mean) / std in each channel.

@@ -1,37 +1,51 @@
 """The `model/` directory: everything needed to answer questions, in one folder that can be copied.
 
-model.safetensors    all weights, the frozen ResNet's included; its header says what it was trained on
+model.safetensors    all weights, the frozen ResNet's included, and in the metadata what the model was trained on
 config.yaml          the settings
-tokenizer.json       the words (tokenizer_config.json beside it lets `transformers` load them)
-answers.json         the answer classes, in order
-preprocessing.json   what is done to an image
+tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
+answers.json         the answer vocabulary, in order of the classes
+preprocessing.json   the preprocessing of images
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json, written_whole
+from vqa.io.images import ImageSource, read_image
 from vqa.io.weight_files import as_safetensors, read_safetensors
-from vqa.model import VQAModel
+from vqa.model import Output, VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
-from vqa.text.tokenizer import load_tokenizer, save_tokenizer, unusable
+from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
 
 WEIGHTS = "model.safetensors"
 
 
+class Training(BaseModel):
+    """How a model was trained, as the metadata of its weights say it; each entry may be missing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    trained_on: list[str] = []  # splits
+    epoch: int = 0  # from 1
+    val_overall: float | None = None  # percent
+    recalibrated_on: str = ""  # split
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """A trained model with all that belongs to it."""
+    """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
     model: VQAModel
@@ -39,13 +53,85 @@ class Bundle:
     tokenizer: Tokenizer
     answers: list[str]
     preprocessing: Preprocessing
-    training: dict[str, Any]  # trained_on: splits, epoch: from 1, val_overall: percent or None
+    training: dict[str, Any]  # entries of `Training`
+
+    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
+        """Answer a question about an image.
+
+        Args:
+            image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
+                width), or a list of these.
+            question: a question or a list of questions. Of two lists each image has its own question; one image or
+                question beside a list belongs to all of it. The questions of a list are answered one by one.
+            top: number of answers.
+
+        Returns:
+            The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.
+
+        Raises:
+            InputError: an image cannot be read, a question holds no word, or the model's scores are not finite.
+        """
+        return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
+
+    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
+        """Show what a question does to the network; arguments and errors as for `ask`.
+
+        Returns:
+            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W], and
+            `layers`: the conditioned norms in order of depth, with values for each channel (`describe_channels`).
+        """
+        from vqa.inspect.inspection import read
+
+        return _for_each(lambda image, question: read(self, image, question), image, question)
+
+    @torch.inference_mode()
+    def run(self, image: ImageSource, question: str, *, modulate: bool = True) -> Output:
+        """The model's output for one question (B = 1). Raises InputError as `ask`."""
+        if not isinstance(question, str):
+            raise InputError(f"question: must be a text, not {type(question).__name__}")
+        if reason := unusable(question):
+            raise InputError(f"question: {reason}")
+        if not words(self.tokenizer, question):
+            raise InputError(f"question: {question!r} holds no word")
+        device = next(self.model.parameters()).device
+        tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(self.tokenizer, [question]))
+        pixels = torch.from_numpy(self.preprocessing.decode(image).copy())[None].to(device)
+        output = self.model(self.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+        if not output.logits.isfinite().all():
+            damaged = "the model's scores of the answers are not finite; its weights are damaged"
+            raise InputError(f"{self.folder}: {damaged}")
+        return output
+
+    def top_answers(self, output: Output, top: int = 5) -> list[dict[str, Any]]:
+        """The most probable answers of an output for one question."""
+        if top < 1:
+            raise InputError(f"top: must be at least 1, not {top}")
+        best = output.logits[0].float().softmax(0).topk(min(top, len(self.answers)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
+
+    def unknown_words(self, question: str) -> list[str]:
+        """The words of a question that are not in the vocabulary."""
+        known = self.tokenizer.get_vocab()
+        return [word for word in words(self.tokenizer, question) if known.get(word, UNKNOWN_ID) == UNKNOWN_ID]
+
+
+def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
+    """`function(image, question)`, or the list of its results where one of the two is a list, or both are."""
+    several = [isinstance(given, list | tuple) for given in (image, question)]
+    if not any(several):
+        return function(image, question)
+    images = image if several[0] else [read_image(image)] * len(question)
+    questions = question if several[1] else [question] * len(image)
+    if len(images) != len(questions):
+        raise InputError(f"{len(images)} images for {len(questions)} questions; give as many, or one of either")
+    return [function(*pair) for pair in zip(images, questions, strict=True)]
 
 
 def save_companions(
     folder: Path, settings: Settings, tokenizer: Tokenizer, answers: list[str], preprocessing: Preprocessing
 ) -> None:
-    """Writes everything but the weights."""
+    """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / "config.yaml")
     save_tokenizer(tokenizer, folder)
@@ -54,16 +140,16 @@ def save_companions(
 
 
 def save_weights(folder: Path, model: VQAModel, training: dict[str, Any]) -> None:
-    """Writes the weights, with `training` in their header, whole or not at all."""
+    """Write the weights, whole or not at all."""
     with written_whole(folder / WEIGHTS) as aside:
         aside.write_bytes(as_safetensors(model.state_dict(), {"training": json.dumps(training)}))
 
 
 def find_model(run: Path) -> Path:
-    """The model directory of a run directory, or the directory itself if it is one.
+    """Find the model directory of a run directory; a model directory is its own.
 
     Raises:
-        InputError: there is none, or it was not made with the settings of the run directory.
+        InputError: there is none, or its settings are not those of the run directory.
     """
     for folder in (run / "model", run):
         if (folder / WEIGHTS).is_file():
@@ -75,10 +161,10 @@ def find_model(run: Path) -> Path:
 
 
 def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
-    """Loads a model from a run directory or a copied `model/`, ready to answer.
+    """Load a model from a run directory or a copied `model/`, ready to answer.
 
     Raises:
-        InputError: a file of it is missing or broken, or the weights do not fit the settings.
+        InputError: a file is missing or broken, or the weights do not fit the settings.
     """
     folder = find_model(run)
     settings = load_saved(folder / "config.yaml")
@@ -86,7 +172,7 @@ def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
     answers = _read_answers(folder / "answers.json")
     preprocessing = Preprocessing.load(folder / "preprocessing.json")
     try:
-        with torch.device("meta"):  # takes no memory, whatever sizes config.yaml names
+        with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
             model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{folder / 'config.yaml'}: no model can be built of it ({error!s:.100})") from None
@@ -106,11 +192,10 @@ def _read_answers(file: Path) -> list[str]:
 
 
 def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
-    """Fills a model that has no memory yet; returns what the file says of the training."""
+    """Load the weights into a model on the meta device; returns how it was trained."""
     try:
-        weights, said = read_safetensors(file)
-        training = json.loads(said.get("training", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        weights, metadata = read_safetensors(file)
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
@@ -119,16 +204,7 @@ def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
             raise InputError(f"{file}: not the weights of this folder's config.yaml: {name} is {theirs}, not {ours}")
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
-    return _checked_facts(training, file)
-
-
-def _checked_facts(training: Any, file: Path) -> dict[str, Any]:
-    """What `save_weights` was given, if it has the form of `Bundle.training`."""
-    kinds = {"trained_on": list, "epoch": int, "val_overall": (int, float, type(None)), "recalibrated_on": str}
-    if not isinstance(training, dict) or not all(
-        isinstance(value, kinds.get(key, ())) for key, value in training.items()
-    ):
-        raise InputError(f"{file}: its header says nothing of the training that can be read")
-    if not all(isinstance(split, str) for split in training.get("trained_on", [])):
-        raise InputError(f"{file}: trained_on must be names of splits")
-    return training
+    try:
+        return Training.model_validate_json(metadata.get("training", "{}")).model_dump(exclude_unset=True)
+    except ValueError:
+        raise InputError(f"{file}: its header does not say how the model was trained") from None

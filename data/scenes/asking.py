@@ -1,16 +1,16 @@
-"""How questions about synthetic scenes are asked: in rounds of one question of each kind."""
+"""Ask questions about synthetic scenes in rounds of one question of each kind."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import islice, permutations
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, permutations, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_QUESTIONS = 10  # an image: every world can ask that many, and question id = image id * 10 + place
+MAX_QUESTIONS = 10  # about an image; every world has as many, and question id = image id * 10 + index
 
 
 class SceneQuestion(NamedTuple):
-    """A question and its answer, in the terms of the VQA files."""
+    """A question and its answer, with the fields of the VQA files."""
 
     question_type: str
     answer_type: str
@@ -18,59 +18,81 @@ class SceneQuestion(NamedTuple):
     answer: str
 
 
-Candidates = list[tuple[str, str, float]]  # subject, answer, and how much it is preferred to come first
+Pair = tuple[str, str]  # shape, colour
+Candidates = list[tuple[str, str, float]]  # subject, answer, weight: the chance to come first is proportional to it
 
 
 class Kind(NamedTuple):
-    """A kind of question, and what it can ask about the things in a scene."""
+    """A kind of question; `candidates` lists what it can ask about the objects of a scene."""
 
-    question_type: str  # every wording begins with it, as in VQA
+    question_type: str  # the first words of every question of the kind, as in VQA
     answer_type: str
-    wordings: tuple[str, ...]  # of the rest, around the subject
+    wordings: tuple[str, ...]  # the rest, around the subject
     candidates: Callable[[Any], Candidates]
 
 
-def ask(kinds: Sequence[Kind], things: Any, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
-    """`count` (at most MAX_QUESTIONS) different questions: rounds of one of each kind, in random order.
+def ask(kinds: Sequence[Kind], objects: Any, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
+    """Ask `count` (at most MAX_QUESTIONS) different questions: rounds of one of each kind, in random order.
 
-    A kind that has nothing (more) to ask about the things leaves its turn to the others.
+    A kind without (more) candidates is skipped.
     """
-    queues = [_spread(kind.candidates(things), rng) for kind in kinds]
+    queues = [_shuffled(kind.candidates(objects), rng) for kind in kinds]
     questions: list[SceneQuestion] = []
     while len(questions) < count:
-        for place in rng.permutation(len(kinds)):
-            kind = kinds[place]
-            for subject, answer in islice(queues[place], 1):
+        for index in rng.permutation(len(kinds)):
+            kind = kinds[index]
+            for subject, answer in islice(queues[index], 1):
                 wording = kind.wordings[rng.integers(len(kind.wordings))]
                 text = f"{kind.question_type} {wording.format(subject)}"
                 questions.append(SceneQuestion(kind.question_type, kind.answer_type, text, answer))
     return questions[:count]
 
 
-def _spread(candidates: Candidates, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """The candidates in random order; each comes first with a chance proportional to its weight."""
+def _shuffled(candidates: Candidates, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     order = np.argsort(rng.exponential(size=len(candidates)) / np.array([weight for *_, weight in candidates]))
-    return (candidates[place][:2] for place in order)
+    return (candidates[index][:2] for index in order)
 
 
-def mixtures(things: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Pairs (shape, colour) of a shape and a colour that both occur, but not together: of two things whose shapes could
-    be exchanged for two new things. So neither shapes alone nor colours alone tell them from what is there.
+def mixtures(pairs: Sequence[Pair]) -> set[Pair]:
+    """Return the new pairs that exchanging the shapes of two of `pairs` would make, where both are new.
+
+    Shapes alone, or colours alone, do not tell that they are absent.
     """
     return {
         (shape, colour)
-        for (shape, hers), (his, colour) in permutations(things, 2)
-        if shape != his and hers != colour and (shape, colour) not in things and (his, hers) not in things
+        for (shape, colour_of_first), (shape_of_second, colour) in permutations(pairs, 2)
+        if (shape, colour) not in pairs and (shape_of_second, colour_of_first) not in pairs
     }
 
 
-def existence(there: Collection[str], absent: Sequence[Collection[str]]) -> Candidates:
-    """Whether something is there: "yes" as often as "no", and each kind of what is not there as often as the others."""
+def pair_kinds(pairs: Sequence[Pair], shapes: Iterable[str], colours: Iterable[str]) -> list[list[Pair]]:
+    """Return the pairs that are present and three kinds that are absent, each sorted: mixtures, pairs of a missing
+    colour, pairs of a missing shape.
+
+    Mixtures need shape and colour together; the other two make the question learnable step by step.
+    """
+    shapes_there, colours_there = map(set, zip(*pairs, strict=True))
+    kinds = (
+        set(pairs),
+        mixtures(pairs),
+        set(product(shapes_there, set(colours) - colours_there)),
+        set(product(set(shapes) - shapes_there, colours_there)),
+    )
+    return [sorted(kind) for kind in kinds]
+
+
+def existence(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
+    """Return yes/no candidates, both answers equally likely, and so are all kinds of absent subjects.
+
+    There are none where only one answer would be possible.
+    """
     kinds = [kind for kind in absent if kind]
-    candidates = [(subject, "yes", len(kinds) / len(there)) for subject in there]
-    return candidates + [(subject, "no", 1 / len(kind)) for kind in kinds for subject in kind]
+    if not there or not kinds:
+        return []
+    yes = [(subject, "yes", 0.5 / len(there)) for subject in there]
+    return yes + [(subject, "no", 0.5 / len(kinds) / len(kind)) for kind in kinds for subject in kind]
 
 
 def plural(shape: str) -> str:
-    """More than one of a shape."""
+    """Return the plural of a shape's name."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"

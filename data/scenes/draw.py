@@ -1,13 +1,13 @@
-"""The synthetic scenes' images: flat shapes on a noisy background. Everything is drawn from seeds."""
+"""Draw the synthetic scenes: flat shapes on a noisy background."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
 from typing import NamedTuple
 
 import numpy as np
 
-# Far enough from 0 and 255 to be jittered.
+# Far enough from 0 and 255 for the jitter.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 35),
     "green": (40, 165, 50),
@@ -22,7 +22,7 @@ _COLOUR_JITTER = 20  # at most, for each of R, G, B
 
 
 def _folded(x: np.ndarray, y: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """A figure that looks the same in `times` directions, folded onto half of the one that points up: along, across."""
+    """Fold a figure of `times`-fold symmetry onto half of its part that points up; return (along, across)."""
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
     step = 2 * pi / times
     angle = abs(angle - step * np.round(angle / step))
@@ -50,12 +50,12 @@ SHAPES: tuple[str, ...] = tuple(_OUTLINES)
 
 
 class Look(NamedTuple):
-    """How images are taken; noise from the least to the most, for each of R, G, B."""
+    """The conditions of an image; the noise's range is between its least and its greatest value."""
 
-    background: tuple[float, float] = (85.0, 145.0)  # an image's grey level
+    background: tuple[float, float] = (85.0, 145.0)  # range of an image's grey level
     noise: float = 60.0
     noise_on_objects: float = 20.0
-    light: float = 1.0  # everything is multiplied by it in the end
+    light: float = 1.0  # factor of all pixels
 
 
 LOOKS: dict[str, Look] = {
@@ -68,39 +68,35 @@ LOOKS: dict[str, Look] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object; lengths are fractions of the image's side, from its top left corner."""
+    """One object; lengths are fractions of the image's side, places from its top left corner."""
 
     shape: str
     colour: str
     centre: tuple[float, float]  # x, y
     radius: float
-    rgb: tuple[int, int, int]  # its colour as drawn, jittered
-    size: str = ""  # what its radius is called, where a world asks for it
+    rgb: tuple[int, int, int]  # the colour with its jitter
+    size: str = ""  # name of its radius, in worlds that ask for it
     tilt: float = 0.0  # clockwise, in radians
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Objects that do not overlap."""
-
-    objects: tuple[SceneObject, ...]
+Scene = Sequence[SceneObject]  # they do not overlap
 
 
 def jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
-    """A colour as it is drawn: R, G, B, each a little off."""
+    """Sample R, G, B around a named colour."""
     red, green, blue = (COLOURS[colour] + rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)).tolist()
     return red, green, blue
 
 
 def draw_scene(scene: Scene, size: int, rng: np.random.Generator, look: Look = LOOKS["plain"]) -> np.ndarray:
-    """The scene as uint8 [size, size, 3] (height, width, RGB); `rng` draws the background and the noise."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # [S], the pixels' centres
+    """Draw a scene as uint8 [size, size, 3] (height, width, RGB); `rng` samples the background and the noise."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # [S], centres of the pixels
     noise = rng.random((3, size, size), dtype=np.float32) - 0.5
     image = rng.uniform(*look.background) + look.noise * noise  # [3, S, S]
-    for item in scene.objects:
+    for item in scene:
         right = (axis[None, :] - item.centre[0]) / item.radius
         down = (axis[:, None] - item.centre[1]) / item.radius
-        x = cos(item.tilt) * right + sin(item.tilt) * down  # [S, S], as the object itself sees it
+        x = cos(item.tilt) * right + sin(item.tilt) * down  # [S, S], in the object's own axes
         y = cos(item.tilt) * down - sin(item.tilt) * right
         distance = _OUTLINES[item.shape](x, y) * item.radius * size  # [S, S], in pixels
         coverage = np.clip(0.5 - distance, 0, 1)  # smooths the edge over one pixel

@@ -1,7 +1,8 @@
-"""The larger synthetic scenes: what they show, how an object is described, and questions about up to three objects.
+"""The large synthetic scenes: three to eight tilted objects of two sizes, and questions about up to three objects.
 
-What is asked of an object is not said of it, a relation to another is named only where it is needed to tell the object
-from others, and each way of asking leaves little to guess: its answers are spread.
+An object is described in as few words as single it out; "left of" means by a clear distance. A question does not name
+the attribute it asks for, and names a relation only where it is needed to single an object out; the answers to each
+wording are spread, so that little can be guessed.
 """
 
 from collections import Counter
@@ -12,47 +13,58 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, mixtures, plural
+from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, mixtures, pair_kinds, plural
 from data.scenes.asking import ask as ask_in_rounds
 from data.scenes.draw import COLOURS, SHAPES, Scene, SceneObject, jittered
 
 SIZES: dict[str, tuple[float, float]] = {"small": (0.048, 0.06), "large": (0.095, 0.12)}  # radii, of the image's side
-_TILT = 0.35  # at most, to either side; a square stays a square and does not become a diamond
-_REACH = 1.21  # of the radius: as far as a shape's corners go, the square's
-_GAP = 0.01  # between objects
+_TILT = 0.35  # radians at most, to either side: a tilted square is not yet a diamond
+_REACH = 1.21  # of the radius: how far the farthest corner of a shape, the square's, is from its centre
+_GAP = 0.01  # the least between two objects
 _TRIES = 100  # places tried for each object
+CLEAR = 0.05  # of the image's side: of centres closer than that, none is left of or above the other
+_DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis of the centre, sign
+WORDS = {"size": "size", "colour": "color", "shape": "shape"}  # attributes of an object, and their names in questions
+# Weights of counts that spread the answers evenly up to four: of a colour or shape, of these and a size, on one side of
+# an object, and like an object.
+_COUNT_WEIGHTS = (
+    (1.0, 1.0, 1.2, 2.7, 11.0, 25.0, 25.0, 25.0, 25.0),
+    (1.0, 1.0, 1.4, 7.0, 25.0, 25.0, 25.0, 25.0, 25.0),
+    (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0),
+    (1.2, 1.3, 2.9, 12.0, 25.0, 25.0, 25.0, 25.0),
+)
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A scene whose objects take shapes and colours from a few of the world's, two or more.
+    """Sample a scene whose objects share a few shapes and colours, two or more of each.
 
-    With all of them to take from, nearly every object would be the only one of its shape and of its colour.
+    If they took them from all, nearly every object would be the only one of its shape and of its colour.
     """
     number = int(rng.integers(3, 9))
-    shapes, colours = _some(rng, SHAPES, number), _some(rng, tuple(COLOURS), number)
+    shapes, colours = _few_of(rng, SHAPES, number), _few_of(rng, tuple(COLOURS), number)
     sizes = [tuple(SIZES)[index] for index in rng.integers(len(SIZES), size=number)]
     radii = [rng.uniform(*SIZES[size]) for size in sizes]
     centres = place(rng, radii)
-    return Scene(tuple(_made(rng, *thing) for thing in zip(shapes, colours, sizes, radii, centres, strict=True)))
+    return [_object(rng, *values) for values in zip(shapes, colours, sizes, radii, centres, strict=True)]
 
 
 def single_object(rng: np.random.Generator, shape: str) -> SceneObject:
-    """An object of that shape, of any colour and size, anywhere in the image."""
+    """Sample an object of that shape and any colour and size, anywhere in the image."""
     size = rng.choice(tuple(SIZES)).item()
     radius = rng.uniform(*SIZES[size])
-    return _made(rng, shape, rng.choice(tuple(COLOURS)).item(), size, radius, _anywhere(rng, radius))
+    return _object(rng, shape, rng.choice(tuple(COLOURS)).item(), size, radius, _anywhere(rng, radius))
 
 
 def place(rng: np.random.Generator, radii: Sequence[float], tries: int = _TRIES) -> list[tuple[float, float]]:
-    """Centres (x, y) of up to nine objects of the world's radii that do not touch each other or the image's border.
+    """Sample the centres (x, y) of up to nine objects that touch neither each other nor the image's border.
 
-    The largest is placed first, each where one of `tries` darts finds room; if none does, all go into cells of a 3 x 3
-    grid, where any nine objects have room.
+    The largest object is placed first, each at the first of `tries` random places that is free; if none is, all objects
+    go into the cells of a 3 x 3 grid, which are large enough for any of them.
     """
     centres: dict[int, tuple[float, float]] = {}
     for index in sorted(range(len(radii)), key=lambda index: -radii[index]):
-        darts = (_anywhere(rng, radii[index]) for _ in range(tries))
-        free = (dart for dart in darts if all(apart(dart, radii[index], centres[k], radii[k]) for k in centres))
+        places = (_anywhere(rng, radii[index]) for _ in range(tries))
+        free = (place for place in places if all(apart(place, radii[index], centres[k], radii[k]) for k in centres))
         found = next(free, None)
         if found is None:
             cells = rng.permutation(9)[: len(radii)].tolist()
@@ -62,7 +74,7 @@ def place(rng: np.random.Generator, radii: Sequence[float], tries: int = _TRIES)
 
 
 def apart(one: tuple[float, float], radius: float, other: tuple[float, float], other_radius: float) -> bool:
-    """Whether objects of these centres and radii leave a gap between them, however they are tilted."""
+    """Return whether objects of these centres and radii leave a gap between them at any tilt."""
     return np.hypot(one[0] - other[0], one[1] - other[1]) >= _REACH * (radius + other_radius) + _GAP
 
 
@@ -72,53 +84,46 @@ def _anywhere(rng: np.random.Generator, radius: float) -> tuple[float, float]:
     return x, y
 
 
-def _some(rng: np.random.Generator, values: Sequence[str], number: int) -> list[str]:
-    """`number` values out of two or more of those there are."""
+def _few_of(rng: np.random.Generator, values: Sequence[str], number: int) -> list[str]:
+    """Draw `number` times from a random subset of two or more of the values."""
     kinds = rng.permutation(len(values))[: rng.integers(2, len(values) + 1)]
     return [values[index] for index in rng.choice(kinds, size=number).tolist()]
 
 
-def _made(
+def _object(
     rng: np.random.Generator, shape: str, colour: str, size: str, radius: float, centre: tuple[float, float]
 ) -> SceneObject:
     return SceneObject(shape, colour, centre, radius, jittered(rng, colour), size, rng.uniform(-_TILT, _TILT))
 
 
-CLEAR = 0.05  # of the image's side: centres closer than that are not said to be left of or above one another
-_DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis of the centre, sign
-WORDS = {"size": "size", "colour": "color", "shape": "shape"}  # attributes of an object, as they are asked for
-
-Objects = Sequence[SceneObject]
-
-
 class Description(NamedTuple):
-    """What is said of an object; None is not said."""
+    """Attributes that single out an object; None is not named."""
 
     size: str | None = None
     colour: str | None = None
     shape: str | None = None
 
     def fits(self, item: SceneObject) -> bool:
-        """Whether all of it is true of an object."""
+        """Return whether an object has all attributes named."""
         return all(value is None or value == getattr(item, name) for name, value in zip(WORDS, self, strict=True))
 
     def __str__(self) -> str:
         return " ".join(value for value in (self.size, self.colour, self.shape or "object") if value)
 
 
-def describe(item: SceneObject, among: Objects, without: Sequence[str] = ()) -> list[Description]:
-    """The shortest descriptions that fit this object alone; none of them says the attributes `without`."""
+def describe(item: SceneObject, among: Scene, without: Sequence[str] = ()) -> list[Description]:
+    """Return the shortest descriptions that fit this object alone; none of them names the attributes `without`."""
     names = [name for name in WORDS if name not in without]
     found: dict[frozenset[str], Description] = {}
-    for said in (frozenset(some) for count in range(len(names) + 1) for some in combinations(names, count)):
-        description = Description(**{name: getattr(item, name) for name in said})
-        if not any(shorter <= said for shorter in found) and sum(map(description.fits, among)) == 1:
-            found[said] = description
+    for named in (frozenset(some) for count in range(len(names) + 1) for some in combinations(names, count)):
+        description = Description(**{name: getattr(item, name) for name in named})
+        if not any(shorter <= named for shorter in found) and sum(map(description.fits, among)) == 1:
+            found[named] = description
     return list(found.values())
 
 
-def on_side(items: Objects, anchor: SceneObject, direction: str) -> list[SceneObject] | None:
-    """The objects that lie in a direction from another; None if that is not clear of every object."""
+def on_side(items: Scene, anchor: SceneObject, direction: str) -> list[SceneObject] | None:
+    """Return the objects that lie in a direction from another; None if it is not clear of every object."""
     axis, sign = _DIRECTIONS[direction]
     gaps = [sign * (item.centre[axis] - anchor.centre[axis]) for item in items]
     if any(abs(gap) < CLEAR for item, gap in zip(items, gaps, strict=True) if item is not anchor):
@@ -126,8 +131,8 @@ def on_side(items: Objects, anchor: SceneObject, direction: str) -> list[SceneOb
     return [item for item, gap in zip(items, gaps, strict=True) if gap > 0]
 
 
-def beside(items: Objects) -> Iterator[tuple[SceneObject, str, list[SceneObject]]]:
-    """Each object with each direction and the objects there, where that is clear."""
+def beside(items: Scene) -> Iterator[tuple[SceneObject, str, list[SceneObject]]]:
+    """Yield each object with each direction and the objects there, where it is clear of all of them."""
     for anchor in items:
         for direction in _DIRECTIONS:
             side = on_side(items, anchor, direction)
@@ -135,25 +140,15 @@ def beside(items: Objects) -> Iterator[tuple[SceneObject, str, list[SceneObject]
                 yield anchor, direction, side
 
 
-def others_like(items: Objects, anchor: SceneObject, attribute: str) -> list[SceneObject]:
-    """The other objects that share an attribute with one."""
+def others_like(items: Scene, anchor: SceneObject, attribute: str) -> list[SceneObject]:
+    """Return the other objects that share an attribute with one."""
     return [item for item in items if item is not anchor and getattr(item, attribute) == getattr(anchor, attribute)]
 
 
-# How much a count is preferred where it occurs, chosen to spread the answers evenly up to four. A row each for counts
-# of a kind, of a kind and size, beside an object, and like one.
-_COUNT_WEIGHTS = (
-    (1.0, 1.0, 1.2, 2.7, 11.0, 25.0, 25.0, 25.0, 25.0),
-    (1.0, 1.0, 1.4, 7.0, 25.0, 25.0, 25.0, 25.0, 25.0),
-    (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0),
-    (1.2, 1.3, 2.9, 12.0, 25.0, 25.0, 25.0, 25.0),
-)
+def _asked_for(attribute: str, items: Scene) -> Candidates:
+    """Ask for an attribute of one object: described alone, beside another one, or as the only other one like another.
 
-
-def _asked_for(attribute: str, items: Objects) -> Candidates:
-    """An attribute of an object by itself, of one beside another, and of the only other one like another.
-
-    Where a size is asked for none is said: "the ring left of the small ring" can only be large.
+    A question for a size names none: "the ring left of the small ring" can only be large.
     """
     alone = {str(one): getattr(item, attribute) for item in items for one in describe(item, items, [attribute])}
     near = {
@@ -177,21 +172,19 @@ def _asked_for(attribute: str, items: Objects) -> Candidates:
 
 
 def _even(answers: dict[str, str], needed: int) -> Candidates:
-    """Each answer as likely as the others; nothing where fewer than `needed` of them can be given."""
+    """Make all answers equally likely; return nothing where there are fewer than `needed` of them."""
     number = Counter(answers.values())
     if len(number) < needed:
         return []
     return [(subject, answer, 1 / len(number) / number[answer]) for subject, answer in answers.items()]
 
 
-def _counts(items: Objects) -> Candidates:
-    """How many there are of a colour or shape, how many of one size of these, how many beside an object, and how many
-    others are like one.
-    """
+def _counts(items: Scene) -> Candidates:
+    """Count the objects of a colour or shape, of these and a size, on one side of an object, and like an object."""
     kinds = [Description(colour=colour) for colour in COLOURS] + [Description(shape=shape) for shape in SHAPES]
     sized = [kind._replace(size=size) for size in SIZES for kind in kinds]
     of_kind, of_size = (
-        {f"{plural(str(said))} are there": sum(map(said.fits, items)) for said in some} for some in (kinds, sized)
+        {f"{plural(str(one))} are there": sum(map(one.fits, items)) for one in some} for some in (kinds, sized)
     )
     near = {
         f"objects are {direction} the {one}": len(side)
@@ -211,36 +204,30 @@ def _counts(items: Objects) -> Candidates:
     return candidates
 
 
-def _existence(items: Objects) -> Candidates:
-    """Whether there is an object of a colour and a shape, of a size too, one beside another, another one like one."""
+def _existence(items: Scene) -> Candidates:
     return [*_pairs(items), *_triples(items), *_pairs_beside(items), *_another_like(items)]
 
 
-def _pairs(items: Objects) -> Candidates:
-    """A colour and a shape: what is not there is mixed, of a missing colour or of a missing shape."""
-    pairs = [(item.shape, item.colour) for item in items]
-    colours, shapes = {colour for _, colour in pairs}, {shape for shape, _ in pairs}
-    kinds = (
-        set(pairs),
-        mixtures(pairs),
-        {(shape, colour) for shape in shapes for colour in COLOURS if colour not in colours},
-        {(shape, colour) for shape in SHAPES if shape not in shapes for colour in colours},
-    )
-    return _yes_or_no(*([_a(colour, shape) for shape, colour in sorted(kind)] for kind in kinds))
+def _pairs(items: Scene) -> Candidates:
+    """Is there an object of a colour and a shape?"""
+    kinds = pair_kinds([(item.shape, item.colour) for item in items], SHAPES, COLOURS)
+    return existence(*([_a(colour, shape) for shape, colour in kind] for kind in kinds))
 
 
-def _triples(items: Objects) -> Candidates:
-    """A size, a colour and a shape: what is not there differs from what is in one of them, which another object has."""
+def _triples(items: Scene) -> Candidates:
+    """Is there an object of a size, a colour and a shape? An absent one differs from an object in one attribute, which
+    another object has.
+    """
     there = {Description(item.size, item.colour, item.shape) for item in items}
     changed = (
         {one._replace(**{name: getattr(item, name)}) for one in there for item in items} - there for name in WORDS
     )
-    return _yes_or_no(*([_a(*said) for said in sorted(kind)] for kind in (there, *changed)))
+    return existence(*([_a(*one) for one in sorted(kind)] for kind in (there, *changed)))
 
 
-def _pairs_beside(items: Objects) -> Candidates:
-    """A colour and a shape beside an object: what is not there is elsewhere, or mixed of what is there."""
-    kinds: tuple[list[str], list[str], list[str]] = ([], [], [])  # there, elsewhere, mixed
+def _pairs_beside(items: Scene) -> Candidates:
+    """Is there an object of a colour and a shape beside another one? An absent one is elsewhere, or a mixture."""
+    kinds: tuple[list[str], list[str], list[str]] = ([], [], [])  # there, elsewhere, mixtures
     everywhere = {(item.shape, item.colour) for item in items}
     for anchor, direction, side in beside(items):
         pairs = [(item.shape, item.colour) for item in side]
@@ -251,28 +238,19 @@ def _pairs_beside(items: Objects) -> Candidates:
                 for shape, colour in sorted(found)
                 for one in describe(anchor, items)
             ]
-    return _yes_or_no(*kinds)
+    return existence(*kinds)
 
 
-def _another_like(items: Objects) -> Candidates:
-    """Another object that shares an attribute with one, for each attribute."""
+def _another_like(items: Scene) -> Candidates:
+    """Is there another object that shares an attribute with one?"""
     candidates = []
     for shared, word in WORDS.items():
         there, absent = [], []
         for anchor in items:
             subjects = [f"another object of the same {word} as the {one}" for one in describe(anchor, items, [shared])]
             (there if others_like(items, anchor, shared) else absent).extend(subjects)
-        candidates += _yes_or_no(there, absent)
+        candidates += existence(there, absent)
     return candidates
-
-
-def _yes_or_no(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
-    """As `existence`, with weights that sum to 1; nothing where only one of the two could be answered."""
-    if not there or not any(absent):
-        return []
-    candidates = existence(there, absent)
-    total = sum(weight for *_, weight in candidates)
-    return [(subject, answer, weight / total) for subject, answer, weight in candidates]
 
 
 def _a(*words: str) -> str:
@@ -289,5 +267,5 @@ _KINDS = (
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
-    """`count` (at most MAX_QUESTIONS) different questions; the counts of one attribute can always be asked."""
-    return ask_in_rounds(_KINDS, scene.objects, rng, count)
+    """Ask `count` (at most MAX_QUESTIONS) different questions; the counts of one attribute can always be asked."""
+    return ask_in_rounds(_KINDS, scene, rng, count)

@@ -1,6 +1,6 @@
-"""`main.py bench`: what is fast, measured beside what it replaces, all in one run.
+"""`main.py bench`: measure each fast path beside what it replaces, in the same run.
 
-Each part is a table with a line a measurement; what is compared takes turns, and medians are given. Ratios can be
+Each part is a table with a row a measurement; what is compared takes turns, and medians are given. Ratios can be
 compared between machines of a kind, milliseconds cannot.
 """
 
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from experiments.bench import loading, step
-from experiments.bench.step import Case
+from experiments.bench.loading import cache_rows, loading_rows, sharing_rows, waiting_rows
+from experiments.bench.scale import scale_rows
+from experiments.bench.step import TINY, Case, cases, memory_rows, step_rows
 from experiments.bench.vqa_sized_data import QUESTIONS
 from experiments.report.tables import aligned, write_lines
 from experiments.training.run_directory import surroundings
@@ -28,18 +29,18 @@ MOST_REPEATS = {"memory": 1, "cache": 3, "waiting": 1, "loading": 3, "scale": 3}
 def bench(
     parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None, images: int = 4_000
 ) -> dict[str, Any]:
-    """Measures some parts (all if none is named) and writes `bench_PART.csv` for each into `out`.
+    """Measure some parts and write `bench_PART.csv` for each into `out`.
 
     Args:
-        parts: of PARTS.
+        parts: names of PARTS; none for all.
         repeats: turns of each measurement.
         device: as the setting; what needs no GPU is measured on the CPU.
-        tiny: a small network and few images: whether it runs, not how fast it is.
+        tiny: a small network and few images, to show that it runs.
         out: a folder; None writes nothing.
-        images: of the part scale, at least 8.
+        images: number of images of the part `scale`, at least 8.
 
     Returns:
-        `machine` and `parts`: each part's rows.
+        `machine`, `repeats` and `parts`: each part's rows.
 
     Raises:
         InputError: there is no such part or device, or `out` is a file.
@@ -51,17 +52,17 @@ def bench(
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     chosen = choose_device(device)
-    results = {}
+    machine, results = surroundings(chosen), {}
+    columns = {key: machine[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": machine["git_commit"]}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for part in parts or PARTS:
+            turns = min(repeats, MOST_REPEATS.get(part, repeats))
             with redirect_stdout(io.StringIO()):  # what training and preprocessing say
-                turns = min(repeats, MOST_REPEATS.get(part, repeats))
                 results[part] = _measured(part, turns, chosen, Path(folder) / part, tiny, images)
             print(f"\n{part}\n{table_of(results[part])}", flush=True)
             if out is not None:
-                told = _machine(chosen) | {"repeats": turns}
-                write_lines(out / f"bench_{part}.csv", [row | told for row in results[part]])
-    return {"machine": surroundings(chosen), "repeats": repeats, "parts": results}
+                write_lines(out / f"bench_{part}.csv", [row | columns | {"repeats": turns} for row in results[part]])
+    return {"machine": machine, "repeats": repeats, "parts": results}
 
 
 def _measured(
@@ -69,31 +70,25 @@ def _measured(
 ) -> list[dict[str, Any]]:
     network, size, images = ("resnet10", 64, 16) if tiny else ("resnet50", 224, 128)
     largest = Case("resnet10", 64, 2) if tiny else Case("resnet152", 448, 1)
+    steps = TINY if tiny else cases(device)
+    jpegs = 128 if tiny else 3072
+    questions, scale, training = ({"train": 2000, "val": 200}, 80, (2, 0)) if tiny else (QUESTIONS, scale, (50, 2))
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "step": lambda: step.step_rows(step.TINY if tiny else step.cases(device), repeats, device),
-        "memory": lambda: step.memory_rows(largest, 24, device),
-        "sharing": lambda: loading.sharing_rows(network, size, 16, repeats, device),
-        "cache": lambda: loading.cache_rows(network, size, images, folder, repeats, device),
-        "waiting": lambda: loading.waiting_rows(network, size, images // 2, 8, folder, device),
-        "loading": lambda: loading.loading_rows(size, 24 * images if not tiny else 128, folder, repeats),
-        "scale": lambda: (
-            scale.scale_rows({"train": 2000, "val": 200}, size, 80, 2, 0, repeats, folder)
-            if tiny
-            else scale.scale_rows(QUESTIONS, size, scale, 50, 2, repeats, folder)
-        ),
+        "step": lambda: [row for case in steps for row in step_rows(case, repeats, device)],
+        "memory": lambda: memory_rows(largest, 24, device),
+        "sharing": lambda: sharing_rows(network, size, 16, repeats, device),
+        "cache": lambda: cache_rows(network, size, images, folder, repeats, device),
+        "waiting": lambda: waiting_rows(network, size, images // 2, 8, folder, device),
+        "loading": lambda: loading_rows(size, jpegs, folder, repeats),
+        "scale": lambda: scale_rows(questions, size, scale, *training, repeats, folder),
     }
     return measure[part]()
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; each kind of row under a head of its own."""
+    """Align rows as text; rows of other columns get headings of their own."""
     kinds: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
         cells = ["" if value is None else str(value) for value in row.values()]
         kinds.setdefault(tuple(row), [list(row)]).append(cells)
     return "\n".join(map(aligned, kinds.values()))
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    told = surroundings(device)
-    return {key: told[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": told["git_commit"]}

@@ -1,15 +1,20 @@
-"""How far features keep kinds of questions apart: a number for it, and its figure's points.
-
-Both are computed by one thread: the sums of several come in any order, and t-SNE makes much of the last bit.
+"""k-NN accuracy and t-SNE of features, both by one thread: sums of several threads differ in the last bit, which t-SNE
+amplifies.
 
 Legend: N pairs of an image and a question, C channels.
 """
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from sklearn.manifold import TSNE
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from data.question_table import QuestionTable
 from vqa.text.answers import answer_vocabulary, normalise_answer
@@ -24,54 +29,41 @@ _COLOUR = re.compile(
 )
 
 
-class Separation(NamedTuple):
-    """How well the nearest neighbours tell a pair's class."""
-
-    accuracy: float  # 0 to 1
-    chance: float  # 0 to 1, share of the most common class
-    classes: int
-    pairs: int  # counted: those of the other classes are too few
-    neighbours: int
-
-
 def main_answers(table: QuestionTable) -> list[str]:
-    """The answer that most annotators gave to each question, in its most common spelling."""
+    """The most common answer to each question, in its most common spelling."""
     return [(answer_vocabulary(table.answers(row), 1) or [""])[0] for row in range(len(table))]
 
 
 def is_colour(answer: str) -> bool:
-    """Whether an answer is a colour or several, as `black and white`."""
+    """Whether an answer consists of colours, as `black and white`."""
     words = [word for word in normalise_answer(answer).split() if word != "and"]
     return bool(words) and all(map(_COLOUR.fullmatch, words))
 
 
 def labellings(table: QuestionTable) -> dict[str, list[str]]:
-    """The classes of each question by name of the labelling: `answer type`, `question type` and `colour`."""
+    """The class of each question in three labellings: `answer type`, `question type` and `colour`."""
     colours = ["a colour" if is_colour(answer) else "no colour" for answer in main_answers(table)]
     return {"answer type": table.answer_types, "question type": table.question_types, "colour": colours}
 
 
-def neighbour_accuracy(features: np.ndarray, labels: Sequence[str], images: np.ndarray, seed: int) -> Separation | None:
-    """Accuracy of the nearest neighbours' majority (Euclidean, standardised channels), cross-validated in five folds.
+def neighbour_accuracy(
+    features: np.ndarray, labels: Sequence[str], images: np.ndarray, seed: int
+) -> dict[str, Any] | None:
+    """Cross-validate a k-nearest-neighbour classifier (Euclidean, standardised channels) in five folds.
 
-    All pairs of an image are in one fold: else a pair's nearest neighbours are the other questions about its image,
-    whose features are equal where the questions do not reach the network.
+    All pairs of an image are in one fold: otherwise the nearest neighbours of a pair are the other questions about its
+    image, whose features are equal where the questions do not reach the network.
 
     Args:
         features: [N, C].
-        labels: the class of each pair; a class with pairs of fewer images than folds is left out.
+        labels: the class of each pair; a class with pairs of fewer images than folds is skipped.
         images: int [N], the image of each pair.
         seed: of the folds.
 
     Returns:
-        None where fewer than two classes are left.
+        `accuracy` and `chance` (the share of the most common class) in percent, and the numbers of `classes`, `pairs`
+        (without those of skipped classes) and `neighbours`; None if fewer than two classes remain.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
     names, classes = np.unique(np.asarray(labels), return_inverse=True)
     enough = [name for name in range(len(names)) if len(np.unique(images[classes == name])) >= FOLDS]
     if len(enough) < 2:
@@ -81,26 +73,24 @@ def neighbour_accuracy(features: np.ndarray, labels: Sequence[str], images: np.n
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = list(splitter.split(features, classes, images[kept]))
     neighbours = min(NEIGHBOURS, *(len(train) for train, _ in folds))
-    right = 0
+    classifier = make_pipeline(StandardScaler(), KNeighborsClassifier(neighbours))
     with threadpool_limits(1):
-        for train, test in folds:
-            classifier = make_pipeline(StandardScaler(), KNeighborsClassifier(neighbours))
-            classifier.fit(features[train], classes[train])
-            right += int((classifier.predict(features[test]) == classes[test]).sum())
-    chance = np.bincount(classes).max() / len(classes)
-    return Separation(right / len(classes), float(chance), len(enough), len(classes), neighbours)
+        accuracy = np.mean(cross_val_predict(classifier, features, classes, cv=folds) == classes)
+    return {
+        "accuracy": round(100 * float(accuracy), 2),
+        "chance": round(100 * float(np.bincount(classes).max() / len(classes)), 2),
+        "classes": len(enough),
+        "pairs": len(classes),
+        "neighbours": neighbours,
+    }
 
 
 def project(features: np.ndarray, seed: int) -> np.ndarray:
     """t-SNE (van der Maaten and Hinton 2008) of features [N, C], standardised by channel → [N, 2].
 
-    The perplexity is PERPLEXITY, less where there are fewer than three pairs to each of so many neighbours.
+    The perplexity is PERPLEXITY, or a third of the number of pairs if that is less.
     """
-    from sklearn.manifold import TSNE
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    if not np.ptp(features, axis=0).any():  # a network that says the same of everything: there are no directions
+    if not np.ptp(features, axis=0).any():  # all features are equal: there are no directions
         return np.zeros((len(features), 2), np.float32)
     standardised = StandardScaler().fit_transform(features)
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)

@@ -1,18 +1,18 @@
-"""The networks whose features are compared, and what each of their stages makes of the same pairs.
+"""The networks whose features are compared, and their features: the maps after each stage, averaged over positions.
 
-The features are the maps after each stage, averaged over their positions, of pairs of an image and a question. The
-networks are:
+Compared are
 
-- the raw ResNet: as it was pretrained, hearing no question. It is that of the first run whose ResNet is frozen (nothing
-  of it trained, population statistics that were not re-estimated, no norms but batch norms), without the modulation.
-  All such runs must be of one ResNet; where there is none (fine-tuned networks alone) the raw one is left out.
-- each run with its modulation, if any, by its directory's name. A run of a frozen ResNet that conditions nothing *is*
-  the raw ResNet and is not shown again (if it sees images of the same size).
+- the raw ResNet: pretrained, without modulation. It comes from the first run with a frozen ResNet (nothing of it
+  trained, population statistics that were not re-estimated, batch norms only), and all such runs must have the same
+  one. If all runs are fine-tuned, it is skipped.
+- each run with its modulation, if any, under the name of its directory. A run with a frozen ResNet and no conditioned
+  norm *is* the raw ResNet and is not repeated (if it has the same preprocessing).
 
-Legend: N pairs, C channels of a stage.
+Legend: N pairs of an image and a question, C channels of a stage.
 """
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +34,11 @@ STAGES = (1, 2, 3, 4)
 
 
 class Run(NamedTuple):
-    """A trained model with the questions that it is shown."""
+    """A trained model with questions."""
 
     name: str
     bundle: Bundle
     settings: Settings
-    device: torch.device
     data: QuestionDataset
 
 
@@ -52,7 +51,7 @@ class Network(NamedTuple):
 
 
 def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> list[Run]:
-    """The models with all questions of a split.
+    """Load models with all questions of a split.
 
     Args:
         folders: run directories, or `model/` directories.
@@ -60,76 +59,72 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
         overrides: `key=value` words over their settings: where the data are, and the device.
 
     Raises:
-        InputError: a run, the split or its data are not there, or a model sees no images.
+        InputError: a run, the split or its data are missing, or a model has no image input.
     """
     check_overrides(overrides)
     runs = []
     for name, folder in zip(shown_names(folders), map(find_model, folders), strict=True):
         settings = load_saved(folder / "config.yaml", overrides)
         if "image" not in settings.inputs:
-            raise InputError(f"{folder}: a model that does not see the image has no features to show")
-        device = choose_device(settings.device)
-        bundle = load_bundle(folder, device)
-        runs.append(Run(name, bundle, settings, device, split_data(bundle, settings, split)))
+            raise InputError(f"{folder}: a model without image input has no features to show")
+        bundle = load_bundle(folder, choose_device(settings.device))
+        runs.append(Run(name, bundle, settings, split_data(bundle, settings, split)))
     return runs
 
 
 def shown_names(folders: Sequence[Path]) -> list[str]:
-    """The directories' names, with as many parents' as tell them apart.
+    """The names of the run directories, with as many parents as make them unique.
 
     Raises:
         InputError: a directory holds no model, or is given twice.
     """
-    paths = [find_model(folder).resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
-        raise InputError(f"{twice}: given twice")
-    parts = [path.parent.parts if path.name == "model" else path.parts for path in paths]
-    for depth in range(1, max(map(len, parts))):
-        names = ["/".join(of_one[-depth:]) for of_one in parts]
-        if len({*names, RAW}) == len(names) + 1:
-            break
-    return names
+    models = [find_model(folder).resolve() for folder in folders]
+    paths = [model.parent if model.name == "model" else model for model in models]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise InputError(f"{folder}: given twice")
+    names = (["/".join(path.parts[-depth:]) for path in paths] for depth in count(1))
+    return next(unique for unique in names if len({*unique, RAW}) > len(paths))
 
 
-def show_same_pairs(runs: Sequence[Run], split: str, pairs: int, seed: int) -> list[Run]:
-    """The runs with the same random pairs each, in order of the questions' ids.
+def select_pairs(runs: Sequence[Run], split: str, pairs: int, seed: int) -> list[Run]:
+    """Reduce the runs to the same random pairs, in order of the question ids.
 
     Raises:
-        InputError: the split has no annotations or too few pairs, or runs are of different questions.
+        InputError: the split has no annotations or too few pairs, or the runs have different questions.
     """
     first = runs[0].data.table
     if not first.given.size:
-        raise InputError(f"split {split!r} has no annotations, so no types of answers and questions to tell apart")
+        raise InputError(f"split {split!r} has no annotations, so no types of answers and questions to compare")
     if min(pairs, len(first)) < MIN_PAIRS:
         raise InputError(
-            f"split {split!r} has {len(first)} pairs and {pairs} are asked for; {MIN_PAIRS} are the fewest to compare"
+            f"split {split!r} has {len(first)} pairs and {pairs} are asked for; at least {MIN_PAIRS} are needed"
         )
-    ids = np.sort(first.ids)
-    ids = np.sort(np.random.default_rng(seed).choice(ids, min(pairs, len(ids)), replace=False))
+    chosen = np.random.default_rng(seed).choice(np.sort(first.ids), min(pairs, len(first)), replace=False)
+    ids = np.sort(chosen).tolist()
     texts = dict(zip(first.ids.tolist(), first.texts, strict=True))
-    shown = []
+    selected = []
     for run in runs:
         table = run.data.table
-        rows = {id_: row for row, id_ in enumerate(table.ids.tolist())}
-        if any(id_ not in rows or table.texts[rows[id_]] != texts[id_] for id_ in ids.tolist()):
+        rows = {id_: row for row, id_ in enumerate(table.ids.tolist()) if texts.get(id_) == table.texts[row]}
+        if not rows.keys() >= set(ids):
             raise InputError(f"{run.name}: its split {split!r} holds other questions than that of {runs[0].name}")
-        chosen = table.select(np.array([rows[id_] for id_ in ids.tolist()]))
-        shown.append(run._replace(data=QuestionDataset(chosen, run.data.images)))
-    return shown
+        of_run = table.select(np.array([rows[id_] for id_ in ids]))
+        selected.append(run._replace(data=QuestionDataset(of_run, run.data.images)))
+    return selected
 
 
 def networks_of(runs: Sequence[Run]) -> list[Network]:
     """The networks to compare, the raw ResNet first.
 
     Raises:
-        InputError: runs are of different raw ResNets.
+        InputError: runs have different raw ResNets.
     """
     frozen = [run for run in runs if _has_raw_resnet(run)]
     for run in frozen[1:]:
         ours, theirs = (one.bundle.model.resnet.state_dict() for one in (frozen[0], run))
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key].cpu(), theirs[key].cpu()) for key in ours):
-            raise InputError(f"{run.name}: its frozen ResNet is another than that of {frozen[0].name}: not to compare")
+            raise InputError(f"{run.name}: its frozen ResNet differs from that of {frozen[0].name}; compare one ResNet")
     networks = [Network(RAW, frozen[0], modulate=False)] if frozen else []
     for run in runs:
         conditioned = bool(run.bundle.model.resnet.layers)
@@ -147,14 +142,14 @@ def _has_raw_resnet(run: Run) -> bool:
 
 @torch.inference_mode()
 def stage_features(network: Network) -> list[np.ndarray]:
-    """The averaged map after each stage, float32 [N, C] in the order of the pairs.
+    """Compute the averaged map after each stage, float32 [N, C] in the order of the pairs.
 
     Raises:
         InputError: an image cannot be read, or a map is not finite.
     """
-    _, bundle, settings, device, data = network.run
-    parts: list[list[np.ndarray]] = [[] for _ in STAGES]
-    rows = []
+    _, bundle, settings, data = network.run
+    device = choose_device(settings.device)
+    rows, maps = [], []
     in_order = batches_by_image(data.table, settings.train.batch_size)
     for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
@@ -162,11 +157,11 @@ def stage_features(network: Network) -> list[np.ndarray]:
         with autocast(device, settings.precision):
             if network.modulate:
                 modulation = bundle.model(images, moved.tokens, moved.lengths).modulation
-            for part, map_ in zip(parts, bundle.model.resnet.stage_maps(images, modulation), strict=True):
-                part.append(map_.float().mean((2, 3)).cpu().numpy())
-        rows.append(batch.rows.numpy().copy())  # else it holds a worker's memory
+            stages = bundle.model.resnet.stage_maps(images, modulation)
+        maps.append([of_stage.float().mean((2, 3)).cpu().numpy() for of_stage in stages])
+        rows.append(batch.rows.numpy().copy())  # a view would keep the worker's shared memory
     order = np.argsort(np.concatenate(rows))
-    features = [np.concatenate(part)[order] for part in parts]
+    features = [np.concatenate(of_stage)[order] for of_stage in zip(*maps, strict=True)]
     if not all(np.isfinite(of_stage).all() for of_stage in features):
         raise InputError(f"{bundle.folder}: its feature maps are not finite")
     return features

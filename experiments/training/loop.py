@@ -47,7 +47,7 @@ def train_steps(
     """
     model.train()
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for _, batch in moved(batches, trained[0].device):
+    for batch in moved(batches, trained[0].device):
         optimiser.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in model.buffers()] if settings.skip_not_finite else []
         parts, loss = batch.parts(settings.accumulate), 0.0
@@ -104,10 +104,10 @@ def predict_classes(
         rows: list[int] = []
         classes: list[int] = []
         batches = read_batches(data, share, settings, device, what if processes.is_main else None)
-        for batch, there in moved(batches, device):
-            best, class_ = answer_logits(model, there, prepare_images, settings.precision).max(1)  # NaN is the largest
+        for batch in moved(batches, device):
+            best, class_ = answer_logits(model, batch, prepare_images, settings.precision).max(1)  # NaN is the largest
             if not best.isfinite().all():
-                bad = data.table.ids[batch.rows[~best.isfinite().cpu()].numpy()]
+                bad = data.table.ids[batch.rows[~best.isfinite()].cpu().numpy()]
                 why = f"the model's scores of the answers are not finite for {len(bad)} question(s)"
                 raise InputError(f"{what}: {why} {listed(bad)}")
             rows += batch.rows.tolist()

@@ -23,7 +23,7 @@ def dataset(tiny):
 
 
 def test_a_batch_is_its_questions(dataset):
-    batch = dataset.__getitems__([5, 4, 17])  # four questions an image: the first two share theirs
+    batch = dataset[[5, 4, 17]]  # four questions an image: the first two share theirs
     assert batch.images.shape == (2, 64, 64, 3)
     assert batch.places.tolist() == [0, 0, 1]
     assert batch.images.dtype == torch.uint8
@@ -37,13 +37,13 @@ def test_a_batch_is_its_questions(dataset):
 
 def test_without_sharing_each_question_has_an_image_of_its_own(dataset):
     dataset.share = False
-    batch = dataset.__getitems__([5, 4, 17])
+    batch = dataset[[5, 4, 17]]
     assert batch.places.tolist() == [0, 1, 2]
     assert torch.equal(batch.images[0], batch.images[1])
 
 
 def test_parts_of_a_batch_are_its_questions_in_order(dataset):
-    batch = dataset.__getitems__([5, 4, 17, 6, 18])
+    batch = dataset[[5, 4, 17, 6, 18]]
     parts = batch.parts(2)
     assert [len(part.rows) for part in parts] == [3, 2]
     assert torch.equal(torch.cat([part.rows for part in parts]), batch.rows)
@@ -110,7 +110,7 @@ def test_evaluation_meets_every_question_once(dataset):
 def test_worker_processes_open_the_file_themselves(dataset, workers):
     dataset.images[0]  # the parent's handle is open when the workers start
     sampler = EpochSampler(dataset.table.images, 8, 0, 1)
-    expected = [dataset.__getitems__(rows) for rows in EpochSampler(dataset.table.images, 8, 0, 1)]
+    expected = [dataset[rows] for rows in EpochSampler(dataset.table.images, 8, 0, 1)]
     batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
     for batch, true in zip(batches, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
@@ -122,10 +122,10 @@ class Failing(QuestionDataset):
     def __init__(self, dataset, fail):
         self.__dict__ = dataset.__dict__ | {"asked": itertools.count(), "fail": fail}
 
-    def __getitems__(self, rows):
+    def __getitem__(self, rows):
         if next(self.asked):
             self.fail()
-        return super().__getitems__(rows)
+        return super().__getitem__(rows)
 
 
 def raise_error():
@@ -158,7 +158,7 @@ def test_a_worker_that_is_killed_while_the_loader_starts_is_known_too(dataset, m
 
 
 def test_a_dataset_holds_no_pixels(dataset):
-    dataset.__getitems__([0, 1, 2])
+    dataset[[0, 1, 2]]
     assert Store(dataset.images.path).usable.size * 64 * 64 * 3 > 200_000
     assert len(pickle.dumps(dataset)) < 30_000
 

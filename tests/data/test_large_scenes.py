@@ -60,7 +60,7 @@ def meant(words: str, items: list[SceneObject]) -> list[SceneObject]:
 
 def test_every_answer_is_right_and_every_reference_means_one_object(asked):
     for scene, question in asked:
-        items = list(scene.objects)
+        items = scene
         words = question.text.removeprefix(f"{question.question_type} ").removesuffix("?")
         match question.question_type.split():
             case "what", attribute:
@@ -76,7 +76,7 @@ def test_every_answer_is_right_and_every_reference_means_one_object(asked):
 def test_a_relation_is_named_only_where_it_is_needed(asked):
     for scene, question in asked:
         if found := re.fullmatch(rf"what \w+ is the {BESIDE}\?", question.text):
-            assert len(matching(found[1], list(scene.objects))) > 1
+            assert len(matching(found[1], scene)) > 1
 
 
 def test_kinds_and_their_answer_types(asked):
@@ -144,7 +144,7 @@ def test_existence_cannot_be_answered_from_shapes_or_colours_alone(asked, seen):
     for scene, question in of_type(asked, "is there"):
         if found := re.fullmatch(r"is there an? (?:(?:small|large) )?(\w+) (\w+)\?", question.text):
             value = found[2 if seen == "shape" else 1]
-            answers[sum(getattr(item, seen) == value for item in scene.objects)][question.answer] += 1
+            answers[sum(getattr(item, seen) == value for item in scene)][question.answer] += 1
     total = sum(map(Counter.total, answers.values()))
     assert total > 500
     assert sum(max(counts.values()) for counts in answers.values()) < 0.7 * total
@@ -152,7 +152,7 @@ def test_existence_cannot_be_answered_from_shapes_or_colours_alone(asked, seen):
 
 def test_objects_lie_inside_and_keep_apart():
     for index in range(300):
-        objects = sample_scene(np.random.default_rng(index)).objects
+        objects = sample_scene(np.random.default_rng(index))
         assert 3 <= len(objects) <= 8
         for item in objects:
             assert SIZES[item.size][0] <= item.radius <= SIZES[item.size][1]
@@ -168,7 +168,7 @@ def test_no_shape_reaches_farther_than_is_reckoned(shape, tilt):
     radius, gap = 0.12, 1.21 * 0.24 + 0.01
     items = [SceneObject(shape, "red", (x, 0.5), radius, COLOURS["red"], "large", tilt) for x in (0.3, 0.3 + gap)]
     assert apart(items[0].centre, radius, items[1].centre, radius)
-    coloured = np.ptp(draw_scene(Scene(tuple(items)), 224, np.random.default_rng(0)).astype(int), axis=2) > 100
+    coloured = np.ptp(draw_scene(items, 224, np.random.default_rng(0)).astype(int), axis=2) > 100
     assert not coloured[:, round(224 * (0.3 + gap / 2))].any()
 
 
@@ -199,7 +199,7 @@ def test_on_side_says_nothing_where_it_is_not_clear():
 
 
 def test_ask_gives_as_many_different_questions_as_wanted():
-    alike = Scene(tuple(thing("small", "cyan", "cross", 0.1 + 0.3 * place, 0.5) for place in range(3)))
+    alike = [thing("small", "cyan", "cross", 0.1 + 0.3 * place, 0.5) for place in range(3)]
     for scene in (alike, sample_scene(np.random.default_rng(1))):
         for count in (1, 7, MAX_QUESTIONS):
             questions = ask(scene, np.random.default_rng(0), count)

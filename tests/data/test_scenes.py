@@ -62,7 +62,7 @@ def thing(shape: str, colour: str, centre=(0.25, 0.25)) -> SceneObject:
 
 def test_objects_stay_in_their_own_cells():
     for index in range(300):
-        objects = sample_scene(np.random.default_rng(index)).objects
+        objects = sample_scene(np.random.default_rng(index))
         assert 2 <= len(objects) <= 4
         cells = set()
         for item in objects:
@@ -75,7 +75,7 @@ def test_objects_stay_in_their_own_cells():
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_draw_scene_paints_the_object_and_nothing_else(shape):
-    scene = Scene((thing(shape, "red"),))
+    scene = [thing(shape, "red")]
     image = draw_scene(scene, 64, np.random.default_rng(0))
     assert image.shape == (64, 64, 3)
     assert image.dtype == np.uint8
@@ -90,7 +90,7 @@ def test_draw_scene_paints_the_object_and_nothing_else(shape):
 def test_a_tilted_object_is_the_same_object_turned(shape):
     def drawn(tilt):
         item = replace(thing(shape, "red", (0.5, 0.5)), radius=0.3, tilt=tilt)
-        return np.ptp(draw_scene(Scene((item,)), 63, np.random.default_rng(0)).astype(int), axis=2) > 100
+        return np.ptp(draw_scene([item], 63, np.random.default_rng(0)).astype(int), axis=2) > 100
 
     upright = drawn(0.0)
     assert (np.rot90(upright, -1) ^ drawn(np.pi / 2)).sum() < 0.1 * upright.sum()  # clockwise; edges are noisy
@@ -100,7 +100,7 @@ def test_a_tilted_object_is_the_same_object_turned(shape):
 def test_shapes_differ_however_they_are_tilted():
     def drawn(shape, tilt):
         item = replace(thing(shape, "red", (0.5, 0.5)), radius=0.3, tilt=tilt)
-        return np.ptp(draw_scene(Scene((item,)), 64, np.random.default_rng(0)).astype(int), axis=2) > 100
+        return np.ptp(draw_scene([item], 64, np.random.default_rng(0)).astype(int), axis=2) > 100
 
     upright = {shape: drawn(shape, 0.0) for shape in ALL_SHAPES}
     for shape in ALL_SHAPES:
@@ -114,7 +114,7 @@ def test_shapes_differ_however_they_are_tilted():
 def test_every_answer_is_right(asked):
     for scene, question in asked:
         shape, colour = named(question)
-        matching = [i for i in scene.objects if shape in (None, i.shape) and colour in (None, i.colour)]
+        matching = [i for i in scene if shape in (None, i.shape) and colour in (None, i.colour)]
         match question.question_type:
             case "what color":
                 assert [i.colour for i in matching] == [question.answer] and colour is None
@@ -153,7 +153,7 @@ def test_existence_is_half_yes_and_decided_by_the_combination(asked):
     for scene, question in existence:
         shape, colour = named(question)
         if question.answer == "no":
-            shapes, colours = {i.shape for i in scene.objects}, {i.colour for i in scene.objects}
+            shapes, colours = {i.shape for i in scene}, {i.colour for i in scene}
             both_occur.append(shape in shapes and colour in colours)
     assert 0.2 < np.mean(both_occur) < 0.5
 
@@ -164,7 +164,7 @@ def test_existence_cannot_be_answered_from_shapes_or_colours_alone(asked, seen):
     answers = defaultdict(Counter)
     for scene, question in of_type(asked, "is there"):
         value = named(question)[0 if seen == "shape" else 1]
-        values = [getattr(item, seen) for item in scene.objects]
+        values = [getattr(item, seen) for item in scene]
         answers[values.count(value), len(values), len(set(values))][question.answer] += 1
     best = sum(max(counts.values()) for counts in answers.values())
     assert best / sum(counts.total() for counts in answers.values()) < 0.72
@@ -190,7 +190,7 @@ def test_a_blind_model_is_poor(asked, question_type, bound):
 
 @pytest.mark.parametrize("count", [1, 2, 7, MAX_QUESTIONS])
 def test_ask_gives_as_many_different_questions_as_wanted(count):
-    alike = Scene((thing("cross", "cyan", (0.25, 0.25)), thing("cross", "cyan", (0.75, 0.75))))
+    alike = [thing("cross", "cyan", (0.25, 0.25)), thing("cross", "cyan", (0.75, 0.75))]
     for scene in (alike, sample_scene(np.random.default_rng(1))):
         questions = ask(scene, np.random.default_rng(0), count)
         assert len({(question.question_type, *named(question)) for question in questions}) == len(questions) == count
@@ -203,7 +203,7 @@ def test_single_objects_are_balanced_and_repeatable(name):
         images = np.empty((400, 32, 32, 3), np.uint8)
         labels = draw_single_objects(WORLDS[name], seed, images)
         assert labels.dtype == np.int64
-        assert np.bincount(labels).tolist() == [400 // len(WORLDS[name].shapes)] * len(WORLDS[name].shapes)
+        assert np.bincount(labels).tolist() == [400 // len(WORLDS[name].SHAPES)] * len(WORLDS[name].SHAPES)
         drawn.append(images)
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])

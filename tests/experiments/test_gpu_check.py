@@ -1,12 +1,14 @@
 """`main.py gpu-check` on a CPU: every step runs, has its file in the archive, and one that fails stops no other."""
 
 import json
+import os
 import zipfile
 
 import pytest
 import torch
 
 from experiments.gpu import check as gpu_check
+from experiments.gpu.check import Step
 from experiments.training.run_directory import surroundings
 
 
@@ -39,18 +41,30 @@ def test_what_passed_is_not_run_again(checked, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "RIGHT", {"unknown": 60, "deltas": 60})
-    monkeypatch.setattr(gpu_check, "STEPS", {"unknown": 60, "deltas": 60})
-    names = ["unknown", "deltas"]
-    assert gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, steps=names, suites=[]) == ["unknown"]
-    assert "unknown: failed: KeyError: 'unknown_rows'" in capsys.readouterr().out
+def crash(_):
+    os._exit(3)
+
+
+def fail(_):
+    yield {"row": 1}
+    raise AssertionError("wrong")
+
+
+def test_a_step_that_fails_or_crashes_stops_no_other(tmp_path, monkeypatch, capsys):
+    steps = {"crash": Step(crash, 60), "fail": Step(fail, 60), "deltas": gpu_check.STEPS["deltas"]}
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    failed = gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, suites=[])
+    assert sorted(failed) == ["crash", "fail"]
+    said = capsys.readouterr().out
+    assert f"crash: failed: its process ended with 3; see {tmp_path / 'log.txt'}" in said
+    assert "fail: failed: AssertionError: wrong" in said
+    assert json.loads((tmp_path / "fail.json").read_text())["rows"] == [{"row": 1}]
     assert json.loads((tmp_path / "deltas.json").read_text())["state"] == "passed"
 
 
 def test_a_step_that_takes_too_long_is_ended_and_the_exit_code_says_that_one_failed(tmp_path, monkeypatch, command):
     monkeypatch.setattr(gpu_check, "_START", 0)
-    monkeypatch.setattr(gpu_check, "STEPS", {"deltas": 0})
+    monkeypatch.setattr(gpu_check, "STEPS", {"deltas": gpu_check.STEPS["deltas"]._replace(seconds=0.01)})
     ended = command("gpu-check", "--out", tmp_path, "--device", "cpu", "--tiny", "--step", "deltas", "--no-suites")
     assert ended.code == 1
     assert ended.out.endswith("gpu-check.zip; failed: deltas\n")

@@ -1,4 +1,4 @@
-"""Raw data as large as VQA's: in the official form, distributed as people's questions, the same every time."""
+"""Generated raw data of VQA's size: the official format, frequencies as in VQA, the same files every time."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data.vqa_files import read_questions
-from experiments.bench.vqa_sized_data import QUESTIONS, asked, write_coco_like
+from experiments.bench.vqa_sized_data import QUESTIONS, sample_questions, write_coco_like
 from tests.raw_files import make
 from vqa.text.answers import answer_vocabulary, normalise_answer
 
@@ -71,7 +71,7 @@ def test_preprocess_takes_them(made, tmp_path):
 
 
 def test_words_and_answers_are_distributed_as_people_use_them():
-    questions = list(asked(30_000, np.random.default_rng(0)))
+    questions = sample_questions(30_000, range(10_000), 1)
     kinds = Counter(question.answer_type for question in questions)
     assert kinds["yes/no"] / 30_000 == pytest.approx(0.38, abs=0.02)
     assert kinds["number"] / 30_000 == pytest.approx(0.12, abs=0.02)

@@ -70,7 +70,7 @@ def test_nothing_in_the_code_can_execute_a_file(path):
         assert given.get("shell", "False") == "False", called
         assert given.get("allow_pickle", "False") == "False", called
         if called == "Image.open":  # others ask `read_image`; one reads what it has just drawn
-            assert path.name in {"images.py", "scatter.py"}
+            assert path.name in {"images.py", "figure.py"}
         if called == "torch.load":
             assert given["weights_only"] == "True"
         if called in {"yaml.load", "yaml.load_all"}:

@@ -1,4 +1,4 @@
-"""What `tests.kill.harness` kills: commands on tiny data, and how what they make is read and compared."""
+"""The commands that `tests.kill.harness` kills, on tiny data, and how their output is read and compared."""
 
 import csv
 import hashlib
@@ -16,11 +16,12 @@ import torch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
 from data.scenes.write import write_world
+from experiments import ROOT
 from experiments.prepare import preprocessing_of
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.trainer import train
 from vqa.io.weight_files import read_safetensors
-from vqa.settings.recipes import BASE, load_settings
+from vqa.settings.recipes import load_settings
 
 RECIPE = """\
 base: {demo}
@@ -44,7 +45,7 @@ runs:
   none: {{settings: "cbn.stages=[]"}}
   all: {{}}
 """
-_NOT_THE_SAME = {"seconds", "peak_memory_mib"}  # of a line of metrics.jsonl or a report, from run to run
+_VARYING = {"seconds", "peak_memory_mib"}  # of a line of metrics.jsonl or a report
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Case:
     """A command, run in a folder of its own."""
 
     name: str
-    prepare: Callable[[Path], None]  # makes what the command reads, in the folder above
-    words: Callable[[Path], list[str]]  # the command, given the folder above
-    lock: str  # pattern of the lock file that shows it at work
-    given: str | None = None  # what its folder must hold before it begins, in the folder above
+    prepare: Callable[[Path], None]  # makes the command's input in the parent folder
+    words: Callable[[Path], list[str]]  # the command, given the parent folder
+    lock: str  # pattern of the lock file that it holds while it works
+    given: str | None = None  # a file or folder of the parent folder that is copied before it begins
 
     def begin(self, work: Path) -> None:
-        """An empty folder, or one that holds only what is given."""
+        """Empty the folder and copy into it what is given."""
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         if self.given is not None:
@@ -68,7 +69,7 @@ class Case:
 
 def _world(folder: Path, images: int, h5: str = "world.h5") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPE.format(demo=BASE.parent / "demo.yaml", folder=folder, h5=h5, images=images)
+    recipe = RECIPE.format(demo=ROOT / "config" / "demo.yaml", folder=folder, h5=h5, images=images)
     (folder / "tiny.yaml").write_text(recipe)
     (folder / "two.yaml").write_text(SUITE.format(folder=folder))
     scenes = load_settings(folder / "tiny.yaml").scenes
@@ -125,41 +126,41 @@ CASES = {
 }
 
 
-def kept_work(work: Path) -> dict[str, tuple[int, ...]]:
-    """How far the work of which something is kept has come, by file; it may only grow.
+def saved_work(work: Path) -> dict[str, tuple[int, ...]]:
+    """The progress of saved work by file, which may only grow; reads every file.
 
     Raises:
-        Exception: what bears its final name is not whole.
+        Exception: a file under its final name is not complete.
     """
-    kept = {}
+    saved = {}
     for file in _files(work):
         name = str(file.relative_to(work)).removesuffix(".partial")
         if name.endswith(".h5"):
-            kept[name] = (_filled_rows(file),)
+            saved[name] = (_filled_rows(file),)
         elif name.endswith("last.pt"):
             progress = load_checkpoint(file)["progress"]
-            kept[name] = (progress["epoch"], progress["step"])
-        elif name.endswith("metrics_val.json"):  # then nothing of this run may be made again
+            saved[name] = (progress["epoch"], progress["step"])
+        elif name.endswith("metrics_val.json"):  # from then on nothing of this run may be made again
             trained = file.parent / "model" / "model.safetensors"
-            kept[name] = (-trained.stat().st_mtime_ns,) if trained.exists() else (0,)
+            saved[name] = (-trained.stat().st_mtime_ns,) if trained.exists() else (0,)
         _read(file)
-    return kept
+    return saved
 
 
 def content_of(work: Path) -> dict[str, Any]:
-    """What a finished command made, by file, to be compared."""
+    """The content of a finished command's output by file, to be compared."""
     return {str(file.relative_to(work)): _read(file) for file in _files(work)}
 
 
 def _files(work: Path) -> Iterator[Path]:
-    """What was made, without the traces of work that was cut off, logs, and what differs from run to run."""
+    """The files of the output, without temporary files, logs and what differs from run to run."""
     for file in sorted(work.rglob("*")):
         if file.is_file() and not file.name.startswith(".") and file.name not in ("log.txt", "environment.json"):
             yield file
 
 
 def _read(file: Path) -> Any:
-    """All that is in a file, as something to compare."""
+    """The content of a file, as a value to compare."""
     match file.suffix:
         case ".json":
             found = json.loads(file.read_text())
@@ -189,11 +190,11 @@ def _read(file: Path) -> Any:
 
 
 def _without_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key not in _NOT_THE_SAME}
+    return {key: value for key, value in line.items() if key not in _VARYING}
 
 
 def _digest(value: Any) -> str:
-    """Of tensors and plain values, however they are nested: bit for bit."""
+    """A digest of nested tensors and plain values, bit for bit."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:
@@ -230,7 +231,7 @@ def _content_of_h5(file: Path) -> dict[str, Any]:
 
 
 def _filled_rows(file: Path) -> int:
-    """How many rows are marked as filled, each verified."""
+    """The number of rows marked as filled; verifies their checksums."""
     with h5py.File(file, "r", locking=False) as opened:
         array = "maps" if "maps" in opened else "images/pixels"
         filled = np.flatnonzero(opened[array].parent["filled"][:])

@@ -1,19 +1,17 @@
-"""Kills a command at random moments, again and again, and compares what it makes with an undisturbed run.
+"""Kill a command at random moments, again and again, and compare its output with that of an undisturbed run.
 
     python -m tests.kill.harness train --kills 100
 
-Tiny data are made first, and the command runs once undisturbed. Then it is started again and again, and killed
-(SIGKILL, its workers and the runs it started included) after a random time since it began to work, spread over as long
-as the undisturbed run worked. After each kill, what bears its final name must be whole, and no work that was kept may
-be gone. Each time the command comes to its end, what it made must be what the undisturbed run made: weights and
-checkpoints bit for bit, h5 files by content, metrics line for line (but for times and memory). Then it begins anew.
+Makes tiny data and runs the command once undisturbed. Then starts it again and again, and kills it (SIGKILL, with its
+workers and the runs it started) after a random time since it began to work, at most as long as the undisturbed run
+worked. After each kill, every file under its final name must be complete, and no saved work may be lost. Each time the
+command ends by itself, its output must be that of the undisturbed run: weights and checkpoints bit for bit, h5 files by
+content, metrics line for line (except times and memory). Then it begins anew.
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -25,24 +23,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from random import Random
 
+from experiments.report.tables import write_lines
 from experiments.runner import MAIN
-from tests.kill.cases import CASES, Case, content_of, kept_work
-from vqa.io.files import written_whole
+from tests.kill.cases import CASES, Case, content_of, saved_work
 
 _LONGEST = 600.0  # seconds until a command that does not end is an error
 
 
 @dataclass
-class Killed:
-    """What came of it."""
+class Outcome:
+    """What killing a command showed."""
 
     command: str
     kills: int = 0
-    ends: int = 0  # how often it came to its end all the same
+    ends: int = 0  # how often it ended by itself
     seconds: float = 0.0  # that the undisturbed run worked
-    in_a_write: int = 0  # kills that left a file behind which was being written
-    with_work_kept: int = 0  # kills after which the next start found work to go on with
+    in_a_write: int = 0  # kills that left an unfinished temporary file
+    with_work_kept: int = 0  # kills after which the next start found saved work
     differences: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -53,74 +52,75 @@ class Killed:
         )
 
 
-def kill(case: Case, kills: int, folder: Path, seed: int = 0, words: Sequence[str] = ()) -> Killed:
-    """Kills a command `kills` times.
+def kill(case: Case, kills: int, folder: Path, seed: int = 0, words: Sequence[str] = ()) -> Outcome:
+    """Kill a command `kills` times; stop at the first difference.
 
     Args:
         case: one of CASES.
-        kills: how often.
+        kills: number of kills.
         folder: where data and outputs are made.
-        seed: of the moments.
-        words: `key.sub=value` over the settings of the command.
+        seed: seed of the moments.
+        words: `key.sub=value` settings of the command.
 
     Raises:
         RuntimeError: the undisturbed run failed.
     """
-    moments, result = random.Random(seed), Killed(case.name)
+    random, outcome = Random(seed), Outcome(case.name)
     case.prepare(folder)
     command = [*case.words(folder), *words]
     whole, work = folder / "whole", folder / "killed"
     case.begin(whole)
-    begun = _until_at_work(process := _start(command, whole), whole, case)
+    process = _start(command, whole)
+    _wait_for_work(process, whole, case)
+    start = time.monotonic()
     process.join(_LONGEST)
-    result.seconds = time.monotonic() - begun
+    outcome.seconds = time.monotonic() - start
     if process.exitcode != 0:
         raise RuntimeError(f"{case.name}: undisturbed, it ended with {process.exitcode}: {_log(whole)}")
     expected = content_of(whole)
 
-    while True:
+    while outcome.kills < kills and not outcome.differences:
         case.begin(work)
-        kept: dict[str, tuple[int, ...]] = {}
+        saved: dict[str, tuple[int, ...]] = {}
         ended = False
         while not ended:
             process = _start(command, work)
-            _until_at_work(process, work, case)
-            process.join(moments.uniform(0, result.seconds) if result.kills < kills else _LONGEST)
+            _wait_for_work(process, work, case)
+            process.join(random.uniform(0, outcome.seconds) if outcome.kills < kills else _LONGEST)
             ended = process.exitcode is not None
             _kill_group(process)
-            if ended and process.exitcode != 0:
-                result.differences.append(f"started after kill {result.kills}: {_log(work)}")
-                return result
             if not ended:
-                result.kills += 1
-                if result.kills % 10 == 0:
-                    print(f"{case.name}: {result.kills} kills", file=sys.stderr, flush=True)
-                result.in_a_write += any(work.rglob(".*.unfinished"))
+                outcome.kills += 1
+                outcome.in_a_write += any(work.rglob(".*.unfinished"))
+                if outcome.kills % 10 == 0:
+                    print(f"{case.name}: {outcome.kills} kills", file=sys.stderr, flush=True)
+            elif process.exitcode != 0:
+                outcome.differences.append(f"started after kill {outcome.kills}: {_log(work)}")
+                return outcome
             try:
-                found = kept_work(work)
+                found = saved_work(work)
             except Exception as error:  # of whatever kind: a file under its final name cannot be read
-                result.differences.append(f"after kill {result.kills}: {error}")
-                return result
-            result.differences += [
-                f"{name}: {kept[name]} was kept, {found.get(name)} is there after kill {result.kills}"
-                for name in kept
-                if found.get(name, ()) < kept[name]
+                outcome.differences.append(f"after kill {outcome.kills}: {error}")
+                return outcome
+            outcome.differences += [
+                f"{name}: {progress} was saved, {found.get(name)} is there after kill {outcome.kills}"
+                for name, progress in saved.items()
+                if found.get(name, ()) < progress
             ]
-            kept = found
-            result.with_work_kept += bool(kept) and not ended
-        result.ends += 1
+            saved = found
+            outcome.with_work_kept += bool(saved) and not ended
+        outcome.ends += 1
         made = content_of(work)
-        result.differences += [
-            f"{name} differs (after kill {result.kills})"
+        outcome.differences += [
+            f"{name} differs (after kill {outcome.kills})"
             for name in sorted(expected.keys() | made.keys())
             if expected.get(name) != made.get(name)
         ]
-        if result.kills >= kills or result.differences:
-            return result
+    return outcome
 
 
 def _start(command: Sequence[str], work: Path) -> ForkServerProcess:
-    # forked from a process that has imported everything: else most of the time, and of the kills, would go there
+    # forked from a process that has imported everything: otherwise most kills would come during imports
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner"])
     process = context.Process(target=_run, args=(list(command), work))
@@ -138,16 +138,15 @@ def _run(command: list[str], work: Path) -> None:
     runpy.run_path(str(MAIN), run_name="__main__")
 
 
-def _until_at_work(process: ForkServerProcess, work: Path, case: Case) -> float:
-    """Waits until the process holds the lock on its output, or has ended; gives the time."""
-    deadline = time.monotonic() + _LONGEST
-    signs: set[str] = set()
-    while process.exitcode is None and time.monotonic() < deadline and not signs:
-        time.sleep(0.002)
+def _wait_for_work(process: ForkServerProcess, work: Path, case: Case) -> None:
+    """Wait until the process holds the lock on its output, or has ended."""
+    deadline, mark = time.monotonic() + _LONGEST, f"process {process.pid} "
+    while process.exitcode is None and time.monotonic() < deadline:
         for lock in work.glob(case.lock):
-            with suppress(FileNotFoundError):  # let go of meanwhile
-                signs |= {line for line in lock.read_text().splitlines() if line.startswith(f"process {process.pid} ")}
-    return time.monotonic()
+            with suppress(FileNotFoundError):  # released meanwhile
+                if any(line.startswith(mark) for line in lock.read_text().splitlines()):
+                    return
+        time.sleep(0.002)
 
 
 def _kill_group(process: ForkServerProcess) -> None:
@@ -160,29 +159,22 @@ def _log(work: Path) -> str:
     return (work.parent / f"{work.name}.log").read_text(errors="replace").strip()[-300:]
 
 
-def _write_csv(file: Path, result: Killed) -> None:
-    row = asdict(result) | {"differences": len(result.differences), "seconds": round(result.seconds, 2)}
-    with written_whole(file) as aside, aside.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> int:
-    """The exit code is 0 if there was no difference."""
+    """Return exit code 0 if there was no difference."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill.harness", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=CASES)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments")
     parser.add_argument("--csv", type=Path, metavar="FILE")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="over the command's settings")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of the command")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
-    result = kill(CASES[arguments.command], arguments.kills, folder, arguments.seed, arguments.words)
-    print(result)
+    outcome = kill(CASES[arguments.command], arguments.kills, folder, arguments.seed, arguments.words)
+    print(outcome)
     if arguments.csv is not None:
-        _write_csv(arguments.csv, result)
-    if result.differences:
+        row = asdict(outcome) | {"differences": len(outcome.differences), "seconds": round(outcome.seconds, 2)}
+        write_lines(arguments.csv, [row])
+    if outcome.differences:
         print(f"{folder} is kept")
         return 1
     shutil.rmtree(folder)

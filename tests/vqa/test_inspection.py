@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.demo_page import write_demo
 from tests.conftest import ROOT
-from vqa.inspect.html import CLASS_COLOURS, STRIP_COLUMNS, grouped, number, percent, signed, write_inspection
+from vqa.inspect.html import CLASS_COLOURS, STRIP_COLUMNS, grouped, inspection_view, number, percent, signed, write_page
 
 DEMO_LAYERS = [(f"layer{s}.0.bn{n}", s, 32 * 2**s) for s in (1, 2, 3, 4) for n in (1, 2)]
 RESNET50_LAYERS = [
@@ -132,7 +132,7 @@ def photo(size=300):
 
 
 def written(tmp_path, content, image=None) -> str:
-    write_inspection(tmp_path / "report.html", content, image or photo())
+    write_page(tmp_path / "report.html", "inspection.html", view=inspection_view(content, image or photo()))
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 

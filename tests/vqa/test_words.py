@@ -232,7 +232,7 @@ def test_a_file_of_a_glove_archive_can_be_named(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"cat 1 2\n", "line 1: expected a word and 3 numbers"),
-        ("long.txt", b"cat 1 2 3 4 5\n", "its vectors are of 5 numbers, question.glove_size is 3"),
+        ("long.txt", b"cat 1 2 3 4 5\n", "its vectors have 5 numbers, question.glove_size is 3"),
         ("b.txt", b"the 1 2 3\ncat 1 x 3\n", "line 2"),
         ("c.txt", b"dog 1 2 3\n", "holds none of the 1 known words"),
         ("d.zip", b"no zip", "not a zip file"),

@@ -1,9 +1,9 @@
-"""The one exception for what a user can mend, and texts from outside on one line."""
+"""InputError for user errors; untrusted text escaped for terminals."""
 
 import unicodedata
 
-_ESCAPED = {"Cc", "Cs", "Cf", "Zl", "Zp"}  # control, lone surrogates, direction marks and the like, line separators
-_JOINERS = "\u200c\u200d"  # these spell words in some scripts, and join emoji
+_ESCAPED = {"Cc", "Cs", "Cf", "Zl", "Zp"}  # control characters, lone surrogates, direction marks, line separators
+_JOINERS = "\u200c\u200d"  # part of words in some scripts, and of emoji
 
 
 class InputError(ValueError):
@@ -13,27 +13,24 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        """Whatever the message quotes, it stays one line."""
+        """Return the message on one line, whatever it quotes."""
         return printable(super().__str__())
 
 
 class NotWrittenError(InputError):
-    """An output cannot be written: its disk is full, read-only, or fails. Work goes on without an optional output."""
+    """An output cannot be written: its disk is full, read-only or failing. Optional outputs are skipped then."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has no message."""
+    """Return the first line of an error's message, or its type if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def printable(text: str) -> str:
-    """A text as it may be shown on a terminal: one line, with control characters and lone surrogates as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    if unicodedata.category(character) in _ESCAPED and character not in _JOINERS:
-        return character.encode("unicode_escape").decode("ascii")
-    return character
+    """Escape control characters, line breaks and lone surrogates, so that a text is safe on a terminal."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _ESCAPED and character not in _JOINERS
+        else character
+        for character in text
+    )

@@ -1,10 +1,11 @@
 """Files written whole or not at all, and read with errors that name them."""
 
+import csv
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def write_text(path: Path, text: str) -> None:
 def as_cell(text: str) -> str:
     """A text from outside for a CSV file: a spreadsheet takes what begins with one of these for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    with written_whole(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:

@@ -2,20 +2,20 @@
 
 import io
 import math
+import os
 import struct
 import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqa.io.errors import InputError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
 # Pillow knows more, some of which run other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
@@ -28,39 +28,44 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def read_image(path: Path) -> "Image.Image":
-    """The image in a file as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+def read_image(source: ImageSource) -> Image.Image:
+    """Read an image as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+
+    Args:
+        source: a path, the bytes of an image file, a PIL image, or an array (uint8, height x width x 3 or height x
+            width).
 
     Raises:
-        InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS.
+        InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS; an
+            array has another shape or type.
     """
-    from PIL import Image, UnidentifiedImageError
-
+    name = source if isinstance(source, str | Path) else "image"
     try:
-        if not path.is_file():  # a pipe might never end
-            raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        source, beside = _source(path)
-        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as opened:
-            opened.info |= beside
-            if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
-                raise InputError(
-                    f"{path}: too large an image: {opened.width} x {opened.height}, more than {MOST_PIXELS} pixels"
-                )
-            image = _of_eight_bits(opened)
-            return _upright(image if image.mode == "RGB" else image.convert("RGB"))
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source.copy())
+        if isinstance(source, np.ndarray):
+            return _of_array(source)
+        with warnings.catch_warnings(action="ignore"), _opened(source) as file:
+            shown, beside = _without_ancillary_blocks(file)
+            with Image.open(shown, formats=FORMATS) as opened:
+                opened.info |= beside
+                if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
+                    size = f"{opened.width} x {opened.height}"
+                    raise InputError(f"{name}: too large an image: {size}, more than {MOST_PIXELS} pixels")
+                return _upright_rgb(opened)
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: cannot be read as an image (none of {', '.join(FORMATS)})") from None
+        raise InputError(f"{name}: cannot be read as an image (none of {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large an image: {error}") from None
+        raise InputError(f"{name}: too large an image: {error}") from None
     except Exception as error:  # Pillow raises errors of every kind on broken files
         reason = str(error).split("'")[0].strip() or type(error).__name__
-        raise InputError(f"{path}: cannot be read as an image ({reason:.100})") from None
+        raise InputError(f"{name}: cannot be read as an image ({reason:.100})") from None
 
 
-def decode_image(path: Path, size: int) -> np.ndarray:
-    """The image as RGB, resized to size x size without regard to its shape (bilinear, antialiased).
+def decode_image(source: ImageSource, size: int) -> np.ndarray:
+    """Read an image as RGB, resized to size x size without regard to its shape (bilinear, antialiased).
 
     Returns:
         uint8 [S, S, 3].
@@ -68,27 +73,48 @@ def decode_image(path: Path, size: int) -> np.ndarray:
     Raises:
         InputError: as `read_image`.
     """
-    from PIL import Image
-
-    return np.asarray(read_image(path).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(read_image(source).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _source(path: Path) -> tuple[Path | BinaryIO, dict[str, Any]]:
-    """What Pillow is to open, and what it is not shown of the blocks beside the pixels."""
-    with path.open("rb") as file:
-        header = file.read(24)  # up to width and height
-        if not header.startswith(SIGNATURE) or len(header) < 24:
-            return path, {}
-        if math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading the rest
-            return path, {}
-        file.seek(len(SIGNATURE))
-        return without_ancillary(file, path.stat().st_size)
+def _opened(source: str | Path | bytes) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    path = Path(source)
+    if not path.is_file():  # a pipe might never end
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    return path.open("rb")
 
 
-def _of_eight_bits(image: "Image.Image") -> "Image.Image":
-    """Grey images of more bits with 8 of them; Pillow's `convert` would clip them to white."""
-    from PIL import Image
+def _without_ancillary_blocks(file: BinaryIO) -> tuple[BinaryIO, dict[str, Any]]:
+    """What Pillow is to open, and what `Image.info` would hold of the blocks that it is not shown."""
+    header = file.read(24)  # up to width and height
+    size = file.seek(0, os.SEEK_END)
+    png_signature = header.startswith(SIGNATURE) and len(header) == 24
+    if not png_signature or math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading it
+        file.seek(0)
+        return file, {}
+    file.seek(len(SIGNATURE))
+    return without_ancillary(file, size)
 
+
+def _of_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or not array.size or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        found = f"{array.dtype} {' x '.join(map(str, array.shape))}"
+        raise InputError(f"image: an array must be uint8, height x width x 3 or height x width, not {found}")
+    return Image.fromarray(array).convert("RGB")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB, turned as the EXIF orientation says, as viewers show it; a damaged EXIF block says nothing."""
+    image = _of_eight_bits(image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """Reduce grey images of more bits to 8; Pillow's `convert` would clip them to white."""
     if not image.mode.startswith(("I", "F")):
         image.load()
         return image
@@ -98,15 +124,6 @@ def _of_eight_bits(image: "Image.Image") -> "Image.Image":
     made = Image.fromarray((pixels // 256).astype(np.uint8))
     made.info = image.info  # the orientation is in it
     return made
-
-
-def _upright(image: "Image.Image") -> "Image.Image":
-    """Turned as its EXIF orientation says, as viewers show it; a damaged EXIF block says nothing."""
-    from PIL import ImageOps
-
-    with suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def without_ancillary(file: BinaryIO, size: int) -> tuple[io.BytesIO, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Signals that ask this process to stop, and worker processes: they ignore signals and exit with their parent."""
 
+import atexit
 import errno
 import os
 import signal
@@ -7,18 +8,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import parent_process, resource_tracker
+from multiprocessing import active_children, parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from vqa.io.errors import InputError
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # SLURM sends the last two where `sbatch --signal` asks for them
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
+_Handler = Callable[[int, FrameType | None], None]
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps shared memory and semaphores
-_TELLS_SENDER = hasattr(signal, "sigtimedwait")  # not on macOS
-_LEFT_TO_PARENT = [number for number in SIGNALS if _TELLS_SENDER or number != signal.SIGTERM]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -30,30 +30,50 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 for SIGINT, 143 for SIGTERM, 140 for SIGUSR2."""
+        """The shells' code: 130 for SIGINT, 143 for SIGTERM, 140 for SIGUSR2."""
         return 128 + self.number
 
 
+def listen() -> None:
+    """Raise Interrupted when a signal comes, from now on; signals that are ignored (by nohup) stay so."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _replace_handler(old: _Handler, new: _Handler) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) == old:
+            signal.signal(number, new)
+
+
 class StopRequest:
-    """The signal that asked this process to end within the object's `with` block; it is raised when the block ends.
+    """Defers the signals that `listen` listens to until the end of the object's `with` block.
 
-    A second Ctrl-C is raised at once. A second one of the other signals is not: a process may get it from its group and
-    from its parent.
+    A second Ctrl-C is raised at once. Second ones of the other signals are not: a process may receive one from its
+    group and one from its parent.
     """
-
-    receiver: "ClassVar[StopRequest | None]" = None  # of signals; None raises them at once
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> Self:
-        StopRequest.receiver = self
+        _replace_handler(_interrupt, self._note)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        StopRequest.receiver = None
+        _replace_handler(self._note, _interrupt)
         if error is None and self.made:
             self.obey()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.made and number == signal.SIGINT:
+            raise Interrupted(number)
+        self.number = self.number or number
 
     @property
     def made(self) -> bool:
@@ -61,42 +81,24 @@ class StopRequest:
         return self.number is not None
 
     def obey(self) -> NoReturn:
-        """Raises the signal that came; SIGTERM, if it came to another process of this run."""
+        """Raise Interrupted with the signal that came; SIGTERM, if it came to another process of this run."""
         raise Interrupted(self.number or signal.SIGTERM)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within this block, inside of the object's own, a signal is raised at once.
-
-        Raises:
-            Interrupted: anywhere in the block.
-        """
-        StopRequest.receiver = None
+        """Raise Interrupted at once within this block, inside of the object's own."""
+        _replace_handler(self._note, _interrupt)
         try:
             if self.made:
                 self.obey()
             yield
         finally:
-            StopRequest.receiver = self
-
-
-def listen() -> None:
-    """Raises Interrupted, or tells a StopRequest, when a signal comes; one that was ignored from the start still is."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, _handle)
-
-
-def _handle(number: int, _frame: FrameType | None) -> None:
-    request = StopRequest.receiver
-    if request is None or (request.made and number == signal.SIGINT):
-        raise Interrupted(number)
-    request.number = request.number or number
+            _replace_handler(_interrupt, self._note)
 
 
 @contextmanager
 def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Calls a function every so many seconds within the block, in the main thread; its exception ends a wait there."""
+    """Call a function every so many seconds in the main thread; an exception of it ends a wait in the block."""
     before = signal.signal(signal.SIGALRM, lambda *_: function())
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
@@ -107,9 +109,9 @@ def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def block_signals_in_children(*numbers: signal.Signals) -> Iterator[None]:
-    """Processes that are started in this block do not hear these signals; here they only wait until its end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def block_signals_in_children(but: signal.Signals | None = None) -> Iterator[None]:
+    """Start processes in this block that never receive SIGNALS, `but` one; in this process they wait until its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {but})
     try:
         yield
     finally:
@@ -118,45 +120,60 @@ def block_signals_in_children(*numbers: signal.Signals) -> Iterator[None]:
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
-        with block_signals_in_children(*_LEFT_TO_PARENT):
+        with block_signals_in_children():
             super().start()
 
     def run(self) -> None:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
         super().run()
 
     def terminate(self) -> None:
-        self.kill()  # a stopped or blocked process does not handle SIGTERM, and would be waited for
+        self.kill()  # SIGTERM is blocked
+
+
+def _exit_with_parent() -> None:
+    parent_process().join()
+    os._exit(0)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill the workers before multiprocessing's own exit function, which would send SIGTERM and wait forever."""
+    for process in active_children():
+        if isinstance(process, _Worker):
+            process.kill()
 
 
 class WorkerContext(SpawnContext):
-    """For a pool or a loader: spawned processes, since forked ones would inherit locks of threads and open files."""
+    """Starts the workers of a pool or a loader; spawned, since forked ones would inherit threads' locks and open
+    files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._started: list[_Worker] = []
-        # a process as well, which locks and workers would start, and which, when it is started, ends the deafness
-        with block_signals_in_children(*_LEFT_TO_PARENT):
+        # Locks and workers would start this process, too; and starting it unblocks signals.
+        with block_signals_in_children():
             resource_tracker.ensure_running()
 
     def Process(self, *arguments: Any, **named: Any) -> _Worker:  # noqa: N802  (the name that contexts have)
-        """A process that is yet to be started."""
+        """Make a process that is not started yet."""
         self._started.append(_Worker(*arguments, **named))
         return self._started[-1]
 
     def kill(self) -> None:
-        """Ends the processes at once that are still there."""
+        """Kill the processes that are still running."""
         for worker in self._started:
             if worker.is_alive():
                 worker.kill()
 
     def any_was_killed(self) -> bool:
-        """Whether a signal ended one of the processes."""
+        """Return whether a signal ended one of the processes."""
         return any((worker.exitcode or 0) < 0 for worker in self._started)
 
 
 def require_files(count: int) -> None:
-    """Raises OSError unless this process can open so many more files."""
+    """Raise OSError unless this process can open that many more files."""
     with ExitStack() as opened:
         for _ in range(count):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
@@ -164,24 +181,26 @@ def require_files(count: int) -> None:
 
 @contextmanager
 def naming_worker_limits(setting: str) -> Iterator[None]:
-    """Names the limit of the system that keeps worker processes from starting or from sharing memory in the block.
+    """Name the system's limit that keeps worker processes from starting or from sharing memory in the block.
 
-    `setting` is the `key=value` that does without such processes.
+    `setting` is the `key=value` that does without worker processes.
 
     Raises:
         InputError: there is no room in /dev/shm or it is not writable, or too many files or processes are open.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch raises the latter, with the system's words
-        if (limit := _limit_behind(error)) is None:
+    except (OSError, RuntimeError) as error:
+        if (limit := _limit_behind(str(error))) is None:
             raise
         raise InputError(f"{limit}, or use fewer worker processes ({setting}: none)") from None
 
 
-def _limit_behind(error: OSError | RuntimeError) -> str | None:
+def _limit_behind(message: str) -> str | None:
+    """Find the limit by the system's words: torch's RuntimeErrors have no error number."""
+
     def is_any(*numbers: int) -> bool:
-        return any(os.strerror(number) in str(error) for number in numbers)
+        return any(os.strerror(number) in message for number in numbers)
 
     if is_any(errno.EMFILE, errno.ENFILE):
         return "too many open files: raise `ulimit -n`"
@@ -194,14 +213,3 @@ def _limit_behind(error: OSError | RuntimeError) -> str | None:
     if not os.access(SHARED_MEMORY, os.W_OK):
         return f"{SHARED_MEMORY}: cannot be written, but worker processes share memory there; mount it writable"
     return None
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed leaves workers that wait for work for ever; one that lives may end them itself."""
-    parent = parent_process()
-    while parent.is_alive():
-        if not _TELLS_SENDER:
-            parent.join()
-        elif (heard := signal.sigtimedwait([signal.SIGTERM], 1)) and heard.si_pid == os.getppid():
-            break
-    os._exit(0)  # torch reports any other code of a loader's worker, also when it is told to end

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a bar on a terminal, occasional lines in a log."""
 
 import sys
 import time
@@ -9,10 +9,9 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], total: int | None, what: str, done: int = 0, seconds: float = 20.0) -> Iterator[T]:
-    """Yields `items`, reporting on standard error how many of `total` are done.
+    """Yield `items` and report on standard error how many of `total` (None: unknown) are done.
 
-    `done` counts items of earlier runs, `total` None says it is not known; in a log, a line is printed every `seconds`
-    seconds and at the end.
+    `done` is the number of items of earlier runs. In a log, a line is printed every `seconds` seconds and at the end.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

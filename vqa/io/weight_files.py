@@ -1,4 +1,4 @@
-"""Weights and checkpoints that are verified when they are read: not one flipped byte becomes a weight."""
+"""Read and write weights and checkpoints with checksums, so that a damaged file is refused."""
 
 import hashlib
 import json
@@ -13,17 +13,18 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DIGEST = "sha256"  # in the header of a .safetensors file; the format itself has no checksum
+_CHECKSUM = "sha256"  # in the header of a .safetensors file; the format itself has no checksum
 
 
-def as_safetensors(weights: Mapping[str, "Tensor"], said: Mapping[str, str]) -> bytes:
-    """The content of a .safetensors file: weights, and in its header texts about them and the digest of both. The same
-    bytes for the same weights and texts: a run's `environment.json` names its backbone by the digest of the file.
+def as_safetensors(weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
+    """The content of a .safetensors file, with a checksum in its metadata.
+
+    Equal weights and metadata give equal bytes: results name a backbone by the checksum of its file.
     """
     from safetensors.torch import save
 
     kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    content = save(kept, metadata={**said, _DIGEST: _digest_of(kept, said)})
+    content = save(kept, metadata={**metadata, _CHECKSUM: _checksum(kept, metadata)})
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes them in random order
@@ -32,42 +33,42 @@ def as_safetensors(weights: Mapping[str, "Tensor"], said: Mapping[str, str]) -> 
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """The weights and the texts about them; of a file without a digest (of another program) as they are.
+    """Read weights and metadata; a file without a checksum (of another program) is not verified.
 
     Raises:
-        ValueError: the digest is another: the file is damaged.
-        OSError, SafetensorError: it cannot be read.
+        ValueError: the checksum does not match.
+        OSError, SafetensorError: the file cannot be read.
     """
     with safe_open(file, framework="pt") as opened:
-        said = dict(opened.metadata() or {})
+        metadata = dict(opened.metadata() or {})
         weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    digest = said.pop(_DIGEST, None)
-    if digest is not None and digest != _digest_of(weights, said):
-        raise ValueError("damaged: its digest is another")
-    return weights, said
+    checksum = metadata.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(weights, metadata):
+        raise ValueError("damaged: checksum mismatch")
+    return weights, metadata
 
 
 def load_tensors(file: Path) -> Any:
-    """What `torch.save` wrote; nothing but tensors and plain values is unpickled.
+    """Read what `torch.save` wrote; nothing but tensors and plain values is unpickled.
 
     Raises:
-        ValueError: the checksum of a part is wrong: the file is damaged.
-        Exception: torch raises errors of several kinds where it cannot be read.
+        ValueError: a checksum does not match.
+        Exception: torch raises errors of several kinds where the file cannot be read.
     """
     import torch
 
-    if zipfile.is_zipfile(file):  # as torch has written them since 2020: with checksums, which it does not look at
+    if zipfile.is_zipfile(file):  # the format of torch.save since 2020; torch itself does not verify its checksums
         with zipfile.ZipFile(file) as parts:
             if damaged := parts.testzip():
-                raise ValueError(f"damaged: the checksum of {damaged} is wrong")
-    with warnings.catch_warnings(action="ignore"):  # of files that torch did not write: what is wrong is raised
+                raise ValueError(f"damaged: checksum mismatch in {damaged}")
+    with warnings.catch_warnings(action="ignore"):  # about files of other programs
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _digest_of(weights: Mapping[str, "Tensor"], said: Mapping[str, str]) -> str:
+def _checksum(weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:
     import torch
 
-    digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Answers: the official normal form, and the vocabulary of answers a model can give."""
+"""The official normal form of answers, and the vocabulary of answers that a model can give."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-NO_ANSWER = -1  # pads the answers of a question to the table's width, and marks an answer outside the vocabulary
+NO_ANSWER = -1  # padding of a question's answers, and the class of an answer outside the vocabulary
 
 _TABLES = json.loads(Path(__file__).with_name("answer_normalisation.json").read_text(encoding="utf-8"))
 _CONTRACTIONS: dict[str, str] = _TABLES["contractions"]
@@ -16,26 +16,25 @@ _ARTICLES = frozenset(_TABLES["articles"])
 _PUNCTUATION: list[str] = _TABLES["punctuation"]
 _COMMA_IN_NUMBER = re.compile(_TABLES["comma_pattern"])
 _PERIOD = re.compile(_TABLES["period_pattern"])
-# The official code passes a flag where `re.sub` takes the largest number of replacements.
+# The official code passes a flag as the number of replacements of `re.sub`.
 _MOST_PERIODS = int(re.UNICODE)
 
 
 def strip_answer(answer: str) -> str:
-    """The answer without line breaks, tabs and outer blanks: what the official evaluator does before anything else."""
+    """Remove line breaks, tabs and outer blanks, as the official evaluator does before anything else."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 @lru_cache(maxsize=1 << 16)
 def normalise_answer(answer: str) -> str:
-    """The official evaluator's normal form: punctuation, number words, articles and contractions.
+    """Return the official evaluator's normal form: punctuation, number words, articles and contractions.
 
-    Equal to the official code on every answer, its habits included: punctuation that touches a blank is dropped and
-    other punctuation becomes a blank (all of it is dropped where digits surround a comma); at most 32 periods are
-    dropped, each that is not followed by a digit.
+    It equals the official code on every answer, quirks included: punctuation that touches a blank is dropped and other
+    punctuation becomes a blank (all of it is dropped if digits surround a comma); at most 32 periods are dropped, those
+    that are not followed by a digit.
     """
-    answer = strip_answer(answer)
+    text = answer = strip_answer(answer)
     has_number = _COMMA_IN_NUMBER.search(answer) is not None
-    text = answer
     for mark in _PUNCTUATION:
         dropped = has_number or f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if dropped else " ")
@@ -45,10 +44,10 @@ def normalise_answer(answer: str) -> str:
 
 
 def answer_vocabulary(answers: Iterable[str], size: int) -> list[str]:
-    """The `size` most common answers, most common first (ties in alphabetical order).
+    """Return the `size` most common answers, most common first (ties in alphabetical order).
 
-    Answers of one normal form are one class; it is written as its most common spelling, because the official
-    evaluator compares the spelling itself where all annotators agree.
+    Answers with the same normal form are one class, written in its most common spelling, because the official evaluator
+    compares the spelling itself where all annotators agree.
     """
     spellings: dict[str, Counter[str]] = defaultdict(Counter)
     for answer, count in Counter(answers).items():

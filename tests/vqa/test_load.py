@@ -1,0 +1,131 @@
+"""`vqa.load`: the model of a folder as an object that answers, whatever form an image has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vqa
+from tests.conftest import ROOT
+from vqa.io.errors import InputError
+
+QUESTION = "what color is the circle?"
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return vqa.load(trained)
+
+
+@pytest.fixture(scope="module")
+def images(tiny) -> list[Path]:
+    return sorted((tiny.parent / "world" / "val").glob("*.png"))
+
+
+def test_importing_the_library_imports_nothing_heavy():
+    code = "import sys, vqa; print(sorted({'torch', 'numpy', 'PIL', 'yaml', 'pydantic'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_the_object_and_the_commands_say_the_same(model, command, trained, images, tmp_path):
+    said = command("ask", "--run", trained, "--image", images[0], "--question", QUESTION, "--top", 3, "--json").out
+    assert json.loads(said)["answers"] == model.ask(images[0], QUESTION, top=3)
+    asked = ("--image", images[0], "--question", QUESTION, "--versus", "how many?", "--out", tmp_path)
+    assert command("inspect", "--run", trained, *asked).code == 0
+    readings = json.loads((tmp_path / "modulation.json").read_text())["readings"]
+    assert readings == model.inspect(images[0], [QUESTION, "how many?"])
+
+
+def test_a_copied_model_and_a_path_as_text_serve_too(model, trained, images, tmp_path):
+    (tmp_path / "model").symlink_to(trained / "model")
+    loaded = vqa.load(str(tmp_path / "model"), device="auto")
+    assert loaded.ask(str(images[0]), QUESTION)[0]["answer"] == model.ask(images[0], QUESTION)[0]["answer"]
+
+
+def test_every_form_of_an_image_gives_the_same_answers(model, images):
+    opened = Image.open(images[0])
+    forms = [str(images[0]), images[0].read_bytes(), opened, np.asarray(opened.convert("RGB"))]
+    expected = model.ask(images[0], QUESTION)
+    assert [model.ask(form, QUESTION) for form in forms] == [expected] * 4
+    assert model.inspect(forms[1], QUESTION) == model.inspect(images[0], QUESTION)
+
+
+def test_grey_and_rotated_images_are_read_as_from_files(model, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (20, 40), dtype=np.uint8)
+    assert model.ask(grey, QUESTION) == model.ask(np.stack([grey] * 3, axis=2), QUESTION)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert model.ask(opened, QUESTION) == model.ask(tmp_path / "turned.png", QUESTION)
+        assert opened.size == (40, 20), "the caller's image is as it was"
+
+
+def test_lists_give_lists(model, images):
+    questions = [QUESTION, "how many?"]
+    each = [model.ask(image, question) for image, question in zip(images[:2], questions, strict=True)]
+    assert model.ask(images[:2], questions) == each
+    assert model.ask(images[0], questions) == [model.ask(images[0], question) for question in questions]
+    assert model.ask(tuple(images[:2]), QUESTION) == [model.ask(image, QUESTION) for image in images[:2]]
+    assert model.ask([images[0]], QUESTION, top=1) == [model.ask(images[0], QUESTION, top=1)]
+    assert [reading["question"] for reading in model.inspect(images[0], questions)] == questions
+    assert model.ask([], []) == model.ask(images[0], []) == []
+
+
+def test_an_inspection_is_plain_data_of_every_channel(model, images):
+    reading = model.inspect(images[0], "what zebra?")
+    assert json.loads(json.dumps(reading)) == reading
+    assert reading["unknown_words"] == ["zebra"]
+    assert len(reading["answers"]) == len(reading["answers_without_modulation"]) == 5
+    assert sum(map(sum, reading["attention"][0])) == pytest.approx(1, abs=1e-5)
+    assert [layer["name"] for layer in reading["layers"]] == [layer.name for layer in model.model.resnet.layers]
+    for layer in reading["layers"]:
+        assert {len(layer[key]) for key in ("gamma", "beta", "delta_gamma", "delta_beta", "gain")} == {
+            layer["channels"]
+        }
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "says"),
+    [
+        ("absent.png", "what?", "absent.png: no such file"),
+        (b"text", "what?", "image: cannot be read as an image (none of JPEG"),
+        (
+            np.zeros((4, 4, 3)),
+            "what?",
+            "image: an array must be uint8, height x width x 3 or height x width, not float",
+        ),
+        (np.zeros((2, 4, 4, 3), np.uint8), "what?", "not uint8 2 x 4 x 4 x 3"),
+        (np.zeros((0, 4), np.uint8), "what?", "not uint8 0 x 4"),
+        (Image.new("F", (4, 4)), "what?", "32 bits a pixel"),
+        (None, "what?", "image: cannot be read as an image"),
+        (Image.new("RGB", (4, 4)), "", "question: '' holds no word"),
+        (Image.new("RGB", (4, 4)), None, "question: must be a text, not NoneType"),
+        (Image.new("RGB", (4, 4)), ["what?", 3], "question: must be a text, not int"),
+        ([b"", b""], ["what?"] * 3, "2 images for 3 questions"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("method", ["ask", "inspect"])
+def test_what_cannot_be_answered_is_an_input_error(model, method, image, question, says):
+    with pytest.raises(InputError) as refused:
+        getattr(model, method)(image, question)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_cannot_be_loaded_is_an_input_error(model, images, trained, tmp_path):
+    for folder, device, says in (
+        (tmp_path, "cpu", "no model here"),
+        (trained, "tpu", "unknown device 'tpu'"),
+        (trained, "cuda:99", "cuda:99 is not there"),
+    ):
+        with pytest.raises(InputError, match=says):
+            vqa.load(folder, device)
+    with pytest.raises(InputError, match="top: must be at least 1, not 0"):
+        model.ask(images[0], QUESTION, top=0)

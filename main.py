@@ -1,213 +1,174 @@
-"""The commands. Each sets up one job; heavy imports stand inside, so that `--help` answers at once."""
+"""The commands, one function each; heavy imports stand inside, so that `--help` answers at once."""
 
-import argparse
 import errno
 import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import vqa
 from experiments.command_line import build_parser
 from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, listen
 
-if TYPE_CHECKING:
-    from experiments.suite import Suite
-
-RESULTS = Path(__file__).parent / "experiments" / "results"
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
-GOING_ON = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
+RESUMABLE = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
 
 
-def demo(arguments: argparse.Namespace) -> None:
+def demo(config: Path, settings: list[str]) -> None:
     """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
     from experiments.demo import run_demo
     from vqa.settings.recipes import load_settings
 
-    run_demo(load_settings(arguments.config, arguments.settings))
+    run_demo(load_settings(config, settings))
 
 
-def preprocess(arguments: argparse.Namespace) -> None:
-    """Raw questions, annotations and images to one h5 file; run again, it goes on where it stopped."""
+def preprocess(config: Path, settings: list[str]) -> None:
+    """Raw questions, annotations and images to one h5 file; run again, it resumes where it stopped."""
     from data.preprocess import preprocess as run
     from experiments.prepare import preprocessing_of
     from vqa.settings.recipes import load_settings
 
-    run(**preprocessing_of(load_settings(arguments.config, arguments.settings)))
+    run(**preprocessing_of(load_settings(config, settings)))
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(config: Path, settings: list[str], resume: bool) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
     from experiments.training.trainer import train as run
     from vqa.settings.recipes import load_settings
 
-    settings = load_settings(arguments.config, arguments.settings)
-    run(settings, resume=arguments.resume)
+    run(load_settings(config, settings), resume=resume)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:
     """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
-    from experiments.evaluate import evaluate as run
+    from experiments.evaluate import evaluate as score
     from experiments.evaluate import table_of
     from experiments.process_group import this_process
 
-    scores = run(
-        arguments.run,
-        arguments.split,
-        arguments.out,
-        arguments.settings,
-        allow_trained=arguments.allow_trained,
-    )
+    scores = score(run, split, out, settings, allow_trained=allow_trained)
     if not this_process().is_main:
         return
     if scores is None:
-        print(f"split {arguments.split!r} has no annotations: results_{arguments.split}.json written, nothing to score")
+        print(f"split {split!r} has no annotations: results_{split}.json written, nothing to score")
     else:
-        print(f"{arguments.split}: {scores['questions']} questions\n{table_of(scores)}")
+        print(f"{split}: {scores['questions']} questions\n{table_of(scores)}")
 
 
-def ask(arguments: argparse.Namespace) -> None:
+def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
     """The answers to one question about any image, most probable first."""
-    model = vqa.load(arguments.run)
-    answers = model.ask(arguments.image, arguments.question, arguments.top)
-    if unknown := model.unknown_words(arguments.question):
+    model = vqa.load(run)
+    answers = model.ask(image, question, top)
+    if unknown := model.unknown_words(question):
         print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
-    if arguments.json:
-        print(json.dumps({"image": str(arguments.image), "question": arguments.question, "answers": answers}))
+    if as_json:
+        print(json.dumps({"image": str(image), "question": question, "answers": answers}))
         return
     for entry in answers:
         print(f"{100 * entry['probability']:6.2f} %  {printable(entry['answer'])}")
 
 
-def inspect(arguments: argparse.Namespace) -> None:
+def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path | None) -> None:
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
-    from vqa.inspect.inspection import inspect as run
+    from vqa.inspect.inspection import inspect as inspection_of
     from vqa.inspect.inspection import summary, write_inspection
 
-    questions = [arguments.question] + ([arguments.versus] if arguments.versus is not None else [])
-    out = arguments.out or arguments.run / "inspect"
+    out = out or run / "inspect"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
-    inspection = run(vqa.load(arguments.run), arguments.image, questions)
-    write_inspection(inspection, out, arguments.image)
-    print(summary(inspection))
-    print(f"{out / 'report.html'}")
+    questions = [question] if versus is None else [question, versus]
+    inspection = inspection_of(vqa.load(run), image, questions)
+    write_inspection(inspection, out, image)
+    print(f"{summary(inspection)}\n{out / 'report.html'}")
 
 
-def features(arguments: argparse.Namespace) -> None:
-    """What the stages of trained networks hold of the question: t-SNE figures, neighbours.json, points.csv."""
+def features(run: list[Path], split: str, out: Path | None, settings: list[str], pairs: int, seed: int) -> None:
+    """t-SNE figures and nearest neighbours of the stages' features: where networks hold the question."""
     from experiments.features.compare import compare_features, table_of
 
-    out = arguments.out or arguments.run[0] / "features"
-    comparison = compare_features(
-        arguments.run, arguments.split, out, arguments.settings, pairs=arguments.pairs, seed=arguments.seed
-    )
+    out = out or run[0] / "features"
+    comparison = compare_features(run, split, out, settings, pairs=pairs, seed=seed)
     print(table_of(comparison))
-    if comparison["pairs"] < arguments.pairs:
-        print(f"split {arguments.split!r} has no more than these {comparison['pairs']} pairs")
-    print(f"{out}")
+    if comparison["pairs"] < pairs:
+        print(f"split {split!r} has no more than these {comparison['pairs']} pairs")
+    print(out)
 
 
-def experiment(arguments: argparse.Namespace) -> None:
+def experiment(
+    file: Path,
+    settings: list[str],
+    does: str,
+    only: str | None,
+    seed: int | None,
+    at_once: int | None,
+    cluster: str | None,
+    resources: str,
+) -> None:
     """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
-    from experiments.report.page import write_report
+    from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
 
-    if (arguments.only is None) != (arguments.seed is None):
+    if (only is None) != (seed is None):
         raise InputError("--only RUN and --seed N belong together")
-    suite, runs = load_suite(arguments.suite, tuple(arguments.settings)), Path("runs")
-    if arguments.list:
-        print("\n".join(shlex.join(command_of(suite, job)) for job in missing_jobs(suite, runs)))
-    elif arguments.only is not None:
-        run_job(job_named(suite, arguments.only, arguments.seed), suite, runs)
-    elif arguments.submit is not None:
+    suite, runs = load_suite(file, tuple(settings)), Path("runs")
+    if only is not None:
+        run_job(job_named(suite, only, seed), suite, runs)
+    elif cluster is not None:
         from experiments.cluster import submit
 
-        tasks = submit(suite, runs, arguments.submit, arguments.resources)
-        print(f"{len(tasks)} runs submitted; --report shows what is finished")
+        print(f"{len(submit(suite, runs, cluster, resources))} runs submitted; --report shows what is finished")
+    elif does == "list":
+        print("\n".join(shlex.join(command_of(suite, job)) for job in missing_jobs(suite, runs)))
+    elif does == "publish":
+        print(publish(suite, runs))
     else:
-        failed = None if arguments.report or arguments.publish else run_suite(suite, runs, arguments.at_once)
+        failed = run_suite(suite, runs, at_once) if does == "run" else None
         print(write_report(suite, runs, runs / "experiments" / "reports"))
-        if arguments.publish:
-            _publish(suite, runs)
         if failed:
             raise InputError(failed)
 
 
-def _publish(suite: "Suite", runs: Path) -> None:
-    from experiments.report.page import write_report
-    from experiments.report.results import collect, keep_evidence
-    from experiments.runner import missing_jobs
-
-    if suite.words:
-        raise InputError("--publish: a suite is published as its file says it; leave KEY=VALUE away")
-    if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
-        raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
-    if missing := missing_jobs(suite, runs):
-        print(f"{len(missing)} runs are not finished; they are published without them")
-    write_report(suite, runs, RESULTS)
-    keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")
-
-
-def bench(arguments: argparse.Namespace) -> None:
-    """What is fast, measured beside what it replaces: steps, memory, sharing, stored maps, loading, scale."""
-    from contextlib import redirect_stdout
-
+def bench(as_json: bool, **options: Any) -> None:
+    """Speed and memory beside what they replace: steps, memory, sharing, stored maps, loading, scale."""
     from experiments.bench.bench import bench as run
 
-    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        results = run(
-            arguments.parts,
-            repeats=arguments.repeats,
-            device=arguments.device,
-            tiny=arguments.tiny,
-            out=arguments.out,
-            images=arguments.images,
-        )
-    if arguments.json:
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = run(**options)
+    if as_json:
         print(json.dumps(results, indent=2))
 
 
-def gpu_check(arguments: argparse.Namespace) -> None:
-    """Whether all is right on a GPU, how fast it is, and the first experiments there, in bounded time."""
+def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
+    """Correctness and speed on a GPU, and the first experiments there, in bounded time."""
     from experiments.gpu.check import SUITES
     from experiments.gpu.check import gpu_check as run
 
-    failed = run(
-        arguments.out,
-        minutes=arguments.minutes,
-        device=arguments.device,
-        tiny=arguments.tiny,
-        steps=arguments.step,
-        suites=[] if arguments.no_suites else arguments.suite or SUITES,
-        at_once=arguments.at_once,
-    )
-    print(f"\n{arguments.out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
+    failed = run(out, suites=SUITES if suites is None else suites, **options)
+    print(f"\n{out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
     if failed:
         sys.exit(1)
 
 
-def recalibrate(arguments: argparse.Namespace) -> None:
+def recalibrate(
+    run: Path, config: Path | None, split: str, batches: int, out: Path | None, settings: list[str]
+) -> None:
     """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
-    from experiments.recalibrate import recalibrate as run
+    from experiments.recalibrate import recalibrate as estimate
 
-    words = arguments.settings
-    if arguments.config is not None:
+    if config is not None:
         from vqa.settings.recipes import load_settings
 
-        data = load_settings(arguments.config).data
-        words = [f"data.folder={data.folder}", f"data.h5={data.h5}", *words]
-    out = arguments.out or arguments.run / "recalibrated"
-    questions = run(arguments.run, out, arguments.split, words, batches=arguments.batches)
+        data = load_settings(config).data
+        settings = [f"data.folder={data.folder}", f"data.h5={data.h5}", *settings]
+    out = out or run / "recalibrated"
+    questions = estimate(run, out, split, settings, batches=batches)
     print(f"statistics of {questions} questions' images; python main.py eval --run {out}")
 
 
@@ -228,17 +189,19 @@ COMMANDS = {
 
 def main() -> int:
     """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 128 + N after signal N."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer that the terminal cannot show is no error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    arguments = argparse.Namespace()
+    options: dict[str, Any] = {}
     try:
         listen()
-        arguments = build_parser(COMMANDS).parse_args()
-        arguments.function(arguments)
+        options = vars(build_parser(COMMANDS).parse_args())
+        command = options.pop("command")
+        COMMANDS[command](**options)
         sys.stdout.flush()
+        return 0
     except InputError as error:
-        elsewhere = isinstance(error, NotWrittenError) and getattr(arguments, "out", "") is None
-        return _failed(f"{error}; --out can name another directory" if elsewhere else error)
+        elsewhere = isinstance(error, NotWrittenError) and options.get("out", "") is None
+        why = f"{error}; --out can name another directory" if elsewhere else str(error)
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             why = "too many open files: raise `ulimit -n`, or set fewer `workers` or `data.processes`"
@@ -246,39 +209,33 @@ def main() -> int:
             raise
         else:
             why = f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}"
-        return _failed(why)
     except BrokenExecutor:
         why = "a worker process was killed, as the system does where memory is short"
-        return _failed(f"{why} (`workers` or `data.processes` can be less); {_how_to_go_on(sys.argv[1:])}")
+        why = f"{why} (`workers` or `data.processes` can be less); {_how_to_resume()}"
     except KeyboardInterrupt as interrupted:
-        _say_last(f"interrupted; {_how_to_go_on(sys.argv[1:])}")
+        _say_last(f"interrupted; {_how_to_resume()}")
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130
-    return 0
-
-
-def _failed(why: object) -> int:
-    _say_last(f"error: {printable(str(why))}")
+    _say_last(f"error: {printable(why)}")
     return 2
 
 
 def _say_last(line: str) -> None:
-    """Says a line on standard error; what the disk of a log has no room for is not tried again at exit."""
+    """Print a line on standard error; drop what a full disk has no room for, so that the exit does not fail on it."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            with suppress(OSError, ValueError):  # a stream that is none of the system's
+            with suppress(OSError, ValueError):  # a stream without a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _how_to_go_on(words: Sequence[str]) -> str:
-    command, *rest = words or [""]
+def _how_to_resume() -> str:
+    command, *rest = sys.argv[1:] or [""]
     if command == "train" and "--resume" not in rest:
         rest.append("--resume")
-    does = "goes on" if command in GOING_ON else "begins again"
-    return f"{shlex.join([command, *rest])} {does}"
+    return f"to {'resume' if command in RESUMABLE else 'begin again'}: {shlex.join([command, *rest])}"
 
 
 if __name__ == "__main__":

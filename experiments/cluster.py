@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runner import MAIN, command_of, missing_jobs
-from experiments.suite import Suite
+from experiments import ROOT
 from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json
 from vqa.io.locks import held
@@ -19,22 +18,20 @@ from vqa.io.processes import block_signals_in_children
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
+    from experiments.suite import Suite
+
 _REQUEUES = 100  # after time limits; submitit's own default is 3
 
 
 class Task:
-    """A command as a task of the cluster; before the time limit its process saves and the task is requeued."""
+    """A command as a task of the cluster; before the time limit its process saves, and the task is requeued."""
 
     def __init__(self, command: Sequence[str], folder: Path) -> None:
         self.command, self.folder, self.process = command, folder, 0
 
     def __call__(self) -> None:
-        """Run the command to its end.
-
-        Raises:
-            subprocess.CalledProcessError: it failed.
-        """
-        # submitit answers the cluster's signal here, by `checkpoint`, whether or not the cluster sends it to children
+        """Run the command to its end; raises CalledProcessError if it failed."""
+        # submitit handles the cluster's signal in this process, by `checkpoint`; children may get it or not
         with block_signals_in_children(but=signal.SIGTERM):
             process = subprocess.Popen(self.command, cwd=self.folder)
             self.process = process.pid
@@ -43,7 +40,7 @@ class Task:
             raise subprocess.CalledProcessError(code, self.command)
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Ask the process to save, wait until it has, and return what is to be requeued."""
+        """Ask the process to save, wait until it has, and return the task to be requeued."""
         from submitit.helpers import DelayedSubmission
 
         if self.process:
@@ -58,26 +55,28 @@ def _wait(process: int) -> None:
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
-def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
-    """Submits each missing run and seed that is not queued yet as a task of an array; the first to come makes the data
-    and the backbone.
+def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str]:
+    """Submits each missing run and seed that is not queued yet as a task of an array; the first task that starts makes
+    the data and the backbone.
 
     Args:
         suite: what to run.
         runs: where run directories are, on a disk that the cluster's machines share.
         cluster: `slurm`.
-        resources: what a task is given, in submitit's words: `timeout_min=240 gpus_per_node=1 slurm_partition=gpu`.
+        resources: of each task, by submitit's names: `timeout_min=240 gpus_per_node=1 slurm_partition=gpu`.
 
     Returns:
-        The tasks' ids; none where nothing is missing.
+        The tasks' ids.
 
     Raises:
-        InputError: submitit or the cluster's commands are not there, or do not know a resource.
+        InputError: submitit or the cluster's commands are missing, or do not know a resource.
     """
     try:
         import submitit
     except ImportError:
         raise InputError("--submit needs submitit: pip install submitit") from None
+    from experiments.runner import command_of, missing_jobs  # with torch, which a task does without
+
     parameters = _parameters(resources)
     folder = runs / "experiments" / "submitted"
     record = folder / "tasks.json"
@@ -94,7 +93,7 @@ def submit(suite: Suite, runs: Path, cluster: str, resources: str) -> list[str]:
             executor.update_parameters(name=suite.name, **parameters)
             with executor.batch():
                 tasks = [executor.submit(Task(command, Path.cwd())) for command in commands]
-        # of submitit: wrong parameters, no cluster
+        # submitit's errors for wrong parameters, or no cluster
         except (NameError, TypeError, RuntimeError, ValueError, AssertionError) as error:
             raise InputError(f"--submit {cluster}: {first_line(error)}") from None
         ids = [task.job_id for task in tasks]
@@ -113,12 +112,12 @@ def _parameters(resources: str) -> dict[str, Any]:
         if not equals:
             raise InputError(f"--resources: {word!r} is no NAME=VALUE")
         given[name] = int(value) if value.isdecimal() else value
-    given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(MAIN.parent))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     return given | {"slurm_additional_parameters": {"requeue": True}}
 
 
 def _still_queued(record: Path) -> dict[str, str]:
-    """The ids of the tasks that were submitted and that SLURM still has, waiting or running, by their commands."""
+    """The ids, by command, of the tasks that were submitted and are still waiting or running."""
     submitted = read_json(record) if record.exists() else {}
     if not submitted:
         return {}

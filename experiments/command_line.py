@@ -1,10 +1,10 @@
-"""The command line: each command's options. Nothing heavy is imported, so that `--help` answers at once."""
+"""The options of every command. Nothing heavy is imported, so that `--help` answers at once."""
 
 import argparse
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from experiments import ROOT
 from vqa import __version__
@@ -26,13 +26,14 @@ class _Once(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **named) -> None:
+    def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.register("action", None, _Once)  # what options do unless they say otherwise
+        self.register("action", None, _Once)  # the default action
 
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
         """As usual, but settings may also stand after options that follow a positional argument."""
         arguments, rest = self.parse_known_args(words, namespace)
+        vars(arguments).pop("given", None)
         if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
@@ -44,123 +45,111 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def build_parser(functions: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
-    """The parser of all commands; `function` of what it gives is the command's, whose docstring is its help.
+def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
+    """The parser of all commands. It gives the `command` and the arguments of that command's function, whose docstring
+    is the command's help.
 
     Raises:
-        InputError: when it parses what is no command.
+        InputError: when it parses wrong arguments.
     """
     parser = _Parser(prog="main.py", description="Conditional batch normalisation for visual question answering.")
     parser.add_argument("--version", action="version", version=f"modern-vqa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    settings, recipe, run, question = (_Parser(add_help=False) for _ in range(4))  # options of several commands
+    settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
+    recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    question.add_argument("--image", type=Path, required=True, metavar="FILE")
+    question.add_argument("--question", required=True, metavar="TEXT")
 
-    def command(name: str) -> argparse.ArgumentParser:
-        function = functions[name]
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        added.set_defaults(function=function)
-        return added
+    def command(name: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        about = functions[name].__doc__
+        return commands.add_parser(name, parents=shared, help=about, description=about)
 
-    def takes_settings(added: argparse.ArgumentParser) -> None:
-        added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
+    demo = command("demo", settings)
+    demo.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml")
 
-    def of_a_recipe(added: argparse.ArgumentParser, required: bool = True, default: Path | None = None) -> None:
-        added.add_argument("--config", type=Path, required=required, default=default, metavar="FILE.yaml")
-        takes_settings(added)
+    command("preprocess", recipe, settings)
 
-    def of_a_run(added: argparse.ArgumentParser) -> None:
-        added.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    train = command("train", recipe, settings)
+    train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
 
-    def about_a_question(added: argparse.ArgumentParser) -> None:
-        of_a_run(added)
-        added.add_argument("--image", type=Path, required=True, metavar="FILE")
-        added.add_argument("--question", required=True, metavar="TEXT")
+    evaluate = command("eval", run, settings)
+    evaluate.add_argument("--split", default="val")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="where files are written; by default DIR of --run")
+    evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
 
-    of_a_recipe(command("demo"), required=False, default=DEMO_CONFIG)
+    ask = command("ask", run, question)
+    ask.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
+    ask.add_argument("--json", action="store_true", dest="as_json")
 
-    of_a_recipe(command("preprocess"))
+    inspect = command("inspect", run, question)
+    inspect.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
+    inspect.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
 
-    added = command("train")
-    of_a_recipe(added)
-    added.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-
-    added = command("eval")
-    of_a_run(added)
-    added.add_argument("--split", default="val")
-    added.add_argument("--out", type=Path, metavar="DIR", help="where the files are written; by default DIR of --run")
-    added.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
-    takes_settings(added)
-
-    added = command("ask")
-    about_a_question(added)
-    added.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
-    added.add_argument("--json", action="store_true")
-
-    added = command("inspect")
-    about_a_question(added)
-    added.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
-    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
-
-    added = command("recalibrate")
-    of_a_run(added)
-    added.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
-    added.add_argument("--split", default="train", help="the split whose images are taken (train)")
-    added.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
-    added.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
-    takes_settings(added)
+    recalibrate = command("recalibrate", run, settings)
+    recalibrate.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
+    recalibrate.add_argument("--split", default="train", help="the split whose images are taken (train)")
+    recalibrate.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
+    recalibrate.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
 
     _bench_options(command("bench"))
     _gpu_check_options(command("gpu-check"))
-    _features_options(command("features"), takes_settings)
-    _experiment_options(command("experiment"), takes_settings)
+    _features_options(command("features", settings))
+    _experiment_options(command("experiment", settings))
     return parser
 
 
 def _bench_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument(
-        "parts", nargs="*", metavar="PART", help="step, memory, sharing, cache, waiting, loading, scale (all)"
-    )
+    parts = "step, memory, sharing, cache, waiting, loading, scale (all)"
+    added.add_argument("parts", nargs="*", metavar="PART", help=parts)
     added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
     added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
     added.add_argument("--tiny", action="store_true", help="a small network and few images: whether it runs")
-    added.add_argument("--json", action="store_true")
+    added.add_argument("--json", action="store_true", dest="as_json")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file a step, and gpu-check.zip of all")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="after which all is ended (9)")
-    added.add_argument("--step", action="append", default=[], metavar="STEP", help="only this one; as often as wanted")
-    added.add_argument("--suite", action="append", metavar="NAME", help="of experiments/suites; instead of the usual")
-    added.add_argument("--no-suites", action="store_true", help="the steps alone")
+    added.add_argument(
+        "--step", dest="steps", action="append", default=[], metavar="STEP", help="only this one; as often as wanted"
+    )
+    suites = added.add_mutually_exclusive_group()
+    suites.add_argument(
+        "--suite", dest="suites", action="append", metavar="NAME", help="of experiments/suites; instead of the usual"
+    )
+    suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="the steps alone")
     added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="trainings of a suite at once (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")
     added.add_argument("--tiny", action="store_true", help="small sizes: whether it runs, not how fast it is")
 
 
-def _features_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
+def _features_options(added: argparse.ArgumentParser) -> None:
     added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
     added.add_argument("--split", default="val")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
-    takes_settings(added)
 
 
-def _experiment_options(added: argparse.ArgumentParser, takes_settings: Callable) -> None:
-    added.add_argument("suite", type=Path, metavar="SUITE.yaml")
-    added.add_argument(
-        "--at-once", type=_positive, metavar="N", help="runs at the same time; by default one a GPU, or a core"
-    )
+def _experiment_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("file", type=Path, metavar="SUITE.yaml")
+    at_once = "runs at the same time; by default one a GPU, or a core"
+    added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N")
     added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
     instead = added.add_mutually_exclusive_group()
-    instead.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
-    instead.add_argument("--publish", action="store_true", help="that, and into experiments/results")
+    for name, does in (
+        ("report", "run nothing: the table of what is there"),
+        ("publish", "the same, into experiments/results, with the evidence"),
+        ("list", "the commands of the runs that are missing"),
+    ):
+        instead.add_argument(f"--{name}", dest="does", action="store_const", const=name, default="run", help=does)
     instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
-    instead.add_argument("--list", action="store_true", help="the commands of the runs that are missing")
-    instead.add_argument("--submit", choices=("slurm",), help="hand them to a cluster as one array job")
-    takes_settings(added)
+    instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="hand them to a cluster as an array job")
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What training needs before it can begin: synthetic scenes drawn, their backbone pretrained, an h5 file made."""
+"""Prepare what training reads: draw synthetic scenes, pretrain their backbone, make the h5 file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from vqa.settings.schema import Settings
 
 
 def prepare_world(settings: Settings) -> None:
-    """Draws synthetic scenes and asks about them; what is there already is kept."""
+    """Draws synthetic scenes with questions about them; existing ones are kept."""
     scenes, data = settings.scenes, settings.data
     write_world(
         Path(data.folder),
@@ -27,7 +27,7 @@ def prepare_world(settings: Settings) -> None:
 
 
 def prepare_backbone(settings: Settings) -> float:
-    """Pretrains the backbone of synthetic scenes, or keeps what is there; returns its held-out accuracy in percent."""
+    """Pretrains the backbone on synthetic scenes, or keeps an existing one; returns its held-out accuracy, %."""
     scenes = settings.scenes
     return pretrain_backbone(
         Path(settings.backbone.weights),
@@ -43,7 +43,7 @@ def prepare_backbone(settings: Settings) -> float:
 
 
 def prepare(settings: Settings) -> None:
-    """Makes everything that the training of a recipe reads and that can be made here.
+    """Makes everything that the training of a recipe reads, as far as it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,25 +41,35 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As it is shown."""
+        """The name that messages give it."""
         return f"{self.run.name}, seed {self.seed}"
 
     @property
     def settings(self) -> Settings:
-        """Its settings."""
+        """The settings it is trained with."""
         return self.run.seeded(self.seed)
 
     def folder(self, runs: Path) -> Path:
         """Its run directory."""
         return runs / self.settings.name
 
-    def is_finished(self, runs: Path, tests: Sequence[Test]) -> bool:
-        """Whether it is trained and tested.
+    def check_settings(self, runs: Path) -> None:
+        """Raises InputError if the results in its run directory were made with other settings."""
+        folder = self.folder(runs)
+        if why := difference(load_saved(folder / "config.yaml"), self.settings):
+            raise InputError(f"{folder}: its results were made with other settings: {why}; move the directory away")
 
-        Raises:
-            InputError: the results there were made with other settings.
-        """
-        return all(is_tested(self.settings, runs, test) for test in tests)
+    def is_tested(self, runs: Path, test: Test) -> bool:
+        """Whether the results of a test are there; raises as `check_settings`."""
+        tested = test.folder(self.folder(runs))
+        if not all((tested / name).exists() for name in test.files):
+            return False
+        self.check_settings(runs)
+        return True
+
+    def is_finished(self, runs: Path, tests: Sequence[Test]) -> bool:
+        """Whether it is trained and tested; raises as `check_settings`."""
+        return all(self.is_tested(runs, test) for test in tests)
 
 
 def jobs_of(suite: Suite) -> list[Job]:
@@ -68,48 +78,33 @@ def jobs_of(suite: Suite) -> list[Job]:
 
 
 def missing_jobs(suite: Suite, runs: Path) -> list[Job]:
-    """The jobs that are not finished."""
+    """The jobs that are not finished; raises as `Job.check_settings`."""
     return [job for job in jobs_of(suite) if not job.is_finished(runs, suite.tests)]
 
 
-def job_named(suite: Suite, name: str, seed: int | None) -> Job:
+def job_named(suite: Suite, name: str, seed: int) -> Job:
     """A job of the suite. Raises InputError if it has no such run or seed."""
     for job in jobs_of(suite):
         if job.run.name == name and job.seed == seed:
             return job
-    known = ", ".join(run.name for run in suite.runs)
-    raise InputError(f"{suite.file}: no run {name!r} with seed {seed}; runs are {known}; seeds {suite.seeds}")
+    known, seeds = ", ".join(run.name for run in suite.runs), ", ".join(map(str, suite.seeds))
+    raise InputError(f"{suite.file}: no run {name!r} with seed {seed}; runs are {known}; seeds are {seeds}")
 
 
-def folder_of(folder: Path, test: Test) -> Path:
-    """Where a test of a run is written: the run directory itself for the plain one."""
-    return folder if test.label == "plain" else folder / "tests" / test.label
-
-
-def is_tested(settings: Settings, runs: Path, test: Test) -> bool:
-    """Whether the run directory that these settings name holds the results of a test; raises as `check_settings`."""
-    tested = folder_of(runs / settings.name, test)
-    if not all((tested / name).exists() for name in test.files):
-        return False
-    check_settings(settings, runs)
-    return True
-
-
-def check_settings(settings: Settings, runs: Path) -> None:
-    """Raises InputError if the results in the run directory that these settings name were made with other ones."""
-    folder = runs / settings.name
-    if why := difference(load_saved(folder / "config.yaml"), settings):
-        raise InputError(f"{folder}: its results were made with other settings: {why}; move the directory away")
+def command_of(suite: Suite, job: Job) -> list[str]:
+    """The command that runs one job alone."""
+    only = ["--only", job.run.name, "--seed", str(job.seed)]
+    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *suite.words]
 
 
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
-    """Trains and tests one run with one seed, as far as that is not done, in this process.
+    """Trains and tests one run with one seed in this process, as far as that is not done.
 
-    What is finished is left alone, also where only its results are there (published evidence). The data and the
-    backbone that it needs, and that other runs may share, are made first.
+    A finished job is skipped, also where only its results are there (published evidence). The data and the backbone
+    that it needs, which other runs may share, are made first.
 
     Raises:
-        InputError: as `prepare`, `train` and `evaluate`.
+        InputError: as `prepare`, `train`, `recalibrate` and `evaluate`.
     """
     folder = job.folder(runs)
     if job.is_finished(runs, suite.tests):
@@ -120,15 +115,15 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
         for test in suite.tests:
             if test.words:
                 words = (*job.run.words, *suite.words, *test.words)
-                prepare(load_settings(suite.recipe, words, where=suite.file))
+                prepare(load_settings(suite.recipe, words, where=str(suite.file)))
     with held(folder / ".lock", folder, wait=True):
         if not RunDirectory(folder).checkpoint.exists():
             _remove_results(folder)
         train(job.settings, resume=True, runs=runs)
         for test in suite.tests:
-            out = folder_of(folder, test)
-            if is_tested(job.settings, runs, test):
+            if job.is_tested(runs, test):
                 continue
+            out = test.folder(folder)
             words = [word for word in (*suite.words, *test.words) if role_of(word.partition("=")[0]) is Role.DATA]
             if test.recalibrate:
                 recalibrate(folder, out, test.recalibrate, words)
@@ -136,11 +131,11 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 
 
 def _remove_results(folder: Path) -> None:
-    """Of a training that is gone (its results came from a zip file): the new one's must not stand beside them."""
+    """Remove results whose training is gone (they came from a zip file), so that they do not mix with new ones."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    of_tests = [file for kind in ("metrics_*.json", "accuracies_*.npz", "results_*.json") for file in folder.glob(kind)]
-    for file in (*of_tests, *(folder / name for name in ("metrics.jsonl", "environment.json", "config.yaml"))):
-        file.unlink(missing_ok=True)
+    names = ("metrics_*.json", "accuracies_*.npz", "results_*.json", "metrics.jsonl", "environment.json", "config.yaml")
+    for file in [file for name in names for file in folder.glob(name)]:
+        file.unlink()
 
 
 def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | None:
@@ -158,7 +153,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
 
     Raises:
         InputError: another process runs this suite.
-        Interrupted: by a signal, when the runs have saved what they did and ended.
+        Interrupted: by a signal, after the runs have saved their state and ended.
     """
     with held(runs / "experiments" / f".{suite.report_name}.lock", f"suite {suite.report_name}"):
         missing = missing_jobs(suite, runs)
@@ -169,7 +164,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
             for number, (job, failure, seconds) in enumerate(ended, 1):
                 said = failure
                 if failure is None:
-                    scores = [read_json(folder_of(job.folder(runs), test) / test.files[0]) for test in suite.tests]
+                    scores = [read_json(test.folder(job.folder(runs)) / test.files[0]) for test in suite.tests]
                     said = ", ".join(f"{score['overall']:.2f} %" for score in scores)
                 else:
                     failed.append(job)
@@ -182,55 +177,65 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
 def _run_all(
     suite: Suite, jobs: Sequence[Job], runs: Path, at_once: int | None
 ) -> Iterator[tuple[Job, str | None, float]]:
-    """Starts jobs as places become free; gives each with why it failed, if it did, and its seconds when it ends."""
-    on_cpu = all(job.settings.device == "cpu" for job in jobs)
-    gpus = 0 if on_cpu else torch.cuda.device_count()
-    count = at_once or gpus or (_cores_with_memory() if on_cpu else 1)
-    threads = 1 if on_cpu else max((os.cpu_count() or 1) // count, 1)
-    places = list(range(min(count, len(jobs))))
+    """Run jobs side by side; yield each one that ends, the reason if it failed, and its seconds."""
+    free = _environments(jobs, at_once)
     waiting, running = list(jobs), {}
     try:
         while waiting or running:
-            while waiting and places:
+            while waiting and free:
                 job = waiting.pop(0)
                 try:
-                    with StopRequest():  # else a signal might come before the new process is known here
-                        process = _start(suite, job, runs, _surroundings(places[0], gpus, threads))
-                        running[places.pop(0)] = (job, process, time.monotonic())
+                    with StopRequest():  # a signal waits until the new process is in `running`
+                        process = _start(suite, job, runs, free[0])
+                        running[process] = (job, free.pop(0), time.monotonic())
                 except InputError as error:  # a full disk
                     yield job, f"error: {error}", 0.0
             time.sleep(0.2)
-            for place, (job, process, begun) in list(running.items()):
-                if process.poll() is not None:
-                    del running[place]
-                    places.append(place)
-                    yield job, _failure(process.returncode, job.folder(runs)), time.monotonic() - begun
+            for process in [process for process in running if process.poll() is not None]:
+                job, environment, begun = running.pop(process)
+                free.append(environment)
+                yield job, _failure(process.returncode, job.folder(runs) / "log.txt"), time.monotonic() - begun
     finally:
-        _end([process for _, process, _ in running.values()])
+        _end(running)
 
 
-def _start(suite: Suite, job: Job, runs: Path, surroundings: dict[str, str]) -> subprocess.Popen:
+def _environments(jobs: Iterable[Job], at_once: int | None) -> list[dict[str, str]]:
+    """The environment variables of each of the runs at the same time: its GPU, or its share of the cores."""
+    cores = os.cpu_count() or 1
+    if all(job.settings.device == "cpu" for job in jobs):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        count, threads = at_once or max(min(cores, memory // 2**31), 1), 1
+    elif gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return [{"CUDA_VISIBLE_DEVICES": visible[place % gpus]} for place in range(at_once or gpus)]
+    else:
+        count, threads = at_once or 1, max(cores // (at_once or 1), 1)
+    return [_KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)} for _ in range(count)]
+
+
+def _start(suite: Suite, job: Job, runs: Path, environment: dict[str, str]) -> subprocess.Popen:
     log = job.folder(runs) / "log.txt"
     with naming_write_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("a")
-    # every signal is answered here, and handed on as SIGTERM
+    # signals are handled by this process, which sends SIGTERM to its children
     with file, block_signals_in_children(but=signal.SIGTERM):
         return subprocess.Popen(
-            command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | surroundings
+            command_of(suite, job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment
         )
 
 
-def _failure(code: int, folder: Path) -> str | None:
-    """Why a job failed, by its exit code and the last line that it could write; None if it did not."""
+def _failure(code: int, log: Path) -> str | None:
+    """Why a job failed, by its exit code and the last line of its log; None if it did not."""
     if code <= 0:
         return f"killed by signal {-code}" if code else None
-    said = _last_line(folder / "log.txt")
-    return said if said.startswith("error: ") else f"exit code {code}: {said}"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "the log is empty"
+    return last if last.startswith("error: ") else f"exit code {code}: {last}"
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks processes to save and end, and waits until they have; another Ctrl-C kills them."""
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    """Ask processes to save and end, and wait until they have; another Ctrl-C kills them."""
     while True:
         try:
             for process in processes:
@@ -242,27 +247,3 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
             if again.number == signal.SIGINT:
                 for process in processes:
                     process.kill()
-
-
-def command_of(suite: Suite, job: Job) -> list[str]:
-    """The command that runs one job alone."""
-    only = ["--only", job.run.name, "--seed", str(job.seed)]
-    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *suite.words]
-
-
-def _cores_with_memory() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(min(os.cpu_count() or 1, memory // 2**31), 1)
-
-
-def _surroundings(place: int, gpus: int, threads: int) -> dict[str, str]:
-    """Environment variables of a job: its GPU, or its share of the cores."""
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return {"CUDA_VISIBLE_DEVICES": visible[place % gpus]}
-    return _KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}
-
-
-def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no word"

@@ -1,29 +1,30 @@
-"""Suites: which runs an experiment compares, as short deltas over a recipe, and how each is tested.
+"""Suites: the runs that an experiment compares, as short deltas over a recipe, and how each run is tested.
 
 A suite file (`experiments/suites/*.yaml`) holds
 
-    title:     what is asked
-    recipe:    the recipe that runs are deltas over, relative to the suite file
-    seeds:     seeds each run is trained with
-    baseline:  the row that others are compared with
+    title:     the question that the experiment asks
+    recipe:    the recipe that the runs change, relative to the suite file
+    seeds:     the seeds each run is trained with
+    baseline:  the row that the others are compared with
     runs:      NAME: {settings: "key.sub=value …", paper: {column: number}}
-    tests:     (may be absent) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of
-               these ways: on other data, or with the norms' statistics re-estimated on a split's images
-    split:     (may be absent) the split whose accuracy is reported; `val` if absent
-    order:     (may be absent) rows whose accuracies are claimed to rise in this order
-    paper:     (may be absent) what the paper's numbers are of
-    not_run:   (may be absent) NAME: {column: number} of the paper that have no run here
+    tests:     (optional) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of these
+               ways: on other data, or after the norms' statistics are re-estimated on a split's images
+    split:     (optional) the split whose accuracy is reported; by default `val`
+    order:     (optional) rows whose accuracies are claimed to rise in this order
+    paper:     (optional) what the paper's numbers were measured on
+    not_run:   (optional) NAME: {column: number}: rows of the paper without a run here
 """
 
 import hashlib
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vqa.io.errors import InputError
 from vqa.settings.recipes import BASE, load_settings, read_yaml
@@ -32,23 +33,24 @@ from vqa.settings.schema import FileName, Role, Settings, SplitName, different_k
 _Column = Literal["overall", "yes/no", "number", "other"]
 COLUMNS = get_args(_Column)
 
+# Names stand in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
+_NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
+_Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
+_TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
+_Words = Annotated[str, AfterValidator(lambda text: tuple(shlex.split(text)))]
+
 
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-# Rows stand in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
-_Name = Annotated[str, Field(max_length=100, pattern=r"^[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*$")]
-_TestName = Annotated[str, Field(max_length=100, pattern=r"^([^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*)?$")]
-
-
 class _RunForm(_Form):
-    settings: str = ""
+    settings: _Words = ()
     paper: dict[_Column, float] = {}
 
 
 class _TestForm(_Form):
-    settings: str = ""
+    settings: _Words = ()
     recalibrate: SplitName | None = None
 
 
@@ -67,10 +69,10 @@ class _SuiteForm(_Form):
 
 @dataclass(frozen=True)
 class Test:
-    """A way in which every run is tested; `name` is empty where there is only the plain one."""
+    """A way in which every run is tested; `name` is empty where there is only one."""
 
     name: str
-    words: tuple[str, ...]  # `key.sub=value` over the run's settings: where other data are
+    words: tuple[str, ...]  # `key.sub=value` over the run's settings: other data
     recalibrate: str | None  # the split on whose images the norms' statistics are re-estimated first
     split: str = "val"  # whose questions are answered
 
@@ -84,13 +86,17 @@ class Test:
         """A name for files: the same for the same test, whatever suite asks."""
         parts = [f"recalibrated-{self.recalibrate}"] if self.recalibrate else []
         if self.words:
-            parts.append(f"{slug(self.words[0].rpartition('.')[2])}-{_digest(sorted(self.words))}")
+            parts.append(f"{_slug(self.words[0].rpartition('.')[2])}-{_digest(sorted(self.words))}")
         return "_".join(reversed(parts)) or "plain"
+
+    def folder(self, run: Path) -> Path:
+        """Where its results are written: into the run directory itself for the plain test."""
+        return run if self.label == "plain" else run / "tests" / self.label
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained with each seed."""
+    """Settings that are trained with each seed."""
 
     name: str
     words: tuple[str, ...]  # its delta over the recipe
@@ -98,7 +104,7 @@ class Run:
     paper: dict[str, float]
 
     def seeded(self, seed: int) -> Settings:
-        """The settings of one training: `name` says where it is, below runs/."""
+        """The settings of one training, with its run directory as their `name`."""
         return self.settings.model_copy(update={"seed": seed, "name": f"{self.settings.name}/seed_{seed}"})
 
 
@@ -113,18 +119,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, expanded."""
+    """A suite file with every run's settings resolved."""
 
     file: Path
     title: str
     recipe: Path
-    seeds: tuple[int, ...]
+    seeds: list[int]
     baseline: str
-    runs: tuple[Run, ...]
-    tests: tuple[Test, ...]
-    order: tuple[str, ...]
+    runs: list[Run]
+    tests: list[Test]
+    order: list[str]
     paper: str
-    not_run: dict[str, dict[str, float]] = field(default_factory=dict)
+    not_run: dict[str, dict[str, float]]
     words: tuple[str, ...] = ()  # over the settings of every run and test
 
     @property
@@ -134,16 +140,14 @@ class Suite:
 
     @property
     def report_name(self) -> str:
-        """What its report's files are called: altered by words it is another suite."""
+        """The name of its report's files; words make it another one."""
         return f"{self.name}-{_digest(list(self.words))}" if self.words else self.name
 
     @property
     def rows(self) -> list[Row]:
         """Every run in every test, in the order of the file."""
         return [
-            Row(", ".join(part for part in (run.name, test.name) if part), run, test)
-            for run in self.runs
-            for test in self.tests
+            Row(", ".join(filter(None, (run.name, test.name))), run, test) for run in self.runs for test in self.tests
         ]
 
 
@@ -157,64 +161,46 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         form = _SuiteForm.model_validate(read_yaml(file))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        key, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{file}: {key}: {why[0].lower()}{why[1:]}") from None
     recipe = file.parent / form.recipe
     plain = load_settings(recipe)
     runs = []
     for name, run in form.runs.items():
-        delta = _words(file, name, run.settings)
-        settings = load_settings(recipe, (*delta, *words), where=f"{file}: {name}")
+        settings = load_settings(recipe, (*run.settings, *words), where=f"{file}: {name}")
         directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
-        runs.append(Run(name, delta, settings.model_copy(update={"name": directory}), run.paper))
-    _check_runs_differ(file, runs, form.split)
-    tests = tuple(
-        Test(name, _words(file, name, test.settings), test.recalibrate, form.split) for name, test in form.tests.items()
-    )
-    if len(set(form.seeds)) < len(form.seeds):
-        raise InputError(f"{file}: seeds: duplicate value")
-    for test in tests:
-        _check_test(file, test, plain)
-    same = form.model_dump(include={"title", "baseline", "paper", "not_run"})
-    order, seeds = tuple(form.order), tuple(form.seeds)
-    suite = Suite(file, recipe=recipe, seeds=seeds, runs=tuple(runs), tests=tests, order=order, words=words, **same)
-    rows = [row.name for row in suite.rows]
-    for named in (form.baseline, *form.order):
-        if named not in rows:
-            raise InputError(f"{file}: no row {named!r}; rows are {', '.join(rows)}")
+        runs.append(Run(name, run.settings, settings.model_copy(update={"name": directory}), run.paper))
+    tests = [Test(name, test.settings, test.recalibrate, form.split) for name, test in form.tests.items()]
+    same = form.model_dump(include={"title", "seeds", "baseline", "order", "paper", "not_run"})
+    suite = Suite(file, recipe=recipe, runs=runs, tests=tests, words=words, **same)
+    if problem := next(_problems(suite, plain), None):
+        raise InputError(f"{file}: {problem}")
     return suite
 
 
-def _check_runs_differ(file: Path, runs: list[Run], split: str) -> None:
-    named: dict[str, str] = {}
-    for run in runs:
-        other = named.setdefault(run.settings.name, run.name)
+def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
+    if len(set(suite.seeds)) < len(suite.seeds):
+        yield "seeds: duplicate value"
+    names: dict[str, str] = {}
+    for run in suite.runs:
+        other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
-            raise InputError(f"{file}: {other!r} and {run.name!r} come to the same settings")
-        if split in run.settings.train.splits:
-            raise InputError(f"{file}: {run.name}: trains on {split}, which it is tested on")
+            yield f"{other!r} and {run.name!r} come to the same settings"
+        if (split := suite.tests[0].split) in run.settings.train.splits:
+            yield f"{run.name}: trains on {split}, which it is tested on"
+    for test in suite.tests:
+        for word in test.words:
+            if role_of(word.partition("=")[0]) is not Role.DATA and not word.startswith("scenes."):
+                yield f"{test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
+        if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
+            yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
+    rows = [row.name for row in suite.rows]
+    for name in (suite.baseline, *suite.order):
+        if name not in rows:
+            yield f"no row {name!r}; rows are {', '.join(rows)}"
 
 
-def _check_test(file: Path, test: Test, recipe: Settings) -> None:
-    for word in test.words:
-        if role_of(word.partition("=")[0]) is not Role.DATA and not word.startswith("scenes."):
-            raise InputError(
-                f"{file}: {test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
-            )
-    if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
-        raise InputError(
-            f"{file}: {test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
-        )
-
-
-def _words(file: Path, name: str, settings: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(settings))
-    except ValueError as error:
-        raise InputError(f"{file}: {name}: {str(error).lower()} in its settings") from None
-
-
-def slug(text: str) -> str:
+def _slug(text: str) -> str:
     """A text as a directory's name."""
     return re.sub(r"[^\w.\-]+", "_", text).strip("_.-")
 
@@ -222,18 +208,18 @@ def slug(text: str) -> str:
 def _directory(settings: Settings, recipe: Settings) -> str:
     """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks.
 
-    It is made of what differs from `base.yaml`, so that a setting that is added there later leaves it as it is.
+    Its digest is of the differences from `base.yaml`, so that a key that is added there later does not change it.
     """
-    changed = _changes(settings, recipe)
-    told = "_".join(slug(f"{key.rpartition('.')[2]}-{_brief(value)}") for key, value in changed.items())
-    return f"{told[:60] or 'recipe'}-{_digest(_changes(settings, load_settings(BASE)))}"
+    changed = "_".join(
+        _slug(f"{key.rpartition('.')[2]}-{_brief(value)}") for key, value in _changes(settings, recipe).items()
+    )
+    return f"{changed[:60] or 'recipe'}-{_digest(_changes(settings, load_settings(BASE)))}"
 
 
 def _changes(settings: Settings, over: Settings) -> dict[str, Any]:
-    """The settings, apart from the seed, that make it another run than one of `over`."""
+    """The settings, apart from the seed, whose values make it another run than one of `over`."""
     values = flat(settings)
-    keys = different_keys(settings, over, [Role.COMPUTING])
-    return {key: values.get(key) for key in keys if key != "seed"}
+    return {key: values.get(key) for key in different_keys(settings, over, [Role.COMPUTING]) if key != "seed"}
 
 
 def _brief(value: Any) -> str:

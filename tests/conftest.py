@@ -1,7 +1,9 @@
 """What several tests share: tiny synthetic scenes, preprocessed, and a MODERN trained on it for three steps."""
 
 import functools
+import math
 import os
+import shutil
 import signal
 import sys
 from collections import namedtuple
@@ -47,6 +49,9 @@ class Command(NamedTuple):
 def command(capsys, monkeypatch):
     """Runs `python main.py …` in this process."""
     import main
+    from vqa.io.progress import progress
+
+    monkeypatch.setattr(progress, "__defaults__", (0, math.inf))  # no such lines, however slow the machine is
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
@@ -114,6 +119,18 @@ def trained(tiny) -> Path:
     from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
+
+
+@pytest.fixture
+def finished(trained, tmp_path) -> Path:
+    """A copy of that run directory, `tmp_path/trained`, for tests that change it."""
+    return Path(shutil.copytree(trained, tmp_path / "trained"))
+
+
+@pytest.fixture(scope="session")
+def image(tiny) -> Path:
+    """An image of the validation split."""
+    return next((tiny.parent / "world" / "val").glob("*.png"))
 
 
 @pytest.fixture

@@ -16,11 +16,6 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture
-def image(tiny):
-    return next((tiny.parent / "world" / "val").glob("*.png"))
-
-
-@pytest.fixture
 def copied(trained, tmp_path, monkeypatch):
     """A copy of `model/` alone, in another place."""
     monkeypatch.chdir(tmp_path)
@@ -249,7 +244,6 @@ def test_odd_questions_are_answered(command, copied, image, question):
         (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
         (["train", "--config", "{tiny}", "cbn.stages=[5]"], "cbn.stages"),
         (["train", "--config", "{tiny}", "train.epochs=many"], "train.epochs"),
-        (["train", "--config", "{tiny}", "data.h5=absent.h5"], "absent.h5: no such file"),
         (
             ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"],
             "absent/train_questions.json: no such",
@@ -271,13 +265,7 @@ def test_odd_questions_are_answered(command, copied, image, question):
         ),
         (["eval", "--run", "{trained}", "--out", "{tiny}"], "must be a directory"),
         (["train", "--config", "{tiny}", "seed=99999999999999999999999"], "seed"),
-        (["train", "--config", "Absent.YAML"], "Absent.YAML: no such file"),
-        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "  \t "], "holds no word"),
         (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "positive"),
-        (
-            ["inspect", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--versus", ""],
-            "holds no word",
-        ),
         (["demo", "scenes=null"], "scenes"),
     ],
 )
@@ -292,8 +280,6 @@ def test_bad_input_is_one_clear_line(refused, tiny, trained, image, tmp_path, mo
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model.safetensors", b"no weights", "model.safetensors: cannot be read as weights"),
-        ("answers.json", b"[1]", "answers.json: must be a list"),
         ("answers.json", b"[", "answers.json: line 1"),
         ("tokenizer.json", b"{}", "tokenizer.json: cannot be read"),
         ("preprocessing.json", b"{}", "preprocessing.json"),

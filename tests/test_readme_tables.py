@@ -1,5 +1,6 @@
 """The numbers of the README and of `docs/` are those of the published files."""
 
+import csv
 import json
 import re
 import zipfile
@@ -14,7 +15,6 @@ from scipy import stats
 
 from experiments.report.results import KIND, collect
 from experiments.report.statistics import compare
-from experiments.report.tables import read_lines
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 
@@ -24,6 +24,11 @@ README, EXPERIMENTS, SPEED = (
 )
 ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN")  # of the README's table of results
 KINDS = ("how many", "is there", "what color", "what shape")
+
+
+def read_lines(file):
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def rows_of(text, header):

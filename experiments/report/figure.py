@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from experiments.report.tables import Line
+from experiments.report.results import Line
 from vqa.io.files import written_whole
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e6ea"
 ACCENT = "#0f766e"  # beside grey it differs in lightness too, so that colour carries nothing alone
@@ -18,22 +17,16 @@ ACCENT = "#0f766e"  # beside grey it differs in lightness too, so that colour ca
 
 def write_figure(file: Path, title: str, lines: Sequence[Line], baseline: str) -> None:
     """Plot the overall accuracies of the lines of `SUITE_runs.csv` into a PNG file."""
-    import matplotlib
-
     # a name may hold dollar signs
     with matplotlib.rc_context({"text.parse_math": False}), written_whole(file) as aside:
-        figure = draw(title, lines, baseline)
-        figure.savefig(aside, format="png", dpi=160, metadata={"Software": None})
+        draw(title, lines, baseline).savefig(aside, format="png", dpi=160, metadata={"Software": None})
 
 
-def draw(title: str, lines: Sequence[Line], baseline: str) -> "Figure":
+def draw(title: str, lines: Sequence[Line], baseline: str) -> Figure:
     """The figure: rows from top to bottom in the order of the lines, the baseline in grey with a dashed line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = {line["row"]: [] for line in lines}
+    rows: dict[str, list[float]] = {}
     for line in lines:
-        rows[line["row"]].append(float(line["overall"]))
+        rows.setdefault(line["row"], []).append(line["overall"])
     figure = Figure(figsize=(8, 1.25 + 0.42 * len(rows)), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)

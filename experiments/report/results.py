@@ -1,25 +1,61 @@
-"""Read the finished runs of a suite; make the lines of its two CSV files: one a row and seed, and one a row."""
+"""The results of a suite's finished runs: read them, make the lines of its two CSV files, archive them."""
 
-import json
 import shlex
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from experiments.evaluate import MOST_TYPES_SHOWN
 from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation
-from experiments.runner import check_settings, folder_of, jobs_of
+from experiments.runner import Job, jobs_of
 from experiments.suite import COLUMNS, Row, Suite
 from vqa.io.errors import InputError
-from vqa.io.files import read_json, written_whole
+from vqa.io.files import read_bytes, written_whole
 
-KIND = "type: "  # what the columns of question types begin with
-_MADE_BY = ("git_commit", "device", "processes", "cpus", "threads", "torch", "python", "backbone")
-Line = dict[str, Any]
+KIND = "type: "  # how the columns of question types begin
+OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
+Line = dict[str, Any]  # of a CSV file, by column; None where there is no value
+
+
+class _Metrics(msgspec.Struct):
+    """`metrics_SPLIT.json`."""
+
+    questions: int
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    epoch: int | None = None
+
+
+class _Epoch(msgspec.Struct):
+    """A line of `metrics.jsonl`."""
+
+    epoch: int
+    seconds: float
+    val_overall: float | None
+    peak_memory_mib: float | None
+
+
+class _Environment(msgspec.Struct):
+    """`environment.json`; the last fields are absent in older runs."""
+
+    trained_parameters: int
+    git_commit: str | None = None
+    device: str | None = None
+    processes: int | None = None
+    cpus: int | None = None
+    threads: int | None = None
+    torch: str | None = None
+    python: str | None = None
+    backbone: str | None = None
+
+
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -29,7 +65,7 @@ class Result:
     row: Row
     seed: int
     scores: dict[str, float]  # percent, by column
-    facts: Line
+    facts: Line  # how it was made
     answered: Answered
 
 
@@ -39,69 +75,52 @@ def collect(suite: Suite, runs: Path) -> list[Result]:
     Raises:
         InputError: a file of a finished run is missing or damaged, or it was made with other settings.
     """
-    results = []
-    for row in suite.rows:
-        for seed in suite.seeds:
-            try:
-                results.append(_read(row, seed, runs))
-            except (LookupError, TypeError, AttributeError) as error:
-                folder = runs / row.run.seeded(seed).name
-                raise InputError(f"{folder}: its metrics or environment are damaged ({error!r:.80})") from None
+    results = (_read(row, Job(row.run, seed), runs) for row in suite.rows for seed in suite.seeds)
     return [result for result in results if result is not None]
 
 
-def _read(row: Row, seed: int, runs: Path) -> Result | None:
-    settings = row.run.seeded(seed)
-    folder = runs / settings.name
-    tested = folder_of(folder, row.test)
-    scored, answered_in = (tested / name for name in row.test.files)
+def _read(row: Row, job: Job, runs: Path) -> Result | None:
+    folder = job.folder(runs)
+    scored, answered_in = (row.test.folder(folder) / name for name in row.test.files)
     if not scored.exists():
         return None
-    check_settings(settings, runs)
-    metrics, environment = read_json(scored), read_json(folder / "environment.json")
+    job.check_settings(runs)
+    metrics, environment = _decoded(scored, _Metrics), _decoded(folder / "environment.json", _Environment)
+    epochs = _decoded(folder / "metrics.jsonl", _Epoch, lines=True)
+    if not epochs:
+        raise InputError(f"{folder / 'metrics.jsonl'}: damaged (no epoch)")
     answered = _answered(answered_in)
-    if len(answered.ids) != metrics["questions"] or abs(100 * answered.accuracies.mean() - metrics["overall"]) > 1e-3:
+    if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
         raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
-    kinds = {KIND + kind: score for kind, score in metrics["per_question_type"].items()}
-    epochs = _epochs(folder / "metrics.jsonl")
-    best = _best(epochs)
-    if metrics.get("epoch", best) != best:
+    validated = [epoch for epoch in epochs if epoch.val_overall is not None]
+    best = max(validated, key=lambda epoch: epoch.val_overall) if validated else epochs[-1]  # its model was kept
+    if metrics.epoch not in (None, best.epoch):
         raise InputError(
-            f"{scored}: of the model of epoch {metrics['epoch']}, but that of epoch {best} was "
-            "kept; remove it, run again"
+            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
+            "again"
         )
+    peaks = [epoch.peak_memory_mib for epoch in epochs]
     facts = {
-        "questions": metrics["questions"],
+        "questions": metrics.questions,
         "epochs": len(epochs),
-        "best_epoch": best,
-        "seconds": round(sum(epoch["seconds"] for epoch in epochs), 1),
-        "peak_memory_mib": _peak(epochs),
-        "trained_parameters": environment["trained_parameters"],
-        **{key: environment.get(key) for key in _MADE_BY},
-        "folder": settings.name,
+        "best_epoch": best.epoch,
+        "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
+        "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
+        **msgspec.structs.asdict(environment),
+        "folder": job.settings.name,
     }
-    scores = {"overall": metrics["overall"]} | metrics["per_answer_type"] | kinds
-    return Result(row, seed, scores, facts, answered)
+    kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
+    return Result(row, job.seed, {"overall": metrics.overall} | metrics.per_answer_type | kinds, facts, answered)
 
 
-def _epochs(file: Path) -> list[Line]:
+def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
+    """The content of a JSON file, or of each of its lines."""
+    decoder = msgspec.json.Decoder(kind)
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        raise InputError(f"{file}: missing or damaged") from None
-
-
-def _peak(epochs: Sequence[Line]) -> float | None:
-    """The most memory of all epochs; None if it was not measured in some."""
-    peaks = [epoch["peak_memory_mib"] for epoch in epochs]
-    return None if None in peaks else round(max(peaks), 1)
-
-
-def _best(epochs: Sequence[Line]) -> int:
-    """The epoch whose model was kept: the first of those that scored highest, or the last if none was scored."""
-    if epochs[-1]["val_overall"] is None:
-        return epochs[-1]["epoch"]
-    return max(epochs, key=lambda epoch: epoch["val_overall"])["epoch"]
+        content = read_bytes(file)
+        return decoder.decode_lines(content) if lines else decoder.decode(content)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({str(error)[:80]})") from None
 
 
 def _answered(file: Path) -> Answered:
@@ -116,12 +135,7 @@ def run_lines(results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
     columns = [*COLUMNS, *_kinds(results)]
     return [
-        _rounded(
-            _names(result.row)
-            | {"seed": result.seed}
-            | {column: result.scores.get(column) for column in columns}
-            | result.facts
-        )
+        _line(result.row, seed=result.seed, **{column: result.scores.get(column) for column in columns}, **result.facts)
         for result in results
     ]
 
@@ -129,34 +143,32 @@ def run_lines(results: Sequence[Result]) -> list[Line]:
 def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     """A line for each row of the suite, then one for each row that only the paper has."""
     by_row = {row.name: [result for result in results if result.row.name == row.name] for row in suite.rows}
-    after = dict(zip(suite.order[1:], suite.order, strict=False))
+    below = dict(zip(suite.order[1:], suite.order, strict=False))
     kinds = _kinds(results)
     lines = []
     for row in suite.rows:
         own = by_row[row.name]
         compared = None if row.name == suite.baseline else _compared(own, by_row[suite.baseline])
-        below = after.get(row.name)
-        line = _names(row) | {
-            "settings": shlex.join(row.run.words),
-            "seeds": " ".join(str(result.seed) for result in own),
-            "questions": own[0].facts["questions"] if own else None,
+        following = below.get(row.name)
+        line = _line(
+            row,
+            settings=shlex.join(row.run.words),
+            seeds=" ".join(str(result.seed) for result in own),
+            questions=own[0].facts["questions"] if own else None,
             **_means(own, kinds),
-            "baseline": suite.baseline,
+            baseline=suite.baseline,
             **_interval(compared),
-            "difference_std": compared and compared.deviation,
-            "compared": compared and compared.questions,
+            difference_std=compared and compared.deviation,
+            compared=compared and compared.questions,
             **_paper(row.run.paper if row.test.label == "plain" else {}),
-            **{key: _mean(own, key) for key in ("seconds", "peak_memory_mib")},
-            "trained_parameters": own[0].facts["trained_parameters"] if own else None,
-            "order_above": below,
-            **_claim(_compared(own, by_row[below]) if below is not None else None),
-        }
-        lines.append(_rounded(line))
+            seconds=_mean(own, "seconds"),
+            peak_memory_mib=_mean(own, "peak_memory_mib"),
+            trained_parameters=own[0].facts["trained_parameters"] if own else None,
+            order_above=following,
+            **_claim(_compared(own, by_row.get(following, []))),
+        )
+        lines.append(line)
     return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
-
-
-def _names(row: Row) -> Line:
-    return {"row": row.name, "run": row.run.name, "test": row.test.label}
 
 
 def _kinds(results: Sequence[Result]) -> list[str]:
@@ -166,6 +178,7 @@ def _kinds(results: Sequence[Result]) -> list[str]:
 
 
 def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
+    """Means over seeds, and standard deviations but for question types."""
     line: Line = {}
     for column in [*COLUMNS, *kinds]:
         scores = [result.scores[column] for result in results if column in result.scores]
@@ -180,7 +193,7 @@ def _interval(found: Difference | None) -> Line:
 
 
 def _claim(found: Difference | None) -> Line:
-    """How a row compares with the one that is claimed to be next below it."""
+    """The comparison of a row with the one that is claimed to be next below it."""
     low, high = (found and found.seed_interval) or (None, None)
     return {f"order_{key}": value for key, value in _interval(found).items()} | {
         "order_seeds_low": low,
@@ -192,13 +205,13 @@ def _claim(found: Difference | None) -> Line:
 
 
 def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
-    """Two rows question by question; None where one was not run, or they were asked different questions."""
+    """Two rows question by question; None where one was not run, or they have no question in common."""
     if not ours or not theirs:
         return None
     return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
 
 
-def _paper(numbers: dict[str, float]) -> Line:
+def _paper(numbers: Mapping[str, float]) -> Line:
     return {f"paper_{column}": numbers.get(column) for column in COLUMNS}
 
 
@@ -207,26 +220,25 @@ def _mean(results: Sequence[Result], key: str) -> float | None:
     return round(float(np.mean(known)), 1) if known else None
 
 
-def _rounded(line: Line) -> Line:
-    return {
-        key: round(value, 4) + 0.0 if isinstance(value, float) else value  # + 0.0, as there is a −0.0
-        for key, value in line.items()
-    }
-
-
-_OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
+def _line(row: Row, **values: Any) -> Line:
+    """A line that begins with the row's names, its numbers rounded."""
+    line = {"row": row.name, "run": row.run.name, "test": row.test.label} | values
+    # + 0.0 turns −0.0 into 0.0
+    return {key: round(value, 4) + 0.0 if isinstance(value, float) else value for key, value in line.items()}
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
-    """Write the small files of the suite's finished runs, if there are any, into a zip file."""
+    """Archive the settings, versions, epochs and every question's accuracy of the suite's finished runs, if any.
+
+    Extracted into `runs`, they are enough to report without training; an extended suite trains only what is new.
+    """
     contents: dict[str, bytes] = {}
     for job in jobs_of(suite):
-        if not job.is_finished(runs, suite.tests):
-            continue
-        folder = job.folder(runs)
-        paths = [folder / name for name in _OF_A_RUN]
-        paths += [folder_of(folder, test) / name for test in suite.tests for name in test.files]
-        contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
+        if job.is_finished(runs, suite.tests):
+            folder = job.folder(runs)
+            paths = [folder / name for name in OF_A_RUN]
+            paths += [test.folder(folder) / name for test in suite.tests for name in test.files]
+            contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
     if not contents:
         return
     with written_whole(file) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:

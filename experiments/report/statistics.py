@@ -13,7 +13,6 @@ import numpy as np
 RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)  # percentiles
 _SEED = 20170703
-_CELLS = 2**22  # counts drawn at once: 32 MiB
 
 
 class Answered(NamedTuple):
@@ -66,7 +65,7 @@ class Difference:
 def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference | None:
     """Compare two rows, each given by seed, question by question; None if they have no question in common.
 
-    The bootstrap resamples questions only, with the trainings fixed; `per_seed` shows the variance between seeds.
+    The bootstrap resamples questions for fixed trainings; `per_seed` shows the variance between seeds.
     """
     common = reduce(np.intersect1d, [answered.ids for answered in (*ours.values(), *theirs.values())])
     if not common.size:
@@ -84,27 +83,21 @@ def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Dif
 
 
 def _of(ids: np.ndarray, answered: Answered) -> np.ndarray:
-    """The accuracies of some of the questions, in the order of their sorted `ids`."""
+    """The accuracies of the questions `ids`, in their sorted order."""
     return answered.accuracies[np.intersect1d(answered.ids, ids, return_indices=True)[1]]
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of `values` [N].
 
-    How often each *distinct* value is drawn when N values are drawn with replacement is multinomial, so that is what is
-    drawn here: the same bootstrap, in K numbers a resample instead of N. The official metric gives an accuracy of 0,
-    0.3, 0.6, 0.9 or 1, so the mean of five seeds differs from another by one of 101 values, however many questions
-    there are.
+    How often each of the K distinct values is drawn when N values are drawn with replacement is multinomial: the same
+    bootstrap, in K numbers a resample instead of N. The official metric gives accuracies of 0, 0.3, 0.6, 0.9 and 1, so
+    that means of five seeds differ by one of 101 values, however many questions there are.
     """
     # rounded, so that sums of the same accuracies in another order are the same value
     distinct, counts = np.unique(np.round(values, 9), return_counts=True)
-    random = np.random.default_rng(_SEED)
-    at_once = max(_CELLS // distinct.size, 1)
-    means = [
-        random.multinomial(values.size, counts / values.size, size=min(at_once, RESAMPLES - begun)) @ distinct
-        for begun in range(0, RESAMPLES, at_once)
-    ]
-    low, high = np.percentile(np.concatenate(means) / values.size, INTERVAL)
+    drawn = np.random.default_rng(_SEED).multinomial(values.size, counts / values.size, size=RESAMPLES)
+    low, high = np.percentile(drawn @ distinct / values.size, INTERVAL)
     return float(low), float(high)
 
 

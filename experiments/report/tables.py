@@ -1,19 +1,19 @@
-"""Read and write CSV files; format the lines of a suite's CSV file as tables."""
+"""Write CSV files; format the lines of a suite's CSV file as tables for Markdown and for the terminal."""
 
 import csv
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from experiments.report.results import KIND
+from experiments.report.results import KIND, Line
 from experiments.suite import COLUMNS
 from vqa.io.errors import printable
 from vqa.io.files import write_text
 
 NOT_RUN = "not run"
-Line = dict[str, str]  # of a CSV file; an empty string where there is no value
 _Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
 
 
@@ -26,48 +26,41 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     write_text(file, text.getvalue())
 
 
-def read_lines(file: Path) -> list[Line]:
-    """The lines of a CSV file."""
-    with file.open(encoding="utf-8", newline="") as opened:
-        return list(csv.DictReader(opened))
-
-
 def markdown_table(lines: Sequence[Line]) -> str:
     """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
+    return _markdown(lines, _columns(lines, brief=False))
+
+
+def terminal_table(lines: Sequence[Line]) -> str:
+    """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only."""
+    return aligned(_cells(lines, _columns(lines, brief=True)))
+
+
+def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
     columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
     for column in COLUMNS:
-        columns += [(column, _spread(column)), ("paper", _mean(f"paper_{column}"))]
+        if brief and column != "overall":
+            columns.append((column, partial(_mean, f"{column}_mean")))
+        else:
+            columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
     columns += [
-        (f"difference to {lines[0]['baseline']}", _difference(with_spread=True)),
+        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=not brief)),
         ("seeds", _seeds),
         ("training", lambda line: duration(line["seconds"])),
-        ("memory, GiB", lambda line: _number(line["peak_memory_mib"], "{:.2f}", 1 / 1024)),
-        ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
     ]
-    return _markdown(lines, columns)
+    if not brief:
+        columns += [
+            ("memory, GiB", lambda line: _number(line["peak_memory_mib"], unit=1024)),
+            ("trained parameters", lambda line: _number(line["trained_parameters"], "{:,.0f}").replace(",", " ")),
+        ]
+    return columns
 
 
 def markdown_kinds(lines: Sequence[Line]) -> str:
     """Markdown: mean accuracies by question type; empty where there are many types or no results."""
     kinds = [key for key in lines[0] if key.startswith(KIND)]
-    if not kinds:
-        return ""
-    columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), _mean(key)) for key in kinds)]
-    return _markdown([line for line in lines if line["seeds"]], columns)
-
-
-def terminal_table(lines: Sequence[Line]) -> str:
-    """Aligned text, narrower than the Markdown: standard deviations for the overall accuracy only."""
-    columns: list[_Column] = [
-        ("accuracy, %", itemgetter("row")),
-        ("overall", _spread("overall")),
-        ("paper", _mean("paper_overall")),
-        *((column, _mean(f"{column}_mean")) for column in COLUMNS[1:]),
-        (f"difference to {lines[0]['baseline']}", _difference(with_spread=False)),
-        ("seeds", _seeds),
-        ("training", lambda line: duration(line["seconds"])),
-    ]
-    return aligned(_cells(lines, columns))
+    columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), partial(_mean, key)) for key in kinds)]
+    return _markdown([line for line in lines if line["seeds"]], columns) if kinds else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -84,45 +77,37 @@ def claims(lines: Sequence[Line]) -> list[str]:
 
 def _claim(line: Line) -> str:
     pair = f"{line['row']} above {line['order_above']}"
-    if not line["order_difference"]:
+    if line["order_difference"] is None:
         return f"{pair}: not compared, as one of them was not run"
     points, low, high = (signed(line[f"order_{key}"]) for key in ("difference", "ci_low", "ci_high"))
     seeds = f"above in {line['order_seeds_above']} of {line['order_seeds']} seeds"
-    if line["order_seeds_low"]:
+    if line["order_seeds_low"] is not None:
         seeds += f", 95 % interval over seeds [{signed(line['order_seeds_low'])}, {signed(line['order_seeds_high'])}]"
     return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
 
 
-def _difference(*, with_spread: bool) -> Callable[[Line], str]:
+def _difference(line: Line, *, with_spread: bool) -> str:
     """The difference to the baseline with its 95 % interval over questions."""
-
-    def shown(line: Line) -> str:
-        if not line["difference"]:
-            return ""
-        spread = f" ± {_number(line['difference_std'])}" if with_spread and line["difference_std"] else ""
-        return f"{signed(line['difference'])}{spread} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
-
-    return shown
+    if line["difference"] is None:
+        return ""
+    spread = f" ± {_number(line['difference_std'])}" if with_spread and line["difference_std"] is not None else ""
+    return f"{signed(line['difference'])}{spread} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
 
 
-def _spread(column: str) -> Callable[[Line], str]:
-    """A column's mean ± standard deviation over seeds."""
-
-    def shown(line: Line) -> str:
-        if not line["seeds"]:
-            return NOT_RUN if column == "overall" else ""
-        deviation = line[f"{column}_std"]
-        return _number(line[f"{column}_mean"]) + (f" ± {_number(deviation)}" if deviation else "")
-
-    return shown
+def _spread(column: str, line: Line) -> str:
+    """The mean ± standard deviation over seeds."""
+    if not line["seeds"]:
+        return NOT_RUN if column == "overall" else ""
+    deviation = line[f"{column}_std"]
+    return _number(line[f"{column}_mean"]) + ("" if deviation is None else f" ± {_number(deviation)}")
 
 
-def _mean(key: str) -> Callable[[Line], str]:
-    return lambda line: _number(line[key])
+def _mean(key: str, line: Line) -> str:
+    return _number(line[key])
 
 
 def _seeds(line: Line) -> str:
-    return str(len(line["seeds"].split()) or "")
+    return str(len(line["seeds"].split())) if line["seeds"] else ""
 
 
 def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]:
@@ -142,20 +127,19 @@ def _as_markdown(text: str) -> str:
     return printable(text).replace("<", "&lt;").replace("|", r"\|")
 
 
-def _number(text: str, form: str = "{:.2f}", unit: float = 1.0) -> str:
-    return form.format(unit * float(text)).replace("-", "−") if text else ""
+def _number(value: float | None, form: str = "{:.2f}", unit: int = 1) -> str:
+    return "" if value is None else form.format(value / unit).replace("-", "−")
 
 
-def signed(text: str) -> str:
-    """A number of a CSV file with sign and two decimals; 0.00 has no sign."""
-    return _number(text, "{:+.2f}") if round(float(text), 2) else "0.00"
+def signed(value: float) -> str:
+    """A number with sign and two decimals; 0.00 has no sign."""
+    return _number(value, "{:+.2f}") if round(value, 2) else "0.00"
 
 
-def duration(seconds: str) -> str:
-    """Seconds of a CSV file as seconds, minutes or hours."""
-    if not seconds:
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
         return ""
-    value = float(seconds)
-    if value < 600:
-        return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

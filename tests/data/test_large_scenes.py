@@ -23,7 +23,7 @@ BESIDE = rf"{THING} ({'|'.join(AXES)}) the {THING}"
 @pytest.fixture(scope="module")
 def asked() -> Asked:
     pairs = []
-    for index in range(1500):
+    for index in range(800):
         rng = np.random.default_rng([12, index])
         scene = sample_scene(rng)
         pairs += [(scene, question) for question in ask(scene, rng, 5)]
@@ -146,7 +146,7 @@ def test_existence_cannot_be_answered_from_shapes_or_colours_alone(asked, seen):
             value = found[2 if seen == "shape" else 1]
             answers[sum(getattr(item, seen) == value for item in scene)][question.answer] += 1
     total = sum(map(Counter.total, answers.values()))
-    assert total > 500
+    assert total > 300
     assert sum(max(counts.values()) for counts in answers.values()) < 0.7 * total
 
 

@@ -5,15 +5,16 @@ import json
 
 import pytest
 
-from experiments.bench.bench import PARTS, table_of
+from experiments.bench.bench import PARTS, bench, table_of
+from tests.processes import forking
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    from experiments.bench.bench import bench
-
     out = tmp_path_factory.mktemp("bench")
-    return out, bench([], repeats=1, device="cpu", tiny=True, out=out)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("experiments.bench.scale.get_context", lambda _: forking())  # spawned, each job imports torch
+        return out, bench([], repeats=1, device="cpu", tiny=True, out=out)
 
 
 def test_every_part_has_its_file(results):

@@ -84,8 +84,8 @@ def run_script(slurm) -> subprocess.Popen:
 @pytest.mark.parametrize("children_too", [False, True])
 def test_before_a_time_limit_a_task_saves_and_is_requeued(suite, slurm, tmp_path, monkeypatch, children_too):
     told = tmp_path / "told"
-    monkeypatch.setattr(cluster, "missing_jobs", lambda *_: jobs_of(suite)[:1])
-    monkeypatch.setattr(cluster, "command_of", lambda *_: [sys.executable, "-c", RUN, str(told)])
+    monkeypatch.setattr("experiments.runner.missing_jobs", lambda *_: jobs_of(suite)[:1])
+    monkeypatch.setattr("experiments.runner.command_of", lambda *_: [sys.executable, "-c", RUN, str(told)])
     assert cluster.submit(suite, tmp_path / "runs", "slurm", "timeout_min=60") == ["7"]
     script = run_script(slurm)
     deadline = time.monotonic() + 120

@@ -206,7 +206,7 @@ def test_a_picture_of_many_classes_and_any_name(tmp_path):
 
 def test_the_command_writes_everything(command, tiny, runs, tmp_path):
     given = [word for run in runs for word in ("--run", run)]
-    ended = command("features", *given, "--out", tmp_path / "a")
+    ended = command("features", *given, "--seed", 1, "--out", tmp_path / "a")
     assert ended.code == 0, ended.err
     assert "split 'val' has no more than these 24 pairs" in ended.out
     assert "question type (4 classes, chance" in ended.out
@@ -228,7 +228,7 @@ def test_the_command_writes_everything(command, tiny, runs, tmp_path):
             assert np.isfinite([float(point["x"]), float(point["y"])]).all()
 
     numbers = json.loads((tmp_path / "a/neighbours.json").read_text())
-    assert (numbers["split"], numbers["pairs"], numbers["seed"]) == ("val", 24, 0)
+    assert (numbers["split"], numbers["pairs"], numbers["seed"]) == ("val", 24, 1)
     with (tmp_path / "a/neighbours.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows == [{key: str(value) for key, value in entry.items()} for entry in numbers["accuracies"]]
@@ -237,21 +237,18 @@ def test_the_command_writes_everything(command, tiny, runs, tmp_path):
         assert f"{entry['accuracy']:.1f}" in ended.out
 
 
-def test_the_same_seed_gives_the_same_files(command, trained, tmp_path):
-    def run(name, *words):
-        assert command("features", "--run", trained, "--pairs", 20, "--out", tmp_path / name, *words).code == 0
-        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+def test_the_same_seed_gives_the_same_files_from_raw_files_and_a_copied_model_too(command, trained, tmp_path):
+    def run(folder, out, *words):
+        assert command("features", "--run", folder, "--pairs", 20, "--out", tmp_path / out, *words).code == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
 
-    first = run("a")
-    assert run("b") == first
-    assert run("c", "--seed", 1)["points.csv"] != first["points.csv"]
-
-
-def test_a_copied_model_is_shown_from_raw_files_too(command, trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "trained")
-    for run, out, words in ((trained, "h5", []), (tmp_path / "trained", "raw", ["data.h5=absent.h5"])):
-        assert command("features", "--run", run, "--out", tmp_path / out, *words).code == 0
-    assert (tmp_path / "h5/neighbours.csv").read_text() == (tmp_path / "raw/neighbours.csv").read_text()
+    assert run(trained, "h5") == run(tmp_path / "trained", "raw", "data.h5=absent.h5")
+
+
+def test_another_seed_shows_other_pairs(trained):
+    first, other = (select_pairs(open_runs([trained], "val", []), "val", 20, seed) for seed in (0, 1))
+    assert first[0].data.table.ids.tolist() != other[0].data.table.ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.experiments.test_report import OFTEN_RIGHT, finish
 from vqa.io.errors import InputError
 from vqa.settings import recipes
-from vqa.settings.schema import Role, role_of, setting_keys
+from vqa.settings.schema import ROLES, Role, role_of
 
 EVIDENCE = sorted((ROOT / "experiments" / "results").glob("*_runs.zip"))
 SUITE = "title: t\nrecipe: config/demo.yaml\nseeds: [1]\nbaseline: a\nruns: {a: {}}\n"
@@ -112,27 +112,24 @@ def test_what_was_done_before_a_key_is_written_down_for_each_that_published_runs
             if not name.endswith("config.yaml"):
                 continue
             content = yaml.safe_load(archive.read(name))
-            for key in setting_keys():
+            for key, role in ROLES.items():
                 section, _, last = key.rpartition(".")
-                if section in content and last not in content[section] and role_of(key) is not Role.SPEED:
+                if section in content and last not in content[section] and role is not Role.SPEED:
                     assert last in recipes._BEFORE.get(section, {}), f"vqa/settings/recipes.py: _BEFORE must name {key}"
 
 
 def test_every_role_is_given():
-    roles = {role_of(key) for key in setting_keys()}
-    assert roles == {None, *Role}
+    assert set(ROLES.values()) == {None, *Role}
     assert role_of("data.splits.val.questions") is Role.DATA
     assert role_of("speed.fused") is Role.SPEED
     assert role_of("data.nothing") is role_of("scenes.seed") is role_of("") is None
 
 
 @pytest.mark.parametrize("command_name", ["eval", "features", "recalibrate", "ask", "inspect"])
-def test_a_model_of_other_settings_than_its_run_is_refused(trained, tmp_path, refused, command_name):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    config = run / "config.yaml"
+def test_a_model_of_other_settings_than_its_run_is_refused(finished, refused, command_name):
+    config = finished / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
     words = ["--image", "x.png", "--question", "what?"] if command_name in ("ask", "inspect") else []
-    told = refused(command_name, "--run", run, *words)
-    assert f"{run}/model/config.yaml: not a model of {config}" in told
+    told = refused(command_name, "--run", finished, *words)
+    assert f"{finished}/model/config.yaml: not a model of {config}" in told
     assert "train.learning_rate is 0.001, not 0.002" in told

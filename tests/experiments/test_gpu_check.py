@@ -10,6 +10,14 @@ import torch
 from experiments.gpu import check as gpu_check
 from experiments.gpu.check import Step
 from experiments.training.run_directory import surroundings
+from tests.processes import fork_children
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_steps():
+    with pytest.MonkeyPatch.context() as patched:
+        fork_children(patched, "experiments.gpu.check")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -16,13 +14,12 @@ from experiments.report.results import keep_evidence
 from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
-from tests.conftest import ROOT
+from tests.processes import MainProcess, fork_children
 from tests.tiny_suite import SUITE, TINY
 
-PYTHON = [sys.executable, str(ROOT / "main.py"), "experiment"]
 
-
-def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, capsys, refused):
+def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, monkeypatch, capsys, refused):
+    fork_children(monkeypatch, "experiments.runner")
     runs = tmp_path / "runs"
     failed = run_suite(suite, runs, at_once=2)
     assert failed.startswith("2 of 4 runs failed; see ")
@@ -35,24 +32,25 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, capsys, 
     assert [file.stat().st_mtime_ns for file in finished] == made  # nothing finished was trained again
 
 
-def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path):
+def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path, monkeypatch, command):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
     words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=20"]
     runs = tmp_path / "runs"
     suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
     first, second = jobs_of(suite)
-    begun = subprocess.Popen([*PYTHON, *words], process_group=0, stdout=subprocess.DEVNULL)
+    run_job(first, suite, runs)
+    begun = MainProcess("experiment", *words, own_group=True)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not (second.folder(runs) / "checkpoints" / "last.pt").exists():
         time.sleep(0.005)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
-    assert first.is_finished(runs, suite.tests)
     assert not second.is_finished(runs, suite.tests)
     made = (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns
-    ended = subprocess.run([*PYTHON, *words], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "2 runs, 1 of them finished" in ended.stdout
+    fork_children(monkeypatch, "experiments.runner")
+    ended = command("experiment", *words)
+    assert ended.code == 0, ended.err
+    assert "2 runs, 1 of them finished" in ended.out
     assert "resumes at epoch" in (second.folder(runs) / "log.txt").read_text()
     assert not missing_jobs(suite, runs)
     assert (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns == made

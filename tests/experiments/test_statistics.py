@@ -37,7 +37,7 @@ def test_few_questions_are_as_all_their_resamples():
     assert bootstrap_interval(np.repeat([1.0, 0.0], [6, 94])) == pytest.approx((0.02, 0.11), abs=1e-9)
 
 
-def test_chunks_of_many_distinct_values():
+def test_many_distinct_values():
     values = np.random.default_rng(0).normal(0.5, 1, 1000)
     error = values.std() / 1000**0.5
     low, high = bootstrap_interval(values)

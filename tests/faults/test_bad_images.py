@@ -51,8 +51,8 @@ def test_evaluation_from_raw_files_lists_all_bad_images(command, trained, bad, t
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skipped_in_evaluation_they_are_what_they_are_in_the_h5(command, trained, bad, skipped, tmp_path, workers):
     said = {"raw": "2 image(s) missing or unreadable:", "h5": "2 image(s) of split 'val' were missing or unreadable"}
-    for name, h5 in (("raw", "absent.h5"), ("h5", skipped)):
-        words = (f"data.h5={h5}", f"data.folder={bad}", "data.skip_bad_images=true", f"workers={workers}")
+    for name, h5, count in (("raw", "absent.h5", workers), ("h5", skipped, 0)):
+        words = (f"data.h5={h5}", f"data.folder={bad}", "data.skip_bad_images=true", f"workers={count}")
         ended = command("eval", "--run", trained, "--out", tmp_path / name, *words)
         assert ended.code == 0, ended.err
         assert said[name] in ended.out

@@ -1,13 +1,11 @@
 """Wrong input on the command line: exit code 2, one line that names it, and nothing left that looks whole."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests import bad_files
-from tests.conftest import ROOT
+from tests.processes import MainProcess
 
 ASK = "--question", "what color is the circle?"
 CASES = [
@@ -159,18 +157,16 @@ CASES = [
 
 
 @pytest.fixture
-def words(tiny, trained, tmp_path):
+def words(tiny, trained, image, tmp_path):
     """The words of a command, the files they name in braces made in a folder of their own."""
     folder = tmp_path / "given"
     folder.mkdir()
-    good = next((tiny.parent / "world" / "val").glob("*.png"))
-
     named = re.compile(r"\{((?:image|recipe|suite|data|model|h5|glove):[\w.]+|tiny|trained|good)\}")
 
     def made(match: re.Match) -> str:
         kind, _, name = match[1].partition(":")
         if not name:
-            return str({"tiny": tiny, "trained": trained, "good": good}[kind])
+            return str({"tiny": tiny, "trained": trained, "good": image}[kind])
         return str(getattr(bad_files, kind)(folder, name, *([trained] if kind == "model" else [])))
 
     return lambda text: [named.sub(made, word) for word in text.split(" ")]
@@ -196,7 +192,6 @@ def test_one_line_names_what_is_wrong_and_nothing_whole_is_left(refused, words, 
     "text", ["preprocess --config {data:deep}", "experiment {recipe:pipe}", "train --config {h5:text}"]
 )
 def test_as_a_process_of_its_own(words, tmp_path, text):
-    python = [sys.executable, ROOT / "main.py", *words(text)]
-    ended = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
-    assert ended.returncode == 2
-    assert re.fullmatch(r"error: [^\n]+\n", ended.stderr)
+    ended = MainProcess(*words(text), folder=tmp_path).end()
+    assert ended.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", ended.err)

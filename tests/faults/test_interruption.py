@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
+import psutil
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from experiments.training.run_data import VQATask
 from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.experiments.training.test_trainer import lines, same_weights
+from tests.processes import MainProcess
 from tests.tiny_suite import SUITE, TINY
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.settings.recipes import load_settings
@@ -95,17 +98,25 @@ def test_what_was_ignored_from_the_start_stays_so():
     assert told.startswith("1 <function _interrupt")
 
 
+TWO_EPOCHS = ["train.epochs=2", "answer.dropout=0.3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The run of two epochs that nothing disturbs."""
+    return train(load_settings(tiny, ["name=whole", *TWO_EPOCHS]), runs=tmp_path_factory.mktemp("whole")).path
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
-def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, monkeypatch, command, number, code):
+def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, tmp_path, monkeypatch, command, number, code):
     monkeypatch.chdir(tmp_path)
-    words = ["train.epochs=2", "answer.dropout=0.3"]
-    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path / "runs").path
+    words = TWO_EPOCHS
     stopping = calling(loop.nn.utils.clip_grad_norm_, 2, lambda: ask(number))
     with monkeypatch.context() as patched:
         patched.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == code
-    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    assert ended.err == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume\n"
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 2)
     assert command("train", "--config", tiny, "--resume", "name=stopped", *words).code == 0
@@ -113,9 +124,8 @@ def test_training_ends_after_the_step_with_a_checkpoint_of_it(tiny, tmp_path, mo
     assert lines(whole) == lines(tmp_path / "runs/stopped")
 
 
-def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
+def test_in_validation_the_epoch_is_kept(tiny, trained, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    whole = train(load_settings(tiny, ["name=whole"]), runs=tmp_path / "runs").path
     with monkeypatch.context() as patched:
         patched.setattr(VQATask, "score", calling(VQATask.score, 1, lambda: ask(signal.SIGTERM)))
         assert command("train", "--config", tiny, "name=stopped").code == 143
@@ -124,8 +134,8 @@ def test_in_validation_the_epoch_is_kept(tiny, tmp_path, monkeypatch, command):
     with monkeypatch.context() as patched:
         patched.setattr(loop.nn.utils, "clip_grad_norm_", pytest.fail)  # not one more
         assert command("train", "--config", tiny, "--resume", "name=stopped").code == 0
-    assert same_weights(whole, tmp_path / "runs/stopped")
-    assert lines(whole) == lines(tmp_path / "runs/stopped")
+    assert same_weights(trained, tmp_path / "runs/stopped")
+    assert lines(trained) == lines(tmp_path / "runs/stopped")
 
 
 def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
@@ -136,7 +146,7 @@ def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, comman
         patched.setattr(data.decoding, "decode_image", calling(real, 8, lambda: ask(signal.SIGINT)))
         ended = command("preprocess", "--config", tiny, f"data.h5={h5}")
     assert ended.code == 130
-    assert ended.err == f"interrupted; preprocess --config {tiny} data.h5={h5} goes on\n"
+    assert ended.err == f"interrupted; to resume: preprocess --config {tiny} data.h5={h5}\n"
     with h5py.File(partial_path(h5)) as file:
         assert file["images/filled"][:].sum() == 6
     assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
@@ -187,27 +197,37 @@ def kill_a_worker(parent):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("does", ["preprocess", "train"])
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(many, tiny, tmp_path, does):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(
+    many, tiny, tmp_path, monkeypatch, command, does
+):
     """As by the kernel where memory is short."""
     words = [*many, f"data.h5={tmp_path}/new.h5"]
     if does == "train":
         words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
-    arguments = [sys.executable, str(ROOT / "main.py"), *words]
-    begun = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    begun = MainProcess(*words, folder=tmp_path)
     kill_a_worker(begun.pid)
-    _, said = begun.communicate(timeout=100)
-    assert begun.returncode == 2, said
-    last = said.splitlines()[-1]
+    ended = begun.end()
+    assert ended.code == 2, ended.err
+    last = ended.err.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, as the system does where memory is short")
-    assert last.endswith(f"{shlex.join(words)} {'--resume ' if does == 'train' else ''}goes on")
-    again = [*arguments, "--resume"] if does == "train" else arguments
-    assert subprocess.run(again, cwd=tmp_path, capture_output=True, timeout=100, check=False).returncode == 0
+    assert last.endswith(f"to resume: {shlex.join(words)}{' --resume' if does == 'train' else ''}")
+    monkeypatch.chdir(tmp_path)
+    assert command(*words, *(["--resume", "workers=0"] if does == "train" else ["data.processes=1"])).code == 0
+
+
+def living(group):
+    """The processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
 def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, number):
-    arguments = [sys.executable, str(ROOT / "main.py"), *many, f"data.h5={tmp_path}/new.h5"]
-    begun = subprocess.Popen(arguments, process_group=0, stderr=subprocess.PIPE, text=True)
+    begun = MainProcess(*many, f"data.h5={tmp_path}/new.h5", own_group=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(tmp_path.glob("*.partial")):
         time.sleep(0.001)
@@ -216,11 +236,14 @@ def test_workers_leave_signals_to_their_parent_and_end_with_it(many, tmp_path, n
         begun.kill()  # alone, as by the kernel where memory is short
     else:
         os.killpg(begun.pid, number)  # all, as by Ctrl-C
-    _, said = begun.communicate(timeout=60)  # which is when the last of them has ended
-    if number != signal.SIGKILL and begun.returncode:
-        assert begun.returncode == 128 + number
-        assert said.count("\n") == 1
-        assert said.startswith("interrupted; preprocess ")
+    ended = begun.end()
+    if number != signal.SIGKILL and ended.code:
+        assert ended.code == 128 + number
+        assert ended.err.count("\n") == 1
+        assert ended.err.startswith("interrupted; to resume: preprocess ")
+    while time.monotonic() < deadline and living(begun.pid):
+        time.sleep(0.05)
+    assert not living(begun.pid)
 
 
 CHILD = """

@@ -114,13 +114,10 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
         patched.setattr(trainer.Trainer, "_stop_if_asked", asking)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == 143
-    assert ended.err == f"interrupted; train --config {tiny} name=stopped {' '.join(words)} --resume goes on\n"
+    last = ended.err.splitlines()[-1]  # where this takes long, progress is said before
+    assert last == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume"
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)
-
-
-def stop(_):
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def stopped_children():
@@ -139,6 +136,6 @@ def test_a_signal_ends_the_wait_for_a_pool():
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(Interrupted):
-        list(in_order(stop, range(2), 2))
+        list(in_order(signal.raise_signal, [signal.SIGSTOP] * 2, 2))
     thread.join()
     assert not stopped_children()

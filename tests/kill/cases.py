@@ -23,6 +23,7 @@ from experiments.training.trainer import train
 from vqa.io.weight_files import read_safetensors
 from vqa.settings.recipes import load_settings
 
+DEMO = Path(__file__).parents[2] / "config" / "demo.yaml"
 RECIPE = """\
 base: {demo}
 name: tiny
@@ -92,13 +93,13 @@ CASES = {
     for case in (
         Case(
             "preprocess",
-            lambda folder: _world(folder, 800),
+            lambda folder: _world(folder, 400),
             lambda folder: ["preprocess", "--config", f"{folder}/tiny.yaml"],
             ".world.h5.lock",
         ),
         Case(
             "maps",
-            lambda folder: _world_and_h5(folder, 300),
+            lambda folder: _world_and_h5(folder, 150),
             lambda folder: ["train", "--resume", "--config", f"{folder}/tiny.yaml", "cbn.stages=[]", "train.epochs=1"],
             ".world_stage4_*.lock",
             given="world.h5",

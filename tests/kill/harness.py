@@ -10,9 +10,7 @@ content, metrics line for line (except times and memory). Then it begins anew.
 """
 
 import argparse
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import sys
@@ -26,8 +24,8 @@ from pathlib import Path
 from random import Random
 
 from experiments.report.tables import write_lines
-from experiments.runner import MAIN
 from tests.kill.cases import CASES, Case, content_of, saved_work
+from tests.processes import MainProcess
 
 _LONGEST = 600.0  # seconds until a command that does not end is an error
 
@@ -120,22 +118,8 @@ def kill(case: Case, kills: int, folder: Path, seed: int = 0, words: Sequence[st
 
 
 def _start(command: Sequence[str], work: Path) -> ForkServerProcess:
-    # forked from a process that has imported everything: otherwise most kills would come during imports
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner"])
-    process = context.Process(target=_run, args=(list(command), work))
-    process.start()
-    return process
-
-
-def _run(command: list[str], work: Path) -> None:
-    os.setsid()  # a group of its own, which is killed as a whole
-    os.chdir(work)
-    with (work.parent / f"{work.name}.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.argv = [str(MAIN), *command]
-    runpy.run_path(str(MAIN), run_name="__main__")
+    # forked: else most of the time, and of the kills, would go into imports
+    return MainProcess(*command, folder=work, own_group=True, log=work.parent / f"{work.name}.log").process
 
 
 def _wait_for_work(process: ForkServerProcess, work: Path, case: Case) -> None:

@@ -6,7 +6,7 @@ import yaml
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
-from vqa.settings.schema import SplitSettings, setting_keys
+from vqa.settings.schema import ROLES, SplitSettings
 
 RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml"))
 PAPER = {"baseline", "finetune_stage4", "finetune_bn", "modern", "modern_448", "modern_mlb_448"}
@@ -29,7 +29,7 @@ def test_base_names_every_key_and_no_other():
 
     base = set(keys(yaml.safe_load((ROOT / "vqa/settings/base.yaml").read_text())))
     demo = set(keys(yaml.safe_load((ROOT / "config/demo.yaml").read_text())["scenes"], "scenes."))
-    assert base | {key for key in demo if not key.startswith("scenes.images.")} == set(setting_keys())
+    assert base | {key for key in demo if not key.startswith("scenes.images.")} == set(ROLES)
 
 
 def test_every_line_of_base_is_explained():
@@ -172,9 +172,9 @@ def test_other_programs_names_lead_to_settings_that_exist():
     from vqa.settings.recipes import _OTHER_NAMES
 
     names = [name for names in _OTHER_NAMES.values() for name in names.split()]
-    assert _OTHER_NAMES.keys() <= set(setting_keys())
+    assert _OTHER_NAMES.keys() <= set(ROLES)
     assert len(names) == len(set(names))
-    assert not set(names) & {key.rsplit(".", 1)[-1] for key in setting_keys()}
+    assert not set(names) & {key.rsplit(".", 1)[-1] for key in ROLES}
 
 
 def test_a_file_that_is_not_text(tmp_path):

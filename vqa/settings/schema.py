@@ -1,17 +1,17 @@
 """Every setting with its type and range. `base.yaml`, beside this file, explains them and holds the defaults."""
 
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from enum import Enum, auto
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vqa.io.files import write_text
 
-# Bounds are far above what any model has; they keep a slip of the finger from taking all memory or processes.
+# Upper bounds are far above any real value: they keep a typing error from taking all memory or processes.
 Size = Annotated[int, Field(ge=1, le=2**16)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Processes = Annotated[int, Field(ge=1, le=256)]
@@ -20,13 +20,13 @@ SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # nam
 
 
 class Role(Enum):
-    """What a setting decides, if not what is learnt; a setting without a role decides what is learnt."""
+    """What a setting decides; a setting without a role decides what is learnt."""
 
-    COMPUTING = auto()  # where it is computed, and what is written where meanwhile: the same results
-    SPEED = auto()  # how fast and in how much memory: the same results up to rounding
-    DATA = auto()  # where the data are: which they are is known by the h5 file's identity
-    SKIPPING = auto()  # what is skipped, and counted, instead of ending with an error
-    SCORING = auto()  # of training, but a trained model can be evaluated with another value
+    COMPUTING = auto()  # on which machine a run computes, and which files it writes: the same results
+    SPEED = auto()  # time and memory: the same results up to rounding
+    DATA = auto()  # where the data are (the h5 file's identity says which data they are)
+    SKIPPING = auto()  # what is skipped and counted instead of ending the command with an error
+    SCORING = auto()  # part of training, but a trained model can be evaluated with another value
 
 
 SAME_RESULTS = (Role.COMPUTING, Role.SPEED)
@@ -68,7 +68,7 @@ class BackboneSettings(_Section):
 
 
 class CBNSettings(_Section):
-    """Where and how batch norms are conditioned on the question (PAPER, section 2 and 3)."""
+    """Which norms are conditioned on the question, and how (sections 2 and 3 of the paper)."""
 
     condition: Literal["question", "kind", "constant", "mean_question", "shuffled"]
     normaliser: Literal["batch", "instance", "group", "layer"]
@@ -137,7 +137,7 @@ class TrainSettings(_Section):
 
 
 class SpeedSettings(_Section):
-    """What makes training faster or smaller and, up to rounding, changes nothing else."""
+    """Time and memory of training; the results are the same up to rounding."""
 
     fused: bool | Literal["eager"]
     share_images: bool
@@ -183,14 +183,24 @@ class Settings(_Section):
         write_text(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
 
 
-def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> Iterable[str]:
-    """Every key in dotted form, sections included."""
-    for name, described in section.model_fields.items():
-        yield prefix + name
-        kinds = [described.annotation, *getattr(described.annotation, "__args__", ())]
-        for kind in kinds:
+def _roles(section: type[BaseModel], prefix: str = "", outer: Role | None = None) -> Iterator[tuple[str, Role | None]]:
+    """Every dotted key of a section with its role: its own, or that of the section around it."""
+    for name, field in section.model_fields.items():
+        role = next((mark for mark in field.metadata if isinstance(mark, Role)), outer)
+        yield prefix + name, role
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section may be optional
             if isinstance(kind, type) and issubclass(kind, _Section) and kind is not SplitSettings:
-                yield from setting_keys(kind, f"{prefix}{name}.")
+                yield from _roles(kind, f"{prefix}{name}.", role)
+
+
+ROLES = dict(_roles(Settings))  # the role of every key, sections included
+
+
+def role_of(key: str) -> Role | None:
+    """The role of the setting with this dotted key, which may name a part of its value (`data.splits.val`)."""
+    while "." in key and key not in ROLES:
+        key = key.rpartition(".")[0]
+    return ROLES.get(key)
 
 
 def flat(settings: Settings) -> dict[str, Any]:
@@ -198,38 +208,24 @@ def flat(settings: Settings) -> dict[str, Any]:
 
     def walk(content: dict[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for key, value in content.items():
-            name = prefix + key
-            found |= walk(value, f"{name}.") if isinstance(value, dict) and name != "data.splits" else {name: value}
+        for name, value in content.items():
+            key = prefix + name
+            found |= walk(value, f"{key}.") if isinstance(value, dict) and key != "data.splits" else {key: value}
         return found
 
     return walk(settings.model_dump(), "")
 
 
-def role_of(key: str) -> Role | None:
-    """The role of the setting with this dotted key, or of the section or setting that the key is in."""
-    kind: Any = Settings
-    for part in key.split("."):
-        if not hasattr(kind, "model_fields") or part not in kind.model_fields:
-            return None
-        field = kind.model_fields[part]
-        if roles := [mark for mark in field.metadata if isinstance(mark, Role)]:
-            return roles[0]
-        kind = field.annotation
-    return None
-
-
-def different_keys(one: Settings, other: Settings, apart: Collection[Role] = ()) -> list[str]:
-    """Keys whose values differ, dotted and sorted; keys of the roles `apart` may differ."""
-    ours, theirs = flat(one), flat(other)
-    missing = object()
-    different = (key for key in ours.keys() | theirs.keys() if ours.get(key, missing) != theirs.get(key, missing))
-    return sorted(key for key in different if role_of(key) not in apart)
+def different_keys(one: Settings, other: Settings, ignored: Collection[Role] = ()) -> list[str]:
+    """The dotted keys whose values differ, sorted; keys of the roles `ignored` may differ."""
+    ours, theirs, absent = flat(one), flat(other), object()
+    different = (key for key in ours.keys() | theirs.keys() if ours.get(key, absent) != theirs.get(key, absent))
+    return sorted(key for key in different if role_of(key) not in ignored)
 
 
 def difference(made: Settings, asked: Settings) -> str | None:
-    """Why results that were made with `made` are not those of `asked`: the keys, and the values of the first of them;
-    None if they are.
+    """Why results made with `made` are not those of `asked`: the first key with both values, and the other keys; None
+    if they are the same results.
     """
     keys = different_keys(made, asked, SAME_RESULTS)
     if not keys:

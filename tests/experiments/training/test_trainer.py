@@ -1,10 +1,6 @@
 """Runs: what a run directory holds, exact resume after a kill, several processes, early stopping, bad losses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import h5py
@@ -18,11 +14,9 @@ from data.h5_file import _digest_of
 from experiments.training import loop
 from experiments.training.run_data import VQATask
 from experiments.training.trainer import prepare, train
-from tests.conftest import ROOT
+from tests.processes import start_ranks
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
-
-PYTHON = [sys.executable, str(ROOT / "main.py")]
 
 
 def weights(run):
@@ -59,14 +53,14 @@ def test_a_run_directory_explains_itself(trained):
     assert yaml.safe_load((trained / "config.yaml").read_text())["train"]["epochs"] == 1
 
 
-def test_the_same_seed_gives_the_same_weights(tiny, tmp_path):
-    one, other, third = (
-        train(load_settings(tiny, [f"name={name}", f"seed={seed}"]), runs=tmp_path).path
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+def test_the_same_seed_gives_the_same_weights(tiny, trained, tmp_path):
+    same, other = (
+        train(load_settings(tiny, [f"name={name}", *words]), runs=tmp_path).path
+        for name, words in (("same", []), ("other", ["seed=7"]))
     )
-    assert same_weights(one, other)
-    assert lines(one) == lines(other)
-    assert not same_weights(one, third)
+    assert same_weights(trained, same)
+    assert lines(trained) == lines(same)
+    assert not same_weights(trained, other)
 
 
 def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
@@ -81,12 +75,15 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
         assert torch.equal(after[f"resnet.{name}"], value), name
 
 
-@pytest.mark.parametrize("words", [["train.schedule=constant"], ["backbone.train=stage4", "cbn.stages=[4]"]])
-def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words):
+# within the first epoch, at the second's first step, within the second
+@pytest.mark.parametrize(
+    ("words", "stops"), [(["train.schedule=constant"], (2, 4, 6)), (["backbone.train=stage4", "cbn.stages=[4]"], (2,))]
+)
+def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
     words = [*words, "train.epochs=2", "train.checkpoint_every=1", "answer.dropout=0.3", "train.batch_size=16"]
     whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
     real = loop.nn.utils.clip_grad_norm_
-    for stop in (2, 4, 6):  # within the first epoch, at the second's first step, within the second
+    for stop in stops:
         steps = []
 
         def stopping(*arguments, steps=steps, stop=stop):
@@ -105,12 +102,11 @@ def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch,
         assert lines(whole) == lines(resumed), stop
 
 
-def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
-    run = train(load_settings(tiny, ["name=done"]), runs=tmp_path).path
-    before = (run / "checkpoints/last.pt").read_bytes()
-    train(load_settings(tiny, ["name=done"]), resume=True, runs=tmp_path)
+def test_a_finished_run_is_left_alone(tiny, finished, tmp_path, capsys):
+    before = (finished / "checkpoints/last.pt").read_bytes()
+    train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
     assert "finished, nothing to do" in capsys.readouterr().out
-    assert (run / "checkpoints/last.pt").read_bytes() == before
+    assert (finished / "checkpoints/last.pt").read_bytes() == before
 
 
 def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
@@ -130,11 +126,11 @@ def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
         train(load_settings(tiny, ["name=longer", *words]), resume=True, runs=tmp_path)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_run_on_one_cycle_cannot_be_trained_longer(tiny, tmp_path):
-    train(load_settings(tiny, ["name=cycle"]), runs=tmp_path)
     for words in (["train.epochs=2"], ["train.epochs=2", "train.schedule=constant"]):
         with pytest.raises(InputError, match=r"train.epochs cannot grow from 1 to 2: one_cycle lowers"):
-            train(load_settings(tiny, ["name=cycle", *words]), resume=True, runs=tmp_path)
+            train(load_settings(tiny, ["name=trained", *words]), resume=True, runs=tmp_path)
 
 
 def test_a_run_that_stopped_early_is_trained_on_with_more_patience(tiny, tmp_path, monkeypatch, capsys):
@@ -169,13 +165,12 @@ def test_what_makes_training_faster_can_change_on_resume(tiny, tmp_path):
         assert apart < 0.2 * way, (name, apart, way)
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
-    settings = load_settings(tiny, ["name=mine"])
-    train(settings, runs=tmp_path)
     with pytest.raises(InputError, match="--resume"):
-        train(settings, runs=tmp_path)
+        train(load_settings(tiny, ["name=trained"]), runs=tmp_path)
     with pytest.raises(InputError, match="another train.learning_rate"):
-        train(load_settings(tiny, ["name=mine", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
+        train(load_settings(tiny, ["name=trained", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +184,12 @@ def at_32_px(tiny, tmp_path_factory):
     return words
 
 
-@pytest.mark.parametrize("parts", ["train.batch_size=1", "train.accumulate=16", "train.accumulate=6"])
-def test_statistics_of_one_value_are_refused_and_block_nothing(tiny, tmp_path, at_32_px, parts):
+def test_statistics_of_one_value_are_refused_and_block_nothing(tiny, tmp_path, at_32_px):
     words = ["name=mine", *at_32_px, "backbone.statistics=batch", "train.batch_size=16"]
-    if parts == "train.accumulate=6":  # parts of three questions, the last of one
-        words.append("train.accumulate=6")
-    with pytest.raises(InputError, match=r"backbone.statistics: at 32 px a batch's statistics need 2 questions"):
-        train(load_settings(tiny, [*words, parts]), runs=tmp_path)
-    assert not (tmp_path / "mine").exists()
+    for parts in ("train.batch_size=1", "train.accumulate=16", "train.accumulate=6"):  # 6: the last has one question
+        with pytest.raises(InputError, match=r"backbone.statistics: at 32 px a batch's statistics need 2 questions"):
+            train(load_settings(tiny, [*words, parts]), runs=tmp_path)
+        assert not (tmp_path / "mine").exists()
     train(load_settings(tiny, [*words, "train.batch_size=16", "train.accumulate=8"]), runs=tmp_path)
 
 
@@ -221,38 +214,32 @@ def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(ti
         train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
-    settings = load_settings(tiny, ["name=mine"])
-    run = train(settings, runs=tmp_path).path
-    (run / "checkpoints/last.pt").write_bytes(b"no checkpoint")
+def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
+    (finished / "checkpoints/last.pt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="last.pt: cannot be read"):
-        train(settings, resume=True, runs=tmp_path)
+        train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
 
 
-def test_a_run_is_not_resumed_on_other_data(tiny, tmp_path):
+def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
     from data.preprocess import preprocess
     from data.scenes.write import write_world
     from experiments.prepare import split_files
 
-    settings = load_settings(tiny, ["name=mine"])
-    run = train(settings, runs=tmp_path).path
-    answers = (run / "model" / "answers.json").read_bytes()
-    other = load_settings(tiny, ["name=mine", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
+    answers = (finished / "model" / "answers.json").read_bytes()
+    other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
     write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)
     made = {"image_size": 64, "min_word_count": 2, "answers": 20, "skip_bad_images": False, "processes": 1}
     preprocess(split_files(other), tmp_path / "other.h5", **made)
     with pytest.raises(InputError, match="not the data that"):
         train(other, resume=True, runs=tmp_path)
-    assert (run / "model" / "answers.json").read_bytes() == answers
+    assert (finished / "model" / "answers.json").read_bytes() == answers
 
 
-def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, tmp_path):
-    settings = load_settings(tiny, ["name=mine"])
-    run = train(settings, runs=tmp_path).path
-    (run / "config.yaml").unlink()
+def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, finished, tmp_path):
+    (finished / "config.yaml").unlink()
     for resume in (False, True):
-        with pytest.raises(InputError, match="mine"):
-            train(settings, resume=resume, runs=tmp_path)
+        with pytest.raises(InputError, match="trained"):
+            train(load_settings(tiny, ["name=trained"]), resume=resume, runs=tmp_path)
 
 
 def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
@@ -373,34 +360,23 @@ def test_tensorboard_files_are_written(tiny, tmp_path):
     assert list((run / "tensorboard").glob("events.*"))
 
 
-def start_ranks(config, folder, *words, resume=False):
-    """Two training processes in `folder`, with what torchrun would tell them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["train", "--config", str(config), *(["--resume"] if resume else []), "device=cpu", *words]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [*PYTHON, *arguments],
-            cwd=folder,
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-
-
 def epochs_in(checkpoint):
     return len(torch.load(checkpoint, weights_only=True)["progress"]["history"])
 
 
 def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
-    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=2", "answer.dropout=0.3"]
-    for rank in start_ranks(tiny, tmp_path, "name=whole", *words):
-        assert rank.wait() == 0, rank.stderr.read()[-3000:]
-    killed = start_ranks(tiny, tmp_path, "name=killed", *words)
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=4", "answer.dropout=0.3", "device=cpu"]
+
+    def start(*more):
+        return start_ranks("train", "--config", tiny, *more, *words, folder=tmp_path)
+
+    def check_ended(ranks, code):
+        for rank in ranks:
+            ended = rank.end()
+            assert ended.code == code, ended.err[-3000:]
+
+    check_ended(start("name=whole"), 0)
+    killed = start("name=killed")
     checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not checkpoint.exists():
@@ -409,42 +385,33 @@ def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tm
         rank.kill()
         rank.wait()
     assert epochs_in(checkpoint) < 2, "too fast to be killed in time"
-    asked = start_ranks(tiny, tmp_path, "name=killed", *words, resume=True)
+    asked = start("--resume", "name=killed")
     before = checkpoint.stat().st_mtime_ns
     while time.monotonic() < deadline and checkpoint.stat().st_mtime_ns == before:
         time.sleep(0.005)
     asked[1].terminate()  # one of them alone: both save the same step and end
-    for rank in asked:
-        assert rank.wait() == 143, rank.stderr.read()[-3000:]
+    check_ended(asked, 143)
     assert epochs_in(checkpoint) < 2, "too fast to be ended in time"
-    for rank in start_ranks(tiny, tmp_path, "name=killed", *words, resume=True):
-        assert rank.wait() == 0, rank.stderr.read()[-3000:]
+    check_ended(start("--resume", "name=killed"), 0)
     assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
 
 
-def test_processes_that_may_not_train_all_say_so(tiny, tmp_path):
-    train(load_settings(tiny, ["name=mine"]), runs=tmp_path / "runs")
-    for rank in start_ranks(tiny, tmp_path, "name=mine"):
-        assert rank.wait() == 2
-        assert rank.stderr.read().splitlines()[-1].startswith("error: runs/mine: already holds a run")
+def test_processes_that_may_not_train_all_say_so(tiny, trained):
+    for rank in start_ranks("train", "--config", tiny, "name=trained", "device=cpu", folder=trained.parent.parent):
+        ended = rank.end()
+        assert ended.code == 2
+        assert ended.err.splitlines()[-1].startswith("error: runs/trained: already holds a run")
 
 
 @pytest.mark.parametrize("statistics", ["population", "batch"])
 def test_two_processes_train_as_one(tiny, tmp_path, statistics):
     words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
     words.append(f"backbone.statistics={statistics}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "main.py"), "train", "--config", str(tiny), "name=two", *words],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "FutureWarning" not in done.stderr
+    for rank in start_ranks("train", "--config", tiny, "name=two", *words, folder=tmp_path):
+        ended = rank.end()
+        assert ended.code == 0, ended.err[-3000:]
+        assert "FutureWarning" not in ended.err
     one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
     ours, theirs = weights(one), weights(tmp_path / "runs/two")
     for name, value in ours.items():

@@ -1,0 +1,129 @@
+"""`python main.py …` as a process of its own, forked from one that has imported everything: importing takes seconds."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tests.conftest import ROOT, Command
+
+MAIN = ROOT / "main.py"
+PATIENCE = 300.0  # seconds until a process that does not end is an error
+
+
+@functools.cache
+def forking() -> ForkServerContext:
+    """Starts the process that the others are forked from, and imports in it what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner", "experiments.bench.bench"])
+    with contextlib.chdir(ROOT):  # where it finds our modules
+        forkserver.ensure_running()
+    return context
+
+
+class MainProcess:
+    """A running command, with the methods of subprocess.Popen that the tests need.
+
+    Args:
+        words: the command and its arguments.
+        folder: its working directory.
+        environment: variables over those of this process.
+        own_group: whether it leads a process group, which can be killed as a whole.
+        log: file of its standard output and errors; by default each has one, which `end` reads.
+        program: a file or a module to be run instead of main.py.
+    """
+
+    def __init__(
+        self,
+        *words: object,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        own_group: bool = False,
+        log: Path | None = None,
+        program: str = str(MAIN),
+    ) -> None:
+        self.kept = tempfile.TemporaryDirectory(prefix="main-")
+        self.logs = [log or Path(self.kept.name, name) for name in ("out", "err")]
+        variables = dict(os.environ) | dict(environment or {})
+        given = (program, list(map(str, words)), folder or Path.cwd(), variables, own_group, self.logs)
+        self.process = forking().Process(target=_run, args=given)
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """The exit code, once it has ended."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"it did not end within {timeout} s")
+        return self.process.exitcode
+
+    def end(self) -> Command:
+        """How it ended, once it has."""
+        code = self.wait()
+        return Command(code, *(log.read_text(errors="replace") for log in self.logs))
+
+
+def _run(
+    program: str,
+    words: list[str],
+    folder: Path,
+    variables: dict[str, str],
+    own_group: bool,
+    logs: Sequence[Path],
+) -> None:
+    if own_group:
+        os.setpgid(0, 0)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", "1")))
+    for number, log in enumerate(logs, start=1):
+        with log.open("a") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = [program, *words]
+    run = runpy.run_path if program == str(MAIN) else runpy.run_module
+    run(program, run_name="__main__")
+
+
+def start_ranks(*words: object, folder: Path | None = None) -> list[MainProcess]:
+    """A command in two processes, each with what torchrun would tell it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        MainProcess(*words, folder=folder, environment=told | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+
+
+def fork_children(monkeypatch, module: str) -> None:
+    """Lets a module start `python main.py …` and `python -m …` as such processes."""
+
+    def start(command, stdout, env=None, **_):
+        _, program, *words = command
+        if program == "-m":
+            program, *words = words
+        return MainProcess(*words, program=program, environment=env, log=Path(stdout.name))
+
+    stand_in = SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(f"{module}.subprocess", stand_in)

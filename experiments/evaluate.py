@@ -1,27 +1,23 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data.bad_images import check_any_exists
-from data.batches import Batch, FileImages, QuestionDataset, batches_by_image, make_loader, readable
+from data.batches import FileImages, QuestionDataset
 from data.h5_file import H5Images, Store
 from data.question_table import QuestionTable, question_table
 from data.vqa_files import read_questions
 from experiments.prepare import split_files
-from experiments.process_group import Processes, this_process, together
+from experiments.process_group import this_process, together
 from experiments.training.loop import predict_classes
-from experiments.training.nonfinite import NotFiniteError
-from vqa.devices import choose_device
 from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
-from vqa.io.progress import progress
 from vqa.metrics import Scores, accuracies, summary
 from vqa.saved_model import Bundle, find_model, load_bundle
 from vqa.settings.recipes import load_saved
@@ -41,15 +37,15 @@ def evaluate(
     allow_trained: bool = False,
     per_question: bool = False,
 ) -> Scores | None:
-    """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json`.
+    """Scores a model on a split; writes `metrics_SPLIT.json` and `results_SPLIT.json` (the challenge server's format).
 
-    The questions come from the h5 file of the model's settings or, where that is not, from the raw files. Under
-    torchrun all processes share them; the files and scores are those of one process.
+    The questions come from the h5 file of the model's settings or, if that does not hold them, from the raw files.
+    Under torchrun the processes share the questions; files and scores are those of one process.
 
     Args:
         run: a run directory, or a `model/` directory.
         split: a split of the data.
-        out: where the two files are written; by default `run`.
+        out: where the files are written; by default `run`.
         overrides: `key=value` words over the model's settings: where the data are, and the device.
         allow_trained: score a split that was trained on; the metrics are marked so.
         per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids;
@@ -69,7 +65,7 @@ def evaluate(
     folder = find_model(run)
     settings = load_saved(folder / "config.yaml", overrides)
     processes = this_process()
-    device = choose_device(settings.device, processes.local_rank, processes.world_size)
+    device = processes.device(settings.device)
     with together(processes, device), ExitStack() as stack:
 
         def prepare() -> tuple[Bundle, QuestionDataset]:
@@ -85,21 +81,18 @@ def evaluate(
             return bundle, data
 
         bundle, data = processes.agreed(prepare)
-        answers = predict_answers(bundle, data, settings, device, processes)
-
-        def write() -> Scores | None:
-            if processes.is_main:
-                return _write_scores(out, split, data.table, answers, bundle.training, per_question)
-            return None
-
-        return processes.broadcast(processes.agreed(write))
+        prepare_images, what = bundle.preprocessing.normalise, f"{folder}: answering"
+        classes = predict_classes(bundle.model, data, settings, processes, prepare_images=prepare_images, what=what)
+        answers = [bundle.answers[class_] for class_ in classes]
+        return processes.on_main(lambda: _write_scores(out, split, data.table, answers, bundle.training, per_question))
 
 
 def _write_scores(
     out: Path, split: str, table: QuestionTable, answers: Sequence[str], training: dict[str, Any], per_question: bool
 ) -> Scores | None:
-    """Writes the files of `evaluate`, the metrics last: where they are, all is there."""
-    write_json(out / f"results_{split}.json", complete_results(table.ids.tolist(), answers), indent=None)
+    """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
+    results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
+    write_json(out / f"results_{split}.json", results, indent=None)
     if not table.given.size:
         return None
     of_questions = question_accuracies(answers, table)
@@ -143,11 +136,11 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
         if store.tokenizer.to_str() != bundle.tokenizer.to_str():
             table = table.encoded_with(bundle.tokenizer)
         if stand_ins := store.stand_ins([split]):
-            print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are seen")
+            print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are used")
         return QuestionDataset(table, H5Images(h5))
     if split not in settings.data.splits:
         raise InputError(
-            f"{bundle.folder}: its settings know no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
+            f"{bundle.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
         )
     files = split_files(settings)[split]
     if not files.questions.exists():
@@ -164,87 +157,12 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
 
 
 def _warn_about_unknown_words(bundle: Bundle, table: QuestionTable, split: str) -> None:
-    """Says where a split cannot be answered by what the model knows: of other words or other answers."""
-    ends = table.offsets + table.lengths
-    known = np.append(0, np.cumsum(table.tokens != UNKNOWN_ID))
-    if strange := int((known[ends] == known[table.offsets]).sum()):
-        print(f"split {split!r}: the model knows no word of {strange} of {len(table)} questions")
+    """Warns of questions without a known word, and of answers none of which is a class."""
+    known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
+    if unknown := int((~known).sum()):
+        print(f"split {split!r}: the model knows no word of {unknown} of {len(table)} questions")
     if table.given.size and (table.labels() == NO_ANSWER).all():
         print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
-
-
-def predict_answers(
-    bundle: Bundle, data: QuestionDataset, settings: Settings, device: torch.device, processes: Processes
-) -> list[str]:
-    """The model's answer to every question, in the order of the table; each process predicts its share of them.
-
-    Raises:
-        InputError: the model has no finite scores for a question, or an image cannot be read.
-    """
-
-    def predict() -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            return predict_classes(
-                bundle.model,
-                batches_in_order(data, settings, device, "answering", processes),
-                prepare_images=bundle.preprocessing.normalise,
-                precision=settings.precision,
-                device=device,
-            )
-        except NotFiniteError as error:
-            raise InputError(f"{bundle.folder}: {error.of(data.table.ids)}") from None
-
-    answers = [""] * len(data)
-    for rows, classes in processes.gather(processes.agreed(predict)):
-        for row, answer in zip(rows.tolist(), classes.tolist(), strict=True):
-            answers[row] = bundle.answers[answer]
-    return answers
-
-
-def batches_in_order(
-    data: QuestionDataset, settings: Settings, device: torch.device, what: str, processes: Processes | None = None
-) -> Iterator[Batch]:
-    """Every question once, or this process's share of them, in order of the images, with the progress of `what`.
-
-    Raises:
-        InputError: an image is missing or cannot be read.
-    """
-    processes = processes or Processes()
-    sampler = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
-    yield from batches_of(data, sampler, settings, device, what if processes.is_main else None)
-
-
-def batches_of(
-    data: QuestionDataset,
-    sampler: Collection[list[int]],
-    settings: Settings,
-    device: torch.device,
-    what: str | None,
-) -> Iterator[Batch]:
-    """The batches of a sampler, with the progress of `what` (None: not shown); bad images of raw files are listed at
-    the end.
-
-    Raises:
-        InputError: an image cannot be read, and is not to be skipped.
-    """
-    skip, images = settings.data.skip_bad_images, data.images
-    batches = readable(make_loader(data, sampler, settings.workers, device))
-    for batch in batches if what is None else progress(batches, len(sampler), what):
-        if skip or not isinstance(images, FileImages) or not images.bad.any():
-            yield batch  # else the others are only read, so that all bad images are listed
-    if isinstance(images, FileImages):
-        images.settle(skip)
-
-
-def complete_results(question_ids: Sequence[int], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """The challenge server's format, one entry a question.
-
-    Raises:
-        RuntimeError: a question has no answer, or is a duplicate.
-    """
-    if len(set(question_ids)) != len(question_ids) or len(answers) != len(question_ids) or not all(answers):
-        raise RuntimeError("results are not complete: every question needs exactly one answer")
-    return [{"question_id": id_, "answer": answer} for id_, answer in zip(question_ids, answers, strict=True)]
 
 
 def table_of(scores: Scores) -> str:

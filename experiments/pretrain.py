@@ -1,18 +1,17 @@
 """Pretrains the backbone of synthetic scenes: it learns to name the shape of one object, and nothing else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import ResNet
 
 from data.scenes.write import WORLDS, draw_single_objects
 from vqa.backbone import build_resnet
@@ -22,6 +21,8 @@ from vqa.io.files import written_whole
 from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
 from vqa.preprocessing import Preprocessing
+
+BATCH = 64  # objects a step
 
 
 def pretrain_backbone(
@@ -33,14 +34,13 @@ def pretrain_backbone(
     image_size: int,
     images: int,
     epochs: int,
-    batch_size: int = 64,
     precision: str = "float32",
     device: str = "cpu",
 ) -> float:
     """Trains torchvision's network on single objects and writes its weights.
 
-    On a CPU with one thread, however many cores there are: another number would round otherwise, and what comes of it
-    is another network, with which a baseline is two points better or worse.
+    On a CPU it uses one thread: another number rounds differently and gives another network, with which a baseline is
+    two points better or worse.
 
     Args:
         file: a .safetensors file, by torchvision's names.
@@ -50,21 +50,19 @@ def pretrain_backbone(
         image_size: side S in pixels.
         images: objects to train on; a tenth as many others are held out.
         epochs: passes over them.
-        batch_size: images a step.
         precision: `float32`, or `bfloat16` (autocast).
         device: where it is trained.
 
     Returns:
         How often the shape of a held-out object is named, in percent. A file that was made with the same arguments (on
-        any device) is kept, and what it says of itself returned.
+        any device) is kept, and the percentage in its header returned.
 
     Raises:
-        InputError: `file` is no .safetensors file of this function's making, which it would overwrite.
+        InputError: `file` is no .safetensors file, or one that was not written with these arguments.
     """
     made = {"name": name, "world": world, "seed": seed, "image_size": image_size, "images": images, "epochs": epochs}
-    made |= {"batch_size": batch_size, "precision": precision}
-    found = _made_before(file)
-    if found is not None:
+    made |= {"batch_size": BATCH, "precision": precision}
+    if (found := _header_of(file)) is not None:
         accuracy = found.pop("held_out_accuracy")
         if found == made:
             return accuracy
@@ -74,19 +72,30 @@ def pretrain_backbone(
             "backbone.weights"
         )
     torch.manual_seed(seed)
-    held_out = max(images // 10, 1)
+    count, place = images + max(images // 10, 1), torch.device(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
-        pixels = np.memmap(aside, np.uint8, shape=(images + held_out, image_size, image_size, 3))
-        labels = draw_single_objects(WORLDS[world], seed, pixels)
-        resnet = build_resnet(name, classes=len(WORLDS[world].SHAPES)).to(device)
-        naming = _Naming(resnet, torch.from_numpy(pixels), torch.from_numpy(labels), precision, torch.device(device))
+        mapped = np.memmap(aside, np.uint8, shape=(count, image_size, image_size, 3))
+        shapes = torch.from_numpy(draw_single_objects(WORLDS[world], seed, mapped)).to(place)
+        pixels = torch.from_numpy(mapped)
+        resnet = build_resnet(name, classes=len(WORLDS[world].SHAPES)).to(place)
+
+        def logits_of(rows: Tensor) -> Tensor:
+            normalised = Preprocessing(image_size).normalise(pixels[rows].to(place))
+            with autocast(place, precision):
+                return resnet(normalised).float()
+
+        order = torch.cat([torch.randperm(images)[: images // BATCH * BATCH] for _ in range(epochs)])
         with _one_thread():
-            naming.train(images, epochs, batch_size)
-        accuracy = naming.accuracy(range(images, images + held_out))
+            _train(resnet, order.split(BATCH), lambda rows: F.cross_entropy(logits_of(rows), shapes[rows]))
+        resnet.eval()
+        with torch.inference_mode():
+            held_out = torch.arange(images, count).split(256)
+            right = sum(int((logits_of(rows).argmax(1) == shapes[rows]).sum()) for rows in held_out)
+    accuracy = 100 * right / (count - images)
     with written_whole(file) as aside:
-        said = {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})}
-        aside.write_bytes(as_safetensors(resnet.state_dict(), said))
+        header = {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})}
+        aside.write_bytes(as_safetensors(resnet.state_dict(), header))
     return accuracy
 
 
@@ -100,55 +109,29 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Naming(NamedTuple):
-    """A network that names the shapes of single objects."""
-
-    resnet: ResNet
-    pixels: Tensor  # uint8 [N, S, S, 3]
-    shapes: Tensor  # int64 [N]
-    precision: str
-    device: torch.device
-
-    def train(self, images: int, epochs: int, batch_size: int) -> None:
-        """Trains on the first `images`."""
-        steps = epochs * (images // batch_size)
-        optimiser = torch.optim.Adam(self.resnet.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, cycle_momentum=False)
-        order = torch.cat([torch.randperm(images)[: steps // epochs * batch_size] for _ in range(epochs)])
-        for rows in progress(order.split(batch_size), steps, "pretraining"):
-            loss = F.cross_entropy(self._logits(rows), self.shapes[rows].to(self.device))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-
-    @torch.inference_mode()
-    def accuracy(self, rows: range) -> float:
-        """How often the shape is named, in percent."""
-        self.resnet.eval()
-        parts = torch.arange(rows.start, rows.stop).split(256)
-        right = [(self._logits(part).argmax(1).cpu() == self.shapes[part]).sum() for part in parts]
-        return 100 * int(sum(right)) / len(rows)
-
-    def _logits(self, rows: Tensor) -> Tensor:
-        """float32 [B, shapes]."""
-        images = Preprocessing(self.pixels.shape[1]).normalise(self.pixels[rows].to(self.device))
-        with autocast(self.device, self.precision):
-            return self.resnet(images).float()
+def _train(resnet: nn.Module, batches: Sequence[Tensor], loss_of: Callable[[Tensor], Tensor]) -> None:
+    optimiser = torch.optim.Adam(resnet.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=len(batches), cycle_momentum=False)
+    for rows in progress(batches, len(batches), "pretraining"):
+        loss = loss_of(rows)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
 
 
-def _made_before(file: Path) -> dict[str, Any] | None:
-    """What a file that `pretrain_backbone` wrote says of itself; None if there is no file."""
+def _header_of(file: Path) -> dict[str, Any] | None:
+    """What `pretrain_backbone` wrote into the header of a file; None if there is no file."""
     if file.suffix != ".safetensors":
         raise InputError(f"backbone.weights: {file} must be a .safetensors file, which the demo makes")
     if not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            said = {**json.loads((opened.metadata() or {})["pretrained"])}
-            said["held_out_accuracy"] = float(said["held_out_accuracy"])
+            header = {**json.loads((opened.metadata() or {})["pretrained"])}
+            header["held_out_accuracy"] = float(header["held_out_accuracy"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         raise InputError(
             f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
         ) from None
-    return said
+    return header

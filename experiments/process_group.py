@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who this process is, and what the processes exchange."""
+"""One process or many (torchrun): this process's rank, and what the processes exchange."""
 
 import inspect
 import os
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vqa.devices import choose_device
 from vqa.io.errors import InputError
 
 Result = TypeVar("Result")
@@ -30,6 +31,10 @@ class Processes:
         """Whether this process writes files: one over all hosts."""
         return self.rank == 0
 
+    def device(self, name: str) -> torch.device:
+        """This process's device for a `device` setting. Raises InputError as `choose_device`."""
+        return choose_device(name, self.local_rank, self.world_size)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in order of rank, in every process."""
         if self.world_size == 1:
@@ -37,13 +42,6 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def broadcast(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
 
     def say(self, text: str) -> None:
         """Prints a line, once for all processes."""
@@ -63,29 +61,27 @@ class Processes:
             result = work()
         except InputError as error:
             refusal = str(error)
-        if refusals := [refusal for refusal in self.gather(refusal) if refusal is not None]:
+        if refusals := list(filter(None, self.gather(refusal))):
             raise InputError(refusals[0])
         return result
 
-    def any(self, value: bool, device: torch.device) -> bool:
-        """Whether `value` holds in any process, the same in all of them."""
-        if self.world_size == 1:
-            return value
-        flag = torch.tensor(int(value), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """The result of the main process's work, in every process. Raises InputError as `agreed`."""
+        results = [self.agreed(lambda: work() if self.is_main else None)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results)
+        return results[0]
 
 
 def this_process() -> Processes:
-    """What torchrun says of this process; without torchrun it is alone."""
-    names = ("RANK", "LOCAL_RANK")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Processes(*(int(os.environ.get(name, "0")) for name in names), world_size)
+    """This process's place as torchrun sets it; without torchrun it is alone."""
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return Processes(*(int(os.environ.get(name, alone)) for name, alone in places.items()))
 
 
 @contextmanager
 def together(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Joins the other processes, if there are any, and leaves them at the end."""
+    """Joins the process group for the block, if there are several processes."""
     if processes.world_size == 1:
         yield
         return
@@ -99,7 +95,7 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 def averaging_gradients(model: nn.Module) -> DistributedDataParallel:
-    """Wrap a model so that its gradients are averaged over the processes; a step does not exchange its buffers."""
+    """Wraps a model so that its gradients are averaged over the processes; its buffers are not exchanged."""
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
     return DistributedDataParallel(model, **{buffers: False})

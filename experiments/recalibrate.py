@@ -1,4 +1,4 @@
-"""Re-estimates the statistics of a trained model's norms on images it is to be tested on (AdaBN; Li et al. 2016)."""
+"""Re-estimate the statistics of a trained model's norms on other images (AdaBN; Li et al. 2016)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from data.batches import EpochSampler
-from experiments.evaluate import batches_of, check_overrides, split_data
+from experiments.evaluate import check_overrides, split_data
+from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
 from vqa.saved_model import find_model, load_bundle, save_companions, save_weights
@@ -14,20 +15,19 @@ from vqa.settings.recipes import load_saved
 
 
 def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
-    """Writes `out/model`: the model of `run` with the running statistics of its batch norms taken from other images.
+    """Writes `out/model`: the model of `run` with running statistics of its batch norms estimated on other images.
 
-    Images go through with the questions asked about them (the statistics of a modulated network depend on them) but
-    without answers, in random order.
+    The statistics of a modulated network depend on the questions, so these are used; answers are not.
 
     Args:
         run: a run directory, or a `model/` directory.
         out: where the new model is written.
-        split: the split whose images and questions are taken.
+        split: the split whose images and questions are used, in random order.
         overrides: `key=value` words over the model's settings: where the data are, the device, the batch size.
-        batches: how many batches at most.
+        batches: number of batches at most.
 
     Returns:
-        The number of questions that went through.
+        The number of questions that were used.
 
     Raises:
         InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
@@ -53,8 +53,8 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     model = bundle.model
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
-        for batch in batches_of(data, rows, settings, device, "re-estimating"):
-            good = ~bad[data.table.images[batch.rows]]  # stand-ins count for nothing
+        for batch in read_batches(data, rows, settings, device, "re-estimating"):
+            good = ~bad[data.table.images[batch.rows]]  # stand-ins are not used
             if good.sum() < needed:
                 continue
             questions += int(good.sum())

@@ -250,7 +250,7 @@ def test_the_table_of_other_savings():
 def test_the_table_of_jobs_of_vqas_size():
     lines = {(line["job"].split(",")[0], line["images"]): line for line in read_lines(RESULTS / "bench_scale.csv")}
     jobs = ("preprocess", "reading questions", "decoding alone", "train", "eval")
-    for job, row in zip(jobs, rows_of(SPEED, "| job, 2 processes |"), strict=True):
+    for job, row in zip(jobs, rows_of(SPEED, "| job, 2 threads or processes |"), strict=True):
         seconds, memory, fewer = (re.sub(r"\D", "", cell) for cell in row[1:])
         line = lines[job, "20000"]
         assert int(seconds) == round(float(line["seconds"])), job

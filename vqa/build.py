@@ -18,12 +18,12 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
 
     Args:
         settings: the recipe.
-        vocabulary_size: number of known words V, padding and unknown included.
+        vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
-        pretrained: load the backbone's weights; False where all weights are loaded afterwards.
+        pretrained: load the backbone's weights; False if all weights are loaded afterwards.
 
     Raises:
-        InputError: the backbone or its weights cannot be had as named, or conditioned stages predict nothing.
+        InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
     """
     weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
     cbn, asked, attention, answer = settings.cbn, settings.question, settings.attention, settings.answer

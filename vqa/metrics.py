@@ -21,9 +21,9 @@ class Scores(TypedDict):
 
 
 def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the annotators of min(1, how many of the *others* gave the predicted answer / 3), 0.0 to 1.0.
+    """Mean over the annotators of min(1, number of the *others* who gave the predicted answer / 3), 0.0 to 1.0.
 
-    As in the official code nothing is normalised, the prediction included, where all annotators wrote the same.
+    As in the official code, neither answers nor prediction are normalised if all annotators wrote the same.
 
     Raises:
         ValueError: there are no answers.
@@ -32,7 +32,7 @@ def question_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def accuracies(predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray) -> list[float]:
-    """`question_accuracy` of N predictions; `rows` [N, K] are the given answers' places in `spellings`, or NO_ANSWER.
+    """`question_accuracy` of N predictions; `rows` [N, K] index the given answers in `spellings`, or are NO_ANSWER.
 
     Raises:
         ValueError: a question has no answers.
@@ -54,9 +54,9 @@ def accuracies(predictions: Sequence[str], spellings: Sequence[str], rows: np.nd
 def _matches(
     form: Callable[[str], str], predictions: Sequence[str], spellings: Sequence[str], rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A number for the form of each given answer, int64 [N, K], and whether it is the prediction's, bool [N, K].
+    """A number for the form of each given answer, int64 [N, K], and whether the prediction has it, bool [N, K].
 
-    Each different text is brought into the form once.
+    Each distinct text is converted once.
     """
     numbers: dict[str, int] = {}
     of_text = {text: numbers.setdefault(form(text), len(numbers)) for text in {*spellings, *predictions}}

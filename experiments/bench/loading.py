@@ -26,6 +26,7 @@ from experiments.bench.step import interleaved
 from experiments.bench.vqa_sized_data import write_coco_like
 from experiments.prepare import prepare
 from experiments.process_group import Processes
+from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import Trainer, train
 from experiments.training.trainer import prepare as prepare_training
@@ -136,7 +137,9 @@ def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path,
     for workers in (0, 2):
         words = (f"name=waiting_{workers}", f"workers={workers}", f"train.batch_size={batch}", "data.cache_gib=0")
         settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
-        steps, _, share = time_training(prepare_training(settings, RunDirectory(folder / settings.name), Processes()))
+        steps, _, share = time_training(
+            prepare_training(VQATask(settings), RunDirectory(folder / settings.name), Processes())
+        )
         row = {"network": network, "pixels": size, "batch": batch, "workers": workers, "steps": steps}
         rows.append(row | {"share_waiting": round(share, 4)})
     return rows
@@ -160,7 +163,7 @@ def time_training(trainer: Trainer, warm_up: int = 1, steps: int | None = None) 
             yield batch
             start = time.perf_counter()
 
-    batches = timed(islice(trainer.batches(trainer.sampler(1)), steps))
+    batches = timed(islice(trainer.batches(epoch=1), steps))
     ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
     (start, waited_before), (end, waited_after) = ends[warm_up - 1], ends[-1]
     return len(ends), (end - start) / (len(ends) - warm_up), (waited_after - waited_before) / (end - start)

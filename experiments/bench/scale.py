@@ -140,13 +140,14 @@ def _preprocess(h5: Path, words: Sequence[str]) -> int:
 def _train(run: Path, words: Sequence[str], steps: int) -> int:
     from experiments.bench.loading import time_training
     from experiments.process_group import Processes
+    from experiments.training.run_data import VQATask
     from experiments.training.run_directory import RunDirectory
     from experiments.training.trainer import prepare
     from vqa.saved_model import save_weights
     from vqa.settings.recipes import load_settings
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
-    trainer = prepare(settings, RunDirectory(run), Processes())
+    trainer = prepare(VQATask(settings), RunDirectory(run), Processes())
     time_training(trainer, steps=steps)
     save_weights(trainer.run.model, trainer.model, {"trained_on": ["train"]})
     return steps * settings.train.batch_size

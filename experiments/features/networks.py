@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.batches import QuestionDataset
-from experiments.evaluate import batches_in_order, check_overrides, split_data
+from data.batches import QuestionDataset, batches_by_image
+from experiments.evaluate import check_overrides, split_data
+from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
 from vqa.saved_model import Bundle, find_model, load_bundle
@@ -149,7 +150,8 @@ def stage_features(network: Network) -> list[np.ndarray]:
     _, bundle, settings, data = network.run
     device = choose_device(settings.device)
     rows, maps = [], []
-    for batch in batches_in_order(data, settings, device, f"{network.name}: features"):
+    in_order = batches_by_image(data.table, settings.train.batch_size)
+    for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
         images, modulation = bundle.preprocessing.normalise(moved.images)[moved.places], None
         with autocast(device, settings.precision):

@@ -7,13 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from data.batches import Batch
 from experiments.bench import step
 from experiments.bench.loading import RECIPE, prepared_scenes, time_training
 from experiments.bench.step import interleaved, peak_mib
 from experiments.gpu.right import CONFIG, Check, Rows, normalised, random_model
 from experiments.process_group import Processes
-from experiments.training.loop import answer_loss, train_steps
+from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
+from experiments.training.run_data import VQATask, answer_loss
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare
 from vqa.kernels.modulate import modulate
@@ -125,7 +127,7 @@ def epoch_rows(check: Check) -> Rows:
             *differences,
         ]
         settings = load_settings(CONFIG / "vqa_v1" / f"{recipe}.yaml", words)
-        trainer = prepare(settings, RunDirectory(check.folder / f"run_{number}"), Processes())
+        trainer = prepare(VQATask(settings), RunDirectory(check.folder / f"run_{number}"), Processes())
         _, seconds, share = time_training(trainer, *check.pick((1, 3), (8, 60)))
         rate = settings.train.batch_size / seconds
         yield {
@@ -179,7 +181,10 @@ def _train(settings: Settings, batch: int, device: torch.device) -> None:
     model, made = random_model(settings, batch, device)
     optimiser = build_optimiser(settings.train, model)
     schedule = build_schedule(settings.train, optimiser, 2)
-    loss = partial(answer_loss, kind=settings.train.loss)
-    where = {"prepare_images": normalised, "device": device}
-    for _ in train_steps(model, [made] * 2, settings, optimiser, schedule, loss=loss, **where):
+
+    def loss_of(batch: Batch, reduction: str) -> Tensor:
+        logits = answer_logits(model, batch, normalised, settings.precision)
+        return answer_loss(logits, batch.labels, settings.train.loss, reduction)
+
+    for _ in train_steps(model, [made] * 2, loss_of, settings.train, optimiser, schedule):
         pass

@@ -11,6 +11,7 @@ from experiments.process_group import Processes
 from vqa.io.errors import InputError, first_line
 from vqa.io.files import written_whole
 from vqa.io.weight_files import load_tensors
+from vqa.settings.schema import TrainSettings
 
 
 @dataclass
@@ -19,18 +20,27 @@ class Progress:
 
     epoch: int = 1  # being trained, from 1
     step: int = 0  # steps done in this epoch
-    left_out: int = 0  # of them, because something was not finite
+    left_out: int = 0  # of them, skipped because something was not finite
     loss_sum: float = 0.0  # of the others, in this process
     seconds: float = 0.0  # they took
     best_overall: float | None = None  # percent, on the validation split
     best_epoch: int = 0
-    finished: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
-    def decide_if_finished(self, epochs: int, patience: int) -> None:
-        """Finished once all epochs are trained, or `patience` (if not 0) of them in a row brought no better model."""
+    def is_finished(self, train: TrainSettings) -> bool:
+        """Whether all epochs are trained, or `patience` (if not 0) of them in a row brought no better model."""
         trained = len(self.history)
-        self.finished = trained >= epochs or 0 < patience <= trained - self.best_epoch
+        return trained >= train.epochs or 0 < train.patience <= trained - self.best_epoch
+
+    def end_epoch(self, line: dict[str, Any]) -> bool:
+        """Moves to the next epoch; returns whether the model is the best so far (without validation it always is)."""
+        overall = line["val_overall"]
+        best = overall is None or self.best_overall is None or overall > self.best_overall
+        if best:
+            self.best_overall, self.best_epoch = overall, self.epoch
+        self.history.append(line)
+        self.epoch, self.step, self.left_out, self.loss_sum, self.seconds = self.epoch + 1, 0, 0, 0.0, 0.0
+        return best
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -56,7 +66,7 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
 
     def save(self, file: Path, processes: Processes, data: str) -> None:
-        """Writes a checkpoint of all processes; `data` is the identity of the h5 file.
+        """Writes a checkpoint of all processes; `data` is the identity of the data.
 
         Raises:
             InputError: the disk is full, or fails; the checkpoint before this one is kept.
@@ -78,21 +88,21 @@ class TrainingState:
         with written_whole(file) as aside, aside.open("wb") as opened:
             try:
                 torch.save(saved, opened)
-            except RuntimeError as error:  # torch's own, on the way out from one of the disk's
+            except RuntimeError as error:  # torch's own, raised while it handles one of the disk's
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def restore(self, saved: dict[str, Any], rank: int) -> None:
-        """Takes everything from what `load_checkpoint` gave."""
+        """Restores what `save` wrote and `load_checkpoint` read."""
         mine = saved["processes"][rank]
-        random = mine["random"]
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
-        for parameter, state in self.optimiser.state.items():  # a fused step needs them in one layout, and
-            for name, value in state.items():  # `speed.channels_last` may be another than before
+        for parameter, moments in self.optimiser.state.items():
+            for name, value in moments.items():
+                # a fused step needs them in the parameter's layout; `speed.channels_last` may have been another
                 if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.schedule.load_state_dict(saved["schedule"])
         self.progress = Progress(**saved["progress"] | {"loss_sum": mine["loss_sum"]})
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda" and "cuda" in random:  # not where the run was on a CPU before
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        torch.set_rng_state(mine["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in mine["random"]:  # not where the run was on a CPU before
+            torch.cuda.set_rng_state(mine["random"]["cuda"], self.device)

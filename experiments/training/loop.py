@@ -1,161 +1,138 @@
-"""The loops: one epoch of training, and the answers to all questions of a loader. They know no command line."""
+"""The loops: training steps, and the answers to all questions of a table. They know neither task nor command line."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from data.batches import Batch, moved
-from experiments.training.nonfinite import NotFiniteError, place_of_first
+from data.batches import Batch, FileImages, QuestionDataset, batches_by_image, make_loader, moved, readable
+from experiments.process_group import Processes
+from experiments.training.nonfinite import NotFiniteError, listed, located
 from vqa.devices import autocast
+from vqa.io.errors import InputError
+from vqa.io.progress import progress
 from vqa.resnet import StageMap
-from vqa.settings.schema import Settings
-from vqa.text.answers import NO_ANSWER
+from vqa.settings.schema import Settings, TrainSettings
 
 
-def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
-    """The distribution over answer classes that a model is trained towards.
-
-    Args:
-        labels: classes of the given answers [B, K], NO_ANSWER outside the vocabulary.
-        answers: number of classes A.
-        kind: `soft` (counts clipped at 3, then normalised; the authors' code) or `hard` (all on the most common
-            answer, the lowest class among equals).
-
-    Returns:
-        float32 [B, A]; each row sums to 1 (to 0 if no given answer is in the vocabulary).
-    """
-    known = (labels != NO_ANSWER).float()
-    counts = torch.zeros(len(labels), answers, device=labels.device)
-    counts.scatter_add_(1, labels.clamp(min=0), known)
-    if kind == "hard":
-        return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
-    counts.clamp_(max=3)
-    return counts / counts.sum(1, keepdim=True).clamp(min=1)
-
-
-def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none."""
-    # the loss takes logits: its own softmax is the only one
-    return F.cross_entropy(logits, answer_targets(labels, logits.shape[1], kind), reduction=reduction)
+def answer_logits(
+    model: nn.Module, batch: Batch, prepare_images: Callable[[Tensor], Tensor | StageMap], precision: str
+) -> Tensor:
+    """The model's scores of all answers, float32 [B, A], for a batch that is on the model's device."""
+    with autocast(batch.images.device, precision):
+        logits = model(prepare_images(batch.images), batch.tokens, batch.lengths, places=batch.places).logits
+    return logits.float()
 
 
 def train_steps(
     model: nn.Module,
     batches: Iterable[Batch],
-    settings: Settings,
+    loss_of: Callable[[Batch, str], Tensor],
+    settings: TrainSettings,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    *,
-    loss: Callable[..., Tensor],
-    prepare_images: Callable[[Tensor], Tensor | StageMap],
-    device: torch.device,
 ) -> Iterator[float | NotFiniteError]:
-    """Trains on batches in their order, a step each.
+    """Trains a model, or a wrapper of it, on batches in their order, one step for each.
 
-    Args:
-        model: the model, or a wrapper of it.
-        batches: the batches.
-        settings: `precision`, `train.clip`, `train.accumulate` and `train.skip_not_finite` count here.
-        optimiser: of the trained parameters.
-        schedule: of the learning rate, moved on by every step that is taken.
-        loss: of logits and labels, with `reduction` mean or none.
-        prepare_images: a batch's images → the model's input.
-        device: where the model is.
+    `loss_of` computes the model's loss of a batch on its device, with reduction `mean` or `none`.
 
     Yields:
-        The loss of each step; or why it is skipped, where its gradient is not finite and `train.skip_not_finite` is not
-        0. The model is then as before the step, running statistics included.
+        The loss of each step; or why it is skipped: its gradient is not finite, and `skip_not_finite` is not 0. The
+        model is then as before the step, running statistics included.
 
     Raises:
         NotFiniteError: a loss or gradient is not finite and not skipped; the parameters are as before that step.
     """
     model.train()
-    train = settings.train
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-
-    def loss_of(part: Batch, reduction: str = "mean") -> Tensor:
-        with autocast(device, settings.precision):
-            logits = model(prepare_images(part.images), part.tokens, part.lengths, places=part.places).logits
-        return loss(logits.float(), part.labels, reduction=reduction)
-
-    for batch in moved(batches, device):
+    for batch in moved(batches, trained[0].device):
         optimiser.zero_grad(set_to_none=True)
-        value = torch.zeros((), device=device)
-        buffers = [buffer.clone() for buffer in model.buffers()] if train.skip_not_finite else []
-        parts = batch.parts(train.accumulate)
+        buffers = [buffer.clone() for buffer in model.buffers()] if settings.skip_not_finite else []
+        parts, loss = batch.parts(settings.accumulate), 0.0
         for part in parts:
-            with nullcontext() if part is parts[-1] else _alone(model):
-                of_part = loss_of(part) * (len(part.rows) / len(batch.rows))
+            with nullcontext() if part is parts[-1] else _without_averaging(model):
+                of_part = loss_of(part, "mean") * (len(part.rows) / len(batch.rows))
                 of_part.backward()
-            value += of_part.detach()
-        norm = nn.utils.clip_grad_norm_(trained, train.clip)
-        if torch.isfinite(norm + value):
+            loss += of_part.detach()
+        norm = nn.utils.clip_grad_norm_(trained, settings.clip)
+        if torch.isfinite(norm + loss):
             optimiser.step()
             schedule.step()
-            yield value.item()
+            yield loss.item()
             continue
-        what = f"the norm of the gradient is {norm}" if torch.isfinite(value) else f"the loss is {value}"
-        error = _not_finite(model, what, parts, loss_of)
+        what = f"the norm of the gradient is {norm}" if torch.isfinite(loss) else f"the loss is {loss}"
+        error = located(what, model, parts, loss_of)
         # the gradient is the same in all processes, so that all skip the step; the loss alone is not
-        if not train.skip_not_finite or torch.isfinite(norm):
+        if not settings.skip_not_finite or torch.isfinite(norm):
             raise error
         for buffer, kept in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
         yield error
 
 
-def _alone(model: nn.Module) -> AbstractContextManager:
-    """Gradients are not yet averaged over processes: it is done once a step, with its last part."""
+def _without_averaging(model: nn.Module) -> AbstractContextManager:
+    """Processes average their gradients once a step, with its last part."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-@torch.no_grad()
-def _not_finite(
-    model: nn.Module, what: str, parts: Iterable[Batch], loss_of: Callable[[Batch, str], Tensor]
-) -> NotFiniteError:
-    """What is wrong, where it began, and the questions whose own loss is not finite (all, if none's is)."""
-    losses: dict[int, float] = {}
-
-    def compute() -> None:
-        for part in parts:
-            losses.update(zip(part.rows.tolist(), loss_of(part, "none").tolist(), strict=True))
-
-    place = place_of_first(model, compute)
-    if not losses:
-        compute()
-    rows = [row for row, value in losses.items() if not math.isfinite(value)] or list(losses)
-    return NotFiniteError(f"{what}; what is not finite first is {place or 'a gradient'}", rows)
-
-
-@torch.inference_mode()
 def predict_classes(
     model: nn.Module,
-    batches: Iterable[Batch],
+    data: QuestionDataset,
+    settings: Settings,
+    processes: Processes,
     *,
     prepare_images: Callable[[Tensor], Tensor | StageMap],
-    precision: str,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """The most probable answer class of every question: rows and classes, int64 [N] each.
+    what: str,
+) -> np.ndarray:
+    """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
+
+    `settings` give the batch size, precision and workers; `what` names the work in its progress and errors.
 
     Raises:
-        NotFiniteError: the model has no probabilities for a question.
+        InputError: the model's scores of a question's answers are not finite, or an image cannot be read.
     """
-    model.eval()
-    # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split the heap
-    rows: list[int] = []
-    classes: list[int] = []
-    for batch in moved(batches, device):
-        with autocast(device, precision):
-            logits = model(prepare_images(batch.images), batch.tokens, batch.lengths, places=batch.places).logits
-        best, class_ = logits.max(1)  # NaN is the largest
-        if not best.isfinite().all():
-            bad = batch.rows[~best.isfinite()].tolist()
-            raise NotFiniteError(f"the model's scores of the answers are not finite for {len(bad)} question(s)", bad)
-        rows += batch.rows.tolist()
-        classes += class_.tolist()
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(classes, dtype=torch.int64)
+    device = next(model.parameters()).device
+    share = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+
+    @torch.inference_mode()
+    def predict_share() -> np.ndarray:
+        model.eval()
+        # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split
+        # the heap
+        rows: list[int] = []
+        classes: list[int] = []
+        batches = read_batches(data, share, settings, device, what if processes.is_main else None)
+        for batch in moved(batches, device):
+            best, class_ = answer_logits(model, batch, prepare_images, settings.precision).max(1)  # NaN is the largest
+            if not best.isfinite().all():
+                bad = data.table.ids[batch.rows[~best.isfinite()].cpu().numpy()]
+                why = f"the model's scores of the answers are not finite for {len(bad)} question(s)"
+                raise InputError(f"{what}: {why} {listed(bad)}")
+            rows += batch.rows.tolist()
+            classes += class_.tolist()
+        return np.array([rows, classes], np.int64)
+
+    answers = np.empty(len(data), np.int64)
+    for rows, classes in processes.gather(processes.agreed(predict_share)):
+        answers[rows] = classes
+    return answers
+
+
+def read_batches(
+    data: QuestionDataset, rows: Collection[list[int]], settings: Settings, device: torch.device, what: str | None
+) -> Iterator[Batch]:
+    """Batches of the given rows, with the progress of `what` (None: not shown).
+
+    Raises:
+        InputError: an image is missing or damaged, and `data.skip_bad_images` is false; raw files are read to the end
+            first, and all bad images listed.
+    """
+    skip, images = settings.data.skip_bad_images, data.images
+    batches = readable(make_loader(data, rows, settings.workers, device))
+    for batch in batches if what is None else progress(batches, len(rows), what):
+        if skip or not isinstance(images, FileImages) or not images.bad.any():
+            yield batch
+    if isinstance(images, FileImages):
+        images.settle(skip)

@@ -1,51 +1,59 @@
-"""Numbers that are not finite: of which questions, and where in the network they came up first."""
+"""Values that are not finite (NaN, infinity): where in the network they appear first, and for which questions."""
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.batches import Batch
 from vqa.io.errors import InputError
-
-_LISTED = 8  # question ids in a message
 
 
 class NotFiniteError(InputError):
-    """A loss, gradient or answer that is not finite: most often a learning rate that is too high."""
+    """A loss or gradient is not finite: most often because the learning rate is too high."""
 
     def __init__(self, what: str, rows: list[int]) -> None:
-        """`rows` are the rows of the questions in the question table."""
+        """`rows` are those of the questions in the question table."""
         super().__init__(what)
         self.rows = rows
 
-    def of(self, ids: np.ndarray) -> str:
-        """The message with the official ids of the questions; `ids` are those of the whole table."""
-        listed = ", ".join(str(ids[row]) for row in self.rows[:_LISTED]) + (", …" if len(self.rows) > _LISTED else "")
-        return f"{self} (questions {listed})"
+
+def listed(ids: np.ndarray) -> str:
+    """The first ids of some questions, for a message."""
+    return f"(questions {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''})"
+
+
+def located(
+    what: str, model: nn.Module, parts: Iterable[Batch], loss_of: Callable[[Batch, str], Tensor]
+) -> NotFiniteError:
+    """Locates what is not finite in a step: the module, and the questions whose own loss it is (all, if none's is)."""
+    losses: dict[int, Tensor] = {}
+
+    def compute() -> None:
+        for part in parts:
+            losses.update(zip(part.rows.tolist(), loss_of(part, "none"), strict=True))
+
+    place = first_place(model, compute)
+    rows = [row for row, loss in losses.items() if not loss.isfinite()] or list(losses)
+    return NotFiniteError(f"{what}; what is not finite first is {place or 'a gradient'}", rows)
 
 
 @torch.no_grad()
-def place_of_first(model: nn.Module, compute: Callable[[], Any]) -> str | None:
-    """Where numbers of a model first are not finite: in a weight, or else in what a module gives while `compute`, which
-    calls the model, runs. None if all are finite (then it is the backward pass).
-    """
-    for name, value in chain(model.named_parameters(), model.named_buffers()):
-        if not value.isfinite().all():
-            return f"the weights {name.removeprefix('module.')}"
-    found: list[str] = []
+def first_place(model: nn.Module, compute: Callable[[], Any]) -> str | None:
+    """The weights, or the first module output while `compute` calls the model, that are not finite; None if all are."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    found = [f"the weights {name}" for name, value in model.state_dict().items() if not _is_finite(value)]
 
-    def look_at(name: str) -> Callable[..., None]:
-        def look(_module: nn.Module, _inputs: Any, result: Any) -> None:
-            if not found and any(not value.isfinite().all() for value in _tensors(result)):
-                found.append(f"the output of {name.removeprefix('module.')}")
+    def look(name: str, _module: nn.Module, _inputs: Any, result: Any) -> None:
+        if not _is_finite(result):
+            found.append(f"the output of {name}")
 
-        return look
-
-    # inner modules end, and are looked at, before the ones they are in
-    hooks = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
+    # an inner module's hook runs before that of the module around it
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
     try:
         compute()
     finally:
@@ -54,9 +62,7 @@ def place_of_first(model: nn.Module, compute: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
+def _is_finite(result: Any) -> bool:
     if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for part in result:
-            yield from _tensors(part)
+        return bool(result.isfinite().all())
+    return not isinstance(result, tuple | list) or all(map(_is_finite, result))

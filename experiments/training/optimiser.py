@@ -12,7 +12,7 @@ WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
 
 
 def trained_parameters(model: VQAModel) -> list[nn.Parameter]:
-    """The parameters that training changes, and only these."""
+    """The parameters that training changes."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -20,13 +20,10 @@ def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Opt
     """Adam over what training changes; the MLPs that predict the deltas may have a learning rate of their own."""
     predicting = list(model.predictor.parameters()) if model.predictor else []
     others = [parameter for parameter in trained_parameters(model) if all(parameter is not one for one in predicting)]
-    groups = [
-        {"params": others, "lr": settings.learning_rate},
-        {"params": predicting, "lr": settings.predictor_learning_rate or settings.learning_rate},
-    ]
-    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    # one pass over parameters and moments instead of ten
-    return torch.optim.Adam([group for group in groups if group["params"]], fused=fused)
+    rates = (settings.learning_rate, settings.predictor_learning_rate or settings.learning_rate)
+    groups = [{"params": group, "lr": rate} for group, rate in zip((others, predicting), rates, strict=True) if group]
+    fused = others[0].device.type in ("cpu", "cuda")  # one pass over parameters and moments instead of ten
+    return torch.optim.Adam(groups, fused=fused)
 
 
 def build_schedule(
@@ -39,9 +36,7 @@ def build_schedule(
 
 
 def one_cycle(step: int, steps: int) -> float:
-    """Share of the largest learning rate at a step (from 0): rises linearly in the first tenth, then falls to 0 as a
-    cosine (Smith and Topin 2018).
-    """
+    """Share of the largest learning rate at a step (from 0): a linear rise, then a cosine (Smith and Topin 2018)."""
     warm = math.ceil(WARM_UP * steps)
     if step < warm:
         return (step + 1) / warm

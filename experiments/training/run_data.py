@@ -1,4 +1,8 @@
-"""What is VQA's own in training: questions and answers, what a model takes from them at the start, loss and score."""
+"""The task of a run: its questions and answers, what a new model takes from them, its loss and its score.
+
+A trainer knows of its task nothing but the public members of `VQATask`: a second task is a second class with the same
+members, chosen in `trainer.train`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from data.batches import padded_words
+from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
 from data.h5_file import Store
 from data.question_table import QuestionTable, joined
 from experiments.evaluate import score
-from experiments.training.loop import answer_loss
+from experiments.process_group import Processes
 from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -28,10 +33,20 @@ MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_q
 
 
 class VQATask:
-    """The task of a run: all that the trainer knows of it is public here; of a table, its length, images and ids."""
+    """Answering questions about images with one of the classes of answers.
+
+    Attributes:
+        settings: of the run.
+        store: the h5 file, with the images.
+        identity: digest of what is learnt from; a checkpoint names it.
+        training: the questions to train on.
+        validation: those to validate on; None without a split for it.
+        stand_ins: number of images that were missing or unreadable.
+        preprocessing: of the images.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        """Reads the questions to train on and those to validate on (None without a split for it).
+        """Reads the questions.
 
         Raises:
             InputError: the h5 file is missing or made with other settings, or a split is missing, without annotations
@@ -42,25 +57,39 @@ class VQATask:
         for key, made in store.provenance["settings"].items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
-        self.training = _trainable_questions(store, settings.train.splits)
+        splits, split = list(settings.train.splits), settings.train.validate_on
+        self.training = _trainable_questions(store, splits)
         self.validation = None
-        if (split := settings.train.validate_on) is not None:
+        if split is not None:
             without = "train.validate_on=null trains without validation"
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
             self.validation = store.table(split)
             if not self.validation.given.size:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
-        splits = [*settings.train.splits, *filter(None, [split])]
+            splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
 
-    def is_same_data(self, identity: str) -> bool:
-        """Whether a checkpoint that names the `identity` of its data was trained on these."""
-        return identity in (self.identity, self.store.identity(self.store.splits))  # of all splits: as it was once
+    def dataset(self, table: QuestionTable, images: Images) -> QuestionDataset:
+        """Makes the batches of a table's questions with their images, or with feature maps in their place."""
+        return QuestionDataset(table, images, share=self.settings.speed.share_images)
+
+    def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
+        """This process's part of the training batches of an epoch, from batch `start` on."""
+        return EpochSampler(
+            self.training.images,
+            self.settings.train.batch_size,
+            self.settings.seed,
+            epoch,
+            processes.rank,
+            processes.world_size,
+            together=self.settings.train.together,
+            start=start,
+        )
 
     def new_model(self, *, fresh: bool, say: Callable[[str], None]) -> VQAModel:
-        """The model, with what it takes from the data where it is `fresh`; else a checkpoint sets all weights."""
+        """Builds the model; a `fresh` one gets what it takes from the data, else a checkpoint sets all weights."""
         settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
         model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
         if not fresh:
@@ -71,17 +100,18 @@ class VQATask:
             say(f"{file}: vectors for {found} of {len(vocabulary)} words")
             model.question.set_fixed(torch.from_numpy(vectors))
         if model.kinds is not None:
-            model.kinds.set_from(torch.from_numpy(first_words(self.training)))
+            tokens, _ = padded_words(self.training, range(len(self.training)))
+            model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
         if model.condition == "mean_question":
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         return model
 
-    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """As `answer_loss`, of the kind that the settings name."""
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The loss of a batch of logits [B, A] against the given answers: `mean`, or [B] with `none`."""
         return answer_loss(logits, labels, self.settings.train.loss, reduction)
 
     def score(self, classes: np.ndarray) -> Scores:
-        """The score of one answer class for each question of the validation split, in its order."""
+        """Scores one answer class for each question of the validation split, in its order."""
         return score([self.store.vocabulary[class_] for class_ in classes], self.validation)
 
     def save_companions(self, folder: Path) -> None:
@@ -90,17 +120,35 @@ class VQATask:
         saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
 
 
-def first_words(table: QuestionTable) -> np.ndarray:
-    """The first two word ids of every question, int64 [N, 2], PAD_ID where there is no second."""
-    first = np.full((len(table), KIND_WORDS), PAD_ID, np.int64)
-    for place in range(KIND_WORDS):
-        rows = np.flatnonzero(table.lengths > place)
-        first[rows, place] = table.tokens[table.offsets[rows] + place]
-    return first
+def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none."""
+    # takes logits: its own softmax is the only one
+    return F.cross_entropy(logits, answer_targets(labels, logits.shape[1], kind), reduction=reduction)
+
+
+def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
+    """The distribution over answer classes that a model is trained towards.
+
+    Args:
+        labels: classes of the given answers [B, K], NO_ANSWER outside the vocabulary.
+        answers: number of classes A.
+        kind: `soft` (counts clipped at 3, then normalised; the authors' code) or `hard` (all on the most common
+            answer, the lowest class among equals).
+
+    Returns:
+        float32 [B, A]; each row sums to 1 (to 0 if no given answer is in the vocabulary).
+    """
+    known = (labels != NO_ANSWER).float()
+    counts = torch.zeros(len(labels), answers, device=labels.device)
+    counts.scatter_add_(1, labels.clamp(min=0), known)
+    if kind == "hard":
+        return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
+    counts.clamp_(max=3)
+    return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
-    """The questions that can teach something: their image is there, and an answer to them is a class."""
+    """The questions whose image is there and to which a given answer is a class."""
     tables = [store.table(split) for split in splits]
     for split, table in zip(splits, tables, strict=True):
         if not table.given.size:

@@ -1,7 +1,15 @@
-"""Where training takes its images from: the pixels, or a cache of the frozen stages' feature maps on disk.
+"""Cache of the fixed stages' feature maps on disk, which training reads in place of the images.
 
 Up to the first stage that is conditioned or trained, a ResNet under `population` statistics gives the same map for the
-same image in every epoch. With no stage conditioned (the baseline) that is all of it.
+same image in every epoch. With no stage conditioned (the baseline) that is all of it. The file:
+
+    /       attribute: identity (JSON: of what images, by what network, after which stage)
+    maps    float16 [N, H, W, C], channels last as convolutions read them
+    crc32   uint32 [N], verified when a row is read
+    filled  bool [N]: rows that are on the disk
+
+It is `NAME.partial` until every row is filled, so a killed run loses what was not flushed, and a partial file is never
+taken for a complete one.
 """
 
 import hashlib
@@ -18,9 +26,10 @@ import torch
 from torch import Tensor
 
 from data.batches import Images
-from data.h5_file import Store, partial_path
+from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
+from experiments.training.run_data import VQATask
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -31,7 +40,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 
 @dataclass(frozen=True)
 class ImageSource:
-    """What stands for the images of a dataset, and how a batch of it becomes the network's input."""
+    """Images, or the feature maps in their place, and how a batch of them becomes the network's input."""
 
     images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
     preprocessing: Preprocessing
@@ -46,54 +55,47 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(
-    resnet: ModulatedResNet,
-    store: Store,
-    pixels: ImageSource,
-    device: torch.device,
-    most_gib: float,
-    processes: Processes,
-) -> ImageSource:
-    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing.
-
-    It is `pixels`, the images of the store, where no stage is fixed, or the file would be larger than `most_gib` or
-    cannot be written.
+def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
+    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
+    the images, where no stage is fixed, or the file would be larger than `data.cache_gib` or cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
     """
+    store, settings = task.store, task.settings
+    pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
     stage = resnet.fixed_stage()
     if stage is None:
         return pixels
+    device = next(resnet.parameters()).device
 
     @torch.inference_mode()
     def encode(rows: Sequence[int]) -> np.ndarray:
         images = torch.from_numpy(np.stack([pixels.images[row] for row in rows])).to(device)
-        was_training = resnet.training
         maps = resnet.eval().prefix(pixels.preprocessing.normalise(images), stage).map
-        resnet.train(was_training)
         return maps.permute(0, 2, 3, 1).cpu().numpy()
 
     count = len(store.usable)
-    if 2 * count * encode([0])[0].size > most_gib * 2**30:
+    if 2 * count * encode([0])[0].size > settings.data.cache_gib * 2**30:
         return pixels
     identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
     file = store.path.with_name(f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5")
-    maps = None
-    if processes.is_main:
+
+    def make() -> bool:
         try:
-            maps = cached_maps(file, identity, count, encode)
+            cached_maps(file, identity, count, encode)
         except NotWrittenError as error:
-            processes.say(f"{error}; training goes on without stored maps")
-    if not processes.broadcast(maps is not None):
+            print(f"{error}; training continues without stored feature maps", flush=True)
+            return False
+        return True
+
+    if not processes.on_main(make):
         return pixels
-    if maps is None:
-        maps = cached_maps(file, identity, count, encode)
-    return replace(pixels, images=maps, stage=stage)
+    return replace(pixels, images=cached_maps(file, identity, count, encode), stage=stage)
 
 
 def _digest(resnet: ModulatedResNet, stage: int) -> str:
-    """Of the weights and statistics of the stages up to `stage`."""
+    """SHA-256 of the weights and statistics of the stages up to `stage`."""
     digest = hashlib.sha256()
     for name, value in resnet.fixed_state(stage):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -102,7 +104,7 @@ def _digest(resnet: ModulatedResNet, stage: int) -> str:
 
 _REMEDY = "remove it; it is made again"
 _BATCH = 64  # images encoded at once
-_SECONDS_A_FLUSH = 2.0  # from one to the next
+_SECONDS_A_FLUSH = 2.0
 
 
 def cached_maps(
@@ -118,7 +120,7 @@ def cached_maps(
 
     Raises:
         InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.
-        NotWrittenError: it is not there and cannot be written, or does not fit on its disk.
+        NotWrittenError: it does not exist and cannot be written, or does not fit on its disk.
     """
     if not path.exists():
         # several runs may need it at once: one makes it, the others wait
@@ -126,55 +128,45 @@ def cached_maps(
             if not path.exists():
                 _make(path, identity, count, encode)
     with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:
-        _check(path, file, identity)
+        _check_identity(path, file, identity)
     return H5Rows(path, "maps", _REMEDY)
 
 
 def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:
-    partial = partial_path(path)
+    partial, without = partial_path(path), "set data.cache_gib=0 to do without"
     if not partial.exists():
-        _begin(partial, identity, count, encode([0])[0].shape)
+        shape = (count, *encode([0])[0].shape)
+        with written_whole(partial) as aside, structured(aside, "w") as file:
+            file.attrs["identity"] = json.dumps(identity)
+            reserve_rows(file, "maps", shape, np.float16)
     with opened_for_filling(partial) as file:
         with damage_named(partial, _REMEDY):
-            _check(partial, file, identity)
-            pending = np.flatnonzero(~file["filled"][:])
+            _check_identity(partial, file, identity)
+            pending = np.flatnonzero(~file["filled"][:]).tolist()
             size = file["maps"].nbytes + file["crc32"].nbytes
-        check_room(partial, size, "set data.cache_gib=0 to do without")
-        _fill(file, pending, encode, path.name)
+        check_room(partial, size, without)
+        written: list[int] = []  # and not yet marked
+        flushed = time.monotonic()
+        try:
+            for start in progress(range(0, len(pending), _BATCH), -(-len(pending) // _BATCH), path.name):
+                rows = pending[start : start + _BATCH]
+                with np.errstate(over="ignore"):  # refused in the next lines
+                    maps = encode(rows).astype(np.float16)
+                if not np.isfinite(maps).all():
+                    raise InputError(f"{path.name}: a map is not finite in half precision; {without}")
+                write_rows(file, "maps", rows, maps)
+                written += rows
+                if time.monotonic() - flushed >= _SECONDS_A_FLUSH:
+                    mark_rows(file, "maps", written)
+                    written, flushed = [], time.monotonic()
+        finally:  # also when a signal ends it
+            mark_rows(file, "maps", written)
     with naming_write_errors(path):
-        with structured(partial, "r+") as file:
-            file.attrs.modify("complete", True)
         partial.replace(path)
 
 
-def _check(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
-    found = json.loads(file.attrs.get("identity", "{}"))
+def _check_identity(path: Path, file: h5py.File, identity: dict[str, Any]) -> None:
+    found = json.loads(file.attrs["identity"])
     for key in identity.keys() | found.keys():
-        if found.get(key) == identity.get(key):
-            continue
-        raise InputError(f"{path}: made with another {key}; remove it")
-
-
-def _begin(partial: Path, identity: dict[str, Any], count: int, shape: tuple[int, ...]) -> None:
-    with written_whole(partial) as aside, structured(aside, "w") as file:
-        file.attrs.update(identity=json.dumps(identity), complete=False)
-        reserve_rows(file, "maps", (count, *shape), np.float16)
-
-
-def _fill(file: h5py.File, pending: np.ndarray, encode: Callable[[Sequence[int]], np.ndarray], name: str) -> None:
-    batches = np.split(pending, range(_BATCH, len(pending), _BATCH)) if len(pending) else []
-    unmarked: list[int] = []
-    flushed = time.monotonic()
-    try:
-        for rows in progress(batches, len(batches), name):
-            with np.errstate(over="ignore"):  # said below
-                maps = encode(rows.tolist()).astype(np.float16)
-            if not np.isfinite(maps).all():
-                raise InputError(f"{name}: a map is not finite in half precision; set data.cache_gib=0 to do without")
-            write_rows(file, "maps", rows.tolist(), maps)
-            unmarked += rows.tolist()
-            if time.monotonic() - flushed >= _SECONDS_A_FLUSH:
-                mark_rows(file, "maps", unmarked)
-                unmarked, flushed = [], time.monotonic()
-    finally:  # also when a signal ends it
-        mark_rows(file, "maps", unmarked)
+        if found.get(key) != identity.get(key):
+            raise InputError(f"{path}: made with another {key}; remove it")

@@ -51,7 +51,7 @@ def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path, monkeypatch, com
     ended = command("experiment", *words)
     assert ended.code == 0, ended.err
     assert "2 runs, 1 of them finished" in ended.out
-    assert "goes on at epoch" in (second.folder(runs) / "log.txt").read_text()
+    assert "resumes at epoch" in (second.folder(runs) / "log.txt").read_text()
     assert not missing_jobs(suite, runs)
     assert (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns == made
 

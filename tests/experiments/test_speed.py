@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.process_group import this_process
+from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from vqa.build import build_model
@@ -73,7 +74,7 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     compiled = []
     monkeypatch.setattr(ModulatedResNet, "compile", lambda _self: compiled.append(1))
     settings = load_settings(tiny, words)
-    trainer = prepare(settings, RunDirectory(tmp_path / settings.name), this_process())
+    trainer = prepare(VQATask(settings), RunDirectory(tmp_path / settings.name), this_process())
     resnet = trainer.model.resnet
     fused = {module.fused for module in resnet.modules() if isinstance(module, Convolution | ModulatedBatchNorm2d)}
     assert fused == {on}

@@ -239,11 +239,14 @@ def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_train
     subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
     ended = command(*words, "name=reads", "cbn.stages=[4]")
     assert (ended.code, ended.err) == (0, "")
-    assert "stored maps" not in ended.out
+    assert "stored feature maps" not in ended.out
     assert Path("runs/reads/metrics.jsonl").read_text().splitlines()
     ended = command(*words, "name=without", "cbn.stages=[]", "train.epochs=2")
     assert ended.code == 0, ended.err
-    assert ended.out.count("cannot be written (read-only file system); training goes on without stored maps\n") == 1
+    assert (
+        ended.out.count("cannot be written (read-only file system); training continues without stored feature maps\n")
+        == 1
+    )
     assert sorted(mounted.folder.iterdir()) == before
 
 
@@ -253,7 +256,10 @@ def test_maps_that_do_not_fit_are_done_without(tiny, tmp_path, monkeypatch, comm
     monkeypatch.setattr("vqa.io.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     ended = command("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[]")
     assert ended.code == 0, ended.err
-    assert "left; make room or set data.cache_gib=0 to do without; training goes on without stored maps\n" in ended.out
+    assert (
+        "left; make room or set data.cache_gib=0 to do without; training continues without stored feature maps\n"
+        in ended.out
+    )
 
 
 def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, tmp_path, monkeypatch, command):
@@ -262,7 +268,9 @@ def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, 
     Path("runs/new/tensorboard").write_text("in the way")
     ended = command("train", "--config", tiny, "name=new", "train.epochs=2", "train.tensorboard=true")
     assert ended.code == 0, ended.err
-    assert ended.out.count("tensorboard: cannot be written (file exists); training goes on without TensorBoard\n") == 1
+    assert (
+        ended.out.count("tensorboard: cannot be written (file exists); training continues without TensorBoard\n") == 1
+    )
 
 
 def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, tmp_path, command):

@@ -76,16 +76,16 @@ class _Modulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.contiguous(memory_format=ctx.layout)
+        saved = x, scale, shift, _ = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second access
         if not torch.is_grad_enabled():
-            return *ctx.by.backward(gradient, *ctx.saved_tensors, ctx.relu, ctx.wants), None, None
+            return *ctx.by.backward(gradient, *saved, ctx.relu, ctx.wants), None, None
         # These gradients will be differentiated (`create_graph`), so they are torch's own operations but for [y > 0],
         # which is the residual's gradient for a ∂y of ones.
         if ctx.relu:
             with torch.no_grad():
                 wants = (False, False, False, True)
-                *_, positive = ctx.by.backward(torch.ones_like(gradient), *ctx.saved_tensors, True, wants)
+                *_, positive = ctx.by.backward(torch.ones_like(gradient), *saved, True, wants)
             gradient = gradient * positive
-        x, scale, shift, _ = ctx.saved_tensors
         return *by_torch.backward(gradient, x, scale, shift, None, False, ctx.wants), None, None
 
 

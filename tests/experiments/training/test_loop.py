@@ -1,6 +1,5 @@
 """The training loop: its loss is that of the model's logits, and nothing not finite reaches the weights."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 
-from data.batches import Batch, batches_by_image, make_loader, readable
+from data.batches import Batch
 from experiments.evaluate import split_data
-from experiments.training.loop import answer_loss, predict_classes, train_steps
+from experiments.process_group import Processes
+from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError
+from experiments.training.run_data import answer_loss
 from tests.conftest import ROOT
 from vqa.model import Output
 from vqa.preprocessing import Preprocessing
@@ -39,17 +40,13 @@ def steps(model, answers, accumulate=1):
     batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows)
     settings = load_settings(ROOT / "config" / "demo.yaml", ["train.clip=5.0", f"train.accumulate={accumulate}"])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    taken = train_steps(
-        model,
-        [batch],
-        settings,
-        optimiser,
-        torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0),
-        loss=partial(answer_loss, kind="hard"),
-        prepare_images=Preprocessing(4).normalise,
-        device=torch.device("cpu"),
-    )
-    return list(taken)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
+
+    def loss_of(batch, reduction):
+        logits = answer_logits(model, batch, Preprocessing(4).normalise, "float32")
+        return answer_loss(logits, batch.labels, "hard", reduction)
+
+    return list(train_steps(model, [batch], loss_of, settings.train, optimiser, schedule))
 
 
 def test_the_loss_is_the_cross_entropy_of_the_logits():
@@ -100,16 +97,15 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc on this machine")
 def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained):
-    bundle, cpu = load_bundle(trained / "model", torch.device("cpu")), torch.device("cpu")
-    data = split_data(bundle, load_saved(trained / "model" / "config.yaml"), "train")
+    bundle = load_bundle(trained / "model", torch.device("cpu"))
+    settings = load_saved(trained / "model" / "config.yaml", ["train.batch_size=1", "workers=1"])
+    data = split_data(bundle, settings, "train")
     opened = []
 
     def see(images):
         opened.append(len(list(Path("/proc/self/fd").iterdir())))
         return bundle.preprocessing.normalise(images)
 
-    batches = readable(make_loader(data, batches_by_image(data.table, 1), 1, cpu))
-    rows, classes = predict_classes(bundle.model, batches, prepare_images=see, precision="float32", device=cpu)
+    classes = predict_classes(bundle.model, data, settings, Processes(), prepare_images=see, what="")
     assert len(opened) == len(data) == len(classes) >= 40
-    assert sorted(rows.tolist()) == list(range(len(data)))
     assert opened[-1] < opened[3] + 20

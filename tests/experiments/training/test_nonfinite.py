@@ -1,4 +1,4 @@
-"""Numbers that go wrong: said where, why and by which question; left out where a setting allows it."""
+"""Values that are not finite: located in the network, by question; skipped where a setting allows it."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from experiments.training.checkpoint import load_checkpoint
-from experiments.training.nonfinite import place_of_first
+from experiments.training.nonfinite import first_place
 from experiments.training.trainer import Trainer, train
 from tests.experiments.training.test_trainer import lines
 from vqa.backbone import build_resnet
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_module_and_question(t
     said = str(caught.value)
     assert "wild: epoch 1, step 2: the loss is nan; what is not finite first is the output of question (quest" in said
     assert re.search(r"\(questions \d+\);", said)  # the one whose own loss it is
-    assert "train.skip_not_finite leaves such steps out; the last checkpoint is kept" in said
+    assert "train.skip_not_finite skips such steps; the last checkpoint is kept" in said
 
 
 def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
@@ -62,14 +62,14 @@ def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("statistics", ["population", "batch"])
-def test_a_bad_step_is_left_out_where_it_may_be(tiny, tmp_path, monkeypatch, capsys, statistics):
+def test_a_bad_step_is_skipped_where_it_may_be(tiny, tmp_path, monkeypatch, capsys, statistics):
     words = ["train.skip_not_finite=1", f"backbone.statistics={statistics}", "train.schedule=constant"]
     with monkeypatch.context() as patched:
         spoil(patched, at=[1])
         run = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path).path
     told = capsys.readouterr().out
     assert "step 2: the loss is nan" in told
-    assert "this step is left out" in told
+    assert "this step is skipped" in told
     (line,) = lines(run)
     assert (line["steps"], line["steps_left_out"]) == (3, 1)
     assert np.isfinite(line["train_loss"])
@@ -77,7 +77,7 @@ def test_a_bad_step_is_left_out_where_it_may_be(tiny, tmp_path, monkeypatch, cap
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_signal_in_a_step_that_is_left_out_ends_the_run_after_it(tiny, tmp_path, monkeypatch):
+def test_a_signal_in_a_step_that_is_skipped_ends_the_run_after_it(tiny, tmp_path, monkeypatch):
     spoil(monkeypatch, at=[1, 2])
     skip = Trainer._skip
 
@@ -120,10 +120,10 @@ def test_an_epoch_of_bad_steps_stops(tiny, tmp_path, monkeypatch):
 def test_the_first_place_is_the_innermost_and_earliest():
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
     x = torch.tensor([[1.0, torch.inf]])
-    assert place_of_first(net, lambda: net(x)) == "the output of 0.0"
-    assert place_of_first(net, lambda: net(torch.ones(1, 2))) is None
+    assert first_place(net, lambda: net(x)) == "the output of 0.0"
+    assert first_place(net, lambda: net(torch.ones(1, 2))) is None
     net[1].bias.data[0] = torch.nan
-    assert place_of_first(net, lambda: net(x)) == "the weights 1.bias"
+    assert first_place(net, lambda: net(x)) == "the weights 1.bias"
     assert not any(module._forward_hooks for module in net.modules())
 
 

@@ -31,7 +31,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json
 from vqa.io.images import read_image
 from vqa.metrics import Scores
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.schema import Settings
 
 MODELS = ("baseline", "modern")
@@ -78,7 +78,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     rows = _telling_rows(answers, table)
     questions, example = [table.texts[row] for row in rows], out / EXAMPLE
     shutil.copyfile(images[rows[0]], example)
-    inspection = inspect(load_bundle(out / "modern"), example, questions)
+    inspection = inspect(load_model(out / "modern"), example, questions)
     write_inspection(inspection, out / "inspect", example)
     summary = {
         "blind": score(best_blind_answers(training, table), table),

@@ -19,7 +19,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
 from vqa.metrics import Scores, accuracies, summary
-from vqa.saved_model import Bundle, find_model, load_bundle
+from vqa.saved_model import SavedModel, find_model, load_model
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
 from vqa.text.answers import NO_ANSWER
@@ -68,23 +68,23 @@ def evaluate(
     device = processes.device(settings.device)
     with together(processes, device), ExitStack() as stack:
 
-        def prepare() -> tuple[Bundle, QuestionDataset]:
-            bundle = load_bundle(folder, device)
-            if split in bundle.training.get("trained_on", []) and not allow_trained:
+        def prepare() -> tuple[SavedModel, QuestionDataset]:
+            saved = load_model(folder, device)
+            if split in saved.training.get("trained_on", []) and not allow_trained:
                 raise InputError(
                     f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
                 )
-            data = split_data(bundle, settings, split)
+            data = split_data(saved, settings, split)
             if processes.is_main:
-                _warn_about_unknown_words(bundle, data.table, split)
+                _warn_about_unknown_words(saved, data.table, split)
                 stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
-            return bundle, data
+            return saved, data
 
-        bundle, data = processes.agreed(prepare)
-        prepare_images, what = bundle.preprocessing.normalise, f"{folder}: answering"
-        classes = predict_classes(bundle.model, data, settings, processes, prepare_images=prepare_images, what=what)
-        answers = [bundle.answers[class_] for class_ in classes]
-        return processes.on_main(lambda: _write_scores(out, split, data.table, answers, bundle.training, per_question))
+        saved, data = processes.agreed(prepare)
+        prepare_images, what = saved.preprocessing.normalise, f"{folder}: answering"
+        classes = predict_classes(saved.model, data, settings, processes, prepare_images=prepare_images, what=what)
+        answers = [saved.answers[class_] for class_ in classes]
+        return processes.on_main(lambda: _write_scores(out, split, data.table, answers, saved.training, per_question))
 
 
 def _write_scores(
@@ -121,26 +121,26 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDataset:
+def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDataset:
     """The questions of a split with their images, in the words of the model's tokenizer.
 
     Raises:
         InputError: there are neither an h5 file nor raw files, or they are not of the model's image size.
     """
-    h5, size = Path(settings.data.h5), bundle.preprocessing.size
+    h5, size = Path(settings.data.h5), saved.preprocessing.size
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
         table = store.table(split)
-        if store.tokenizer.to_str() != bundle.tokenizer.to_str():
-            table = table.encoded_with(bundle.tokenizer)
+        if store.tokenizer.to_str() != saved.tokenizer.to_str():
+            table = table.encoded_with(saved.tokenizer)
         if stand_ins := store.stand_ins([split]):
             print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are used")
         return QuestionDataset(table, H5Images(h5))
     if split not in settings.data.splits:
         raise InputError(
-            f"{bundle.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
+            f"{saved.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
         )
     files = split_files(settings)[split]
     if not files.questions.exists():
@@ -152,17 +152,17 @@ def split_data(bundle: Bundle, settings: Settings, split: str) -> QuestionDatase
     paths = [files.image(image_id) for image_id in image_ids]
     check_any_exists(paths, split)
     rows = {image_id: row for row, image_id in enumerate(image_ids)}
-    table = question_table(questions, rows, bundle.tokenizer, bundle.answers)
+    table = question_table(questions, rows, saved.tokenizer, saved.answers)
     return QuestionDataset(table, FileImages(paths, image_ids, size))
 
 
-def _warn_about_unknown_words(bundle: Bundle, table: QuestionTable, split: str) -> None:
+def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
     """Warns of questions without a known word, and of answers none of which is a class."""
     known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
         print(f"split {split!r}: the model knows no word of {unknown} of {len(table)} questions")
     if table.given.size and (table.labels() == NO_ANSWER).all():
-        print(f"split {split!r}: no answer that was given is among the model's {len(bundle.answers)} answers")
+        print(f"split {split!r}: no answer that was given is among the model's {len(saved.answers)} answers")
 
 
 def table_of(scores: Scores) -> str:

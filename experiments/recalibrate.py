@@ -10,7 +10,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import find_model, load_bundle, save_companions, save_weights
+from vqa.saved_model import find_model, load_model, save_companions, save_weights
 from vqa.settings.recipes import load_saved
 
 
@@ -40,17 +40,17 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     if (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
         raise InputError(f"{out}: holds a trained model; --out must name another directory")
     device = choose_device(settings.device)
-    bundle = load_bundle(folder, device)
-    if "image" not in settings.inputs or not bundle.model.resnet.batch_norms():
+    saved = load_model(folder, device)
+    if "image" not in settings.inputs or not saved.model.resnet.batch_norms():
         raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
-    data = split_data(bundle, settings, split)
+    data = split_data(saved, settings, split)
     rows = list(EpochSampler(data.table.images, settings.train.batch_size, settings.seed, epoch=1))[:batches]
-    if len(rows[0]) < (needed := bundle.model.resnet.least_batch(settings.data.image_size)):
+    if len(rows[0]) < (needed := saved.model.resnet.least_batch(settings.data.image_size)):
         raise InputError(
             f"train.batch_size: statistics at {settings.data.image_size} px need batches of {needed} questions, not "
             f"{len(rows[0])}"
         )
-    model = bundle.model
+    model = saved.model
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
         for batch in read_batches(data, rows, settings, device, "re-estimating"):
@@ -60,10 +60,10 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
             questions += int(good.sum())
             moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
             with autocast(device, settings.precision):
-                images = bundle.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
+                images = saved.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
                 model(images, moved.tokens, moved.lengths)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    save_companions(out / "model", bundle.settings, bundle.tokenizer, bundle.answers, bundle.preprocessing)
-    save_weights(out / "model", model, bundle.training | {"recalibrated_on": split})
+    save_companions(out / "model", saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
+    save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

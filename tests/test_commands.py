@@ -180,23 +180,23 @@ def test_the_numbers_are_the_networks_own(trained, image):
 
     from vqa.cbn import Modulation
     from vqa.inspect.inspection import inspect
-    from vqa.saved_model import load_bundle
+    from vqa.saved_model import load_model
 
-    bundle = load_bundle(trained)
-    layers = inspect(bundle, image, ["is there a red circle?"])["readings"][0]["layers"]
-    output = bundle.run(image, "is there a red circle?")
+    saved = load_model(trained)
+    layers = inspect(saved, image, ["is there a red circle?"])["readings"][0]["layers"]
+    output = saved.run(image, "is there a red circle?")
     joined = [value for layer in layers for value in layer["delta_gamma"]]
     torch.testing.assert_close(torch.tensor(joined), output.modulation.gamma[0], rtol=1e-5, atol=1e-7)
     # written into the norms themselves, the deltas make the unmodulated network the modulated one
-    pixels = torch.from_numpy(bundle.preprocessing.decode(image).copy())[None]
-    images = bundle.preprocessing.normalise(pixels)
+    pixels = torch.from_numpy(saved.preprocessing.decode(image).copy())[None]
+    images = saved.preprocessing.normalise(pixels)
     with torch.inference_mode():
-        expected = bundle.model.resnet(images, Modulation(output.modulation.gamma, output.modulation.beta))
+        expected = saved.model.resnet(images, Modulation(output.modulation.gamma, output.modulation.beta))
         for layer in layers:
-            norm = bundle.model.resnet.norm(layer["name"])
+            norm = saved.model.resnet.norm(layer["name"])
             norm.weight.data += torch.tensor(layer["delta_gamma"])
             norm.bias.data += torch.tensor(layer["delta_beta"])
-        torch.testing.assert_close(bundle.model.resnet(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(saved.model.resnet(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gain_flips_and_shut_channels():

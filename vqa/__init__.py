@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vqa.saved_model import Bundle
+    from vqa.saved_model import SavedModel
 
 __version__ = "0.1.0"
 
 
-def load(folder: str | Path, device: str = "cpu") -> "Bundle":
+def load(folder: str | Path, device: str = "cpu") -> "SavedModel":
     """Load a trained model to `ask` and `inspect`; torch is imported here, not with the package.
 
     Args:
@@ -24,6 +24,6 @@ def load(folder: str | Path, device: str = "cpu") -> "Bundle":
         InputError: there is no model, a file of it is missing or broken, or there is no such device.
     """
     from vqa.devices import choose_device
-    from vqa.saved_model import load_bundle
+    from vqa.saved_model import load_model
 
-    return load_bundle(Path(folder), choose_device(device))
+    return load_model(Path(folder), choose_device(device))

@@ -44,7 +44,7 @@ class Training(BaseModel):
 
 
 @dataclass(frozen=True)
-class Bundle:
+class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
@@ -160,7 +160,7 @@ def find_model(run: Path) -> Path:
     raise InputError(f"{run}: no model here (neither model/{WEIGHTS} nor {WEIGHTS}); `train` writes runs/NAME/model")
 
 
-def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
+def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     """Load a model from a run directory or a copied `model/`, ready to answer.
 
     Raises:
@@ -178,7 +178,7 @@ def load_bundle(run: Path, device: torch.device | None = None) -> Bundle:
         raise InputError(f"{folder / 'config.yaml'}: no model can be built of it ({error!s:.100})") from None
     training = _load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return Bundle(folder, model, settings, tokenizer, answers, preprocessing, training)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)
 
 
 def _read_answers(file: Path) -> list[str]:

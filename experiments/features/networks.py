@@ -24,7 +24,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import Bundle, find_model, load_bundle
+from vqa.saved_model import SavedModel, find_model, load_model
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     """A trained model with questions."""
 
     name: str
-    bundle: Bundle
+    saved: SavedModel
     settings: Settings
     data: QuestionDataset
 
@@ -67,8 +67,8 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
         settings = load_saved(folder / "config.yaml", overrides)
         if "image" not in settings.inputs:
             raise InputError(f"{folder}: a model without image input has no features to show")
-        bundle = load_bundle(folder, choose_device(settings.device))
-        runs.append(Run(name, bundle, settings, split_data(bundle, settings, split)))
+        saved = load_model(folder, choose_device(settings.device))
+        runs.append(Run(name, saved, settings, split_data(saved, settings, split)))
     return runs
 
 
@@ -122,22 +122,22 @@ def networks_of(runs: Sequence[Run]) -> list[Network]:
     """
     frozen = [run for run in runs if _has_raw_resnet(run)]
     for run in frozen[1:]:
-        ours, theirs = (one.bundle.model.resnet.state_dict() for one in (frozen[0], run))
+        ours, theirs = (one.saved.model.resnet.state_dict() for one in (frozen[0], run))
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key].cpu(), theirs[key].cpu()) for key in ours):
             raise InputError(f"{run.name}: its frozen ResNet differs from that of {frozen[0].name}; compare one ResNet")
     networks = [Network(RAW, frozen[0], modulate=False)] if frozen else []
     for run in runs:
-        conditioned = bool(run.bundle.model.resnet.layers)
-        if conditioned or not _has_raw_resnet(run) or run.bundle.preprocessing != frozen[0].bundle.preprocessing:
+        conditioned = bool(run.saved.model.resnet.layers)
+        if conditioned or not _has_raw_resnet(run) or run.saved.preprocessing != frozen[0].saved.preprocessing:
             networks.append(Network(run.name, run, conditioned))
     return networks
 
 
 def _has_raw_resnet(run: Run) -> bool:
     backbone, cbn = run.settings.backbone, run.settings.cbn
-    batch_norms = cbn.normaliser == "batch" or not run.bundle.model.resnet.layers
+    batch_norms = cbn.normaliser == "batch" or not run.saved.model.resnet.layers
     kept = backbone.train == "none" and backbone.statistics == "population" and batch_norms
-    return kept and "recalibrated_on" not in run.bundle.training
+    return kept and "recalibrated_on" not in run.saved.training
 
 
 @torch.inference_mode()
@@ -147,21 +147,21 @@ def stage_features(network: Network) -> list[np.ndarray]:
     Raises:
         InputError: an image cannot be read, or a map is not finite.
     """
-    _, bundle, settings, data = network.run
+    _, saved, settings, data = network.run
     device = choose_device(settings.device)
     rows, maps = [], []
     in_order = batches_by_image(data.table, settings.train.batch_size)
     for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
-        images, modulation = bundle.preprocessing.normalise(moved.images)[moved.places], None
+        images, modulation = saved.preprocessing.normalise(moved.images)[moved.places], None
         with autocast(device, settings.precision):
             if network.modulate:
-                modulation = bundle.model(images, moved.tokens, moved.lengths).modulation
-            stages = bundle.model.resnet.stage_maps(images, modulation)
+                modulation = saved.model(images, moved.tokens, moved.lengths).modulation
+            stages = saved.model.resnet.stage_maps(images, modulation)
         maps.append([of_stage.float().mean((2, 3)).cpu().numpy() for of_stage in stages])
         rows.append(batch.rows.numpy().copy())  # a view would keep the worker's shared memory
     order = np.argsort(np.concatenate(rows))
     features = [np.concatenate(of_stage)[order] for of_stage in zip(*maps, strict=True)]
     if not all(np.isfinite(of_stage).all() for of_stage in features):
-        raise InputError(f"{bundle.folder}: its feature maps are not finite")
+        raise InputError(f"{saved.folder}: its feature maps are not finite")
     return features

@@ -31,7 +31,7 @@ from vqa.cbn import DeltaMLPs
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation
 from vqa.resnet import ModulatedResNet
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
@@ -191,9 +191,9 @@ def commands_rows(check: Check) -> Rows:
     if agree < 0.9:
         raise AssertionError(f"only {agree:.2f} of the answers are those of the CPU")
     image, question = next((check.folder / "scenes" / "val").glob("*.png")), "what color is the circle?"
-    bundle = load_bundle(run, check.device)
-    here, there = (loaded.ask(image, question, 1)[0]["probability"] for loaded in (bundle, load_bundle(run)))
-    layers = bundle.inspect(image, question)["layers"]
+    saved = load_model(run, check.device)
+    here, there = (loaded.ask(image, question, 1)[0]["probability"] for loaded in (saved, load_model(run)))
+    layers = saved.inspect(image, question)["layers"]
     compare_features([run], "val", check.folder / "features", pairs=check.pick(40, 200))
     yield {
         "val_overall": scores["overall"],

@@ -68,13 +68,13 @@ def test_features_are_the_averaged_maps_of_each_pair(trained):
     assert list(found) == [RAW, "trained"]
     for network in found.values():
         features = stage_features(network)
-        _, bundle, _, data = network.run
+        _, saved, _, data = network.run
         assert [of_stage.shape for of_stage in features] == [(24, width) for width in (64, 128, 256, 512)]
         for row in (0, 17):
             batch = data[[row]]
-            images = bundle.preprocessing.normalise(batch.images)
-            output = bundle.model(images, batch.tokens, batch.lengths, modulate=network.modulate)
-            expected = bundle.model.resnet(images, output.modulation).mean((2, 3))[0]
+            images = saved.preprocessing.normalise(batch.images)
+            output = saved.model(images, batch.tokens, batch.lengths, modulate=network.modulate)
+            expected = saved.model.resnet(images, output.modulation).mean((2, 3))[0]
             torch.testing.assert_close(torch.from_numpy(features[3][row]), expected, rtol=1e-3, atol=1e-4)
 
 

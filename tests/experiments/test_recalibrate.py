@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 
 
 def test_only_the_running_statistics_change(command, trained, tmp_path):
     ended = command("recalibrate", "--run", trained, "--out", tmp_path / "new", "--split", "val", "--batches", 1)
     assert ended.code == 0, ended.err
     assert "statistics of 16 questions' images" in ended.out
-    old, new = load_bundle(trained), load_bundle(tmp_path / "new")
+    old, new = load_model(trained), load_model(tmp_path / "new")
     assert new.training["recalibrated_on"] == "val"
     changed = 0
     for name, value in new.model.state_dict().items():
@@ -27,7 +27,7 @@ def test_only_the_running_statistics_change(command, trained, tmp_path):
 def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, tmp_path):
     for name in ("one", "two"):
         assert command("recalibrate", "--run", trained, "--config", tiny, "--out", tmp_path / name).code == 0
-    one, two = (load_bundle(tmp_path / name).model.state_dict() for name in ("one", "two"))
+    one, two = (load_model(tmp_path / name).model.state_dict() for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 

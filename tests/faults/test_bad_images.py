@@ -8,7 +8,7 @@ import torch
 
 from experiments.training.trainer import train
 from vqa.io.errors import InputError
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 
 
@@ -86,7 +86,7 @@ def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_pat
         ended = command("recalibrate", "--run", trained, *out, f"data.folder={bad}", "train.batch_size=24", *words)
         assert ended.code == 0, ended.err
         assert "statistics of 16 questions' images" in ended.out
-        made.append(load_bundle(tmp_path / name).model.state_dict())
+        made.append(load_model(tmp_path / name).model.state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 

@@ -18,7 +18,7 @@ from tests.experiments.training.test_stage_cache import encode
 from tests.raw_files import make, write_split
 from vqa.io.errors import InputError
 from vqa.io.weight_files import as_safetensors, read_safetensors
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_model_is_named(trained, tmp_path):
     file = tmp_path / "model" / "model.safetensors"
     shutil.move(flipped(file, file.stat().st_size - 1000), file)
     with pytest.raises(InputError, match=r"model.safetensors: cannot be read as weights \(damaged: checksum mismatch"):
-        load_bundle(tmp_path)
+        load_model(tmp_path)
 
 
 def test_damaged_weights_of_a_backbone_are_named(tmp_path):

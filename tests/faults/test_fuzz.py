@@ -20,7 +20,7 @@ from vqa.io.files import read_json
 from vqa.io.images import FORMATS, decode_image
 from vqa.metrics import question_accuracy
 from vqa.preprocessing import Preprocessing
-from vqa.saved_model import WEIGHTS, load_bundle
+from vqa.saved_model import WEIGHTS, load_model
 from vqa.settings.recipes import load_settings
 from vqa.text.answers import normalise_answer
 from vqa.text.tokenizer import encode, load_tokenizer
@@ -187,10 +187,10 @@ def test_model_directories(trained, tmp_path, name, data):
     else:
         bad = data.draw(damage(content))
     (tmp_path / name).write_bytes(bad)
-    bundle = result_or_refusal(load_bundle, tmp_path)
-    if bundle is not None:
-        assert bundle.answers
-        assert bundle.training.keys() <= {"trained_on", "epoch", "val_overall", "recalibrated_on"}
+    saved = result_or_refusal(load_model, tmp_path)
+    if saved is not None:
+        assert saved.answers
+        assert saved.training.keys() <= {"trained_on", "epoch", "val_overall", "recalibrated_on"}
 
 
 @fuzzed(max_examples=60)

@@ -14,7 +14,7 @@ from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_feat
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.question import KINDS, QuestionEncoder, QuestionKinds
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
@@ -352,14 +352,14 @@ def tensors_in(value, seen):
 
 def test_nothing_of_a_loaded_model_is_left_on_meta(trained):
     """Models are built on the meta device before their weights are loaded."""
-    model = load_bundle(trained).model
+    model = load_model(trained).model
     found = list(tensors_in(model, set()))
     assert len(found) > len(list(model.parameters()))
     assert not [tensor.shape for tensor in found if tensor.is_meta]
 
 
 def test_a_loaded_model_predicts_the_same_deltas_in_one_product_as_one_by_one(trained):
-    model = load_bundle(trained).model
+    model = load_model(trained).model
     hidden = torch.randn(3, len(model.predictor.gamma.hidden_bias))
     for mlps in (model.predictor.gamma, model.predictor.beta):
         torch.testing.assert_close(mlps._in_one_product(hidden), mlps._one_by_one(hidden))

@@ -12,42 +12,42 @@ from vqa.inspect.html import NEARLY_SHUT, inspection_view, write_page
 from vqa.io.errors import printable
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.images import ImageSource, read_image
-from vqa.saved_model import Bundle
+from vqa.saved_model import SavedModel
 from vqa.text.tokenizer import words
 
 _VALUES = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")  # of each channel
 
 
-def inspect(bundle: Bundle, image: Path, questions: Sequence[str]) -> dict[str, Any]:
+def inspect(saved: SavedModel, image: Path, questions: Sequence[str]) -> dict[str, Any]:
     """The content of `modulation.json`: the model, and a reading of each question (one, or two to compare).
 
     Raises:
-        InputError: as `Bundle.ask`.
+        InputError: as `SavedModel.ask`.
     """
     return {
         "image": image.name.encode("utf-8", "replace").decode(),  # a file name may hold any bytes
         "model": {
-            "backbone": bundle.settings.backbone.name,
-            "stages": list(bundle.settings.cbn.stages),
-            "image_size": bundle.preprocessing.size,
-            **{"trained_on": [], "epoch": None, "val_overall": None, **bundle.training},
+            "backbone": saved.settings.backbone.name,
+            "stages": list(saved.settings.cbn.stages),
+            "image_size": saved.preprocessing.size,
+            **{"trained_on": [], "epoch": None, "val_overall": None, **saved.training},
         },
-        "readings": [read(bundle, image, question) for question in questions],
+        "readings": [read(saved, image, question) for question in questions],
     }
 
 
-def read(bundle: Bundle, image: ImageSource, question: str) -> dict[str, Any]:
-    """Inspect one question; `Bundle.inspect` says what is returned."""
+def read(saved: SavedModel, image: ImageSource, question: str) -> dict[str, Any]:
+    """Inspect one question; `SavedModel.inspect` says what is returned."""
     image = read_image(image)
-    modulated, plain = (bundle.run(image, question, modulate=modulate) for modulate in (True, False))
+    modulated, plain = (saved.run(image, question, modulate=modulate) for modulate in (True, False))
     return {
         "question": question,
-        "words": words(bundle.tokenizer, question),
-        "unknown_words": bundle.unknown_words(question),
-        "answers": bundle.top_answers(modulated),
-        "answers_without_modulation": bundle.top_answers(plain),
+        "words": words(saved.tokenizer, question),
+        "unknown_words": saved.unknown_words(question),
+        "answers": saved.top_answers(modulated),
+        "answers_without_modulation": saved.top_answers(plain),
         "attention": modulated.attention[0].float().tolist(),
-        "layers": _layers(bundle, modulated.modulation) if modulated.modulation else [],
+        "layers": _layers(saved, modulated.modulation) if modulated.modulation else [],
     }
 
 
@@ -79,8 +79,8 @@ def summary(inspection: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _layers(bundle: Bundle, modulation: Modulation) -> list[dict[str, Any]]:
-    resnet = bundle.model.resnet
+def _layers(saved: SavedModel, modulation: Modulation) -> list[dict[str, Any]]:
+    resnet = saved.model.resnet
     widths = [layer.channels for layer in resnet.layers]
     zeros = torch.zeros(1, sum(widths))  # of a part that is not predicted
     deltas = [(zeros if part is None else part)[0].split(widths) for part in (modulation.gamma, modulation.beta)]

@@ -18,7 +18,7 @@ from experiments.training.run_data import answer_loss
 from tests.conftest import ROOT
 from vqa.model import Output
 from vqa.preprocessing import Preprocessing
-from vqa.saved_model import load_bundle
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_saved, load_settings
 
 
@@ -97,15 +97,15 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc on this machine")
 def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained):
-    bundle = load_bundle(trained / "model", torch.device("cpu"))
+    saved = load_model(trained / "model", torch.device("cpu"))
     settings = load_saved(trained / "model" / "config.yaml", ["train.batch_size=1", "workers=1"])
-    data = split_data(bundle, settings, "train")
+    data = split_data(saved, settings, "train")
     opened = []
 
     def see(images):
         opened.append(len(list(Path("/proc/self/fd").iterdir())))
-        return bundle.preprocessing.normalise(images)
+        return saved.preprocessing.normalise(images)
 
-    classes = predict_classes(bundle.model, data, settings, Processes(), prepare_images=see, what="")
+    classes = predict_classes(saved.model, data, settings, Processes(), prepare_images=see, what="")
     assert len(opened) == len(data) == len(classes) >= 40
     assert opened[-1] < opened[3] + 20

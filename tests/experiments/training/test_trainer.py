@@ -294,18 +294,18 @@ def test_the_best_epochs_model_is_kept_and_training_stops_early(tiny, tmp_path, 
     settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2"])
     run = train(settings, runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
-    from vqa.saved_model import load_bundle
+    from vqa.saved_model import load_model
 
-    assert load_bundle(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
+    assert load_model(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
 
 
 def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
-    from vqa.saved_model import load_bundle
+    from vqa.saved_model import load_model
 
     words = ["name=both", "train.splits=[train, val]", "train.validate_on=null", "train.epochs=2"]
     run = train(load_settings(tiny, words), runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [None, None]
-    assert load_bundle(run).training == {"trained_on": ["train", "val"], "epoch": 2, "val_overall": None}
+    assert load_model(run).training == {"trained_on": ["train", "val"], "epoch": 2, "val_overall": None}
 
 
 def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_path, capsys):
@@ -348,9 +348,9 @@ def test_glove_vectors_are_used_and_stored_with_the_model(tiny, tmp_path):
     words = ["name=glove", f"question.glove={glove}", "question.glove_size=3"]
     run = train(load_settings(tiny, words), runs=tmp_path).path
     glove.unlink()
-    from vqa.saved_model import load_bundle
+    from vqa.saved_model import load_model
 
-    loaded = load_bundle(run)
+    loaded = load_model(run)
     row = loaded.tokenizer.token_to_id("red")
     assert loaded.model.question.fixed.weight[row].tolist() == [4, 5, 6]
 

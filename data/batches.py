@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     places: torch.Tensor  # int64 [B], index into `images` of each question's image
     tokens: torch.Tensor  # int64 [B, T], padded with PAD_ID
     lengths: torch.Tensor  # int64 [B], at least 1
-    labels: torch.Tensor  # int64 [B, K], classes of the given answers, NO_ANSWER outside the vocabulary
+    labels: torch.Tensor  # int64 [B, K], classes of the given answers as `QuestionTable.labels`
     rows: torch.Tensor  # int64 [B], rows of the question table
 
     def to(self, device: torch.device) -> "Batch":

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.vqa_files import Question
-from vqa.text.answers import NO_ANSWER, normalise_answer
+from vqa.text.answers import NO_ANSWER, NOT_GIVEN, normalise_answer
 from vqa.text.tokenizer import encode
 
 
@@ -44,8 +44,8 @@ class QuestionTable:
         return [self.spellings[place] for place in self.given[row] if place != NO_ANSWER]
 
     def labels(self) -> np.ndarray:
-        """Return the class of each given answer, int32 [N, K]; NO_ANSWER outside the vocabulary."""
-        return np.append(self.classes, np.int32(NO_ANSWER))[self.given]
+        """Return the class of each given answer, int32 [N, K]; NO_ANSWER outside the vocabulary, NOT_GIVEN pads."""
+        return np.append(self.classes, np.int32(NOT_GIVEN))[self.given]
 
     def select(self, rows: np.ndarray) -> "QuestionTable":
         """Return the table of some rows, in their order."""

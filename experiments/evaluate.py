@@ -22,7 +22,6 @@ from vqa.metrics import Scores, accuracies, summary
 from vqa.saved_model import SavedModel, find_model, load_model
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
-from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import UNKNOWN_ID
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
@@ -161,7 +160,7 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
     known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
         print(f"split {split!r}: the model knows no word of {unknown} of {len(table)} questions")
-    if table.given.size and (table.labels() == NO_ANSWER).all():
+    if table.given.size and (table.labels() < 0).all():
         print(f"split {split!r}: no answer that was given is among the model's {len(saved.answers)} answers")
 
 

@@ -103,10 +103,14 @@ class SavedModel:
         return output
 
     def top_answers(self, output: Output, top: int = 5) -> list[dict[str, Any]]:
-        """The most probable answers of an output for one question."""
+        """The most probable answers of an output for one question; of a model trained with `bce` the probabilities are
+        the expected accuracies, which do not sum to 1.
+        """
         if top < 1:
             raise InputError(f"top: must be at least 1, not {top}")
-        best = output.logits[0].float().softmax(0).topk(min(top, len(self.answers)))
+        logits = output.logits[0].float()
+        probabilities = logits.sigmoid() if self.settings.train.loss == "bce" else logits.softmax(0)
+        best = probabilities.topk(min(top, len(self.answers)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
 

@@ -26,7 +26,7 @@ from vqa.model import VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.settings.schema import Settings
-from vqa.text.answers import NO_ANSWER
+from vqa.text.answers import NO_ANSWER, NOT_GIVEN
 from vqa.text.tokenizer import PAD_ID
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
@@ -59,6 +59,9 @@ class VQATask:
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
         splits, split = list(settings.train.splits), settings.train.validate_on
         self.training = _trainable_questions(store, splits)
+        if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
+            why = "train.loss: bce trains towards the official accuracy, which is 0 where one answer is given"
+            raise InputError(f"{why}, as to every question of {', '.join(splits)}; use soft or hard")
         self.validation = None
         if split is not None:
             without = "train.validate_on=null trains without validation"
@@ -121,28 +124,40 @@ class VQATask:
 
 
 def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none."""
+    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none.
+
+    With `bce` it is binary for each answer, and summed over the answers.
+    """
+    targets = answer_targets(labels, logits.shape[1], kind)
+    if kind == "bce":
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
+        return losses if reduction == "none" else losses.mean()
     # takes logits: its own softmax is the only one
-    return F.cross_entropy(logits, answer_targets(labels, logits.shape[1], kind), reduction=reduction)
+    return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
-    """The distribution over answer classes that a model is trained towards.
+    """The distribution over answer classes that a model is trained towards, or the score of each of them.
 
     Args:
-        labels: classes of the given answers [B, K], NO_ANSWER outside the vocabulary.
+        labels: classes of the given answers [B, K]: NO_ANSWER outside the vocabulary, NOT_GIVEN as padding.
         answers: number of classes A.
-        kind: `soft` (counts clipped at 3, then normalised; the authors' code) or `hard` (all on the most common
-            answer, the lowest class among equals).
+        kind: `soft` (counts clipped at 3, then normalised; the authors' code), `hard` (all on the most common
+            answer, the lowest class among equals) or `bce` (each class's official accuracy; Teney et al. 2018).
 
     Returns:
-        float32 [B, A]; each row sums to 1 (to 0 if no given answer is in the vocabulary).
+        float32 [B, A]; with `soft` and `hard` each row sums to 1 (to 0 if no given answer is in the vocabulary).
     """
-    known = (labels != NO_ANSWER).float()
+    known = (labels >= 0).float()
     counts = torch.zeros(len(labels), answers, device=labels.device)
     counts.scatter_add_(1, labels.clamp(min=0), known)
     if kind == "hard":
         return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
+    if kind == "bce":
+        given = (labels != NOT_GIVEN).sum(1, keepdim=True)
+        # `vqa.metrics.accuracies`: for an annotator who gave the answer, one match fewer is among the others
+        total = counts * ((counts - 1) / 3).clamp(max=1) + (given - counts) * (counts / 3).clamp(max=1)
+        return total / given.clamp(min=1)
     counts.clamp_(max=3)
     return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
@@ -154,7 +169,7 @@ def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
         if not table.given.size:
             raise InputError(f"train.splits: split {split!r} has no annotations")
     table = joined(tables)
-    kept = store.usable[table.images] & (table.labels() != NO_ANSWER).any(1)
+    kept = store.usable[table.images] & (table.labels() >= 0).any(1)
     if not kept.any():
         raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
     return table.select(np.flatnonzero(kept))

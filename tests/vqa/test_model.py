@@ -8,15 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.training.optimiser import build_optimiser
-from experiments.training.run_data import answer_targets
+from experiments.training.run_data import answer_loss, answer_targets
 from vqa import question
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model
 from vqa.io.errors import InputError
+from vqa.metrics import question_accuracy
 from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
-from vqa.text.answers import NO_ANSWER
+from vqa.text.answers import NO_ANSWER, NOT_GIVEN
 from vqa.text.tokenizer import PAD_ID
 
 
@@ -207,6 +208,21 @@ def test_soft_targets_clip_counts_at_three():
     labels = torch.tensor([[0] * 8 + [1] * 2, [2] * 10, [0] + [NO_ANSWER] * 9, [NO_ANSWER] * 10])
     targets = answer_targets(labels, 4, "soft")
     torch.testing.assert_close(targets, torch.tensor([[0.6, 0.4, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    "given", [["a"] * 10, ["a"] * 4 + ["b"] * 3 + ["c"] * 2 + ["other"], ["a", "b", "b"], ["other", "a"], ["a"]]
+)
+def test_bce_sums_over_answers_with_the_official_accuracy_of_each_as_its_target(given):
+    answers = ["a", "b", "c", "d"]
+    labels = [answers.index(answer) if answer in answers else NO_ANSWER for answer in given]
+    labels = torch.tensor([labels + [NOT_GIVEN] * (10 - len(given))] * 2)
+    targets = torch.tensor([[question_accuracy(answer, given) for answer in answers]] * 2)
+    torch.testing.assert_close(answer_targets(labels, 4, "bce"), targets)
+    logits = torch.tensor([[3.0, -2.0, 0.5, 0.0], [0.0, 1.0, -90.0, 90.0]])
+    expected = torch.stack([torch.nn.BCEWithLogitsLoss(reduction="sum")(*pair) for pair in zip(logits, targets)])
+    torch.testing.assert_close(answer_loss(logits, labels, "bce", "none"), expected)
+    torch.testing.assert_close(answer_loss(logits, labels, "bce"), expected.mean())
 
 
 def test_hard_targets_are_the_most_common_answer():

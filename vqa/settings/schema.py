@@ -114,7 +114,7 @@ class TrainSettings(_Section):
 
     splits: list[SplitName] = Field(min_length=1)
     validate_on: SplitName | None
-    loss: Literal["soft", "hard"]
+    loss: Literal["soft", "hard", "bce"]
     optimiser: Literal["adam"]
     learning_rate: float = Field(gt=0)
     predictor_learning_rate: float | None = Field(gt=0)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 NO_ANSWER = -1  # padding of a question's answers, and the class of an answer outside the vocabulary
+NOT_GIVEN = -2  # padding of a question's classes, where others were given more answers
 
 _TABLES = json.loads(Path(__file__).with_name("answer_normalisation.json").read_text(encoding="utf-8"))
 _CONTRACTIONS: dict[str, str] = _TABLES["contractions"]

@@ -1,6 +1,8 @@
 """Runs: what a run directory holds, exact resume after a kill, several processes, early stopping, bad losses."""
 
+import dataclasses
 import json
+import math
 import time
 
 import h5py
@@ -16,6 +18,7 @@ from experiments.training.run_data import VQATask
 from experiments.training.trainer import prepare, train
 from tests.processes import start_ranks
 from vqa.io.errors import InputError
+from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 
 
@@ -77,7 +80,12 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
 
 # within the first epoch, at the second's first step, within the second
 @pytest.mark.parametrize(
-    ("words", "stops"), [(["train.schedule=constant"], (2, 4, 6)), (["backbone.train=stage4", "cbn.stages=[4]"], (2,))]
+    ("words", "stops"),
+    [
+        (["train.schedule=constant"], (2, 4, 6)),
+        (["backbone.train=stage4", "cbn.stages=[4]"], (2,)),
+        (["train.loss=bce"], (2,)),
+    ],
 )
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
     words = [*words, "train.epochs=2", "train.checkpoint_every=1", "answer.dropout=0.3", "train.batch_size=16"]
@@ -100,6 +108,30 @@ def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch,
         resumed = train(settings, resume=True, runs=tmp_path).path
         assert same_weights(whole, resumed), stop
         assert lines(whole) == lines(resumed), stop
+
+
+def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.training.run_data._trainable_questions", one_answer_each)
+    with pytest.raises(
+        InputError, match=r"train.loss: bce trains towards .* every question of train; use soft or hard"
+    ):
+        train(load_settings(tiny, ["name=one", "train.loss=bce"]), runs=tmp_path)
+
+
+def one_answer_each(store, splits):
+    table = store.table(splits[0])
+    return dataclasses.replace(table, given=table.given[:, :1])
+
+
+def test_a_model_trained_with_bce_tells_the_expected_accuracy_of_each_answer(tiny, tmp_path):
+    saved = load_model(train(load_settings(tiny, ["name=bce", "train.loss=bce"]), runs=tmp_path).path)
+    image = np.zeros((64, 64, 3), np.uint8)
+    logits = saved.run(image, "what color is it?").logits[0]
+    told = saved.ask(image, "what color is it?", top=len(saved.answers))
+    expected = {
+        answer: 1 / (1 + math.exp(-logit)) for answer, logit in zip(saved.answers, logits.tolist(), strict=True)
+    }
+    assert {entry["answer"]: entry["probability"] for entry in told} == pytest.approx(expected)
 
 
 def test_a_finished_run_is_left_alone(tiny, finished, tmp_path, capsys):
@@ -294,14 +326,10 @@ def test_the_best_epochs_model_is_kept_and_training_stops_early(tiny, tmp_path, 
     settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2"])
     run = train(settings, runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
-    from vqa.saved_model import load_model
-
     assert load_model(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
 
 
 def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
-    from vqa.saved_model import load_model
-
     words = ["name=both", "train.splits=[train, val]", "train.validate_on=null", "train.epochs=2"]
     run = train(load_settings(tiny, words), runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [None, None]
@@ -348,8 +376,6 @@ def test_glove_vectors_are_used_and_stored_with_the_model(tiny, tmp_path):
     words = ["name=glove", f"question.glove={glove}", "question.glove_size=3"]
     run = train(load_settings(tiny, words), runs=tmp_path).path
     glove.unlink()
-    from vqa.saved_model import load_model
-
     loaded = load_model(run)
     row = loaded.tokenizer.token_to_id("red")
     assert loaded.model.question.fixed.weight[row].tolist() == [4, 5, 6]

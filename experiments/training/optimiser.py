@@ -17,13 +17,25 @@ def trained_parameters(model: VQAModel) -> list[nn.Parameter]:
 
 
 def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Optimizer:
-    """Adam over what training changes; the MLPs that predict the deltas may have a learning rate of their own."""
+    """The optimiser over what training changes; the MLPs that predict the deltas may have a learning rate of their own.
+
+    Weight decay shrinks the weights themselves with AdamW and is a part of the gradient with Adam and Adamax, as in
+    torch; biases, γ and β have none.
+    """
     predicting = list(model.predictor.parameters()) if model.predictor else []
     others = [parameter for parameter in trained_parameters(model) if all(parameter is not one for one in predicting)]
     rates = (settings.learning_rate, settings.predictor_learning_rate or settings.learning_rate)
-    groups = [{"params": group, "lr": rate} for group, rate in zip((others, predicting), rates, strict=True) if group]
+    groups = []
+    for group, rate in zip((others, predicting), rates, strict=True):
+        parts = [(group, settings.weight_decay)]
+        if settings.weight_decay:
+            matrices, vectors = ([one for one in group if (one.dim() > 1) is many] for many in (True, False))
+            parts = [(matrices, settings.weight_decay), (vectors, 0.0)]
+        groups += [{"params": part, "lr": rate, "weight_decay": decay} for part, decay in parts if part]
+    if settings.optimiser == "adamax":
+        return torch.optim.Adamax(groups)
     fused = others[0].device.type in ("cpu", "cuda")  # one pass over parameters and moments instead of ten
-    return torch.optim.Adam(groups, fused=fused)
+    return (torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam)(groups, fused=fused)
 
 
 def build_schedule(

@@ -220,7 +220,8 @@ def test_bce_sums_over_answers_with_the_official_accuracy_of_each_as_its_target(
     targets = torch.tensor([[question_accuracy(answer, given) for answer in answers]] * 2)
     torch.testing.assert_close(answer_targets(labels, 4, "bce"), targets)
     logits = torch.tensor([[3.0, -2.0, 0.5, 0.0], [0.0, 1.0, -90.0, 90.0]])
-    expected = torch.stack([torch.nn.BCEWithLogitsLoss(reduction="sum")(*pair) for pair in zip(logits, targets)])
+    summed = nn.BCEWithLogitsLoss(reduction="sum")
+    expected = torch.stack([summed(logits[row], targets[row]) for row in range(2)])
     torch.testing.assert_close(answer_loss(logits, labels, "bce", "none"), expected)
     torch.testing.assert_close(answer_loss(logits, labels, "bce"), expected.mean())
 

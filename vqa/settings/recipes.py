@@ -18,11 +18,12 @@ from vqa.settings.schema import ROLES, Settings
 BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
-_BEFORE: dict[str, Any] = {"train": {"accumulate": 1, "together": 1, "skip_not_finite": 0}}
+_BEFORE: dict[str, Any] = {"train": {"accumulate": 1, "together": 1, "skip_not_finite": 0, "weight_decay": 0.0}}
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
 _OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours
     "train.learning_rate": "lr base_lr",
     "train.batch_size": "bs batch",
+    "train.weight_decay": "wd",
     "train.accumulate": "accum grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
     "train.clip": "grad_clip clip_grad clip_norm clip_grad_norm max_norm max_grad_norm gradient_clip_val",
     "train.patience": "early_stop early_stopping",
@@ -185,8 +186,6 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
 
 def _suggestion(key: str) -> str:
     last = key.rpartition(".")[2].lower().replace("-", "_")
-    if last in ("wd", "weight_decay"):
-        return "; there is no weight decay: the optimiser is plain Adam"
     named = (ours for ours, others in _OTHER_NAMES.items() if last in others.split())
     candidates = {known.rpartition(".")[2]: known for known in ROLES} | {known: known for known in ROLES}
     similar = (candidates[close] for close in difflib.get_close_matches(key, candidates, 1))

@@ -115,7 +115,8 @@ class TrainSettings(_Section):
     splits: list[SplitName] = Field(min_length=1)
     validate_on: SplitName | None
     loss: Literal["soft", "hard", "bce"]
-    optimiser: Literal["adam"]
+    optimiser: Literal["adam", "adamw", "adamax"]
+    weight_decay: float = Field(ge=0)
     learning_rate: float = Field(gt=0)
     predictor_learning_rate: float | None = Field(gt=0)
     schedule: Literal["constant", "one_cycle"]

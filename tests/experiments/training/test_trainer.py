@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 
 import h5py
@@ -84,7 +83,8 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
     [
         (["train.schedule=constant"], (2, 4, 6)),
         (["backbone.train=stage4", "cbn.stages=[4]"], (2,)),
-        (["train.loss=bce"], (2,)),
+        (["train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1"], (2,)),
+        (["train.optimiser=adamax"], (5,)),
     ],
 )
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
@@ -112,9 +112,7 @@ def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch,
 
 def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.training.run_data._trainable_questions", one_answer_each)
-    with pytest.raises(
-        InputError, match=r"train.loss: bce trains towards .* every question of train; use soft or hard"
-    ):
+    with pytest.raises(InputError, match=r"train.loss: bce .* every question of train; use soft or hard"):
         train(load_settings(tiny, ["name=one", "train.loss=bce"]), runs=tmp_path)
 
 
@@ -128,9 +126,7 @@ def test_a_model_trained_with_bce_tells_the_expected_accuracy_of_each_answer(tin
     image = np.zeros((64, 64, 3), np.uint8)
     logits = saved.run(image, "what color is it?").logits[0]
     told = saved.ask(image, "what color is it?", top=len(saved.answers))
-    expected = {
-        answer: 1 / (1 + math.exp(-logit)) for answer, logit in zip(saved.answers, logits.tolist(), strict=True)
-    }
+    expected = dict(zip(saved.answers, logits.sigmoid().tolist(), strict=True))
     assert {entry["answer"]: entry["probability"] for entry in told} == pytest.approx(expected)
 
 
@@ -286,6 +282,37 @@ def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
     assert {rates[key] for key in rates if names[key].startswith("predictor.")} == {0.25}
     assert {rates[key] for key in rates if not names[key].startswith("predictor.")} == {0.5}
     assert rates.keys() == {id(p) for p in trained_parameters(model)}
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)]
+)
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_optimisers_are_torchs_and_decay_no_biases_and_norms(tiny, name, reference, decay):
+    from experiments.training.optimiser import build_optimiser, trained_parameters
+    from vqa.build import build_model
+
+    words = [f"train.optimiser={name}", f"train.weight_decay={decay}", "backbone.train=batchnorm"]
+    settings = load_settings(tiny, [*words, "train.learning_rate=0.5", "train.predictor_learning_rate=0.25"])
+    model = build_model(settings, 20, 10, pretrained=False)
+    copy = build_model(settings, 20, 10, pretrained=False)
+    copy.load_state_dict(model.state_dict())
+    predicting = {id(parameter) for parameter in copy.predictor.parameters()}
+    groups = [
+        {"params": [parameter], "lr": 0.25 if id(parameter) in predicting else 0.5, "weight_decay": decay * (rank > 1)}
+        for parameter in trained_parameters(copy)
+        for rank in [parameter.dim()]
+    ]
+    optimisers = build_optimiser(settings.train, model), reference(groups)
+    for step in range(3):
+        for optimiser, of in zip(optimisers, (model, copy), strict=True):
+            torch.manual_seed(step)
+            for parameter in trained_parameters(of):
+                parameter.grad = torch.randn(parameter.shape)
+            optimiser.step()
+    ours, theirs = model.state_dict(), copy.state_dict()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, msg=key)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 1000])

@@ -41,15 +41,20 @@ def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Opt
 def build_schedule(
     settings: TrainSettings, optimiser: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over the `steps` of a whole run."""
+    """The learning rate over the `steps` of a whole run: constant, or multiplied by `rate_factor`."""
     if settings.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: one_cycle(step, steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(settings, step, steps))
 
 
-def one_cycle(step: int, steps: int) -> float:
-    """Share of the largest learning rate at a step (from 0): a linear rise, then a cosine (Smith and Topin 2018)."""
-    warm = math.ceil(WARM_UP * steps)
+def rate_factor(settings: TrainSettings, step: int, steps: int) -> float:
+    """Share of the largest learning rate at a step (from 0): a linear rise, then a cosine to 0, or constant steps.
+
+    `one_cycle` (Smith and Topin 2018) is `cosine` (Loshchilov and Hutter 2017) with a warm-up of its own.
+    """
+    warm = math.ceil((WARM_UP if settings.schedule == "one_cycle" else settings.warm_up) * steps)
     if step < warm:
         return (step + 1) / warm
+    if settings.schedule == "steps":
+        return settings.decay_by ** sum(step >= share * steps for share in settings.decay_at)
     return (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2

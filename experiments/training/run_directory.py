@@ -54,10 +54,11 @@ class RunDirectory:
         for key in different_keys(settings, begun, _RESUMABLE):
             patience = asked.patience or math.inf
             longer = key == "train.epochs" and asked.epochs > begun.train.epochs
-            if longer and begun.train.schedule == "one_cycle":
+            if longer and begun.train.schedule != "constant":
                 raise InputError(
-                    f"{config}: train.epochs cannot grow from {begun.train.epochs} to {asked.epochs}: one_cycle lowers "
-                    "the learning rate to 0 over the epochs it began with, constant does not; choose another `name`"
+                    f"{config}: train.epochs cannot grow from {begun.train.epochs} to {asked.epochs}: "
+                    f"{begun.train.schedule} lowers the learning rate over the epochs it began with, constant does "
+                    "not; choose another `name`"
                 )
             if not longer and not (key == "train.patience" and patience > (begun.train.patience or math.inf)):
                 raise InputError(

@@ -36,7 +36,7 @@ def test_every_line_of_base_is_explained():
     text = (ROOT / "vqa/settings/base.yaml").read_text()
     lines = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
     uncommented = {line.split(":")[0].strip() for line in lines if "#" not in line}
-    assert uncommented <= {"learning_rate", "epochs", "scenes"}
+    assert uncommented <= {"learning_rate", "decay_by", "epochs", "scenes"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -128,6 +128,11 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("device=gpu", "device: "),
         ("name=../elsewhere", "name: "),
         ("train.validate_on=train", "split 'train' is trained on"),
+        ("train.warm_up=0.1", "train.warm_up: schedules cosine and steps have one, constant must have 0"),
+        ("train.schedule=steps", r"train.decay_at: schedule steps needs shares of the training, as \[0.6, 0.8\]"),
+        ("train.decay_at=[0.5]", r"train.decay_at: schedule constant must have \[\]"),
+        ("train.decay_at=[5]", "train.decay_at.0: .*less than 1"),
+        ("train.milestones=[5]", "did you mean train.decay_at?"),
         ("train.epochs", "no setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),
         ("train=5", "train: "),

@@ -18,12 +18,26 @@ from vqa.settings.schema import ROLES, Settings
 BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
-_BEFORE: dict[str, Any] = {"train": {"accumulate": 1, "together": 1, "skip_not_finite": 0, "weight_decay": 0.0}}
+_BEFORE: dict[str, Any] = {
+    "train": {
+        "accumulate": 1,
+        "together": 1,
+        "skip_not_finite": 0,
+        "weight_decay": 0.0,
+        "warm_up": 0.0,
+        "decay_at": [],
+        "decay_by": 0.1,
+    }
+}
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
 _OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours
     "train.learning_rate": "lr base_lr",
     "train.batch_size": "bs batch",
     "train.weight_decay": "wd",
+    "train.schedule": "scheduler lr_scheduler lr_schedule",
+    "train.warm_up": "warmup_ratio warmup_steps warmup_epochs num_warmup_steps",
+    "train.decay_at": "milestones lr_steps",
+    "train.decay_by": "lr_decay lr_gamma",
     "train.accumulate": "accum grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
     "train.clip": "grad_clip clip_grad clip_norm clip_grad_norm max_norm max_grad_norm gradient_clip_val",
     "train.patience": "early_stop early_stopping",

@@ -119,7 +119,10 @@ class TrainSettings(_Section):
     weight_decay: float = Field(ge=0)
     learning_rate: float = Field(gt=0)
     predictor_learning_rate: float | None = Field(gt=0)
-    schedule: Literal["constant", "one_cycle"]
+    schedule: Literal["constant", "one_cycle", "cosine", "steps"]
+    warm_up: float = Field(ge=0, lt=1)
+    decay_at: list[Annotated[float, Field(gt=0, lt=1)]]
+    decay_by: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
     epochs: Count
     batch_size: Annotated[Size, Role.SCORING]
@@ -134,6 +137,15 @@ class TrainSettings(_Section):
     def _validation_is_unseen(self) -> "TrainSettings":
         if self.validate_on in self.splits:
             raise ValueError(f"validate_on: split {self.validate_on!r} is trained on; use another split or null")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_uses_its_keys(self) -> "TrainSettings":
+        if self.warm_up and self.schedule not in ("cosine", "steps"):
+            raise ValueError(f"warm_up: schedules cosine and steps have one, {self.schedule} must have 0")
+        if bool(self.decay_at) != (self.schedule == "steps"):
+            needs = "needs shares of the training, as [0.6, 0.8]" if self.schedule == "steps" else "must have []"
+            raise ValueError(f"decay_at: schedule {self.schedule} {needs}")
         return self
 
 

@@ -84,7 +84,8 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
         (["train.schedule=constant"], (2, 4, 6)),
         (["backbone.train=stage4", "cbn.stages=[4]"], (2,)),
         (["train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1"], (2,)),
-        (["train.optimiser=adamax"], (5,)),
+        (["train.optimiser=adamax", "train.schedule=cosine", "train.warm_up=0.6"], (3,)),
+        (["train.schedule=steps", "train.warm_up=0.2", "train.decay_at=[0.4, 0.7]"], (4,)),
     ],
 )
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
@@ -316,15 +317,42 @@ def test_optimisers_are_torchs_and_decay_no_biases_and_norms(tiny, name, referen
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 1000])
-def test_one_cycle_rises_then_falls_to_zero(steps):
-    from experiments.training.optimiser import one_cycle
+def test_one_cycle_rises_then_falls_to_zero(tiny, steps):
+    from experiments.training.optimiser import rate_factor
 
-    factors = [one_cycle(step, steps) for step in range(steps)]
+    settings = load_settings(tiny, ["train.schedule=one_cycle"]).train
+    factors = [rate_factor(settings, step, steps) for step in range(steps)]
     assert max(factors) == 1.0
     peak = factors.index(1.0)
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert 0 <= one_cycle(steps, steps) < 1e-9 or steps == 1
+    assert 0 <= rate_factor(settings, steps, steps) < 1e-9 or steps == 1
+
+
+@pytest.mark.parametrize("warm_up", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["cosine", "steps"])
+def test_schedules_are_torchs(tiny, name, warm_up):
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
+
+    from experiments.training.optimiser import build_schedule
+
+    words = [f"train.schedule={name}", f"train.warm_up={warm_up}"]
+    words += ["train.decay_at=[0.5, 0.8]", "train.decay_by=0.2"] if name == "steps" else []
+    steps, warm = 20, int(20 * warm_up)
+    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3) for _ in range(2))
+    schedule = build_schedule(load_settings(tiny, words).train, ours, steps)
+    if name == "cosine":
+        reference = CosineAnnealingLR(theirs, steps - warm)
+    else:
+        reference = MultiStepLR(theirs, [10 - warm, 16 - warm], gamma=0.2)
+    if warm:
+        rise = LinearLR(theirs, start_factor=1 / warm, total_iters=warm - 1)
+        reference = SequentialLR(theirs, [rise, reference], [warm])
+    for step in range(steps):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"]), step
+        for optimiser, following in ((ours, schedule), (theirs, reference)):
+            optimiser.step()
+            following.step()
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):

@@ -38,12 +38,12 @@ def preprocess(config: Path, settings: list[str]) -> None:
     run(**preprocessing_of(load_settings(config, settings)))
 
 
-def train(config: Path, settings: list[str], resume: bool) -> None:
+def train(config: Path, settings: list[str], resume: bool, init_from: Path | None) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
     from experiments.training.trainer import train as run
     from vqa.settings.recipes import load_settings
 
-    run(load_settings(config, settings), resume=resume)
+    run(load_settings(config, settings), resume=resume, init_from=init_from)
 
 
 def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:

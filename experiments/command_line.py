@@ -73,6 +73,8 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     train = command("train", recipe, settings)
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+    init = "a run or model whose weights the new run starts from, where name and shape fit"
+    train.add_argument("--init-from", type=Path, metavar="DIR", help=init)
 
     evaluate = command("eval", run, settings)
     evaluate.add_argument("--split", default="val")

@@ -78,6 +78,15 @@ def test_preprocess_train_eval(command, tiny, tmp_path, monkeypatch):
     assert all(entry.keys() == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in results)
 
 
+def test_a_run_starts_from_another_runs_weights(command, refused, tiny, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = command("train", "--config", tiny, "--init-from", trained, "name=warm", "attention.units=4")
+    assert ended.code == 0, ended.err
+    assert re.search(rf"{trained}/model: \d+ of \d+ tensors taken, .*; not taken: attention\.", ended.out)
+    told = refused("train", "--config", tiny, "--init-from", tmp_path, "name=nothing")
+    assert f"{tmp_path}: no model here" in told
+
+
 def test_a_copied_model_is_evaluated_without_h5(command, trained, copied, tmp_path):
     expected = command("eval", "--run", trained, "--out", tmp_path / "h5").out
     ended = command("eval", "--run", copied, "--out", tmp_path / "raw", "data.h5=absent.h5")

@@ -25,6 +25,7 @@ class Progress:
     seconds: float = 0.0  # they took
     best_overall: float | None = None  # percent, on the validation split
     best_epoch: int = 0
+    trained_before: list[str] = field(default_factory=list)  # splits that the model of --init-from was trained on
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
     def is_finished(self, train: TrainSettings) -> bool:

@@ -18,6 +18,7 @@ from data.h5_file import Store
 from data.question_table import QuestionTable, joined
 from experiments.evaluate import score
 from experiments.process_group import Processes
+from experiments.training.warm_start import take_weights
 from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -25,6 +26,7 @@ from vqa.metrics import Scores
 from vqa.model import VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
+from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings
 from vqa.text.answers import NO_ANSWER, NOT_GIVEN
 from vqa.text.tokenizer import PAD_ID
@@ -91,8 +93,10 @@ class VQATask:
             start=start,
         )
 
-    def new_model(self, *, fresh: bool, say: Callable[[str], None]) -> VQAModel:
-        """Builds the model; a `fresh` one gets what it takes from the data, else a checkpoint sets all weights."""
+    def new_model(self, *, fresh: bool, say: Callable[[str], None], init_from: SavedModel | None = None) -> VQAModel:
+        """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
+        one; else a checkpoint sets all weights.
+        """
         settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
         model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
         if not fresh:
@@ -105,7 +109,10 @@ class VQATask:
         if model.kinds is not None:
             tokens, _ = padded_words(self.training, range(len(self.training)))
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
-        if model.condition == "mean_question":
+        taken = set()
+        if init_from is not None:
+            taken = take_weights(model, init_from, vocabulary, self.store.vocabulary, say)
+        if model.condition == "mean_question" and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         return model
 

@@ -65,8 +65,15 @@ class RunDirectory:
                     f"{config}: this run was started with another {key}; choose another `name` for the new settings"
                 )
 
-    def start(self, settings: Settings, device: torch.device, world_size: int, trained_parameters: int) -> None:
-        """Writes what explains the run."""
+    def start(
+        self,
+        settings: Settings,
+        device: torch.device,
+        world_size: int,
+        trained_parameters: int,
+        init_from: Path | None = None,
+    ) -> None:
+        """Writes what explains the run; `init_from` is the file of weights that it starts from."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         environment = {
@@ -74,6 +81,7 @@ class RunDirectory:
             "processes": world_size,
             "seed": settings.seed,
             "backbone": _digest_of(Path(settings.backbone.weights)),
+            "init_from": _digest_of(init_from) if init_from else None,
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }

@@ -18,6 +18,7 @@ from experiments.training.optimiser import build_optimiser, build_schedule, trai
 from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource, choose_images
+from experiments.training.warm_start import splits_seen
 from vqa import saved_model
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.locks import held
@@ -28,17 +29,21 @@ from vqa.resnet import ModulatedResNet
 from vqa.settings.schema import Settings
 
 
-def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")) -> RunDirectory:
+def train(
+    settings: Settings, *, resume: bool = False, runs: Path = Path("runs"), init_from: Path | None = None
+) -> RunDirectory:
     """Trains a recipe into `runs/NAME`; a finished run is left as it is.
 
     Args:
         settings: the recipe; its h5 file must exist.
         resume: from the last checkpoint, if there is one.
         runs: the folder of run directories.
+        init_from: a run or model directory whose weights a new run starts from, where they fit; a checkpoint replaces
+            them.
 
     Raises:
-        InputError: the data, the backbone or the run directory are not as the recipe needs them, another process
-            trains there, the loss is not finite, or the disk is full.
+        InputError: the data, the backbone, the run directory or the model to start from are not as the recipe needs
+            them, another process trains there, the loss is not finite, or the disk is full.
         Interrupted: by a signal, after the step it came in, with a checkpoint of it.
     """
     run = RunDirectory(runs / settings.name)
@@ -62,7 +67,7 @@ def train(settings: Settings, *, resume: bool = False, runs: Path = Path("runs")
             why = ", stopped early by train.patience (which may be raised)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
-            prepare(task, run, processes, saved).run_epochs()
+            prepare(task, run, processes, saved, init_from).run_epochs()
     return run
 
 
@@ -77,8 +82,15 @@ def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> 
     return saved
 
 
-def prepare(task: VQATask, run: RunDirectory, processes: Processes, saved: dict[str, Any] | None = None) -> "Trainer":
-    """Builds the task's model, restores a `saved` checkpoint, fills the stage cache, writes what explains the run.
+def prepare(
+    task: VQATask,
+    run: RunDirectory,
+    processes: Processes,
+    saved: dict[str, Any] | None = None,
+    init_from: Path | None = None,
+) -> "Trainer":
+    """Builds the task's model, with weights of the model `init_from`, restores a `saved` checkpoint, fills the stage
+    cache, writes what explains the run.
 
     Raises:
         InputError: as `train`.
@@ -87,23 +99,30 @@ def prepare(task: VQATask, run: RunDirectory, processes: Processes, saved: dict[
     if train.batch_size % size:
         raise InputError(f"train.batch_size: {train.batch_size} questions cannot be shared equally by {size} processes")
     device = processes.device(settings.device)
+    warm, seen = None, []
+    if init_from is not None and saved is None:
+        warm = processes.agreed(lambda: saved_model.load_model(init_from))
+        seen = splits_seen(warm, settings)
     torch.manual_seed(settings.seed)  # the same initial weights in every process
-    model = task.new_model(fresh=saved is None, say=processes.say).to(device)
+    model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
     sampler = task.sampler(processes, epoch=1)
     _check_batch_statistics(settings, model.resnet, sampler)
     torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
 
     optimiser = build_optimiser(train, model)
     schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
-    state = TrainingState(model, optimiser, schedule, device)
+    state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=seen))
     if saved is not None:
         state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
+        if init_from is not None:
+            processes.say(f"--init-from: {init_from} is not read again, the checkpoint has all weights")
 
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        run.start(settings, device, size, trainer.trained_count)
+        weights = warm.folder / saved_model.WEIGHTS if warm is not None else None
+        run.start(settings, device, size, trainer.trained_count, weights)
         task.save_companions(run.model)
     return trainer
 
@@ -203,7 +222,8 @@ class Trainer:
         is_best = progress.end_epoch(line)
         if self.processes.is_main:
             if is_best:
-                facts = {"trained_on": self.settings.train.splits}
+                splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
+                facts = {"trained_on": list(splits)}
                 facts |= {key: line[key] for key in ("epoch", "val_overall")}
                 saved_model.save_weights(self.run.model, self.model, facts)
             self._report(line)

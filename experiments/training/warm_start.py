@@ -1,0 +1,96 @@
+"""Warm start (`train --init-from`): a new model takes a trained model's weights where name and shape fit."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from vqa.io.errors import InputError
+from vqa.model import VQAModel
+from vqa.saved_model import SavedModel
+from vqa.settings.schema import Settings
+from vqa.text.answers import normalise_answer
+
+MOST_NAMED = 20  # parts of the model that were not taken
+
+
+def take_weights(
+    model: VQAModel, saved: SavedModel, words: Mapping[str, int], answers: Sequence[str], say: Callable[[str], None]
+) -> set[str]:
+    """Sets the weights of a new model, with the vocabulary `words` and the classes `answers`, to those of a saved one.
+
+    Embeddings of words and scores of answers go by their text; GloVe's vectors stay those of the new model. The ResNet
+    is taken whole or not at all. `say` is told what was taken and what keeps its initial values.
+
+    Returns:
+        The names of what was taken.
+    """
+    ours, theirs, their_words = model.state_dict(), saved.model.state_dict(), saved.tokenizer.get_vocab()
+    layer = len(model.fusion.answer) - 1  # the last one, with a row for each answer
+    by_word = _common_rows(words, their_words)
+    classes = ({normalise_answer(text): row for row, text in enumerate(of)} for of in (answers, saved.answers))
+    by_answer = _common_rows(*classes)
+    rows = {"question.embedding.weight": by_word}
+    rows |= {f"fusion.answer.{layer}.{part}": by_answer for part in ("weight", "bias")}
+
+    unfit = ["question.fixed."]
+    if any(not _fits(value, theirs.get(name)) for name, value in ours.items() if name.startswith("resnet.")):
+        unfit.append("resnet.")
+    if layer != len(saved.model.fusion.answer) - 1:
+        unfit.append("fusion.answer.")
+    if model.kinds is not None and words != their_words:  # kinds are word ids, and the predictor has a row for each
+        unfit += ["kinds.", "predictor."]
+
+    taken: dict[str, Tensor] = {}
+    for name, value in ours.items():
+        found = theirs.get(name)
+        if name.startswith(tuple(unfit)) or not _fits(value, found, of_rows=name in rows):
+            continue
+        taken[name] = found
+        if name in rows:
+            mine, its = rows[name]
+            taken[name] = value.clone()
+            taken[name][mine] = found[its]
+    model.load_state_dict(ours | taken)
+    texts = f"{len(by_word[0])} of {len(words)} words and {len(by_answer[0])} of {len(answers)} answers are known there"
+    say(f"{saved.folder}: {len(taken)} of {len(ours)} tensors taken, {texts}{_not_taken(ours, taken)}")
+    return set(taken)
+
+
+def splits_seen(saved: SavedModel, settings: Settings) -> list[str]:
+    """The splits that a saved model was trained on and whose files have the same names in `settings`.
+
+    Raises:
+        InputError: one of them is to be validated on.
+    """
+    here, there = settings.data.splits, saved.settings.data.splits
+    seen = [split for split in saved.training.get("trained_on", []) if here.get(split) == there.get(split)]
+    if (split := settings.train.validate_on) in seen:
+        raise InputError(f"train.validate_on: {saved.folder} was trained on split {split!r}; use another split or null")
+    return seen
+
+
+def _fits(value: Tensor, found: Tensor | None, *, of_rows: bool = False) -> bool:
+    """Whether a tensor has the shape of `value`; `of_rows`, the shape of its rows."""
+    first = 1 if of_rows else 0
+    return found is not None and found.shape[first:] == value.shape[first:]
+
+
+def _common_rows(ours: Mapping[str, int], theirs: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """The rows of the texts that both have."""
+    common = ours.keys() & theirs.keys()
+    return [ours[text] for text in common], [theirs[text] for text in common]
+
+
+def _not_taken(ours: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> str:
+    """Names what keeps its initial values: the largest parts of the model of which nothing was taken, and tensors."""
+    of_taken = {part for name in taken for part in _parts(name)}
+    left = (next(part for part in _parts(name) if part not in of_taken) for name in ours if name not in taken)
+    named = list(dict.fromkeys(left))
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return f"; not taken: {', '.join(named[:MOST_NAMED])}{more}" if named else ""
+
+
+def _parts(name: str) -> list[str]:
+    """`a.b.c` → `a.*`, `a.b.*`, `a.b.c`."""
+    words = name.split(".")
+    return [".".join([*words[:depth], "*"]) for depth in range(1, len(words))] + [name]

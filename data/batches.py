@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -20,6 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.augmentation import Augmentation
 from data.bad_images import settle_bad_images, stand_in
 from data.question_table import QuestionTable
 from vqa.io.errors import InputError
@@ -104,19 +106,33 @@ def padded_words(table: QuestionTable, rows: Sequence[int]) -> tuple[torch.Tenso
 class QuestionDataset(Dataset):
     """Questions with their images: a list of rows → their batch."""
 
-    def __init__(self, table: QuestionTable, images: Images, *, share: bool = True) -> None:
-        """If `share` is False, a batch holds an image once for each question about it."""
-        self.table, self.images, self.share = table, images, share
+    def __init__(
+        self, table: QuestionTable, images: Images, *, share: bool = True, augmentation: Augmentation | None = None
+    ) -> None:
+        """If `share` is False, or with an augmentation, a batch holds an image once for each question about it."""
+        self.table, self.images, self.share = table, images, share and augmentation is None
+        self.augmentation, self.epoch = augmentation, 0
         self.labels = table.labels().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.table)
 
+    def in_epoch(self, epoch: int) -> "QuestionDataset":
+        """Return the dataset with the augmentation of an epoch."""
+        of_epoch = copy(self)
+        of_epoch.epoch = epoch
+        return of_epoch
+
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         wanted, places = self.table.images[rows], np.arange(len(rows))
         if self.share:
             wanted, places = np.unique(wanted, return_inverse=True)
-        images = np.stack([self.images[image] for image in wanted])
+        images = [self.images[image] for image in wanted]
+        if self.augmentation is not None:
+            images = [
+                self.augmentation.augment(image, self.epoch, row) for image, row in zip(images, rows, strict=True)
+            ]
+        images = np.stack(images)
         images, places = torch.from_numpy(images), torch.from_numpy(places)
         words, labels = padded_words(self.table, rows), torch.from_numpy(self.labels[rows])
         return Batch(images, places, *words, labels, torch.tensor(rows))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.augmentation import augmentation
 from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
 from data.h5_file import Store
@@ -76,9 +77,11 @@ class VQATask:
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
 
-    def dataset(self, table: QuestionTable, images: Images) -> QuestionDataset:
+    def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
-        return QuestionDataset(table, images, share=self.settings.speed.share_images)
+        kind = self.settings.train.augment if augmented else "none"
+        chosen = augmentation(kind, self.settings.seed, table, self.store.tokenizer.get_vocab())
+        return QuestionDataset(table, images, share=self.settings.speed.share_images, augmentation=chosen)
 
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
         """This process's part of the training batches of an epoch, from batch `start` on."""

@@ -57,13 +57,20 @@ class ImageSource:
 
 def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
-    the images, where no stage is fixed, or the file would be larger than `data.cache_gib` or cannot be written.
+    the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
+    cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
     """
     store, settings = task.store, task.settings
     pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
+    if (kind := settings.train.augment) != "none":
+        processes.say(
+            f"train.augment: {kind} gives each question an image of its own in every epoch: without stored feature "
+            "maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
+        )
+        return pixels
     stage = resnet.fixed_stage()
     if stage is None:
         return pixels

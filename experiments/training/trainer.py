@@ -152,7 +152,7 @@ class Trainer:
         self.task, self.run, self.processes, self.state, self.images = task, run, processes, state, images
         self.settings = task.settings
         self.model, self.progress, self.device = state.model, state.progress, state.device
-        self.training = task.dataset(task.training, images.images)
+        self.training = task.dataset(task.training, images.images, augmented=True)
         self.validation = task.dataset(task.validation, images.images) if task.validation is not None else None
         self.steps_per_epoch = task.sampler(processes, epoch=1).batches
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(state.model))
@@ -262,7 +262,7 @@ class Trainer:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, from batch `start` on; a signal ends the wait for one."""
         sampler = self.task.sampler(self.processes, epoch, start)
-        loader = make_loader(self.training, sampler, self.settings.workers, self.device)
+        loader = make_loader(self.training.in_epoch(epoch), sampler, self.settings.workers, self.device)
         batches = readable(loader, self._stop_waiting_if_asked)
         return shown(batches, sampler.batches, f"epoch {epoch}", done=start) if self.processes.is_main else batches
 

@@ -132,6 +132,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("train.schedule=steps", r"train.decay_at: schedule steps needs shares of the training, as \[0.6, 0.8\]"),
         ("train.decay_at=[0.5]", r"train.decay_at: schedule constant must have \[\]"),
         ("train.decay_at=[5]", "train.decay_at.0: .*less than 1"),
+        ("train.hflip=true", "did you mean train.augment?"),
         ("train.milestones=[5]", "did you mean train.decay_at?"),
         ("train.epochs", "no setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),

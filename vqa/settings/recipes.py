@@ -27,6 +27,7 @@ _BEFORE: dict[str, Any] = {
         "warm_up": 0.0,
         "decay_at": [],
         "decay_by": 0.1,
+        "augment": "none",
     }
 }
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
@@ -40,6 +41,7 @@ _OTHER_NAMES = {  # what other programs call these settings, where no similar sp
     "train.decay_by": "lr_decay lr_gamma",
     "train.accumulate": "accum grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
     "train.clip": "grad_clip clip_grad clip_norm clip_grad_norm max_norm max_grad_norm gradient_clip_val",
+    "train.augment": "augmentation random_crop random_flip hflip",
     "train.patience": "early_stop early_stopping",
     "train.checkpoint_every": "save_every save_steps",
     "backbone.name": "arch network",

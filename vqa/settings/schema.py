@@ -126,6 +126,7 @@ class TrainSettings(_Section):
     clip: float = Field(gt=0)
     epochs: Count
     batch_size: Annotated[Size, Role.SCORING]
+    augment: Literal["none", "crop", "crop_flip"]
     patience: int = Field(ge=0, le=2**31)
     accumulate: Size
     together: Size

@@ -12,8 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 from data.h5_file import _digest_of
+from experiments.process_group import Processes
 from experiments.training import loop
 from experiments.training.run_data import VQATask
+from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from tests.processes import start_ranks
 from vqa.io.errors import InputError
@@ -85,7 +87,7 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
         (["backbone.train=stage4", "cbn.stages=[4]"], (2,)),
         (["train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1"], (2,)),
         (["train.optimiser=adamax", "train.schedule=cosine", "train.warm_up=0.6"], (3,)),
-        (["train.schedule=steps", "train.warm_up=0.2", "train.decay_at=[0.4, 0.7]"], (4,)),
+        (["train.schedule=steps", "train.warm_up=0.2", "train.decay_at=[0.4, 0.7]", "train.augment=crop_flip"], (5,)),
     ],
 )
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
@@ -129,6 +131,26 @@ def test_a_model_trained_with_bce_tells_the_expected_accuracy_of_each_answer(tin
     told = saved.ask(image, "what color is it?", top=len(saved.answers))
     expected = dict(zip(saved.answers, logits.sigmoid().tolist(), strict=True))
     assert {entry["answer"]: entry["probability"] for entry in told} == pytest.approx(expected)
+
+
+def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_path, capsys):
+    for kind, stage in (("none", 4), ("crop", None)):
+        settings = load_settings(tiny, ["cbn.stages=[]", f"train.augment={kind}"])
+        trainer = prepare(VQATask(settings), RunDirectory(tmp_path / kind), Processes())
+        assert trainer.images.stage == stage
+        assert trainer.training.share == (kind == "none")
+        assert trainer.validation.share
+        assert trainer.validation.augmentation is None
+        told = capsys.readouterr().out
+        assert ("train.augment: crop gives each question an image of its own" in told) == (kind == "crop")
+    rows = next(iter(trainer.task.sampler(Processes(), 1)))
+    first, again, second = (next(trainer.batches(epoch)) for epoch in (1, 1, 2))
+    assert len(first.images) == len(rows)
+    assert torch.equal(first.images, again.images)
+    augment, images = trainer.training.augmentation.augment, trainer.images.images
+    pairs = [(row, images[trainer.task.training.images[row]]) for row in second.rows.tolist()]
+    expected = [augment(image, 2, row) for row, image in pairs]
+    assert torch.equal(second.images, torch.from_numpy(np.stack(expected)))
 
 
 def test_a_finished_run_is_left_alone(tiny, finished, tmp_path, capsys):
@@ -517,9 +539,6 @@ def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):
-    from experiments.process_group import Processes
-    from experiments.training.run_directory import RunDirectory
-
     settings = load_settings(tiny)
     with pytest.raises(InputError, match="cannot be shared equally by 3 processes"):
         prepare(VQATask(settings), RunDirectory(tmp_path), Processes(0, 0, 3))

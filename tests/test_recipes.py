@@ -60,6 +60,10 @@ def project(tmp_path, monkeypatch):
             folder.joinpath("datasets").mkdir(exist_ok=True)
             with zipfile.ZipFile(settings.question.glove, "w") as archive:
                 archive.writestr("glove.txt", "cat " + " ".join(["0.1"] * 300))
+    for number in range(6):
+        file = folder / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(file)
     return folder
 
 
@@ -102,6 +106,7 @@ PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "d
 ON_TINY_DATA = {  # what is appended to a command, so that it takes seconds
     "demo": [*SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD],
     "preprocess": ["data.image_size=64"],
+    "pretrain": ["--backbone=resnet10", "--image-size=32", "--epochs=1"],
     "train": SMALL_MODEL,
 }
 RUN_ELSEWHERE = ("bench", "gpu-check")  # by test_bench.py and test_gpu_check.py, every part and step of them

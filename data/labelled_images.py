@@ -83,7 +83,7 @@ class LabelledImages:
 
         def decode(row: int) -> str | None:
             try:
-                pixels[row] = self._decode(self.names[row], pixels.shape[1])
+                pixels[row] = self.decode(self.names[row], pixels.shape[1])
             except InputError as error:
                 return str(error)
             return None
@@ -101,7 +101,8 @@ class LabelledImages:
             more = f"; neither can {len(others)} more: {named}" if others else ""
             raise InputError(f"{bad[first]}{more}; mend or remove what cannot be read")
 
-    def _decode(self, name: str, size: int) -> np.ndarray:
+    def decode(self, name: str, size: int) -> np.ndarray:
+        """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""
         file = self._source / name
         if self._sizes[name] > _MOST_BYTES:
             raise InputError(f"{file}: an image file must not be larger than {_MOST_BYTES >> 20} MiB")

@@ -81,7 +81,15 @@ def pretrain_backbone(
 
 
 def pretrain_on_images(
-    file: Path, name: str, source: Path, *, seed: int, image_size: int, epochs: int, device: str
+    file: Path,
+    name: str,
+    source: Path,
+    *,
+    seed: int,
+    image_size: int,
+    epochs: int,
+    device: str,
+    change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Trains torchvision's network to name the classes of labelled images, which are shifted and mirrored at random.
 
@@ -93,6 +101,7 @@ def pretrain_on_images(
         image_size: side S in pixels, at least 32.
         epochs: passes over the images.
         device: where it is trained.
+        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name stands in the header.
 
     Returns:
         The file's header: the arguments, `classes`, `held_out_images`, `held_out_accuracy`: how many of these are given
@@ -109,7 +118,7 @@ def pretrain_on_images(
         images = LabelledImages(source)
         said = f"{len(images.names)} (checksum {images.digest[:12]})"
         made = {"name": name, "seed": seed, "image_size": image_size, "images": said, "epochs": epochs}
-        made |= {"batch_size": BATCH, "precision": "float32"}
+        made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
         if (found := _results_in(file, made)) is not None:
             print(f"{file}: complete, nothing to do")
             return found
@@ -118,10 +127,12 @@ def pretrain_on_images(
             images.decode_into(pixels)
             return images.labels
 
+        def varied(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+            shifted = _shifted_and_mirrored(pixels, rng)
+            return shifted if change is None else torch.from_numpy(change(shifted.numpy(), rng))
+
         count, classes = len(images.names), len(images.classes)
-        resnet, (predicted, true) = _train(
-            file, made, decode, images.training, count, classes, device, change=_shifted_and_mirrored
-        )
+        resnet, (predicted, true) = _train(file, made, decode, images.training, count, classes, device, change=varied)
         results = {"classes": images.classes, "held_out_images": len(true)}
         results["held_out_accuracy"] = _percent(predicted == true)
         if images.groups is not None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import zipfile
 
 import pytest
@@ -61,9 +62,11 @@ def project(tmp_path, monkeypatch):
             with zipfile.ZipFile(settings.question.glove, "w") as archive:
                 archive.writestr("glove.txt", "cat " + " ".join(["0.1"] * 300))
     for number in range(6):
-        file = folder / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        file = folder / "photos" / ("cat", "dog", "car")[number % 3] / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 48), (number, 0, 0)).save(file)
+    (tmp_path / "shared" / "photos").mkdir(parents=True, exist_ok=True)
+    shutil.make_archive(str(tmp_path / "shared" / "photos" / "photos_32"), "zip", folder / "photos")
     return folder
 
 

@@ -155,6 +155,21 @@ def test_the_accuracy_by_group_counts_any_class_of_it(photos, tmp_path):
     assert header_of(tmp_path / "b.safetensors") == made
 
 
+def test_another_change_of_the_images_is_another_backbone(photos, tmp_path):
+    seen = []
+
+    def inverted(pixels, rng):
+        seen.append((pixels.shape, pixels.dtype, rng.random()))
+        return 255 - pixels
+
+    made = {"seed": 0, "image_size": 32, "epochs": 1, "device": "cpu", "change": inverted}
+    file = tmp_path / "b.safetensors"
+    assert pretrain.pretrain_on_images(file, "resnet10", photos, **made)["change"] == "inverted"
+    assert [one[:2] for one in seen] == [((54, 32, 32, 3), np.uint8)]
+    with pytest.raises(InputError, match="pretrained with change inverted, not None"):
+        pretrain.pretrain_on_images(file, "resnet10", photos, **made | {"change": None})
+
+
 def test_shifts_keep_the_border_and_half_are_mirrored():
     rng, size = np.random.default_rng(0), 32
     ramp = torch.arange(size, dtype=torch.uint8)[None, None, :, None].expand(400, size, size, 3)

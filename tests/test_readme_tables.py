@@ -101,7 +101,7 @@ def test_the_readme_shows_the_controls():
             if name != "baseline":
                 assert shown(plus, float(line["difference"]))
                 assert shown(questions, float(line["ci_low"]), float(line["ci_high"]))
-                assert shown(seeds, *difference("controls", name, "baseline").seed_interval)
+                assert shown(seeds, float(line["seeds_low"]), float(line["seeds_high"]))
         else:
             assert overall == "not run"
 
@@ -118,6 +118,57 @@ def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
         for column, cell in zip(("overall", *(KIND + kind for kind in KINDS)), cells, strict=True):
             differences = [ours[seed].scores[column] - theirs[seed].scores[column] for seed in seeds]
             assert shown(cell, *(over_seeds(differences) if len(seeds) > 1 else differences), digits=1), (name, column)
+
+
+@cache
+def intervals():
+    """{file without its ending: [[points, low, high], …]} of every published difference, over questions and over seeds."""
+    keys = [
+        (f"{of}difference", f"{of}{over}_low", f"{of}{over}_high") for of in ("", "order_") for over in ("ci", "seeds")
+    ]
+    found = defaultdict(list)
+    for file in RESULTS.glob("*.csv"):
+        for line in read_lines(file):
+            found[file.stem] += [[float(line[key]) for key in names] for names in keys if all(map(line.get, names))]
+    return found
+
+
+SAID = re.compile(r"([−+]?\d+\.\d)\s\[([−+]?\d+\.\d), ([−+]?\d+\.\d)\]")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md", "experiments/results/README.md"])
+def test_an_interval_in_a_sentence_is_one_of_a_table(page):
+    text = re.sub(r"MODERN is 4\.9 .*?9\.2\s\[.*?\]", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    published = np.array([triple for suite in intervals().values() for triple in suite])
+    said = SAID.findall(text.replace("\n>", "\n"))
+    assert len(said) >= 6
+    for triple in said:
+        assert np.abs(published - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+
+
+CLAIMS = (
+    (RESULTS / "README.md").read_text(encoding="utf-8").split("## The claims")[1].split("\n## ")[0].split("\n### ")[1:]
+)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[claim.splitlines()[0] for claim in CLAIMS])
+def test_a_claim_names_its_table_and_what_would_have_refuted_it(claim):
+    assert re.findall(r"^- (Claim|Table|Refuted by|Does not show):", claim, re.MULTILINE) == [
+        *("Claim", "Table", "Refuted by", "Does not show")
+    ]
+    table = RESULTS / re.search(r"^- Table: \[.*?\]\((.*?)\)", claim, re.MULTILINE)[1]
+    if section := re.search(r"\*(.*)\*", claim.split("- Table:")[1].splitlines()[0]):
+        assert f"\n## {section[1]}\n" in table.read_text(encoding="utf-8")
+    published = intervals()[table.stem] + intervals()[f"{table.stem}_contrasts"]
+    for triple in SAID.findall(claim):
+        assert np.abs(np.array(published) - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+
+
+def test_the_features_hold_the_question_in_modern_alone():
+    for line in read_lines(RESULTS / "features" / "neighbours.csv"):
+        if line["labelling"] == "answer type":
+            above = float(line["accuracy"]) - float(line["chance"])
+            assert above > 30 if line["network"] == "MODERN" else above <= 0
 
 
 def test_the_first_lines_say_what_the_table_says():

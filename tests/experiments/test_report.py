@@ -220,7 +220,7 @@ def test_the_terminal_table_is_aligned_and_narrow(suite, tmp_path):
     assert all(row.endswith("3    67 min") and len(row) == len(heading) for row in rows[:3])
 
 
-def test_the_picture_shows_every_seed(suite, tmp_path):
+def test_the_image_shows_every_seed(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     for seed, accuracies in ((1, OFTEN_RIGHT), (2, ALWAYS_RIGHT), (3, OFTEN_RIGHT)):
         finish(suite, tmp_path, "all", seed, accuracies)

@@ -246,6 +246,9 @@ def test_the_estimates_for_vqa_v2_are_of_measured_rates(on_a_cpu, on_a_gpu):
         seconds["training"][0] * gpu["forward_ms"] / gpu["training_ms"],
         float(cpu["forward_ms"]) / 8000,
     )
+    assert f"{epoch['questions_a_second']:.0f} questions a second" in page
+    assert f"{gpu['forward_ms']:.1f} of {gpu['training_ms']:.1f} ms on the H200" in page
+    assert f"{float(cpu['forward_ms']):.0f} of {float(cpu['training_ms']):.0f} ms on the CPU" in page
     for what, questions, hours, days in rows_of(page, "| estimate |"):
         count = math.prod(numbers(questions))
         on_gpu, on_cpu = seconds["training" if what.endswith("training") else "answering"]

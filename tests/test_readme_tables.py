@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import zipfile
 from collections import defaultdict
@@ -285,6 +286,25 @@ def test_the_tables_of_steps(on_a_cpu, on_a_gpu):
         row = on_a_gpu[name.removesuffix(", not compiled")]
         for cell, column in zip(cells, columns, strict=True):
             assert shown(cell, row[column], digits=1)
+
+
+def test_the_estimates_for_vqa_v2_are_of_measured_rates(on_a_cpu, on_a_gpu):
+    page = (ROOT / "docs" / "vqa_v2.md").read_text(encoding="utf-8")
+    gpu, cpu = on_a_gpu["ours, compiled"], on_a_cpu["ours"]
+    epoch = json.loads((RESULTS / "gpu" / "epoch.json").read_text())["rows"][0]
+    seconds = {"training": (1 / epoch["questions_a_second"], float(cpu["training_ms"]) / 8000)}
+    seconds["answering"] = (
+        seconds["training"][0] * gpu["forward_ms"] / gpu["training_ms"],
+        float(cpu["forward_ms"]) / 8000,
+    )
+    assert f"{epoch['questions_a_second']:.0f} questions a second" in page
+    assert f"{gpu['forward_ms']:.1f} of {gpu['training_ms']:.1f} ms on the H200" in page
+    assert f"{float(cpu['forward_ms']):.0f} of {float(cpu['training_ms']):.0f} ms on the CPU" in page
+    for what, questions, hours, days in rows_of(page, "| estimate |"):
+        count = math.prod(numbers(questions))
+        on_gpu, on_cpu = seconds["training" if what.endswith("training") else "answering"]
+        assert shown(hours, count * on_gpu / 3600, digits=1)
+        assert shown(days, count * on_cpu / 86_400, digits=1)
 
 
 def test_the_table_of_other_savings():

@@ -46,7 +46,7 @@ def checksums(path) -> list[int]:
     return Store(path).checksums.tolist()
 
 
-@pytest.mark.parametrize("changed", [{"answers": 2}, {"min_word_count": 2}])
+@pytest.mark.parametrize("changed", [{"answers": 2}, {"min_word_count": 2}, {"vocabulary_from": ["train", "val"]}])
 def test_other_words_or_answers_decode_nothing(raw, made, tmp_path, decoded, capsys, changed):
     before = made.read_bytes()
     for file in raw.values():

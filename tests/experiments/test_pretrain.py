@@ -15,6 +15,7 @@ from experiments import pretrain
 from experiments.training.checkpoint import load_checkpoint
 from vqa.backbone import build_resnet
 from vqa.io.errors import InputError
+from vqa.io.locks import held
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 OPTIONS = ("--backbone", "resnet10", "--image-size", "32", "--device", "cpu")
@@ -207,6 +208,13 @@ def test_wrong_sources_are_one_line(refused, photos, tmp_path):
     (photos / "red" / "00.png").rename(photos / "val" / "violet" / "00.png")
     assert "class 'violet' has images below val, and none to train on" in line(photos)
     assert not out.exists()
+
+
+def test_a_second_process_on_the_same_file_is_refused(refused, photos, tmp_path):
+    out = tmp_path / "b.safetensors"
+    with held(tmp_path / ".b.safetensors.lock", out):
+        line = refused("pretrain", "--images", photos, "--out", out, *OPTIONS)
+    assert line.startswith(f"error: {out}: locked by process ")
 
 
 def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):

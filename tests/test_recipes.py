@@ -171,7 +171,10 @@ def test_files_named_on_a_page_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_code_of_the_readme_runs():
+def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "runs" / "demo" / "modern")
+    shutil.copy(image, tmp_path / "runs" / "demo" / "example.png")
+    monkeypatch.chdir(tmp_path)
     images, gamma, beta = torch.randn(1, 3, 32, 32), *torch.zeros(2, 1, 22_656)
     names = {
         "x": torch.randn(2, 64, 4, 4),

@@ -151,8 +151,8 @@ class ModulatedResNet(nn.Module):
 
         Raises:
             ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys; a network of
-                another form, naming the layer; or stages to recompute under the policy `batch`, whose averages would move
-                twice.
+                another form, naming the layer; or stages to recompute under the policy `batch`, whose averages would
+                move twice.
         """
         super().__init__()
         if unknown := set(stages) - {1, 2, 3, 4}:
@@ -233,7 +233,7 @@ class ModulatedResNet(nn.Module):
             if shared is not None and begin <= shared:
                 map_, begin = self._run(map_, range(begin, shared + 1), {}), shared + 1
             map_ = map_[places]
-        return self._run(map_, range(begin, 5), self._deltas(modulation, len(map_)))
+        return self._run(map_, range(begin, 5), self._deltas(modulation, map_.shape[0]))
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
@@ -241,7 +241,7 @@ class ModulatedResNet(nn.Module):
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, but return the maps after stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        deltas = self._deltas(modulation, len(images))
+        deltas = self._deltas(modulation, images.shape[0])
         maps = [self._run(images, range(2), deltas)]
         for stage in (2, 3, 4):
             maps.append(self._run(maps[-1], range(stage, stage + 1), deltas))

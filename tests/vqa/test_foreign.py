@@ -33,22 +33,30 @@ def random_network():
     return net
 
 
-class WithArgument(nn.Module):
-    """The same network with the condition as an argument."""
+def by_hand(net, x, condition):
+    """The same without a block: every layer gets its condition as an argument."""
+    for layer in net:
+        x = ConditionalBatchNorm2d.forward(layer, x, condition) if hasattr(layer, "delta_gamma") else layer(x)
+    return x
+
+
+class ByHand(nn.Module):
+    """A network whose forward pass takes the condition, and gives it to its layers as an argument."""
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def forward(self, x, condition):
+        return by_hand(self.net, x, condition)
+
+
+class WithArgument(ByHand):
+    """A network whose forward pass takes the condition, and enters a block."""
+
+    def forward(self, x, condition):
         with conditioned(condition):
             return self.net(x)
-
-
-def by_hand(net, x, condition):
-    for layer in net:
-        x = ConditionalBatchNorm2d.forward(layer, x, condition) if hasattr(layer, "delta_gamma") else layer(x)
-    return x
 
 
 def gradients(net, loss):
@@ -147,10 +155,11 @@ def test_two_tasks_have_two_conditions():
         torch.testing.assert_close(y, by_hand(net, X, condition))
 
 
+@pytest.mark.parametrize("kind", [ByHand, WithArgument])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_has_the_condition_that_is_an_argument(reentrant):
+def test_recomputation_has_the_condition_that_is_an_argument(reentrant, kind):
     net = random_network()
-    x, whole = X.clone().requires_grad_(), WithArgument(net)
+    x, whole = X.clone().requires_grad_(), kind(net)
     expected = gradients(net, lambda condition: by_hand(net, x, condition))
 
     def recomputed(condition):
@@ -205,12 +214,14 @@ def test_one_compiled_graph_is_refused():
         compiled(X)
 
 
-def test_an_exported_network_takes_the_condition_as_an_argument():
+def test_an_exported_or_traced_network_takes_the_condition_as_an_argument():
     net, batch = random_network(), torch.export.Dim("batch")
     shapes = {"x": {0: batch}, "condition": {0: batch}}
     exported = torch.export.export(WithArgument(net).eval(), (X, A), dynamic_shapes=shapes).module()
+    traced = torch.jit.trace(WithArgument(net).eval(), (X, A))
     for size in (2, 3):
-        torch.testing.assert_close(exported(X[:size], B[:size]), by_hand(net, X[:size], B[:size]))
+        for made in (exported, traced):
+            torch.testing.assert_close(made(X[:size], B[:size]), by_hand(net, X[:size], B[:size]))
     with conditioned(A), pytest.raises(RuntimeError, match=REFUSED):
         torch.export.export(net, (X,))
     with conditioned(A), pytest.raises(RuntimeError, match=REFUSED):
@@ -220,11 +231,13 @@ def test_an_exported_network_takes_the_condition_as_an_argument():
 def one_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     x, condition = torch.load(folder / "batch")
-    net = random_network()
-    parallel = DistributedDataParallel(net)
-    with conditioned(condition.chunk(2)[rank]):
-        parallel(x.chunk(2)[rank]).square().sum().backward()
-    torch.save([parameter.grad for parameter in net.parameters()], folder / str(rank))
+    x, condition = x.chunk(2)[rank], condition.chunk(2)[rank]
+    net, layers = random_network(), ByHand(random_network())
+    parallel, by_argument = DistributedDataParallel(net), DistributedDataParallel(layers)
+    with conditioned(condition):
+        parallel(x).square().sum().backward()
+    by_argument(x, condition).square().sum().backward()
+    torch.save([[parameter.grad for parameter in some.parameters()] for some in (net, layers)], folder / str(rank))
     dist.destroy_process_group()
 
 
@@ -234,4 +247,5 @@ def test_data_parallel_gradients_are_the_means_of_the_processes(tmp_path):
     net = random_network()
     expected = gradients(net, lambda condition: by_hand(net, X, condition))[1:]
     for rank in range(2):
-        assert_all_close([2 * gradient for gradient in torch.load(tmp_path / str(rank))], expected)
+        for found in torch.load(tmp_path / str(rank)):
+            assert_all_close([2 * gradient for gradient in found], expected)

@@ -348,6 +348,16 @@ def test_compiles_without_graph_breaks(recompute):
     assert explained.graph_break_count == 0
 
 
+def test_is_exported_for_batches_of_any_size():
+    _, net = pair("resnet10")
+    batch = torch.export.Dim("batch")
+    shapes = {"images": {0: batch}, "modulation": Modulation({0: batch}, {0: batch})}
+    arguments = torch.randn(2, 3, 32, 32), random_modulation(net, 2)
+    exported = torch.export.export(net, arguments, dynamic_shapes=shapes).module()
+    images, modulation = torch.randn(3, 3, 32, 32), random_modulation(net, 3)
+    torch.testing.assert_close(exported(images, modulation), net(images, modulation), rtol=1e-4, atol=1e-4)
+
+
 def test_batch_statistics_are_those_of_a_network_in_training_mode():
     torch.manual_seed(0)
     plain = build_resnet("resnet10")

@@ -173,3 +173,29 @@ def test_one_and_three_dimensions(kind, theirs, shape, training):
     torch.testing.assert_close(layer.running_var, plain.running_var)
     with pytest.raises(ValueError, match="x must have .* dimensions and C = 6"):
         layer(torch.randn(4, C, 2, 2), condition)
+
+
+def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
+    layer, batch = ConditionalBatchNorm2d(C, 4, 5).eval(), torch.export.Dim("batch")
+    arguments, shapes = (torch.randn(2, C, 3, 3), torch.randn(2, 4)), {"x": {0: batch}, "condition": {0: batch}}
+    exported = torch.export.export(layer, arguments, dynamic_shapes=shapes).module()
+    traced = torch.jit.trace(layer, arguments)
+    x, condition = torch.randn(5, C, 3, 3), torch.randn(5, 4)
+    for made in (exported, traced):
+        torch.testing.assert_close(made(x, condition), layer(x, condition))
+
+
+def test_gradients_of_each_sample_by_torch_func():
+    net = Net(ConditionalBatchNorm2d(C, 4, 5)).eval()
+    net.layer.fused = False
+    x, condition = torch.randn(3, 3, 5, 5), torch.randn(3, 4)
+
+    def loss(parameters, x, condition):
+        return torch.func.functional_call(net, parameters, (x[None], condition[None])).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(dict(net.named_parameters()), x, condition)
+    for sample in range(3):
+        net.zero_grad()
+        net(x[sample : sample + 1], condition[sample : sample + 1]).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(each[name][sample], parameter.grad, rtol=1e-4, atol=1e-4)

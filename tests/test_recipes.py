@@ -191,6 +191,23 @@ def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
     torch.testing.assert_close(names["net"](images), names["net"](images, Modulation(gamma, beta)))
 
 
+def test_code_of_the_page_on_the_layer_runs():
+    torch.manual_seed(0)
+    images, condition = torch.randn(2, 3, 64, 64), torch.randn(2, 256)
+    names = {
+        "images": images,
+        "condition": condition,
+        "x": torch.randn(2, 64, 4, 4),
+        "segments": torch.randn(2, 7, 8, 8),
+    }
+    page = (ROOT / "docs" / "layer.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block.replace('"IMAGENET1K_V1"', "None"), names)
+    assert names["y"].shape == (2, 64, 4, 4)
+    assert names["map_"].shape == (2, 2048, 2, 2)
+    assert torch.equal(names["recomputed"], names["logits"])
+
+
 def test_a_saved_recipe_gets_keys_that_came_after_it(tmp_path):
     whole = load_settings(ROOT / "config" / "demo.yaml", ["train.epochs=7"])
     file = tmp_path / "config.yaml"

@@ -19,6 +19,7 @@ BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
 _BEFORE: dict[str, Any] = {
+    "data": {"photographs": None, "vocabulary_from": ["train"]},
     "train": {
         "accumulate": 1,
         "together": 1,
@@ -28,7 +29,7 @@ _BEFORE: dict[str, Any] = {
         "decay_at": [],
         "decay_by": 0.1,
         "augment": "none",
-    }
+    },
 }
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
 _OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa.io.errors import InputError
-from vqa.io.files import read_json, written_whole
+from vqa.io.files import check_room, read_json, written_whole
 from vqa.saved_model import WEIGHTS, load_model
 
 
@@ -25,6 +25,7 @@ def export(run: Path, to: Path, form: str) -> None:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise InputError(f"{to}: must be a new folder or an empty one")
     saved = load_model(run)
+    check_room(to, (saved.folder / WEIGHTS).stat().st_size, "name another folder")
     with written_whole(to) as aside:
         shutil.rmtree(aside, ignore_errors=True)  # of a killed export
         aside.mkdir()

@@ -103,7 +103,7 @@ def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
     assert "metrics_val.json" not in (tmp_path / "stale" / "README.md").read_text()
 
 
-def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monkeypatch):
+def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monkeypatch, left):
     assert "must be a new folder or an empty one" in refused("export", "--run", finished, "--to", finished)
     assert "no model here" in refused("export", "--run", tmp_path / "absent", "--to", tmp_path / "to")
     (tmp_path / "file").write_text("")
@@ -112,9 +112,12 @@ def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monke
     assert "metrics_val.json: not the metrics of a split" in refused(
         "export", "--run", finished, "--to", tmp_path / "to"
     )
+    left(10**12)
     monkeypatch.setattr("vqa.hub.onnx.find_spec", lambda _: None)
     line = refused("export", "--run", finished, "--to", tmp_path / "to", "--format", "onnx")
     assert line == "error: --format onnx: needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"
+    left(1000)
+    assert "make room or name another folder" in refused("export", "--run", finished, "--to", tmp_path / "to")
     assert not (tmp_path / "to").exists()
     assert not list(tmp_path.glob(".*"))
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForVisualQuestionAnswering,
     AutoProcessor,
     AutoTokenizer,
@@ -63,7 +64,8 @@ def one_by_one(saved, images):
 def test_the_auto_classes_find_ours(folder, hub, saved):
     assert type(AutoConfig.from_pretrained(folder)) is ModernConfig
     assert type(AutoImageProcessor.from_pretrained(folder)) is ModernImageProcessor
-    assert type(hub[0]) is ModernForVisualQuestionAnswering
+    assert type(hub[0]) is type(AutoModel.from_pretrained(folder)) is ModernForVisualQuestionAnswering
+    assert set(hub[1].model_input_names) >= {"pixel_values", "input_ids", "attention_mask"}
     assert type(hub[1]) is ModernProcessor
     assert (
         AutoTokenizer.from_pretrained(folder)(QUESTIONS[2])["input_ids"]

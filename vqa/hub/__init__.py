@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForVisualQuestionAnswering,
     AutoProcessor,
 )
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 AutoConfig.register(ModernConfig.model_type, ModernConfig)
+AutoModel.register(ModernConfig, ModernForVisualQuestionAnswering)
 AutoModelForVisualQuestionAnswering.register(ModernConfig, ModernForVisualQuestionAnswering)
 AutoImageProcessor.register(ModernConfig, image_processor_classes={"torchvision": ModernImageProcessor})
 AutoProcessor.register(ModernConfig, ModernProcessor)

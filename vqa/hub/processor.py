@@ -16,8 +16,6 @@ from vqa.preprocessing import Preprocessing
 class ModernImageProcessor(BaseImageProcessor):
     """`Preprocessing` as an image processor."""
 
-    model_input_names = ("pixel_values",)
-
     def __init__(
         self,
         size: dict[str, int] | None = None,

@@ -48,6 +48,6 @@ def settle_bad_images(bad: Sequence[tuple[int, str]], skip: bool) -> None:
     if not skip:
         listed = ", ".join(str(id_) for id_, _ in bad[:5]) + (", …" if len(bad) > 5 else "")
         raise InputError(
-            f"{len(bad)} image(s) missing or unreadable, by id: {listed}; mend them, or go on without them with "
+            f"{len(bad)} image(s) missing or unreadable, by id: {listed}; repair them, or skip them with "
             "data.skip_bad_images=true"
         )

@@ -2,8 +2,8 @@
 
 1. A finished file made from the same sources (by their hashes) and settings is left as it is. One that lacks a split,
    or was made with another vocabulary or other answer classes, is replaced by a new one, which copies its images.
-2. Read questions and annotations; vocabulary and answer classes come from the split `train` only. Write them to the
-   file, which is `NAME.h5.partial` until it is complete.
+2. Read questions and annotations; vocabulary and answer classes come from the split `train` only, or from the splits
+   that are named. Write them to the file, which is `NAME.h5.partial` until it is complete.
 3. Copy the images of the finished file; decode and resize the others, and mark what is written every few images.
 4. List images that are missing or unreadable; put stand-ins in their place, or stop and keep the work.
 
@@ -24,7 +24,7 @@ import numpy as np
 from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
-from data.provenance import check_same, is_made, provenance_of, stand_ins_said
+from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
 from data.question_table import NO_ANSWER, question_table
 from data.vqa_files import Question, SplitFiles, read_questions, remarks
 from vqa.io.errors import InputError
@@ -35,7 +35,6 @@ from vqa.io.progress import progress
 from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 
-TRAINING_SPLIT = "train"
 _IMAGES_A_FLUSH = 256
 _IMAGES_A_TASK = 8  # of a thread
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
@@ -51,6 +50,7 @@ def preprocess(
     answers: int,
     skip_bad_images: bool,
     threads: int,
+    vocabulary_from: Sequence[str] = (TRAINING_SPLIT,),
 ) -> None:
     """Make the h5 file `path`; a second run resumes where the first stopped, or says that there is nothing to do.
 
@@ -58,26 +58,20 @@ def preprocess(
         splits: raw files by split; one must be called `train`.
         path: the file to make.
         image_size: side S of the stored images, in pixels.
-        min_word_count: how often the training questions must hold a word of the vocabulary.
+        min_word_count: how often the questions of `vocabulary_from` must hold a word of the vocabulary.
         answers: number of answer classes.
         skip_bad_images: continue without images that are missing or unreadable: training skips their questions,
             evaluation answers them from an image of the mean colour. False decodes those of a finished file again.
         threads: images that are decoded at the same time.
+        vocabulary_from: splits, with annotations, whose questions give the words and the answer classes.
 
     Raises:
         InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images
             are bad and not skipped, or the disk is full.
     """
-    if TRAINING_SPLIT not in splits:
-        raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
-    if splits[TRAINING_SPLIT].annotations is None:
-        raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
-    for name, files in splits.items():
-        for file in filter(None, (files.questions, files.annotations)):
-            if not file.is_file():
-                raise InputError(f"{file}: no such file (split {name!r})")
+    _check_splits(splits, vocabulary_from)
     settings = {"image_size": image_size, "min_word_count": min_word_count, "answers": answers}
-    wanted = provenance_of(splits, settings)
+    wanted = provenance_of(splits, settings, vocabulary_from)
     if is_made(path, wanted, skip_bad_images):
         return
     with held(path.with_name(f".{path.name}.lock"), path):
@@ -103,6 +97,23 @@ def preprocess(
     print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
 
 
+def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[str]) -> None:
+    """Raise InputError if a split or a file of questions or annotations is missing."""
+    if TRAINING_SPLIT not in splits:
+        raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
+    if splits[TRAINING_SPLIT].annotations is None:
+        raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
+    for name in vocabulary_from:
+        if name not in splits:
+            raise InputError(f"data.vocabulary_from: no split {name!r}; data.splits has {', '.join(splits)}")
+        if splits[name].annotations is None:
+            raise InputError(f"data.vocabulary_from: split {name!r} has no annotations, and so no answers")
+    for name, files in splits.items():
+        for file in filter(None, (files.questions, files.annotations)):
+            if not file.is_file():
+                raise InputError(f"{file}: no such file (split {name!r})")
+
+
 def _begin(
     partial: Path, splits: Mapping[str, SplitFiles], wanted: Mapping[str, Any], finished: h5_file.Store | None
 ) -> None:
@@ -120,7 +131,7 @@ def _begin(
         print(f"{finished.path}: its {finished.usable.sum()} images are kept")
     for name, asked in questions.items():
         print(f"{name}: {len(asked)} questions about {len(rows[name])} images")
-    settings = wanted["settings"]
+    settings = settings_of(wanted)
     pixels = 3 * settings["image_size"] ** 2 * len(ids)
     words = sum(46 + len(file) for file in files)
     words += sum(_BYTES_A_QUESTION + len(question.text) for asked in questions.values() for question in asked)
@@ -150,20 +161,22 @@ def _check_any_is_mended(finished: h5_file.Store, ids: Sequence[int], files: Seq
 
 
 def _tables(
-    questions: Mapping[str, Sequence[Question]], rows: Mapping[str, Mapping[int, int]], settings: Mapping[str, int]
+    questions: Mapping[str, Sequence[Question]], rows: Mapping[str, Mapping[int, int]], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The tokenizer, the answer classes and the table of each split, as `h5_file.begin` takes them."""
-    training = questions[TRAINING_SPLIT]
-    tokenizer = train_tokenizer((question.text for question in training), settings["min_word_count"])
+    named = settings["vocabulary_from"]
+    known = [question for name in named for question in questions[name]]
+    tokenizer = train_tokenizer((question.text for question in known), settings["min_word_count"])
     if tokenizer.get_vocab_size() <= len((PAD, UNKNOWN)):
         raise InputError(
-            f"data.min_word_count: no word occurs {settings['min_word_count']} times in the training questions"
+            f"data.min_word_count: no word occurs {settings['min_word_count']} times in the questions of "
+            f"{' and '.join(named)}"
         )
     for remark in remarks(list(chain.from_iterable(questions.values()))):
         print(remark)
-    given = chain.from_iterable(question.answers for question in training)
+    given = chain.from_iterable(question.answers for question in known)
     vocabulary = answer_vocabulary(given, settings["answers"])
-    print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from split {TRAINING_SPLIT!r}")
+    print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from {' and '.join(named)}")
     tables = {name: question_table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
     for name, table in tables.items():
         if (labels := table.labels()[table.given != NO_ANSWER]).size:

@@ -1,10 +1,11 @@
 """The provenance of an h5 file, which decides whether it is complete, its images are kept, or it is refused.
 
 A provenance is plain data: {"settings": {…}, "sources": {SPLIT: {"images": …, "files": [{name, bytes, sha256}, …]}}}.
+Its settings name `vocabulary_from` where that is not `train` alone: older files lack the key.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from data import h5_file
 from data.vqa_files import SplitFiles
 from vqa.io.errors import InputError
 
+TRAINING_SPLIT = "train"
 
-def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int]) -> dict[str, Any]:
+
+def provenance_of(
+    splits: Mapping[str, SplitFiles], settings: Mapping[str, int], vocabulary_from: Sequence[str]
+) -> dict[str, Any]:
     """The provenance of an h5 file of these raw files; reads them for their hashes."""
     sources = {}
     for name, files in splits.items():
@@ -23,7 +28,13 @@ def provenance_of(splits: Mapping[str, SplitFiles], settings: Mapping[str, int])
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             sources[name]["files"].append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
-    return {"settings": dict(settings), "sources": sources}
+    named = {} if list(vocabulary_from) == [TRAINING_SPLIT] else {"vocabulary_from": list(vocabulary_from)}
+    return {"settings": {**settings, **named}, "sources": sources}
+
+
+def settings_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a file was made with, `vocabulary_from` included."""
+    return {"vocabulary_from": [TRAINING_SPLIT], **provenance["settings"]}
 
 
 def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> bool:
@@ -56,7 +67,8 @@ def stand_ins_said(made: h5_file.Store) -> str:
 def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise InputError if a partial file was begun from other sources or with other settings."""
     _check_images(partial, begun, wanted)
-    others = [f"data.{key}={value}" for key, value in begun["settings"].items() if wanted["settings"].get(key) != value]
+    now = settings_of(wanted)
+    others = [f"data.{key}={value}" for key, value in settings_of(begun).items() if now.get(key) != value]
     others += [f"no split {name!r}" for name in wanted["sources"] if name not in begun["sources"]]
     if others:
         raise InputError(

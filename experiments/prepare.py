@@ -59,7 +59,8 @@ def prepare(settings: Settings) -> None:
 def preprocessing_of(settings: Settings) -> dict[str, Any]:
     """The arguments of `data.preprocess.preprocess`."""
     data = settings.data
-    named = {name: getattr(data, name) for name in ("image_size", "min_word_count", "answers", "skip_bad_images")}
+    names = ("image_size", "min_word_count", "answers", "vocabulary_from", "skip_bad_images")
+    named = {name: getattr(data, name) for name in names}
     return {"splits": split_files(settings), "path": Path(data.h5), "threads": data.processes, **named}
 
 

@@ -11,6 +11,7 @@ A suite file (`experiments/suites/*.yaml`) holds
                ways: on other data, or after the norms' statistics are re-estimated on a split's images
     split:     (optional) the split whose accuracy is reported; by default `val`
     order:     (optional) rows whose accuracies are claimed to rise in this order
+    contrasts: (optional) ROW: [ROW, …]: the first row less each of the others, by question type
     paper:     (optional) what the paper's numbers were measured on
     not_run:   (optional) NAME: {column: number}: rows of the paper without a run here
 """
@@ -63,6 +64,7 @@ class _SuiteForm(_Form):
     tests: dict[_TestName, _TestForm] = {"": _TestForm()}
     split: SplitName = "val"
     order: list[str] = []
+    contrasts: dict[str, list[str]] = {}
     paper: str = ""
     not_run: dict[_Name, dict[_Column, float]] = {}
 
@@ -129,6 +131,7 @@ class Suite:
     runs: list[Run]
     tests: list[Test]
     order: list[str]
+    contrasts: dict[str, list[str]]
     paper: str
     not_run: dict[str, dict[str, float]]
     words: tuple[str, ...] = ()  # over the settings of every run and test
@@ -171,7 +174,7 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
         runs.append(Run(name, run.settings, settings.model_copy(update={"name": directory}), run.paper))
     tests = [Test(name, test.settings, test.recalibrate, form.split) for name, test in form.tests.items()]
-    same = form.model_dump(include={"title", "seeds", "baseline", "order", "paper", "not_run"})
+    same = form.model_dump(include={"title", "seeds", "baseline", "order", "contrasts", "paper", "not_run"})
     suite = Suite(file, recipe=recipe, runs=runs, tests=tests, words=words, **same)
     if problem := next(_problems(suite, plain), None):
         raise InputError(f"{file}: {problem}")
@@ -195,7 +198,8 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
             yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
     rows = [row.name for row in suite.rows]
-    for name in (suite.baseline, *suite.order):
+    contrasted = [name for row, others in suite.contrasts.items() for name in (row, *others)]
+    for name in (suite.baseline, *suite.order, *contrasted):
         if name not in rows:
             yield f"no row {name!r}; rows are {', '.join(rows)}"
 

@@ -47,3 +47,61 @@ def change(file: Path, edit):
     content = json.loads(file.read_text())
     edit(content)
     file.write_text(json.dumps(content))
+
+
+ASKED = {  # of each image, by split: questions with the answers that their annotators gave
+    "train2014": [("Is this a cat?", "yes"), ("How many cats are there?", "2"), ("What is the cat doing?", "sleeping")],
+    "val2014": [("Is the zebra a cat?", "no"), ("What color is the zebra?", "lilac")],
+    "test2015": [("Is it a zebra?", ""), ("What is this?", "")],
+}
+COCO_IMAGES = {  # image ids by folder, with the mode and size of each JPEG
+    "train2014": {9: ("RGB", (64, 48)), 25: ("L", (48, 64)), 30: ("CMYK", (50, 37))},
+    "val2014": {42: ("RGB", (37, 50)), 73: ("L", (64, 64))},
+    "test2015": {1: ("RGB", (64, 43)), 14: ("CMYK", (48, 64)), 16: ("L", (33, 50))},
+}
+COLOURS = {"RGB": (200, 40, 40), "L": 90, "CMYK": (200, 20, 20, 30)}
+
+
+def write_vqa_v2(folder: Path) -> None:
+    """Writes VQA v2 in miniature, as its downloads unpack; test-dev is a part of test."""
+    folder.mkdir(parents=True)
+    for name, images in COCO_IMAGES.items():
+        (folder / name).mkdir()
+        for i, (mode, size) in images.items():
+            Image.new(mode, size, COLOURS[mode]).save(folder / name / f"COCO_{name}_{i:012d}.jpg")
+    for name in (*COCO_IMAGES, "test-dev2015"):
+        images = COCO_IMAGES.get(name, [1, 14])
+        asked = ASKED.get(name, ASKED["test2015"][:1])
+        ids = [(1000 * i + n, i, text, answer) for i in images for n, (text, answer) in enumerate(asked)]
+        about = {
+            "info": {
+                "description": "VQA v2.0, in miniature",
+                "version": "2.0",
+                "year": 2017,
+                "contributor": "",
+                "url": "",
+            },
+            "license": {"url": "", "name": ""},
+            "data_type": "mscoco",
+            "data_subtype": name,
+        }
+        questions = [{"image_id": i, "question": text, "question_id": q} for q, i, text, _ in ids]
+        content = about | {"task_type": "Open-Ended", "questions": questions}
+        (folder / f"v2_OpenEnded_mscoco_{name}_questions.json").write_text(json.dumps(content))
+        if name.startswith("test"):
+            continue
+        annotations = [
+            {
+                "question_type": " ".join(text.lower().split()[:2]),
+                "multiple_choice_answer": answer,
+                "answers": [
+                    {"answer": answer if n < 8 else "maybe", "answer_confidence": "yes", "answer_id": n}
+                    for n in range(1, 11)
+                ],
+                "image_id": i,
+                "answer_type": {"yes": "yes/no", "no": "yes/no", "2": "number"}.get(answer, "other"),
+                "question_id": q,
+            }
+            for q, i, text, answer in ids
+        ]
+        (folder / f"v2_mscoco_{name}_annotations.json").write_text(json.dumps(about | {"annotations": annotations}))

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import re
 import zipfile
 from collections import defaultdict
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,7 +103,7 @@ def test_the_readme_shows_the_controls():
             if name != "baseline":
                 assert shown(plus, float(line["difference"]))
                 assert shown(questions, float(line["ci_low"]), float(line["ci_high"]))
-                assert shown(seeds, *difference("controls", name, "baseline").seed_interval)
+                assert shown(seeds, float(line["seeds_low"]), float(line["seeds_high"]))
         else:
             assert overall == "not run"
 
@@ -118,6 +120,56 @@ def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
         for column, cell in zip(("overall", *(KIND + kind for kind in KINDS)), cells, strict=True):
             differences = [ours[seed].scores[column] - theirs[seed].scores[column] for seed in seeds]
             assert shown(cell, *(over_seeds(differences) if len(seeds) > 1 else differences), digits=1), (name, column)
+
+
+@cache
+def intervals():
+    """{file without its ending: [[points, low, high], …]} of every published difference."""
+    kinds = product(("", "order_"), ("ci", "seeds"))
+    keys = [(f"{of}difference", f"{of}{over}_low", f"{of}{over}_high") for of, over in kinds]
+    found = defaultdict(list)
+    for file in RESULTS.glob("*.csv"):
+        for line in read_lines(file):
+            found[file.stem] += [[float(line[key]) for key in names] for names in keys if all(map(line.get, names))]
+    return found
+
+
+SAID = re.compile(r"([−+]?\d+\.\d)\s\[([−+]?\d+\.\d), ([−+]?\d+\.\d)\]")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md", "experiments/results/README.md"])
+def test_an_interval_in_a_sentence_is_one_of_a_table(page):
+    text = re.sub(r"MODERN is 4\.9 .*?9\.2\s\[.*?\]", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    published = np.array([triple for suite in intervals().values() for triple in suite])
+    said = SAID.findall(text.replace("\n>", "\n"))
+    assert len(said) >= 6
+    for triple in said:
+        assert np.abs(published - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+
+
+CLAIMS = (
+    (RESULTS / "README.md").read_text(encoding="utf-8").split("## The claims")[1].split("\n## ")[0].split("\n### ")[1:]
+)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[claim.splitlines()[0] for claim in CLAIMS])
+def test_a_claim_names_its_table_and_what_would_have_refuted_it(claim):
+    assert re.findall(r"^- (Claim|Table|Refuted by|Does not show):", claim, re.MULTILINE) == [
+        *("Claim", "Table", "Refuted by", "Does not show")
+    ]
+    table = RESULTS / re.search(r"^- Table: \[.*?\]\((.*?)\)", claim, re.MULTILINE)[1]
+    if section := re.search(r"\*(.*)\*", claim.split("- Table:")[1].splitlines()[0]):
+        assert f"\n## {section[1]}\n" in table.read_text(encoding="utf-8")
+    published = intervals()[table.stem] + intervals()[f"{table.stem}_contrasts"]
+    for triple in SAID.findall(claim):
+        assert np.abs(np.array(published) - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+
+
+def test_the_features_hold_the_question_in_modern_alone():
+    for line in read_lines(RESULTS / "features" / "neighbours.csv"):
+        if line["labelling"] == "answer type":
+            above = float(line["accuracy"]) - float(line["chance"])
+            assert above > 30 if line["network"] == "MODERN" else above <= 0
 
 
 def test_the_first_lines_say_what_the_table_says():
@@ -172,7 +224,7 @@ def test_the_papers_tables(suite, header):
         if before:
             found = difference(suite, line["row"], before)
             assert shown(gain, found.points, found.low, found.high)
-            assert shown(seeds, *found.seed_interval)
+            assert shown(seeds, *np.round(found.seed_interval, 4))  # as in the CSV files
         before = line["row"] if suite == "table2" else "baseline"
 
 
@@ -234,6 +286,25 @@ def test_the_tables_of_steps(on_a_cpu, on_a_gpu):
         row = on_a_gpu[name.removesuffix(", not compiled")]
         for cell, column in zip(cells, columns, strict=True):
             assert shown(cell, row[column], digits=1)
+
+
+def test_the_estimates_for_vqa_v2_are_of_measured_rates(on_a_cpu, on_a_gpu):
+    page = (ROOT / "docs" / "vqa_v2.md").read_text(encoding="utf-8")
+    gpu, cpu = on_a_gpu["ours, compiled"], on_a_cpu["ours"]
+    epoch = json.loads((RESULTS / "gpu" / "epoch.json").read_text())["rows"][0]
+    seconds = {"training": (1 / epoch["questions_a_second"], float(cpu["training_ms"]) / 8000)}
+    seconds["answering"] = (
+        seconds["training"][0] * gpu["forward_ms"] / gpu["training_ms"],
+        float(cpu["forward_ms"]) / 8000,
+    )
+    assert f"{epoch['questions_a_second']:.0f} questions a second" in page
+    assert f"{gpu['forward_ms']:.1f} of {gpu['training_ms']:.1f} ms on the H200" in page
+    assert f"{float(cpu['forward_ms']):.0f} of {float(cpu['training_ms']):.0f} ms on the CPU" in page
+    for what, questions, hours, days in rows_of(page, "| estimate |"):
+        count = math.prod(numbers(questions))
+        on_gpu, on_cpu = seconds["training" if what.endswith("training") else "answering"]
+        assert shown(hours, count * on_gpu / 3600, digits=1)
+        assert shown(days, count * on_cpu / 86_400, digits=1)
 
 
 def test_the_table_of_other_savings():

@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ROOT
-from experiments.report.results import Line, collect, keep_evidence, row_lines, run_lines
-from experiments.report.tables import claims, markdown_kinds, markdown_table, terminal_table, write_lines
+from experiments.report.results import Line, collect, contrast_lines, keep_evidence, row_lines, run_lines
+from experiments.report.tables import (
+    aligned,
+    claims,
+    contrast_tables,
+    markdown,
+    markdown_kinds,
+    markdown_table,
+    terminal_table,
+    write_lines,
+)
 from experiments.runner import missing_jobs
 from experiments.suite import Suite
 from vqa.io.errors import InputError
@@ -16,12 +25,16 @@ from vqa.io.files import write_text
 RESULTS = ROOT / "experiments" / "results"
 _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds.
-Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed, with the 95 %
-interval of a paired bootstrap over the {questions} that both rows were asked, which does not cover the variation
-between seeds.
+Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed.
+Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
+trainings. Over seeds: the 95 % interval of the mean of the differences seed by seed (Student's t), from three seeds on.
+Only the second covers the variation between seeds, and neither covers another pretraining of the backbone.
 Of each run the epoch counts that was best on {best}.
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
+"""
+_CONTRASTS = """\
+In points: the mean of the differences seed by seed, with its 95 % interval over seeds (Student's t).
 """
 
 
@@ -29,7 +42,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     """Report the finished runs of a suite.
 
     Writes `SUITE.csv` (a line a row) and `SUITE.md`, and, where anything is finished, `SUITE_runs.csv` (a line a row
-    and seed) and `SUITE.png`.
+    and seed), `SUITE.png` and, for a suite with contrasts, `SUITE_contrasts.csv` (a line a contrast and question type).
 
     Args:
         suite: what was run.
@@ -37,14 +50,15 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
         out: where the report is written.
 
     Returns:
-        The table as plain text, the claims about the order of rows, and where the page is.
+        The tables as plain text, the claims about the order of rows, and where the page is.
 
     Raises:
         InputError: a file of a finished run is missing or damaged.
     """
-    table, page, trainings, figure = (out / f"{suite.report_name}{end}" for end in (".csv", ".md", "_runs.csv", ".png"))
+    ends = (".csv", ".md", "_runs.csv", ".png", "_contrasts.csv")
+    table, page, trainings, figure, contrasted = (out / f"{suite.report_name}{end}" for end in ends)
     results = collect(suite, runs)
-    lines, seeds = row_lines(suite, results), run_lines(results)
+    lines, seeds, contrasts = row_lines(suite, results), run_lines(results), contrast_lines(suite, results)
     write_lines(table, lines)
     if results:
         from experiments.report.figure import write_figure  # matplotlib
@@ -54,9 +68,14 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     else:
         trainings.unlink(missing_ok=True)
         figure.unlink(missing_ok=True)
-    write_text(page, _page(suite, lines, seeds))
-    ordered = claims(lines)
-    return "\n".join([suite.title, "", terminal_table(lines), "", *ordered, *[""] * bool(ordered), str(page)])
+    if contrasts and results:
+        write_lines(contrasted, contrasts)
+    else:
+        contrasted.unlink(missing_ok=True)
+    tables = contrast_tables(contrasts)
+    write_text(page, _page(suite, lines, seeds, tables))
+    parts = [suite.title, terminal_table(lines), *map(aligned, tables), "\n".join(claims(lines)), str(page)]
+    return "\n\n".join(filter(None, parts))
 
 
 def publish(suite: Suite, runs: Path) -> str:
@@ -75,7 +94,7 @@ def publish(suite: Suite, runs: Path) -> str:
     return write_report(suite, runs, RESULTS)
 
 
-def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str:
+def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contrasts: Sequence[list[list[str]]]) -> str:
     command = shlex.join(["python", "main.py", "experiment", _below_root(suite.file), *suite.words])
     about = f"Runs are deltas over `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
     if suite.paper:
@@ -85,6 +104,8 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str
         parts += [_legend(suite, lines), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
     if kinds := markdown_kinds(lines):
         parts += ["## By question type\n", kinds]
+    if contrasts:
+        parts += ["## Differences by question type\n", _CONTRASTS, *map(markdown, contrasts)]
     if ordered := claims(lines):
         parts += ["## The claimed order\n", "".join(f"- {claim}\n" for claim in ordered)]
     if trainings:
@@ -107,6 +128,8 @@ def _facts(lines: Sequence[Line]) -> list[str]:
     told = [f"{_trainings(count)} on {machine}" for machine, count in machines.items()]
     told += [f"{_trainings(count)} with the code of {commit}" for commit, count in commits.items()]
     told += [f"{_trainings(count)} on the backbone {digest}" for digest, count in backbones.items()]
+    if unrecorded := len(trainings) - backbones.total():
+        told.append(f"{_trainings(unrecorded)} recorded no backbone")
     if len(backbones) > 1:
         told.append("**several backbones: a difference between two trainings may be one between their backbones**")
     return [*told, f"seeds {', '.join(map(str, sorted({line['seed'] for line in trainings})))}"]

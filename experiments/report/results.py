@@ -4,6 +4,7 @@ import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 
 from experiments.evaluate import MOST_TYPES_SHOWN
-from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation
+from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation, seed_interval
 from experiments.runner import Job, jobs_of
 from experiments.suite import COLUMNS, Row, Suite
 from vqa.io.errors import InputError
@@ -171,6 +172,27 @@ def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
 
 
+def contrast_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+    """A line for each contrast of the suite, overall and by question type: the mean of the differences seed by seed."""
+    by_row: dict[str, dict[int, Result]] = {row.name: {} for row in suite.rows}
+    for result in results:
+        by_row[result.row.name][result.seed] = result
+    lines = []
+    for row, controls in suite.contrasts.items():
+        for control, column in product(controls, ["overall", *_kinds(results)]):
+            ours, theirs = (
+                {seed: result.scores[column] for seed, result in by_row[name].items() if column in result.scores}
+                for name in (row, control)
+            )
+            differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+            low, high = seed_interval(differences) or (None, None)
+            line = {"difference": float(np.mean(differences)) if differences else None}
+            line |= {"seeds_low": low, "seeds_high": high}
+            named = {"row": row, "less": control, "questions": column.removeprefix(KIND)}
+            lines.append(named | _rounded(line) | {"seeds": len(differences)})
+    return lines
+
+
 def _kinds(results: Sequence[Result]) -> list[str]:
     """The columns of question types; none where they are many."""
     kinds = sorted({column for result in results for column in result.scores if column.startswith(KIND)})
@@ -188,16 +210,20 @@ def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
 
 
 def _interval(found: Difference | None) -> Line:
-    """A difference in points and its 95 % interval over questions."""
-    return {"difference": found and found.points, "ci_low": found and found.low, "ci_high": found and found.high}
+    """A difference in points and its 95 % intervals over questions and over seeds."""
+    low, high = (found and found.seed_interval) or (None, None)
+    return {
+        "difference": found and found.points,
+        "ci_low": found and found.low,
+        "ci_high": found and found.high,
+        "seeds_low": low,
+        "seeds_high": high,
+    }
 
 
 def _claim(found: Difference | None) -> Line:
     """The comparison of a row with the one that is claimed to be next below it."""
-    low, high = (found and found.seed_interval) or (None, None)
     return {f"order_{key}": value for key, value in _interval(found).items()} | {
-        "order_seeds_low": low,
-        "order_seeds_high": high,
         "order_verdict": found and found.verdict,
         "order_seeds_above": found and found.seeds_above,
         "order_seeds": found and len(found.per_seed),
@@ -222,7 +248,10 @@ def _mean(results: Sequence[Result], key: str) -> float | None:
 
 def _line(row: Row, **values: Any) -> Line:
     """A line that begins with the row's names, its numbers rounded."""
-    line = {"row": row.name, "run": row.run.name, "test": row.test.label} | values
+    return _rounded({"row": row.name, "run": row.run.name, "test": row.test.label} | values)
+
+
+def _rounded(line: Line) -> Line:
     # + 0.0 turns −0.0 into 0.0
     return {key: round(value, 4) + 0.0 if isinstance(value, float) else value for key, value in line.items()}
 

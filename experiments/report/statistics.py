@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 10_000
+FEWEST_SEEDS = 3  # for an interval over seeds: with two, Student's t has one degree of freedom
 INTERVAL = (2.5, 97.5)  # percentiles
 _SEED = 20170703
 
@@ -44,19 +45,15 @@ class Difference:
 
     @property
     def seed_interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean difference over seeds (Student's t); None with fewer than two."""
-        if len(self.per_seed) < 2:
-            return None
-        from scipy import stats
-
-        differences = np.array(list(self.per_seed.values()))
-        half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-        return float(differences.mean() - half), float(differences.mean() + half)
+        """`seed_interval` of the differences of the seeds that both rows have."""
+        return seed_interval(list(self.per_seed.values()))
 
     @property
     def verdict(self) -> str:
         """Whether the intervals over questions and over seeds support that the first row is above the second."""
-        intervals = [(self.low, self.high), *([self.seed_interval] if self.seed_interval else [])]
+        if self.seed_interval is None:
+            return "too few seeds"
+        intervals = [(self.low, self.high), self.seed_interval]
         if all(low > 0 for low, _ in intervals):
             return "holds"
         return "reversed" if all(high < 0 for _, high in intervals) else "not told apart"
@@ -99,6 +96,16 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(_SEED).multinomial(values.size, counts / values.size, size=RESAMPLES)
     low, high = np.percentile(drawn @ distinct / values.size, INTERVAL)
     return float(low), float(high)
+
+
+def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of one difference a seed (Student's t); None with fewer than three seeds."""
+    if len(differences) < FEWEST_SEEDS:
+        return None
+    from scipy import stats
+
+    mean, half = np.mean(differences), stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return float(mean - half), float(mean + half)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

@@ -13,7 +13,7 @@ from experiments.suite import COLUMNS
 from vqa.io.errors import printable
 from vqa.io.files import write_text
 
-NOT_RUN = "not run"
+NOT_RUN, TOO_FEW = "not run", "too few seeds"
 _Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
 
 
@@ -28,12 +28,19 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def markdown_table(lines: Sequence[Line]) -> str:
     """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
-    return _markdown(lines, _columns(lines, brief=False))
+    return markdown(_cells(lines, _columns(lines, brief=False)))
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
-    """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only."""
-    return aligned(_cells(lines, _columns(lines, brief=True)))
+    """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only.
+
+    The differences to the baseline are a table of their own, below.
+    """
+    parts = [aligned(_cells(lines, _columns(lines, brief=True)))]
+    if compared := [line for line in lines if line["difference"] is not None]:
+        names = (f"difference to {lines[0]['baseline']}", itemgetter("row"))
+        parts.append(aligned(_cells(compared, [names, ("over questions", _difference), ("over seeds", _over_seeds)])))
+    return "\n\n".join(parts)
 
 
 def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
@@ -43,11 +50,9 @@ def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
             columns.append((column, partial(_mean, f"{column}_mean")))
         else:
             columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
-    columns += [
-        (f"difference to {lines[0]['baseline']}", partial(_difference, with_spread=not brief)),
-        ("seeds", _seeds),
-        ("training", lambda line: duration(line["seconds"])),
-    ]
+    if not brief:
+        columns += [(f"difference to {lines[0]['baseline']}, over questions", _difference), ("over seeds", _over_seeds)]
+    columns += [("seeds", _seeds), ("training", lambda line: duration(line["seconds"]))]
     if not brief:
         columns += [
             ("memory, GiB", lambda line: _number(line["peak_memory_mib"], unit=1024)),
@@ -60,7 +65,27 @@ def markdown_kinds(lines: Sequence[Line]) -> str:
     """Markdown: mean accuracies by question type; empty where there are many types or no results."""
     kinds = [key for key in lines[0] if key.startswith(KIND)]
     columns = [("accuracy, %", itemgetter("row")), *((key.removeprefix(KIND), partial(_mean, key)) for key in kinds)]
-    return _markdown([line for line in lines if line["seeds"]], columns) if kinds else ""
+    return markdown(_cells([line for line in lines if line["seeds"]], columns)) if kinds else ""
+
+
+def contrast_tables(lines: Sequence[Line]) -> list[list[list[str]]]:
+    """The lines of `SUITE_contrasts.csv` as cells, a table for each first row.
+
+    A line of cells is a question type, a column a row that is subtracted; contrasts without a common seed are skipped.
+    """
+    tables = []
+    for row in dict.fromkeys(line["row"] for line in lines if line["seeds"]):
+        own = [line for line in lines if line["row"] == row and line["seeds"]]
+        cells = {(line["questions"], line["less"]): _contrast(line) for line in own}
+        questions, others = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+        found = ([kind, *(cells.get((kind, other), "") for other in others)] for kind in questions)
+        tables.append([[f"{row} less", *others], *found])
+    return tables
+
+
+def _contrast(line: Line) -> str:
+    spread = f"({TOO_FEW}: {line['seeds']})" if line["seeds_low"] is None else _interval(line, "seeds")
+    return f"{signed(line['difference'])} {spread}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -79,19 +104,30 @@ def _claim(line: Line) -> str:
     pair = f"{line['row']} above {line['order_above']}"
     if line["order_difference"] is None:
         return f"{pair}: not compared, as one of them was not run"
-    points, low, high = (signed(line[f"order_{key}"]) for key in ("difference", "ci_low", "ci_high"))
+    points, questions = signed(line["order_difference"]), _interval(line, "order_ci")
     seeds = f"above in {line['order_seeds_above']} of {line['order_seeds']} seeds"
     if line["order_seeds_low"] is not None:
-        seeds += f", 95 % interval over seeds [{signed(line['order_seeds_low'])}, {signed(line['order_seeds_high'])}]"
-    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions [{low}, {high}], {seeds}"
+        seeds += f", 95 % interval over seeds {_interval(line, 'order_seeds')}"
+    return f"{pair}: {line['order_verdict']}, {points} points, 95 % interval over questions {questions}, {seeds}"
 
 
-def _difference(line: Line, *, with_spread: bool) -> str:
+def _difference(line: Line) -> str:
     """The difference to the baseline with its 95 % interval over questions."""
     if line["difference"] is None:
         return ""
-    spread = f" ± {_number(line['difference_std'])}" if with_spread and line["difference_std"] is not None else ""
-    return f"{signed(line['difference'])}{spread} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
+    spread = f" ± {_number(line['difference_std'])}" if line["difference_std"] is not None else ""
+    return f"{signed(line['difference'])}{spread} {_interval(line, 'ci')}"
+
+
+def _over_seeds(line: Line) -> str:
+    """The 95 % interval of the difference over seeds."""
+    if line["difference"] is None:
+        return ""
+    return TOO_FEW if line["seeds_low"] is None else _interval(line, "seeds")
+
+
+def _interval(line: Line, name: str) -> str:
+    return f"[{signed(line[f'{name}_low'])}, {signed(line[f'{name}_high'])}]"
 
 
 def _spread(column: str, line: Line) -> str:
@@ -116,8 +152,9 @@ def _cells(lines: Sequence[Line], columns: Sequence[_Column]) -> list[list[str]]
     return [[heading for heading, _ in filled], *map(list, zip(*(cells for _, cells in filled), strict=True))]
 
 
-def _markdown(lines: Sequence[Line], columns: Sequence[_Column]) -> str:
-    rows = [[_as_markdown(cell) for cell in row] for row in _cells(lines, columns)]
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table; the first row is its heading."""
+    rows = [[_as_markdown(cell) for cell in row] for row in cells]
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

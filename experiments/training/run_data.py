@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
 from data.h5_file import Store
+from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.evaluate import score
 from experiments.process_group import Processes
@@ -54,7 +55,7 @@ class VQATask:
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
-        for key, made in store.provenance["settings"].items():
+        for key, made in settings_of(store.provenance).items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
         splits, split = list(settings.train.splits), settings.train.validate_on

@@ -46,7 +46,7 @@ def checksums(path) -> list[int]:
     return Store(path).checksums.tolist()
 
 
-@pytest.mark.parametrize("changed", [{"answers": 2}, {"min_word_count": 2}])
+@pytest.mark.parametrize("changed", [{"answers": 2}, {"min_word_count": 2}, {"vocabulary_from": ["train", "val"]}])
 def test_other_words_or_answers_decode_nothing(raw, made, tmp_path, decoded, capsys, changed):
     before = made.read_bytes()
     for file in raw.values():
@@ -141,7 +141,7 @@ def test_mended_images_are_decoded_and_no_others(raw, made, tmp_path, decoded, c
     three.write_bytes(b"no image")
     make(raw, path, skip_bad_images=True)
     assert "complete, 0.0 MB; 2 of its 3 images were missing or unreadable" in capsys.readouterr().out
-    before, said = path.read_bytes(), r"2 image\(s\) missing or unreadable, by id: 1, 3; mend them, or go on without"
+    before, said = path.read_bytes(), r"2 image\(s\) missing or unreadable, by id: 1, 3; repair them, or skip them"
     decoded.clear()
     with pytest.raises(InputError, match=said):
         make(raw, path)

@@ -59,6 +59,35 @@ def test_vocabularies_are_of_the_training_split_only(raw, tmp_path):
     assert (opened.table("val").labels()[0] == NO_ANSWER).all()
 
 
+def test_vocabularies_are_of_the_splits_that_are_named(raw, tmp_path, capsys):
+    make(raw, tmp_path / "both.h5", vocabulary_from=["train", "val"])
+    assert "5 answers from train and val" in capsys.readouterr().out
+    both = Store(tmp_path / "both.h5")
+    assert UNKNOWN_ID not in both.table("val").words(0)
+    assert set(both.vocabulary) == {"2", "black", "yes", "no", "lilac"}
+    make(raw, tmp_path / "turned.h5", vocabulary_from=["val", "train"])
+    assert Store(tmp_path / "turned.h5").vocabulary == both.vocabulary
+    make(raw, tmp_path / "val.h5", vocabulary_from=["val"])
+    assert Store(tmp_path / "val.h5").vocabulary == ["lilac", "yes"]
+
+
+def test_the_default_is_the_file_of_before_the_setting(raw, tmp_path):
+    make(raw, tmp_path / "plain.h5")
+    make(raw, tmp_path / "named.h5", vocabulary_from=["train"])
+    assert (tmp_path / "plain.h5").read_bytes() == (tmp_path / "named.h5").read_bytes()
+    made = Store(tmp_path / "plain.h5").provenance["settings"]
+    assert made == {"image_size": 32, "min_word_count": 1, "answers": 10}
+
+
+def test_splits_without_answers_give_no_vocabulary(raw, tmp_path):
+    splits = raw | {"test": SplitFiles(raw["val"].questions, None, raw["val"].images)}
+    with pytest.raises(InputError, match="data.vocabulary_from: no split 'vla'; data.splits has train, val, test"):
+        make(splits, tmp_path / "data.h5", vocabulary_from=["train", "vla"])
+    with pytest.raises(InputError, match="data.vocabulary_from: split 'test' has no annotations, and so no answers"):
+        make(splits, tmp_path / "data.h5", vocabulary_from=["train", "test"])
+    assert not list(tmp_path.glob("*data.h5*"))
+
+
 def test_an_image_two_splits_share_is_stored_once(raw, tmp_path):
     make(
         raw | {"dev": raw["val"], "test": SplitFiles(raw["val"].questions, None, raw["val"].images)}, tmp_path / "d.h5"
@@ -176,6 +205,8 @@ def test_a_begun_file_of_other_settings_is_kept(raw, tmp_path):
     before = h5_file.partial_path(path).read_bytes()
     with pytest.raises(InputError, match=r"begun with data.answers=10; finish it with these first"):
         make(raw, path, answers=3)
+    with pytest.raises(InputError, match=r"begun with data.vocabulary_from=\['train'\]; finish it with these first"):
+        make(raw, path, vocabulary_from=["train", "val"])
     assert h5_file.partial_path(path).read_bytes() == before
 
 
@@ -209,7 +240,7 @@ def test_remarks_on_the_questions_are_printed_once(tmp_path, capsys):
 
 
 def test_words_that_are_all_too_rare_are_an_error(raw, tmp_path):
-    with pytest.raises(InputError, match="data.min_word_count: no word occurs 99 times in the training questions"):
+    with pytest.raises(InputError, match="data.min_word_count: no word occurs 99 times in the questions of train"):
         make(raw, tmp_path / "data.h5", min_word_count=99)
     assert not list(tmp_path.glob("*data.h5*"))
 

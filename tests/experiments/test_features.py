@@ -191,7 +191,7 @@ def test_the_most_common_classes_have_a_colour_each():
     assert len(set(colours.values())) == len(colours) == len(COLOURS)
 
 
-def test_a_picture_of_many_classes_and_any_name(tmp_path):
+def test_a_image_of_many_classes_and_any_name(tmp_path):
     points = {("a $ b $", stage): np.random.rand(30, 2) for stage in (1, 2)}
     points |= {("c", stage): np.zeros((30, 2)) for stage in (1, 2)}
     notes = {("c", 2): "9 %"}

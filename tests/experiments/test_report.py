@@ -23,6 +23,7 @@ recipe: {root}/config/demo.yaml
 seeds: [1, 2, 3]
 baseline: none
 order: [none, last, all]
+contrasts: {{all: [last, none]}}
 paper: VQA v1, accuracy on val
 runs:
   none: {{settings: "cbn.stages=[]", paper: {{overall: 56.12}}}}
@@ -90,6 +91,33 @@ def test_means_spreads_and_differences(suite, tmp_path):
     assert (last["seconds"], last["peak_memory_mib"]) == ("70.0", "902.0")
     assert (lines["none"]["difference"], lines["none"]["overall_std"]) == ("", "0.0")
     assert lines["all"]["difference_std"] == lines["all"]["overall_std"] == ""
+    assert [lines[row]["seeds_low"] for row in ("none", "last", "all")] == ["", "", ""]  # too few seeds
+    assert (tmp_path / "out/stages.md").read_text().count("| too few seeds |") == 2
+
+
+def test_intervals_over_seeds_and_contrasts_by_question_type(suite, tmp_path):
+    """Reference: t(0.975, 2) = 4.302653; differences of 0, 50 and 100 points have a standard error of 50 / sqrt(3)."""
+    for seed, right in ((1, [0, 0] * 4), (2, [0, 1] * 4), (3, [1, 1] * 4)):
+        finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
+        finish(suite, tmp_path, "all", seed, right)
+    finish(suite, tmp_path, "last", 2, ALWAYS_RIGHT)
+    told = write_report(suite, tmp_path, tmp_path / "out")
+    half = 4.302653 * 50 / 3**0.5
+    line = lines_by_row(tmp_path / "out/stages.csv")["all"]
+    assert [float(line[key]) for key in ("seeds_low", "seeds_high")] == pytest.approx([50 - half, 50 + half], abs=1e-3)
+    found = {
+        (line["less"], line["questions"]): [line[key] for key in ("difference", "seeds_low", "seeds_high", "seeds")]
+        for line in csv.DictReader((tmp_path / "out/stages_contrasts.csv").open())
+    }
+    assert list(found) == [(less, kind) for less in ("last", "none") for kind in ("overall", "how many", "is there")]
+    half = 4.302653 * np.std([0, 0, 100], ddof=1) / 3**0.5
+    counting = pytest.approx([100 / 3, 100 / 3 - half, 100 / 3 + half, 3], abs=1e-3)
+    assert list(map(float, found["none", "how many"])) == counting
+    assert found["last", "how many"] == ["-100.0", "", "", "1"]
+    page = (tmp_path / "out/stages.md").read_text()
+    assert "| all less | last | none |\n" in page
+    assert "| how many | −100.00 (too few seeds: 1) | +33.33 [−110.09, +176.76] |\n" in page
+    assert re.search(r"how many +−100.00 \(too few seeds: 1\) +\+33.33 \[−110.09, \+176.76\]\n", told)
 
 
 def test_a_line_for_every_training(suite, tmp_path):
@@ -126,16 +154,16 @@ def test_nothing_finished(suite, tmp_path):
 
 
 def test_the_claimed_order(suite, tmp_path):
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         finish(suite, tmp_path, "none", seed, OFTEN_RIGHT)
         finish(suite, tmp_path, "last", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, ALWAYS_RIGHT if seed == 1 else NEVER_RIGHT)
     told = write_report(suite, tmp_path, tmp_path / "out")
     assert "last above none: reversed, −86.25 points, 95 % interval over questions [−100.00, " in told
-    assert "all above last: not told apart, +50.00 points, 95 % interval over questions [+50.00, +50.00], " in told
-    assert "above in 1 of 2 seeds, 95 % interval over seeds [−585.31, +685.31]" in told
+    assert "all above last: not told apart, +33.33 points, 95 % interval over questions [+33.33, +33.33], " in told
+    assert "above in 1 of 3 seeds, 95 % interval over seeds [−110.09, +176.76]" in told
     assert "- all above last: not told apart" in (tmp_path / "out/stages.md").read_text()
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         finish(suite, tmp_path, "last", seed, OFTEN_RIGHT[::-1])
     told = write_report(suite, tmp_path, tmp_path / "out")
     assert "last above none: not told apart, 0.00 points" in told
@@ -184,7 +212,9 @@ def test_the_page(suite, tmp_path):
     lines = row_lines(altered, collect(altered, tmp_path))
     assert markdown_table(lines) in page
     row = next(line for line in page.splitlines() if line.startswith("| all | 86.25 ± 0.00 | 58.56 |"))
-    assert re.search(r"\| \+86.25 ± 0.00 \[\+6\d.\d\d, \+100.00\] \| 2 \| 100 s \| 0.88 \| 1 058 002 \|$", row)
+    assert re.search(
+        r"\| \+86.25 ± 0.00 \[\+6\d.\d\d, \+100.00\] \| too few seeds \| 2 \| 100 s \| 0.88 \| 1 058 002 \|$", row
+    )
     assert "| all | 90.00 | 82.50 |" in page, "by question type"
     assert "- 4 trainings with the code of commit 0123456789 with changes that are not committed" in page
     assert "- seeds 1, 2\n" in page
@@ -198,6 +228,7 @@ def test_several_backbones_are_told_of(suite, tmp_path):
     write_report(suite, tmp_path, tmp_path / "out")
     page = (tmp_path / "out" / "stages.md").read_text()
     assert "- 1 training on the backbone 4e467da68ac9\n" in page
+    assert "- 1 training recorded no backbone\n" in page
     assert "several backbones" not in page
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
     write_report(suite, tmp_path, tmp_path / "out")
@@ -220,7 +251,7 @@ def test_the_terminal_table_is_aligned_and_narrow(suite, tmp_path):
     assert all(row.endswith("3    67 min") and len(row) == len(heading) for row in rows[:3])
 
 
-def test_the_picture_shows_every_seed(suite, tmp_path):
+def test_the_image_shows_every_seed(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     for seed, accuracies in ((1, OFTEN_RIGHT), (2, ALWAYS_RIGHT), (3, OFTEN_RIGHT)):
         finish(suite, tmp_path, "all", seed, accuracies)

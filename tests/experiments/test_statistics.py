@@ -66,7 +66,7 @@ def test_identical_rows_differ_by_exactly_nothing():
 
 
 def test_sign():
-    better, worse = {1: answered([1, 1, 0.9, 1])}, {1: answered([0, 0.3, 0.3, 0])}
+    better, worse = ({n: answered(row) for n in (1, 2, 3)} for row in ([1, 1, 0.9, 1], [0, 0.3, 0.3, 0]))
     assert compare(better, worse).verdict == "holds"
     found = compare(worse, better)
     assert found.verdict == "reversed"
@@ -115,4 +115,6 @@ def test_the_interval_over_seeds_is_students():
     assert found.seed_interval == pytest.approx((mean - half, mean + half), rel=1e-5)
     assert found.low > 0
     assert found.verdict == "not told apart"  # the seeds differ too much
-    assert compare({1: ours[1]}, {1: theirs[1]}).seed_interval is None
+    two = compare({1: ours[1], 2: ours[2]}, {1: theirs[1], 2: theirs[2]})
+    assert two.seed_interval is None
+    assert (two.low > 0, two.verdict) == (True, "too few seeds")

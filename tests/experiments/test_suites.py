@@ -123,6 +123,7 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "runs.a.paper.overal.*should be 'overall', 'yes/no', 'number' or 'other'",
         ),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
+        ("seeds: [1]\nbaseline: a\ncontrasts: {a: [b]}\nruns: {a: {}}\n", "no row 'b'"),
         ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
         ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "come to the same settings"),

@@ -42,7 +42,7 @@ def test_evaluation_from_raw_files_lists_all_bad_images(command, trained, bad, t
     assert ended.code == 2
     assert ended.err.startswith("error: 2 image(s) missing or unreadable, by id: ")
     assert ended.err.count("\n") == 1
-    assert ended.err.endswith("; mend them, or go on without them with data.skip_bad_images=true\n")
+    assert ended.err.endswith("; repair them, or skip them with data.skip_bad_images=true\n")
     assert "no such file" in ended.out
     assert "cannot be read as an image" in ended.out
     assert not list((tmp_path / "out").glob("*.json"))

@@ -30,7 +30,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import write_text
 from vqa.settings.recipes import load_settings
 
-FULL = r"cannot be written \((no space left on device|file too large)\); make space, then go on"
+FULL = r"cannot be written \((no space left on device|file too large)\); free some space, then run the command again"
 
 
 class MountedDisk:
@@ -173,7 +173,7 @@ def test_training_goes_on_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
     assert ended.code == 2
     assert ended.err.startswith("error: runs/full/")
     assert ended.err.count("\n") == 1
-    assert "make space, then go on" in ended.err
+    assert "free some space, then run the command again" in ended.err
     progress = load_checkpoint(Path("runs/full/checkpoints/last.pt"))["progress"]
     assert (progress["epoch"], progress["step"]) == (2, 0)
     assert not list(Path("runs").rglob("*.unfinished"))

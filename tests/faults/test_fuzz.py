@@ -115,7 +115,7 @@ def test_preprocessing_files(tmp_path, content):
 @pytest.mark.parametrize("kind", FORMATS)
 @fuzzed(max_examples=20)
 @given(data=st.data())
-def test_pictures(files, tmp_path, kind, data):
+def test_images(files, tmp_path, kind, data):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(data.draw(damage((files[0] / f"picture.{kind}").read_bytes())))
     pixels = result_or_refusal(decode_image, bad, 8)

@@ -80,7 +80,7 @@ def seen(file) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
-def test_pictures_stand_upright(tmp_path, orientation, kind):
+def test_images_stand_upright(tmp_path, orientation, kind):
     """Stored turned, as cameras do, with the EXIF entry that says so."""
     turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose: what EXIF 2 to 8 take back
     picture = corners()
@@ -92,7 +92,7 @@ def test_pictures_stand_upright(tmp_path, orientation, kind):
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
 
 
-def test_a_picture_of_sixteen_bits_stands_upright(tmp_path):
+def test_a_image_of_sixteen_bits_stands_upright(tmp_path):
     pixels = np.zeros((20, 40), np.uint16)
     pixels[:, :20] = 60_000
     exif = Image.Exif()
@@ -105,7 +105,7 @@ def test_a_picture_of_sixteen_bits_stands_upright(tmp_path):
     "block", [{"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"}, {"exif": b"junk"}, {"icc_profile": b"junk"}], ids=str
 )
 @pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_damaged_block_beside_the_picture_says_nothing(tmp_path, kind, block):
+def test_a_damaged_block_beside_the_image_says_nothing(tmp_path, kind, block):
     corners().save(tmp_path / f"a.{kind}", **block)
     with warnings.catch_warnings(action="error"):
         assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
@@ -181,7 +181,7 @@ def test_large_blocks_beside_the_pixels_do_not_matter(tmp_path, kind, given):
         ("RGB", "another_ending.jpg", {"format": "PNG"}),
     ],
 )
-def test_every_kind_of_picture_has_its_colours(tmp_path, mode, name, given):
+def test_every_kind_of_image_has_its_colours(tmp_path, mode, name, given):
     corners(mode).save(tmp_path / name, **given)
     colours = COLOURS if not mode.startswith("L") else [(76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3]
     with warnings.catch_warnings(action="error"):
@@ -196,7 +196,7 @@ def test_what_lies_under_transparency_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
-def test_of_several_pictures_the_first_is_seen(tmp_path, kind):
+def test_of_several_images_the_first_is_seen(tmp_path, kind):
     corners().save(tmp_path / f"a.{kind}", save_all=True, append_images=[Image.new("RGB", (64, 48))])
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
 

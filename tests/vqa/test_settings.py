@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
+from experiments.prepare import preprocessing_of
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
-from vqa.settings.schema import ROLES, SplitSettings
+from vqa.settings.schema import ROLES, SplitSettings, different_keys
 
 RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml"))
 PAPER = {"baseline", "finetune_stage4", "finetune_bn", "modern", "modern_448", "modern_mlb_448"}
@@ -75,9 +76,24 @@ def test_the_papers_hyper_parameters():
 def test_names_and_h5_files_of_recipes_do_not_collide():
     settings = [load_settings(path) for path in RECIPES]
     assert len({one.name for one in settings}) == len(settings)
-    sizes = {}
+    made = {}
     for one in settings:
-        assert sizes.setdefault(one.data.h5, one.data.image_size) == one.data.image_size
+        asked = preprocessing_of(one) | {"threads": None}
+        assert made.setdefault(one.data.h5, asked) == asked
+
+
+def test_the_recipes_of_vqa_v2_are_those_of_vqa_v1_on_other_data():
+    found = {path.stem: load_settings(path) for path in (ROOT / "config/vqa_v2").glob("*.yaml")}
+    assert set(found) == {"baseline", "finetune_bn", "modern", "modern_trainval"}
+    trainval = found.pop("modern_trainval")
+    for name, one in found.items():
+        other = load_settings(ROOT / "config/vqa_v1" / f"{name}.yaml")
+        assert different_keys(one, other) == ["data.folder", "data.h5", "data.splits", "name"]
+        assert list(one.data.splits) == ["train", "val", "test-dev", "test"]
+    changed = ["data.h5", "data.vocabulary_from", "name", "train.splits", "train.validate_on"]
+    assert different_keys(trainval, found["modern"]) == changed
+    assert trainval.data.vocabulary_from == trainval.train.splits == ["train", "val"]
+    assert trainval.train.validate_on is None
 
 
 def test_numbers_as_people_write_them(base):
@@ -128,6 +144,8 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("device=gpu", "device: "),
         ("name=../elsewhere", "name: "),
         ("train.validate_on=train", "split 'train' is trained on"),
+        ("data.vocabulary_from=[train, val, train]", "data.vocabulary_from: .*a split is named twice"),
+        ("data.vocabulary_from=[]", "data.vocabulary_from: .*at least 1"),
         ("train.epochs", "no setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),
         ("train=5", "train: "),
@@ -181,6 +199,11 @@ def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="binary.yaml"):
         load_settings(tmp_path / "binary.yaml")
+
+
+def test_a_split_of_the_base_can_be_removed():
+    settings = load_settings(ROOT / "config/vqa_v2/modern.yaml", ["data.splits.test=null", "data.splits.test-dev=null"])
+    assert list(settings.data.splits) == ["train", "val"]
 
 
 def test_splits_have_only_known_keys(base):

@@ -47,7 +47,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else f"{error!s:.100}"
-        remedy = "; make space, then go on" if error.errno in _FULL else ""
+        remedy = "; free some space, then run the command again" if error.errno in _FULL else ""
         raise NotWrittenError(f"{path}: cannot be written ({reason}){remedy}") from None
 
 

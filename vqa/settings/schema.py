@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vqa.io.files import write_text
 
@@ -53,9 +53,23 @@ class DataSettings(_Section):
     image_size: int = Field(ge=32, le=2048)
     min_word_count: Count
     answers: int = Field(ge=2, le=2**20)
+    vocabulary_from: list[SplitName] = Field(min_length=1)
     skip_bad_images: Annotated[bool, Role.SKIPPING]
     processes: Annotated[Processes, Role.COMPUTING]
     cache_gib: Annotated[float, Role.SPEED] = Field(ge=0)
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _without_removed(cls, splits: Any) -> Any:
+        if isinstance(splits, dict):
+            return {name: files for name, files in splits.items() if files is not None}
+        return splits
+
+    @model_validator(mode="after")
+    def _each_split_once(self) -> "DataSettings":
+        if len(set(self.vocabulary_from)) < len(self.vocabulary_from):
+            raise ValueError("vocabulary_from: a split is named twice")
+        return self
 
 
 class BackboneSettings(_Section):

@@ -49,7 +49,7 @@ def losses(run):
 @pytest.mark.parametrize(
     "words", [["cbn.stages=[]"], ["cbn.stages=[4]"], ["cbn.stages=[]", "backbone.train=stage4"], []]
 )
-def test_training_from_stored_maps_is_training_from_pictures(tiny, tmp_path, words):
+def test_training_from_stored_maps_is_training_from_images(tiny, tmp_path, words):
     words = [*words, f"data.h5={tmp_path}/world.h5", "train.epochs=2"]
     shutil.copyfile(load_settings(tiny).data.h5, tmp_path / "world.h5")
     plain = train(load_settings(tiny, [*words, "name=plain", "data.cache_gib=0.0"]), runs=tmp_path)

@@ -18,7 +18,13 @@ from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
-RESUMABLE = ("demo", "preprocess", "train", "experiment")  # started again after a kill, they keep what was done
+RESUMABLE = (
+    "demo",
+    "preprocess",
+    "pretrain",
+    "train",
+    "experiment",
+)  # started again, they keep what was done
 
 
 def demo(config: Path, settings: list[str]) -> None:
@@ -36,6 +42,18 @@ def preprocess(config: Path, settings: list[str]) -> None:
     from vqa.settings.recipes import load_settings
 
     run(**preprocessing_of(load_settings(config, settings)))
+
+
+def pretrain(images: Path, out: Path, backbone: str, device: str, **options: int) -> None:
+    """Pretrains a ResNet, for `backbone.weights`, on labelled images, a folder a class; run again, it resumes."""
+    from experiments.pretrain import pretrain_on_images
+    from vqa.devices import choose_device
+
+    made = pretrain_on_images(out, backbone, images, device=str(choose_device(device)), **options)
+    right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
+    if "held_out_group_accuracy" in made:
+        right += f", {made['held_out_group_accuracy']:.1f} % by group"
+    print(f"{out}: of {made['held_out_images']} held-out images, {right}")
 
 
 def train(config: Path, settings: list[str], resume: bool) -> None:
@@ -183,6 +201,7 @@ def export(run: Path, to: Path, form: str) -> None:
 COMMANDS = {
     "demo": demo,
     "preprocess": preprocess,
+    "pretrain": pretrain,
     "train": train,
     "eval": evaluate,
     "ask": ask,

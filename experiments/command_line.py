@@ -71,6 +71,15 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     command("preprocess", recipe, settings)
 
+    pretrain = command("pretrain")
+    pretrain.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a sub-folder a class")
+    pretrain.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    pretrain.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
+    pretrain.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
+    pretrain.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
+    pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, order and shifts (0)")
+    pretrain.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
+
     train = command("train", recipe, settings)
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
 

@@ -2,7 +2,7 @@
 
 1. draw scenes and ask questions about them (VQA v1 files);
 2. preprocess them into h5;
-3. pretrain a small ResNet to name shapes, then freeze it;
+3. pretrain a small ResNet to name shapes (or classes of photographs), then freeze it;
 4. train and evaluate the baseline; 5. MODERN; 6. inspect one question, write `summary.json` and `report.html`.
 """
 
@@ -61,9 +61,9 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     prepare_world(settings)
     print("2/6  preprocessing into h5", flush=True)
     preprocess(**preprocessing_of(settings))
-    print("3/6  pretraining the backbone to name shapes", flush=True)
+    print("3/6  pretraining the backbone", flush=True)
     named = prepare_backbone(settings)
-    print(f"the shape of {named:.1f} % of held-out objects is named")
+    print(f"{named:.1f} % of the images held out from it are named")
     scores: dict[str, Scores] = {}
     for step, model in enumerate(MODELS, 4):
         print(f"{step}/6  training {model}", flush=True)
@@ -85,6 +85,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         **scores,
         "difference": round(scores["modern"]["overall"] - scores["baseline"]["overall"], 2),
         "backbone_shapes": named,
+        "world": settings.scenes.world,
         "seed": settings.seed,
         "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "seconds": round(time.monotonic() - started, 1),

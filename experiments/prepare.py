@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from data.preprocess import preprocess
-from data.scenes.write import write_world
+from data.scenes.photos import changed_at_random
+from data.scenes.write import PHOTOS, write_world
 from data.vqa_files import SplitFiles
-from experiments.pretrain import pretrain_backbone
+from experiments.pretrain import pretrain_backbone, pretrain_on_images
 from vqa.devices import choose_device
 from vqa.settings.schema import Settings
 
@@ -23,12 +24,25 @@ def prepare_world(settings: Settings) -> None:
         look=scenes.look,
         questions_per_image=scenes.questions_per_image,
         processes=data.processes,
+        source=data.photographs,
     )
 
 
 def prepare_backbone(settings: Settings) -> float:
     """Pretrains the backbone on synthetic scenes, or keeps an existing one; returns its held-out accuracy, %."""
     scenes = settings.scenes
+    if scenes.world == PHOTOS:
+        made = pretrain_on_images(
+            Path(settings.backbone.weights),
+            settings.backbone.name,
+            Path(settings.data.photographs),
+            seed=scenes.seed,
+            image_size=scenes.pretrain_size,
+            epochs=scenes.pretrain_epochs,
+            device=str(choose_device(settings.device)),
+            change=changed_at_random,
+        )
+        return made["held_out_accuracy"]
     return pretrain_backbone(
         Path(settings.backbone.weights),
         settings.backbone.name,

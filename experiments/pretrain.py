@@ -1,7 +1,7 @@
-"""Pretrains the backbone of synthetic scenes: it learns to name the shape of one object, and nothing else."""
+"""Pretrains a backbone to name the class of an image: the shape of one synthetic object, or the folder of any image."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -10,19 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models import ResNet
 
+from data.labelled_images import LabelledImages
 from data.scenes.write import WORLDS, draw_single_objects
+from experiments.training.checkpoint import load_checkpoint, save_checkpoint
 from vqa.backbone import build_resnet
 from vqa.devices import autocast
 from vqa.io.errors import InputError
-from vqa.io.files import written_whole
+from vqa.io.files import check_room, written_whole
+from vqa.io.locks import held
+from vqa.io.processes import StopRequest
 from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
-from vqa.preprocessing import Preprocessing
+from vqa.preprocessing import MAX_SIZE, Preprocessing
 
-BATCH = 64  # objects a step
+BATCH = 64  # images a step
+CHECKPOINT_EVERY = 200  # steps
 
 
 def pretrain_backbone(
@@ -37,7 +43,7 @@ def pretrain_backbone(
     precision: str = "float32",
     device: str = "cpu",
 ) -> float:
-    """Trains torchvision's network on single objects and writes its weights.
+    """Trains torchvision's network on single objects and writes its weights; resumes where it was interrupted.
 
     On a CPU it uses one thread: another number rounds differently and gives another network, with which a baseline is
     two points better or worse.
@@ -62,41 +68,158 @@ def pretrain_backbone(
     """
     made = {"name": name, "world": world, "seed": seed, "image_size": image_size, "images": images, "epochs": epochs}
     made |= {"batch_size": BATCH, "precision": precision}
-    if (found := _header_of(file)) is not None:
-        accuracy = found.pop("held_out_accuracy")
-        if found == made:
-            return accuracy
-        key = next(key for key, value in made.items() if found.get(key) != value)
-        raise InputError(
-            f"{file}: pretrained with {key} {found.get(key)}, not {made[key]}; remove it or name another "
-            "backbone.weights"
+    if (found := _results_in(file, made)) is not None:
+        return found["held_out_accuracy"]
+    count, shapes = images + max(images // 10, 1), len(WORLDS[world].SHAPES)
+    with _one_thread():
+        resnet, right = _train(
+            file, made, lambda pixels: draw_single_objects(WORLDS[world], seed, pixels), images, count, shapes, device
         )
+    accuracy = _percent(right[0] == right[1])
+    _write(file, resnet, made | {"held_out_accuracy": accuracy})
+    return accuracy
+
+
+def pretrain_on_images(
+    file: Path,
+    name: str,
+    source: Path,
+    *,
+    seed: int,
+    image_size: int,
+    epochs: int,
+    device: str,
+    change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Trains torchvision's network to name the classes of labelled images, which are shifted and mirrored at random.
+
+    Args:
+        file: a .safetensors file, by torchvision's names; a checkpoint lies beside it until it is finished.
+        name: the ResNet.
+        source: what `LabelledImages` reads.
+        seed: of the initial weights, the order, the shifts.
+        image_size: side S in pixels, at least 32.
+        epochs: passes over the images.
+        device: where it is trained.
+        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name stands in the header.
+
+    Returns:
+        The file's header: the arguments, `classes`, `held_out_images`, `held_out_accuracy`: how many of these are given
+        their class, in percent, and `held_out_group_accuracy`: at least a class of the same group, where there are
+        groups. A file that was made with the same arguments is kept.
+
+    Raises:
+        InputError: `file` was not written with these arguments or is locked, `source` is not as it must be, or
+            images in it cannot be read.
+    """
+    if not 32 <= image_size <= MAX_SIZE:
+        raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
+    with held(file.with_name(f".{file.name}.lock"), file):
+        images = LabelledImages(source)
+        said = f"{len(images.names)} (checksum {images.digest[:12]})"
+        made = {"name": name, "seed": seed, "image_size": image_size, "images": said, "epochs": epochs}
+        made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
+        if (found := _results_in(file, made)) is not None:
+            print(f"{file}: complete, nothing to do")
+            return found
+
+        def decode(pixels: np.ndarray) -> np.ndarray:
+            images.decode_into(pixels)
+            return images.labels
+
+        def varied(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+            shifted = _shifted_and_mirrored(pixels, rng)
+            return shifted if change is None else torch.from_numpy(change(shifted.numpy(), rng))
+
+        count, classes = len(images.names), len(images.classes)
+        resnet, (predicted, true) = _train(file, made, decode, images.training, count, classes, device, change=varied)
+        results = {"classes": images.classes, "held_out_images": len(true)}
+        results["held_out_accuracy"] = _percent(predicted == true)
+        if images.groups is not None:
+            groups = np.array(images.groups)
+            results["held_out_group_accuracy"] = _percent(groups[predicted] == groups[true])
+        _write(file, resnet, made | results)
+        return made | results
+
+
+def _train(
+    file: Path,
+    made: Mapping[str, Any],
+    fill: Callable[[np.ndarray], np.ndarray],
+    images: int,
+    count: int,
+    classes: int,
+    device: str,
+    change: Callable[[Tensor, np.random.Generator], Tensor] = lambda pixels, _: pixels,
+) -> tuple[ResNet, tuple[np.ndarray, np.ndarray]]:
+    """Trains on the first `images` of `count` images; goes on from a checkpoint of the same arguments `made`.
+
+    `fill` writes all images into an array, uint8 [count, S, S, 3], and returns their classes, int64 [count]. `change`
+    makes of a batch, uint8 [B, S, S, 3], what is trained on.
+
+    Returns:
+        The network in evaluation mode, and for the other images the classes it predicts and the true ones.
+    """
+    place, size, seed = torch.device(device), made["image_size"], made["seed"]
+    checkpoint = _checkpoint_of(file)
+    saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+    if saved is not None:
+        _check_same(checkpoint, saved["made"] if isinstance(saved, dict) and "made" in saved else {}, made)
     torch.manual_seed(seed)
-    count, place = images + max(images // 10, 1), torch.device(device)
+    try:
+        resnet = build_resnet(made["name"], classes=classes).to(place)
+    except ValueError as error:
+        raise InputError(f"backbone: {error}") from None
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_room(file, count * size * size * 3, "use smaller images")
     with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
-        mapped = np.memmap(aside, np.uint8, shape=(count, image_size, image_size, 3))
-        shapes = torch.from_numpy(draw_single_objects(WORLDS[world], seed, mapped)).to(place)
+        mapped = np.memmap(aside, np.uint8, shape=(count, size, size, 3))
+        labels = torch.from_numpy(fill(mapped)).to(place)
         pixels = torch.from_numpy(mapped)
-        resnet = build_resnet(name, classes=len(WORLDS[world].SHAPES)).to(place)
 
-        def logits_of(rows: Tensor) -> Tensor:
-            normalised = Preprocessing(image_size).normalise(pixels[rows].to(place))
-            with autocast(place, precision):
-                return resnet(normalised).float()
+        def logits_of(images: Tensor) -> Tensor:
+            with autocast(place, made["precision"]):
+                return resnet(Preprocessing(size).normalise(images.to(place))).float()
 
-        order = torch.cat([torch.randperm(images)[: images // BATCH * BATCH] for _ in range(epochs)])
-        with _one_thread():
-            _train(resnet, order.split(BATCH), lambda rows: F.cross_entropy(logits_of(rows), shapes[rows]))
+        batch = min(BATCH, images)
+        order = torch.cat([torch.randperm(images)[: images // batch * batch] for _ in range(made["epochs"])])
+        batches = order.split(batch)
+        optimiser = torch.optim.Adam(resnet.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=len(batches), cycle_momentum=False)
+        state, done = {"model": resnet, "optimiser": optimiser, "schedule": schedule}, 0
+        if saved is not None:
+            done = saved["step"]
+            for part, content in state.items():
+                content.load_state_dict(saved[part])
+        with StopRequest() as stop:
+            steps = progress(batches[done:], len(batches), "pretraining", done=done)
+            for step, rows in enumerate(steps, start=done + 1):
+                changed = change(pixels[rows], np.random.default_rng([seed, step]))
+                loss = F.cross_entropy(logits_of(changed), labels[rows])
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                if stop.made or step % CHECKPOINT_EVERY == 0:
+                    parts = {part: content.state_dict() for part, content in state.items()}
+                    save_checkpoint(checkpoint, parts | {"made": dict(made), "step": step})
+                if stop.made:
+                    stop.obey()
         resnet.eval()
         with torch.inference_mode():
-            held_out = torch.arange(images, count).split(256)
-            right = sum(int((logits_of(rows).argmax(1) == shapes[rows]).sum()) for rows in held_out)
-    accuracy = 100 * right / (count - images)
-    with written_whole(file) as aside:
-        header = {"pretrained": json.dumps(made | {"held_out_accuracy": accuracy})}
-        aside.write_bytes(as_safetensors(resnet.state_dict(), header))
-    return accuracy
+            others = pixels[images:].split(256)
+            predicted = torch.cat([logits_of(some).argmax(1) for some in others])
+    return resnet, (predicted.cpu().numpy(), labels[images:].cpu().numpy())
+
+
+def _shifted_and_mirrored(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shifts each image by up to an eighth of its side, repeating its border, and mirrors every second one."""
+    count, size = pixels.shape[:2]
+    shifts = torch.from_numpy(rng.integers(-(size // 8), size // 8, (2, count, 1), endpoint=True))
+    rows, columns = (torch.arange(size) + shifts).clamp(0, size - 1)
+    mirrored = torch.from_numpy(rng.random((count, 1)) < 0.5)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 @contextmanager
@@ -109,21 +232,24 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train(resnet: nn.Module, batches: Sequence[Tensor], loss_of: Callable[[Tensor], Tensor]) -> None:
-    optimiser = torch.optim.Adam(resnet.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=len(batches), cycle_momentum=False)
-    for rows in progress(batches, len(batches), "pretraining"):
-        loss = loss_of(rows)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+def _percent(right: np.ndarray) -> float:
+    return 100 * int(right.sum()) / len(right)
 
 
-def _header_of(file: Path) -> dict[str, Any] | None:
-    """What `pretrain_backbone` wrote into the header of a file; None if there is no file."""
+def _checkpoint_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.checkpoint")
+
+
+def _write(file: Path, resnet: ResNet, header: Mapping[str, Any]) -> None:
+    with written_whole(file) as aside:
+        aside.write_bytes(as_safetensors(resnet.state_dict(), {"pretrained": json.dumps(header)}))
+    _checkpoint_of(file).unlink(missing_ok=True)
+
+
+def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The header of a file that was made with these arguments; None if there is no file."""
     if file.suffix != ".safetensors":
-        raise InputError(f"backbone.weights: {file} must be a .safetensors file, which the demo makes")
+        raise InputError(f"{file}: must be a .safetensors file")
     if not file.exists():
         return None
     try:
@@ -131,7 +257,14 @@ def _header_of(file: Path) -> dict[str, Any] | None:
             header = {**json.loads((opened.metadata() or {})["pretrained"])}
             header["held_out_accuracy"] = float(header["held_out_accuracy"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(
-            f"{file}: not made by the demo, which would overwrite it; name another backbone.weights"
-        ) from None
+        raise InputError(f"{file}: not pretrained here, and it would be overwritten; name another file") from None
+    _check_same(file, header, made)
     return header
+
+
+def _check_same(file: Path, found: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    for key, value in made.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"{file}: pretrained with {key} {found.get(key)}, not {value}; remove it or name another file"
+            )

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import zipfile
 
 import pytest
@@ -64,6 +65,12 @@ def project(tmp_path, monkeypatch):
             folder.joinpath("datasets").mkdir(exist_ok=True)
             with zipfile.ZipFile(settings.question.glove, "w") as archive:
                 archive.writestr("glove.txt", "cat " + " ".join(["0.1"] * 300))
+    for number in range(6):
+        file = folder / "photos" / ("cat", "dog", "car")[number % 3] / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(file)
+    (tmp_path / "shared" / "photos").mkdir(parents=True, exist_ok=True)
+    shutil.make_archive(str(tmp_path / "shared" / "photos" / "photos_32"), "zip", folder / "photos")
     return folder
 
 
@@ -106,6 +113,7 @@ PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "d
 ON_TINY_DATA = {  # what is appended to a command, so that it takes seconds
     "demo": [*SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD],
     "preprocess": ["data.image_size=64"],
+    "pretrain": ["--backbone=resnet10", "--image-size=32", "--epochs=1"],
     "train": SMALL_MODEL,
 }
 RUN_ELSEWHERE = ("bench", "gpu-check")  # by test_bench.py and test_gpu_check.py, every part and step of them
@@ -163,7 +171,10 @@ def test_files_named_on_a_page_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_code_of_the_readme_runs():
+def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "runs" / "demo" / "modern")
+    shutil.copy(image, tmp_path / "runs" / "demo" / "example.png")
+    monkeypatch.chdir(tmp_path)
     images, gamma, beta = torch.randn(1, 3, 32, 32), *torch.zeros(2, 1, 22_656)
     names = {
         "x": torch.randn(2, 64, 4, 4),
@@ -178,6 +189,23 @@ def test_code_of_the_readme_runs():
     assert names["y"].shape == (2, 64, 4, 4)
     assert len(names["net"].layers) == 48
     torch.testing.assert_close(names["net"](images), names["net"](images, Modulation(gamma, beta)))
+
+
+def test_code_of_the_page_on_the_layer_runs():
+    torch.manual_seed(0)
+    images, condition = torch.randn(2, 3, 64, 64), torch.randn(2, 256)
+    names = {
+        "images": images,
+        "condition": condition,
+        "x": torch.randn(2, 64, 4, 4),
+        "segments": torch.randn(2, 7, 8, 8),
+    }
+    page = (ROOT / "docs" / "layer.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block.replace('"IMAGENET1K_V1"', "None"), names)
+    assert names["y"].shape == (2, 64, 4, 4)
+    assert names["map_"].shape == (2, 2048, 2, 2)
+    assert torch.equal(names["recomputed"], names["logits"])
 
 
 def test_a_saved_recipe_gets_keys_that_came_after_it(tmp_path):

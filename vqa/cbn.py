@@ -12,7 +12,7 @@ first for all norms of a network at once.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ from vqa.norms import (
 __all__ = [
     "CategoricalConditionalBatchNorm2d",
     "CategoricalPredictor",
+    "ConditionalBatchNorm1d",
     "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
     "ConditionalGroupNorm",
     "ConditionalInstanceNorm2d",
     "ConditionalLayerNorm2d",
@@ -47,8 +49,10 @@ INITIAL_DEVIATION = 0.01
 class DeltaMLP(nn.Sequential):
     """Condition [B, D] → deltas [B, C] through one hidden layer with ReLU; near zero at the start."""
 
-    def __init__(self, condition_size: int, hidden_size: int, channels: int) -> None:
-        super().__init__(nn.Linear(condition_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, channels))
+    def __init__(self, condition_size: int, hidden_size: int, channels: int, **made: Any) -> None:
+        """`made` may hold `device` and `dtype`."""
+        first, last = nn.Linear(condition_size, hidden_size, **made), nn.Linear(hidden_size, channels, **made)
+        super().__init__(first, nn.ReLU(), last)
         # Biases start at zero: beside random ones a small condition would hardly count, and all deltas would be alike.
         nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
         nn.init.zeros_(self[0].bias)
@@ -56,7 +60,23 @@ class DeltaMLP(nn.Sequential):
         nn.init.zeros_(self[2].bias)
 
 
-class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
+class _Conditioned(nn.Module):
+    """The part of a conditional norm that predicts its deltas: `delta_gamma` and `delta_beta`, each an MLP or None."""
+
+    def _condition_on(
+        self, condition_size: int, hidden_size: int, channels: int, gamma: bool, beta: bool, **made: Any
+    ) -> None:
+        if not (gamma or beta):
+            raise ValueError("a conditional norm predicts γ, β or both")
+        for name, predicted in (("delta_gamma", gamma), ("delta_beta", beta)):
+            setattr(self, name, DeltaMLP(condition_size, hidden_size, channels, **made) if predicted else None)
+
+    def deltas(self, condition: Tensor) -> Modulation:
+        """Condition [B, D] → Δγ, Δβ, each [B, C] or None where it is not predicted."""
+        return Modulation(*(None if part is None else part(condition) for part in (self.delta_gamma, self.delta_beta)))
+
+
+class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
     """A batch norm whose γ and β are moved by a condition; replaces `nn.BatchNorm2d` in any network.
 
         norm = ConditionalBatchNorm2d(num_features=64, condition_size=256, hidden_size=128)
@@ -66,7 +86,7 @@ class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
     shares its parameters and statistics. They have the names of `nn.BatchNorm2d`, so the state of a pretrained norm
     loads with `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To
     keep the pretrained network as the paper does, freeze γ and β (`norm.weight.requires_grad_(False)`, likewise `bias`)
-    and keep the layer in evaluation mode.
+    and keep the layer in evaluation mode. `gamma=False` or `beta=False` predicts only the other.
     """
 
     def __init__(
@@ -75,31 +95,62 @@ class ConditionalBatchNorm2d(ModulatedBatchNorm2d):
         condition_size: int,
         hidden_size: int,
         *,
+        gamma: bool = True,
+        beta: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        **made: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.delta_gamma = DeltaMLP(condition_size, hidden_size, num_features)
-        self.delta_beta = DeltaMLP(condition_size, hidden_size, num_features)
+        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        super().__init__(num_features, eps, momentum, **made)
+        self._condition_on(condition_size, hidden_size, num_features, gamma, beta, **made)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
+        return super().forward(x, self.deltas(condition))
 
 
-class ConditionalGroupNorm(ModulatedGroupNorm):
+class ConditionalBatchNorm1d(ConditionalBatchNorm2d):
+    """The same for `nn.BatchNorm1d`: x [B, C] or [B, C, T]."""
+
+    dimensions = (2, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x with one of `dimensions`, condition [B, D] → as x."""
+        if x.ndim not in self.dimensions or x.shape[1] != self.num_features:
+            dimensions = " or ".join(map(str, self.dimensions))
+            raise ValueError(f"x must have {dimensions} dimensions and C = {self.num_features}, got {list(x.shape)}")
+        return super().forward(x.reshape(*x.shape[:2], -1, 1), condition).reshape(x.shape)
+
+
+class ConditionalBatchNorm3d(ConditionalBatchNorm1d):
+    """The same for `nn.BatchNorm3d`: x [B, C, T, H, W]."""
+
+    dimensions = (5,)
+
+
+class ConditionalGroupNorm(_Conditioned, ModulatedGroupNorm):
     """A group norm whose γ and β are moved by a condition."""
 
     def __init__(
-        self, num_groups: int, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5
+        self,
+        num_groups: int,
+        num_features: int,
+        condition_size: int,
+        hidden_size: int,
+        *,
+        gamma: bool = True,
+        beta: bool = True,
+        eps: float = 1e-5,
+        **made: Any,
     ) -> None:
-        super().__init__(num_groups, num_features, eps)
-        self.delta_gamma = DeltaMLP(condition_size, hidden_size, num_features)
-        self.delta_beta = DeltaMLP(condition_size, hidden_size, num_features)
+        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        super().__init__(num_groups, num_features, eps, **made)
+        self._condition_on(condition_size, hidden_size, num_features, gamma, beta, **made)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        return super().forward(x, Modulation(self.delta_gamma(condition), self.delta_beta(condition)))
+        return super().forward(x, self.deltas(condition))
 
 
 class _OfFixedGroups(ConditionalGroupNorm):
@@ -107,13 +158,15 @@ class _OfFixedGroups(ConditionalGroupNorm):
 
     kind: str
 
-    def __init__(self, num_features: int, condition_size: int, hidden_size: int, *, eps: float = 1e-5) -> None:
-        super().__init__(groups_of(self.kind, num_features), num_features, condition_size, hidden_size, eps=eps)
+    def __init__(self, num_features: int, condition_size: int, hidden_size: int, **options: Any) -> None:
+        """`options` as those of `ConditionalGroupNorm`."""
+        super().__init__(groups_of(self.kind, num_features), num_features, condition_size, hidden_size, **options)
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int) -> Self:
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int, **options: Any) -> Self:
         """Return a norm of this kind with the γ and β (shared) and the ε of a batch norm."""
-        return in_place_of(norm, partial(cls, norm.num_features, condition_size, hidden_size, eps=norm.eps))
+        make = partial(cls, norm.num_features, condition_size, hidden_size, eps=norm.eps, **options)
+        return in_place_of(norm, make)
 
 
 class ConditionalInstanceNorm2d(_OfFixedGroups):
@@ -134,10 +187,19 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
     `weight` (initially ones) and `bias` (zeros) are [K, C].
     """
 
-    def __init__(self, num_features: int, num_classes: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.weight = nn.Parameter(torch.ones(num_classes, num_features))
-        self.bias = nn.Parameter(torch.zeros(num_classes, num_features))
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        **made: Any,
+    ) -> None:
+        """`made` may hold `device` and `dtype`."""
+        super().__init__(num_features, eps, momentum, **made)
+        self.weight = nn.Parameter(torch.ones(num_classes, num_features, **made))
+        self.bias = nn.Parameter(torch.zeros(num_classes, num_features, **made))
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, num_classes: int) -> Self:

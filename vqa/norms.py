@@ -47,7 +47,8 @@ def scale_and_shift(
     return torch.atleast_2d(scale), torch.atleast_2d(beta - mean * scale)
 
 
-def _checked(delta: Modulation | None, x: Tensor) -> Modulation:
+def checked(delta: Modulation | None, x: Tensor) -> Modulation:
+    """Return a delta for a map x; raise ValueError if it is not [B, C]."""
     if delta is None or (delta.gamma is None and delta.beta is None):
         return NO_MODULATION
     for part in delta:
@@ -113,7 +114,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
             ValueError: x is not [B, C, H, W], a delta is not [B, C], or there is one value a channel in training mode.
         """
         check_map(x, self.num_features)
-        delta = _checked(delta, x)
+        delta = checked(delta, x)
         as_pretrained = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         parts = (x, self.weight) if residual is None else (x, self.weight, residual)
         if as_pretrained and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
@@ -169,10 +170,11 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.fill_(pooled.batches)
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d, *sizes: int, **named_sizes: int) -> Self:
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, *sizes: int, **options: Any) -> Self:
         """Return the same norm, sharing its parameters and buffers, that takes deltas.
 
-        `sizes` are the arguments of the constructor besides `num_features`, `eps` and `momentum`, which `norm` gives.
+        `sizes` and `options` are the arguments of the constructor besides `num_features`, `eps` and `momentum`, which
+        `norm` gives.
 
         Raises:
             ValueError: `norm` has no γ and β, or no running statistics.
@@ -180,7 +182,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if not norm.track_running_stats:
             raise ValueError("a modulated batch norm needs running statistics")
         kept = {"eps": norm.eps, "momentum": norm.momentum}
-        modulated = in_place_of(norm, partial(cls, norm.num_features, *sizes, **named_sizes, **kept))
+        modulated = in_place_of(norm, partial(cls, norm.num_features, *sizes, **options, **kept))
         for name, buffer in norm.named_buffers(recurse=False):
             modulated.register_buffer(name, buffer)
         modulated.synchronised = isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "synchronised", False)
@@ -247,7 +249,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
             ValueError: x is not [B, C, H, W], a delta is not [B, C], or a group holds one value.
         """
         check_map(x, self.num_channels)
-        delta = _checked(delta, x)
+        delta = checked(delta, x)
         grouped = x.to(self.weight.dtype).reshape(len(x), self.num_groups, -1)  # [B, G, C / G * H * W]
         if grouped.shape[2] < 2:
             raise ValueError("the statistics of a group need more than one value")
@@ -257,9 +259,9 @@ class ModulatedGroupNorm(nn.GroupNorm):
         return modulate(x, scale, shift, residual, relu=relu, fused=self.fused)
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **named_sizes: int) -> Self:
-        """Return a group norm with the γ and β (shared) and the ε of a batch norm; `sizes` are further arguments."""
-        return in_place_of(norm, partial(cls, groups, norm.num_features, *sizes, **named_sizes, eps=norm.eps))
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **options: Any) -> Self:
+        """Return a group norm with the γ and β (shared) and the ε of a batch norm, and further arguments."""
+        return in_place_of(norm, partial(cls, groups, norm.num_features, *sizes, **options, eps=norm.eps))
 
 
 GROUPS = 32  # of group normalisation (Wu and He 2018)

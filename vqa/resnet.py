@@ -4,8 +4,9 @@ torchvision builds the network and defines every layer. Only the forward pass is
 deltas and performs the residual add and the ReLU that follow it. No module keeps state between calls.
 """
 
+import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -55,6 +56,25 @@ LAYERS = {  # of torchvision's blocks, in the order of the forward pass: saved o
 }
 
 
+FORM = (  # the layers of a ResNet of torchvision's form, by name; timm's blocks have further ones that may do nothing
+    (r"conv\d|downsample\.0", nn.Conv2d),
+    (r"bn\d|downsample\.1", nn.BatchNorm2d),
+    (r"relu|act\d", nn.ReLU),
+    (r"maxpool", nn.MaxPool2d),
+    (r"downsample|layer\d", nn.Sequential),
+    (r".*", nn.Identity),
+)
+HEAD = ("avgpool", "global_pool", "fc")  # of torchvision and timm; the network ends before it
+
+
+def check_form(layers: Iterable[tuple[str, nn.Module]], within: str = "") -> None:
+    """Raise ValueError if a layer is not of the kind that `FORM` gives its name."""
+    for name, layer in layers:
+        kind = next(kind for pattern, kind in FORM if re.fullmatch(pattern, name))
+        if type(layer) is not kind:
+            raise ValueError(f"{within}{name} must be {kind.__name__} of torch, not {type(layer).__name__}")
+
+
 class ModulatedBlock(nn.Module):
     """A residual block of torchvision, with the same layers and names, whose norms take deltas."""
 
@@ -62,13 +82,18 @@ class ModulatedBlock(nn.Module):
         """`name` is the name of the block in torchvision's network.
 
         Raises:
-            ValueError: the block is neither a `BasicBlock` nor a `Bottleneck`.
+            ValueError: the block is neither a `BasicBlock` nor a `Bottleneck` of torchvision (or timm), or has other
+                layers, naming the block or the layer.
         """
         super().__init__()
-        if type(block) not in LAYERS:
+        kind, timms = type(block), {made.__name__: made for made in LAYERS}
+        if kind.__module__ == "timm.models.resnet":
+            kind = timms.get(kind.__name__)
+        if kind not in LAYERS:
             raise ValueError(f"{name} must be a BasicBlock or a Bottleneck of torchvision, not {type(block).__name__}")
-        self.name, self.last_norm = name, LAYERS[type(block)][-1]
-        for layer in LAYERS[type(block)]:
+        check_form(list(block.named_modules())[1:], f"{name}.")
+        self.name, self.last_norm = name, LAYERS[kind][-1]
+        for layer in LAYERS[kind]:
             setattr(self, layer, getattr(block, layer))
 
     def forward(self, x: Tensor, deltas: Deltas) -> Tensor:
@@ -95,7 +120,7 @@ class ModulatedResNet(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        name: str | nn.Module,
         weights: str | Path | None = None,
         stages: Sequence[int] = (1, 2, 3, 4),
         *,
@@ -108,8 +133,10 @@ class ModulatedResNet(nn.Module):
     ) -> None:
         """
         Args:
-            name: a ResNet of torchvision, or `resnet10` (torchvision's `ResNet` with one basic block a stage).
-            weights: torchvision's name of the weights, a file (as `build_resnet` reads), or None for random ones.
+            name: a ResNet of torchvision, or `resnet10` (torchvision's `ResNet` with one basic block a stage); or such
+                a network itself, or timm's of the same form, which is copied with its weights.
+            weights: torchvision's name of the weights, a file (as `build_resnet` reads), or None for random ones; None
+                with a network.
             stages: stages (1 to 4) whose norms are conditioned: those after the convolutions of every block.
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.
@@ -123,21 +150,29 @@ class ModulatedResNet(nn.Module):
                 checkpointing, Chen et al. 2016).
 
         Raises:
-            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys; or stages to
-                recompute under the policy `batch`, whose averages would move twice.
+            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys; a network of
+                another form, naming the layer; or stages to recompute under the policy `batch`, whose averages would
+                move twice.
         """
         super().__init__()
         if unknown := set(stages) - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
-        resnet = build_resnet(name, weights)
-        self.channels: int = resnet.fc.in_features
+        if isinstance(name, nn.Module) and weights is not None:
+            raise ValueError("a network has its own weights; give no others")
+        resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
+        parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        if missing := [part for part in parts if not hasattr(resnet, part)]:
+            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; a ResNet of torchvision's form has")
+        check_form(part for part in resnet.named_children() if part[0] not in HEAD)
         self.recompute = frozenset(recompute)
         if self.recompute and statistics == "batch":
             raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
-        self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in ("conv1", "bn1", "maxpool")})
-        for layer in ("layer1", "layer2", "layer3", "layer4"):
+        self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in parts[:3]})
+        for layer in parts[3:]:
             blocks = resnet.get_submodule(layer).named_children()
             self.network[layer] = nn.ModuleList(ModulatedBlock(f"{layer}.{place}", block) for place, block in blocks)
+        last = self.network.layer4[-1]
+        self.channels: int = last.get_submodule(last.last_norm).num_features
         self.layers: list[ConditionedNorm] = []
         for place, module in list(resnet.named_modules()):
             if isinstance(module, nn.Conv2d):
@@ -198,7 +233,7 @@ class ModulatedResNet(nn.Module):
             if shared is not None and begin <= shared:
                 map_, begin = self._run(map_, range(begin, shared + 1), {}), shared + 1
             map_ = map_[places]
-        return self._run(map_, range(begin, 5), self._deltas(modulation, len(map_)))
+        return self._run(map_, range(begin, 5), self._deltas(modulation, map_.shape[0]))
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
@@ -206,7 +241,7 @@ class ModulatedResNet(nn.Module):
 
     def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, but return the maps after stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        deltas = self._deltas(modulation, len(images))
+        deltas = self._deltas(modulation, images.shape[0])
         maps = [self._run(images, range(2), deltas)]
         for stage in (2, 3, 4):
             maps.append(self._run(maps[-1], range(stage, stage + 1), deltas))

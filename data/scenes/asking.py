@@ -96,3 +96,8 @@ def existence(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
 def plural(shape: str) -> str:
     """Return the plural of a shape's name."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def with_article(*words: str) -> str:
+    """Return the words behind a or an."""
+    return " ".join(("an" if words[0][0] in "aeiou" else "a", *words))

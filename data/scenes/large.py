@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, mixtures, pair_kinds, plural
+from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, mixtures, pair_kinds, plural, with_article
 from data.scenes.asking import ask as ask_in_rounds
 from data.scenes.draw import COLOURS, SHAPES, Scene, SceneObject, jittered
 
@@ -211,7 +211,7 @@ def _existence(items: Scene) -> Candidates:
 def _pairs(items: Scene) -> Candidates:
     """Is there an object of a colour and a shape?"""
     kinds = pair_kinds([(item.shape, item.colour) for item in items], SHAPES, COLOURS)
-    return existence(*([_a(colour, shape) for shape, colour in kind] for kind in kinds))
+    return existence(*([with_article(colour, shape) for shape, colour in kind] for kind in kinds))
 
 
 def _triples(items: Scene) -> Candidates:
@@ -222,7 +222,7 @@ def _triples(items: Scene) -> Candidates:
     changed = (
         {one._replace(**{name: getattr(item, name)}) for one in there for item in items} - there for name in WORDS
     )
-    return existence(*([_a(*one) for one in sorted(kind)] for kind in (there, *changed)))
+    return existence(*([with_article(*one) for one in sorted(kind)] for kind in (there, *changed)))
 
 
 def _pairs_beside(items: Scene) -> Candidates:
@@ -234,7 +234,7 @@ def _pairs_beside(items: Scene) -> Candidates:
         others = {(item.shape, item.colour) for item in items if item is not anchor}
         for kind, found in zip(kinds, (set(pairs), others - set(pairs), mixtures(pairs) - everywhere), strict=True):
             kind += [
-                f"{_a(colour, shape)} {direction} the {one}"
+                f"{with_article(colour, shape)} {direction} the {one}"
                 for shape, colour in sorted(found)
                 for one in describe(anchor, items)
             ]
@@ -251,10 +251,6 @@ def _another_like(items: Scene) -> Candidates:
             (there if others_like(items, anchor, shared) else absent).extend(subjects)
         candidates += existence(there, absent)
     return candidates
-
-
-def _a(*words: str) -> str:
-    return " ".join(("an" if words[0][0] in "aeiou" else "a", *words))
 
 
 _KINDS = (

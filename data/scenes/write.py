@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.scenes import large, small
+from data.scenes import large, photos, small
 from data.scenes.asking import MAX_QUESTIONS, SceneQuestion
 from data.scenes.draw import LOOKS, draw_scene
 from vqa.io.errors import InputError
@@ -20,6 +20,7 @@ from vqa.io.processes import WorkerContext, naming_worker_limits
 from vqa.io.progress import progress
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
+PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
 WORLDS: dict[str, ModuleType] = {"small": small, "large": large}
 
@@ -34,6 +35,7 @@ def write_world(
     look: str = "plain",
     questions_per_image: int = 4,
     processes: int = 2,
+    source: str | None = None,
 ) -> None:
     """Write `SPLIT_questions.json`, `SPLIT_annotations.json` and `SPLIT/%012d.png` (by image id) for each split.
 
@@ -44,14 +46,17 @@ def write_world(
         folder: where to write.
         seed: of everything.
         images: number of images of each split.
-        world: one of WORLDS.
+        world: one of WORLDS, or PHOTOS.
         size: side of the images in pixels.
         look: one of LOOKS.
         questions_per_image: 1 to MAX_QUESTIONS.
         processes: that draw.
+        source: of PHOTOS, a folder or zip file as `LabelledImages` reads; mosaics of the split `train` are made of its
+            training images, those of the others of its held-out ones.
 
     Raises:
-        InputError: the folder holds another world, or `questions_per_image` is out of range.
+        InputError: the folder holds another world, `questions_per_image` is out of range, PHOTOS have no source or
+            another look than plain, another world has a source, or an image of the source cannot be read.
     """
     if not 1 <= questions_per_image <= MAX_QUESTIONS:
         raise InputError(f"questions_per_image must be 1 to {MAX_QUESTIONS}, got {questions_per_image}")
@@ -64,6 +69,14 @@ def write_world(
         "look": look,
         "questions_per_image": questions_per_image,
     }
+    if (world == PHOTOS) != (source is not None):
+        raise InputError(
+            f"data.photographs: the world {PHOTOS} needs a folder or zip file of images, and no other does"
+        )
+    if source is not None:
+        if look != "plain":
+            raise InputError(f"scenes.look: must be plain for the world {PHOTOS}, not {look}")
+        made["source"] = photos.photographs(source).digest[:12]
     file = folder / "world.json"
     if file.exists():
         found = read_json(file)
@@ -77,7 +90,7 @@ def write_world(
     for split, count in sorted(images.items()):
         (folder / split).mkdir(parents=True, exist_ok=True)
         asked = progress(
-            in_order(partial(_write_image, made, folder, split, first_id), range(count), processes),
+            in_order(partial(_write_image, made, source, folder, split, first_id), range(count), processes),
             count,
             f"{split} scenes",
         )
@@ -101,15 +114,25 @@ def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -
         workers.kill()  # the rest is not needed, and a stopped process would be waited for
 
 
-def _write_image(made: Mapping[str, Any], folder: Path, split: str, first_id: int, index: int) -> list[SceneQuestion]:
+def _write_image(
+    made: Mapping[str, Any], source: str | None, folder: Path, split: str, first_id: int, index: int
+) -> list[SceneQuestion]:
     """Write one image of a split and return its questions; each image has random streams of its own."""
     seeds = made["seed"], zlib.crc32(split.encode()), index  # hash() of a text differs from run to run
     rng, drawing = (np.random.default_rng([*seeds, stream]) for stream in range(2))
-    world = WORLDS[made["world"]]
-    scene = world.sample_scene(rng)
-    image = Image.fromarray(draw_scene(scene, made["size"], drawing, LOOKS[made["look"]]))
-    image.save(folder / split / f"{first_id + index:012d}.png", compress_level=0)  # noise hardly compresses
-    return world.ask(scene, rng, made["questions_per_image"])
+    if source is None:
+        world = WORLDS[made["world"]]
+        scene = world.sample_scene(rng)
+        pixels = draw_scene(scene, made["size"], drawing, LOOKS[made["look"]])
+        asked = world.ask(scene, rng, made["questions_per_image"])
+    else:
+        images = photos.photographs(source)
+        mosaic = photos.sample_mosaic(rng, images, held_out=split != "train")
+        pixels = photos.draw_mosaic(mosaic, images, made["size"], drawing)
+        asked = photos.ask(mosaic, images, rng, made["questions_per_image"])
+    file = folder / split / f"{first_id + index:012d}.png"
+    Image.fromarray(pixels).save(file, compress_level=0)  # noise hardly compresses
+    return asked
 
 
 @cache

@@ -55,6 +55,19 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read as a checkpoint ({first_line(error):.100})") from None
 
 
+def save_checkpoint(file: Path, saved: dict[str, Any]) -> None:
+    """Writes what `load_checkpoint` reads, whole or not at all.
+
+    Raises:
+        InputError: the disk is full, or fails; the checkpoint before this one is kept.
+    """
+    with written_whole(file) as aside, aside.open("wb") as opened:
+        try:
+            torch.save(saved, opened)
+        except RuntimeError as error:  # torch's own, raised while it handles one of the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 @dataclass
 class TrainingState:
     """Everything that a run resumes from, in one process."""
@@ -85,11 +98,7 @@ class TrainingState:
             "processes": everyone,
             "data": data,
         }
-        with written_whole(file) as aside, aside.open("wb") as opened:
-            try:
-                torch.save(saved, opened)
-            except RuntimeError as error:  # torch's own, raised while it handles one of the disk's
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        save_checkpoint(file, saved)
 
     def restore(self, saved: dict[str, Any], rank: int) -> None:
         """Restores what `save` wrote and `load_checkpoint` read."""

@@ -112,6 +112,72 @@ def test_a_block_of_another_kind_is_refused_by_name(monkeypatch):
         ModulatedResNet("resnet10")
 
 
+def timms(name, **changed):
+    """A network as timm writes it: blocks of that module with further layers that do nothing, a head of its own."""
+    kinds = {kind: type(kind.__name__, (kind,), {"__module__": "timm.models.resnet"}) for kind in resnet.LAYERS}
+    network = copy.deepcopy(pretrained(name))
+    network.act1, network.global_pool = network.relu, network.avgpool
+    del network.relu, network.avgpool
+    for module in network.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+            module.act1, module.aa, module.se, module.drop_path = nn.ReLU(inplace=True), nn.Identity(), None, None
+            module.drop_block = nn.Identity()
+    for place, layer in changed.items():
+        network.set_submodule(place.replace("_", "."), layer)
+    return network
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
+@pytest.mark.parametrize("make", [pretrained, timms])
+def test_a_network_itself_is_copied_with_its_weights(make, name):
+    given = make(name)
+    before = {key: value.clone() for key, value in given.state_dict().items()}
+    net = ModulatedResNet(given, statistics="batch")  # which resets the averages
+    assert all(value.requires_grad for value in given.parameters())
+    net = ModulatedResNet(given)
+    assert all(torch.equal(before[key], value) for key, value in given.state_dict().items())
+    x, expected = torch.randn(2, 3, 64, 64), pair(name)[1]
+    assert [tuple(layer) for layer in net.layers] == [tuple(layer) for layer in expected.layers]
+    modulation = random_modulation(net, 2)
+    for part in (None, modulation):
+        assert torch.equal(net(x, part), expected(x, part))
+    assert net.channels == expected.channels
+
+
+def test_a_network_without_its_classifier_and_only_without_other_weights():
+    given = copy.deepcopy(pretrained("resnet10"))
+    given.fc = nn.Identity()
+    assert ModulatedResNet(given).channels == 512
+    with pytest.raises(ValueError, match="a network has its own weights"):
+        ModulatedResNet(given, "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"layer2_0_aa": nn.AvgPool2d(2)}, r"layer2\.0\.aa must be Identity of torch, not AvgPool2d"),
+        ({"layer1_0_act1": nn.GELU()}, r"layer1\.0\.act1 must be ReLU of torch, not GELU"),
+        (
+            {"layer2_0_downsample_0": nn.AvgPool2d(2)},
+            r"layer2\.0\.downsample\.0 must be Conv2d of torch, not AvgPool2d",
+        ),
+        ({"layer1_0_bn1": nn.GroupNorm(1, 64)}, r"layer1\.0\.bn1 must be BatchNorm2d of torch, not GroupNorm"),
+        ({"conv1": nn.Sequential()}, "^conv1 must be Conv2d of torch, not Sequential"),
+        ({"act1": nn.SiLU()}, "^act1 must be ReLU of torch, not SiLU"),
+        ({"attention": nn.Linear(1, 1)}, "^attention must be Identity of torch, not Linear"),
+    ],
+)
+def test_a_network_of_another_form_is_refused_by_the_layers_name(changed, says):
+    with pytest.raises(ValueError, match=says):
+        ModulatedResNet(timms("resnet10", **changed))
+
+
+def test_what_is_no_resnet_is_refused():
+    with pytest.raises(ValueError, match="Linear has no conv1"):
+        ModulatedResNet(nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
 def test_parameters_are_in_the_order_of_the_forward_pass(name, last):
     """The state of an optimiser, in a checkpoint, goes by this order."""
@@ -280,6 +346,16 @@ def test_compiles_without_graph_breaks(recompute):
     _, net = pair("resnet10", recompute=recompute)
     explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32), random_modulation(net, 2))
     assert explained.graph_break_count == 0
+
+
+def test_is_exported_for_batches_of_any_size():
+    _, net = pair("resnet10")
+    batch = torch.export.Dim("batch")
+    shapes = {"images": {0: batch}, "modulation": Modulation({0: batch}, {0: batch})}
+    arguments = torch.randn(2, 3, 32, 32), random_modulation(net, 2)
+    exported = torch.export.export(net, arguments, dynamic_shapes=shapes).module()
+    images, modulation = torch.randn(3, 3, 32, 32), random_modulation(net, 3)
+    torch.testing.assert_close(exported(images, modulation), net(images, modulation), rtol=1e-4, atol=1e-4)
 
 
 def test_batch_statistics_are_those_of_a_network_in_training_mode():

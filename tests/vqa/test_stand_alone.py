@@ -1,12 +1,16 @@
 """The conditional layers in other people's networks: made of their norms, synchronised, given maps of other shapes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from vqa.cbn import (
     CategoricalConditionalBatchNorm2d,
+    ConditionalBatchNorm1d,
     ConditionalBatchNorm2d,
+    ConditionalBatchNorm3d,
     ConditionalGroupNorm,
     ConditionalInstanceNorm2d,
     ConditionalLayerNorm2d,
@@ -122,3 +126,76 @@ def test_a_map_of_another_shape_is_refused_and_moves_nothing(kind, training, sha
 def test_a_modulated_norm_refuses_a_map_of_another_shape(norm):
     with pytest.raises(ValueError, match="a map must be"):
         norm(torch.randn(2, C, 4, 4, 4), Modulation(torch.zeros(2, C), None))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_is_made_on_a_device_and_of_a_type(kind):
+    sizes, _ = LAYERS[kind]
+    first = (sizes[0], C, *sizes[1:]) if kind is ConditionalGroupNorm else (C, *sizes)
+    layer = kind(*first, device="meta", dtype=torch.float64)
+    floating = [value for value in (*layer.parameters(), *layer.buffers()) if value.is_floating_point()]
+    assert {(value.device.type, value.dtype) for value in floating} == {("meta", torch.float64)}
+
+
+@pytest.mark.parametrize("kind", [ConditionalBatchNorm2d, ConditionalInstanceNorm2d])
+@pytest.mark.parametrize("predicted", ["gamma", "beta"])
+def test_a_layer_predicts_gamma_or_beta_alone(kind, predicted):
+    other = {"gamma": "beta", "beta": "gamma"}[predicted]
+    layer = kind.from_batch_norm(pretrained(), 4, 5, **{other: False}).eval()
+    assert {name.split(".")[0] for name, _ in layer.named_children()} == {f"delta_{predicted}"}
+    x, condition = torch.randn(2, C, 3, 3), torch.randn(2, 4)
+    modulated = ModulatedBatchNorm2d if kind is ConditionalBatchNorm2d else ModulatedGroupNorm
+    delta = Modulation(**{predicted: getattr(layer, f"delta_{predicted}")(condition), other: None})
+    torch.testing.assert_close(layer(x, condition), modulated.forward(layer, x, delta))
+
+
+def test_a_layer_that_predicts_nothing_is_refused():
+    with pytest.raises(ValueError, match="γ, β or both"):
+        ConditionalBatchNorm2d(C, 4, 5, gamma=False, beta=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "shape"),
+    [
+        (ConditionalBatchNorm1d, nn.BatchNorm1d, (4, C)),
+        (ConditionalBatchNorm1d, nn.BatchNorm1d, (4, C, 5)),
+        (ConditionalBatchNorm3d, nn.BatchNorm3d, (4, C, 2, 3, 2)),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_one_and_three_dimensions(kind, theirs, shape, training):
+    plain = theirs(C).double().train(training)
+    nn.init.uniform_(plain.running_var, 0.3, 3.0)
+    layer = kind.from_batch_norm(copy.deepcopy(plain), 4, 5)
+    x, condition = torch.randn(shape).double(), torch.randn(4, 4).double()
+    gamma, beta = (part.view(4, C, *[1] * (x.ndim - 2)) for part in layer.deltas(condition))
+    torch.testing.assert_close(layer(x, condition), (1 + gamma) * plain(x) + beta)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    with pytest.raises(ValueError, match="x must have .* dimensions and C = 6"):
+        layer(torch.randn(4, C, 2, 2), condition)
+
+
+def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
+    layer, batch = ConditionalBatchNorm2d(C, 4, 5).eval(), torch.export.Dim("batch")
+    arguments, shapes = (torch.randn(2, C, 3, 3), torch.randn(2, 4)), {"x": {0: batch}, "condition": {0: batch}}
+    exported = torch.export.export(layer, arguments, dynamic_shapes=shapes).module()
+    traced = torch.jit.trace(layer, arguments)
+    x, condition = torch.randn(5, C, 3, 3), torch.randn(5, 4)
+    for made in (exported, traced):
+        torch.testing.assert_close(made(x, condition), layer(x, condition))
+
+
+def test_gradients_of_each_sample_by_torch_func():
+    net = Net(ConditionalBatchNorm2d(C, 4, 5)).eval()
+    net.layer.fused = False
+    x, condition = torch.randn(3, 3, 5, 5), torch.randn(3, 4)
+
+    def loss(parameters, x, condition):
+        return torch.func.functional_call(net, parameters, (x[None], condition[None])).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(dict(net.named_parameters()), x, condition)
+    for sample in range(3):
+        net.zero_grad()
+        net(x[sample : sample + 1], condition[sample : sample + 1]).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(each[name][sample], parameter.grad, rtol=1e-4, atol=1e-4)

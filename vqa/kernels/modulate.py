@@ -40,7 +40,7 @@ def modulate(
     Raises:
         ValueError: a shape does not fit.
     """
-    if x.ndim != 4 or any(part.shape not in ((len(x), x.shape[1]), (1, x.shape[1])) for part in (scale, shift)):
+    if x.ndim != 4 or any(part.shape not in (x.shape[:2], (1, x.shape[1])) for part in (scale, shift)):
         shapes = [list(part.shape) for part in (x, scale, shift)]
         raise ValueError(f"a map [B, C, H, W] takes a scale and a shift [B, C]; got {', '.join(map(str, shapes))}")
     if residual is not None and residual.shape != x.shape:
@@ -49,7 +49,7 @@ def modulate(
         return by_torch.composed(x, scale, shift, residual, relu).to(x.dtype)
     layout = _layout(x)
     x, residual = (None if part is None else part.contiguous(memory_format=layout) for part in (x, residual))
-    scale, shift = (part.expand(len(x), -1).contiguous() for part in (scale, shift))
+    scale, shift = (part.expand(x.shape[:2]).contiguous() for part in (scale, shift))
     return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
 
 

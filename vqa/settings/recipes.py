@@ -19,7 +19,7 @@ BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
 _BEFORE: dict[str, Any] = {
-    "data": {"vocabulary_from": ["train"]},
+    "data": {"photographs": None, "vocabulary_from": ["train"]},
     "train": {"accumulate": 1, "together": 1, "skip_not_finite": 0},
 }
 _QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"

@@ -49,6 +49,7 @@ class DataSettings(_Section):
 
     folder: Annotated[FileName, Role.DATA]
     splits: Annotated[dict[SplitName, SplitSettings], Role.DATA]
+    photographs: Annotated[FileName | None, Role.DATA]
     h5: Annotated[FileName, Role.DATA]
     image_size: int = Field(ge=32, le=2048)
     min_word_count: Count
@@ -163,7 +164,7 @@ class SpeedSettings(_Section):
 class ScenesSettings(_Section):
     """Synthetic scenes and the backbone pretrained on them."""
 
-    world: Literal["small", "large"]
+    world: Literal["small", "large", "photos"]
     look: Literal["plain", "dark", "noisy", "bright"]
     seed: int = Field(ge=0, lt=2**63)
     images: dict[SplitName, Annotated[int, Field(ge=1, le=10**7)]]

@@ -1,0 +1,158 @@
+"""Images labelled by the folders that they lie in, in a folder or in a zip file, which is read without unpacking it."""
+
+import csv
+import hashlib
+import io
+import os
+import warnings
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqa.io.errors import InputError, first_line
+from vqa.io.files import read_bytes
+from vqa.io.images import FORMATS, decode_image
+from vqa.io.progress import progress
+
+GROUPS = "classes.csv"  # beside the class folders, or above them
+_MOST_BYTES = 2**28  # of an image file
+_NAMED = 5  # bad images that an error names
+
+
+class LabelledImages:
+    """The images below a folder, or in a zip file; the class of each is the name of the folder that it lies in.
+
+    Held out are the images below a folder `val`; where there is none, a tenth of each class, chosen by a checksum of
+    their names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
+    `class` and `group` gives every class its group. Files that do not end as images do, and hidden ones, are skipped.
+
+    Attributes:
+        names: of the images, the held-out ones last.
+        training: number of images that are not held out.
+        classes: their names in alphabetical order.
+        groups: the group of each class; None without a table.
+        labels: int64 [N], indices of the images' classes.
+        digest: of names, sizes, classes and groups.
+
+    Raises:
+        InputError: the source is neither folder nor zip file, there are fewer than two classes, a class has no image to
+            train on, nothing is held out, or the table lacks a class.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._sizes, self._read = _files_in(source)
+        endings = tuple(end for end, form in Image.registered_extensions().items() if form in FORMATS)
+        class_of = {
+            name: name.split("/")[-2]
+            for name in sorted(self._sizes)
+            if "/" in name and name.lower().endswith(endings) and not f"/{name}".count("/.") and "__MACOSX" not in name
+        }
+        training, held_out = (
+            [name for name in class_of if folder in name.split("/")[:-2]] for folder in ("train", "val")
+        )
+        held_out = held_out or _tenth_of_each_class({name: class_of[name] for name in training or class_of})
+        training = [name for name in training or class_of if name not in set(held_out)]
+        self.names, self.training = [*training, *held_out], len(training)
+        self.classes = sorted({class_of[name] for name in training})
+        if len(self.classes) < 2 or not held_out:
+            raise InputError(
+                f"{source}: found {len(self.classes)} classes and {len(self.names)} images ({', '.join(FORMATS)}); "
+                "needs two folders or more, one a class, with two images or more each"
+            )
+        if untrained := {class_of[name] for name in held_out} - set(self.classes):
+            raise InputError(f"{source}: class {min(untrained)!r} has images below val, and none to train on")
+        self.groups = self._read_groups()
+        index = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([index[class_of[name]] for name in self.names], np.int64)
+        said = [(name, self._sizes[name]) for name in self.names], self.training, self.classes, self.groups
+        self.digest = hashlib.sha256(ascii(said).encode()).hexdigest()
+
+    def decode_into(self, pixels: np.ndarray) -> None:
+        """Decode all images into uint8 [N, S, S, 3], each resized to S x S.
+
+        Raises:
+            InputError: some cannot be read; it names the first few.
+        """
+
+        def decode(row: int) -> str | None:
+            try:
+                pixels[row] = self.decode(self.names[row], pixels.shape[1])
+            except InputError as error:
+                return str(error)
+            return None
+
+        # `decode_image` ignores warnings as well, but among threads it may restore the filters of another one
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                reasons = list(progress(pool.map(decode, range(len(pixels))), len(pixels), "images"))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        bad = {name: reason for name, reason in zip(self.names, reasons, strict=True) if reason is not None}
+        if bad:
+            first, *others = bad
+            named = ", ".join(others[: _NAMED - 1]) + (", …" if len(others) >= _NAMED else "")
+            more = f"; neither can {len(others)} more: {named}" if others else ""
+            raise InputError(f"{bad[first]}{more}; mend or remove what cannot be read")
+
+    def decode(self, name: str, size: int) -> np.ndarray:
+        """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""
+        file = self._source / name
+        if self._sizes[name] > _MOST_BYTES:
+            raise InputError(f"{file}: an image file must not be larger than {_MOST_BYTES >> 20} MiB")
+        content = self._read(name)
+        try:
+            return decode_image(content, size)
+        except InputError as error:
+            raise InputError(f"{file}: {str(error).removeprefix('image: ')}") from None
+
+    def _read_groups(self) -> list[str] | None:
+        tables = [name for name in self._sizes if name.split("/")[-1] == GROUPS]
+        if not tables:
+            return None
+        name = min(tables, key=len)
+        try:
+            rows = list(csv.DictReader(io.StringIO(self._read(name).decode("utf-8-sig")), strict=True))
+            group_of = {row["class"]: row["group"] for row in rows}
+        except (UnicodeDecodeError, csv.Error, KeyError):
+            raise InputError(f"{self._source / name}: must be a UTF-8 table with the columns class and group") from None
+        if missing := [one for one in self.classes if not group_of.get(one)]:
+            raise InputError(f"{self._source / name}: has no group of class {missing[0]!r}")
+        return [group_of[one] for one in self.classes]
+
+
+def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
+    """The sizes of all files by name, and a function that reads one by its name."""
+    if source.is_dir():
+        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+        return {name: path.stat().st_size for name, path in files.items()}, lambda name: read_bytes(files[name])
+    if not source.is_file() or not zipfile.is_zipfile(source):
+        raise InputError(f"{source}: {'neither a folder nor a zip file' if source.exists() else 'no such file'}")
+    try:
+        archive = zipfile.ZipFile(source)
+    except Exception as error:  # the reader raises errors of several kinds on a damaged file
+        raise InputError(f"{source}: cannot be read as a zip file ({first_line(error):.100})") from None
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except Exception as error:  # damaged, encrypted, an unknown compression
+            raise InputError(f"{source / name}: cannot be read from the zip file ({first_line(error):.100})") from None
+
+    return {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}, read
+
+
+def _tenth_of_each_class(class_of: Mapping[str, str]) -> list[str]:
+    """A tenth of the names of each class, but at least one of two; the same for the same names."""
+    by_class: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(class_of, key=lambda name: (zlib.crc32(name.encode(errors="surrogateescape")), name)):
+        by_class[class_of[name]].append(name)
+    return sorted(
+        name for names in by_class.values() for name in names[: max(len(names) // 10, min(len(names) - 1, 1))]
+    )

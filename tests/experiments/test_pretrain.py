@@ -1,0 +1,232 @@
+"""`pretrain`: what it reads of folders and zip files, that it resumes bit for bit, and how it refuses."""
+
+import json
+import signal
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from data.labelled_images import LabelledImages
+from experiments import pretrain
+from experiments.training.checkpoint import load_checkpoint
+from vqa.backbone import build_resnet
+from vqa.io.errors import InputError
+from vqa.io.locks import held
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+OPTIONS = ("--backbone", "resnet10", "--image-size", "32", "--device", "cpu")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three classes of 20 noisy images, each of its colour."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(20):
+            pixels = np.clip(colour + rng.normal(0, 30, (24, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return tmp_path / "photos"
+
+
+def zipped(folder, file, prefix=""):
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in folder.rglob("*.*"):
+            archive.write(path, prefix + path.relative_to(folder).as_posix())
+    return file
+
+
+def header_of(file):
+    with safe_open(file, framework="pt") as opened:
+        return json.loads(opened.metadata()["pretrained"])
+
+
+def test_colours_are_learnt_and_the_file_is_a_backbone(command, photos, tmp_path):
+    file = tmp_path / "new" / "b.safetensors"
+    words = ("pretrain", "--images", photos, "--out", file, "--epochs", "12", *OPTIONS)
+    ended = command(*words)
+    header = header_of(file)
+    assert ended.code == 0, ended.err
+    assert header["classes"] == ["blue", "green", "red"]
+    assert header["held_out_images"] == 6
+    assert header["held_out_accuracy"] > 80
+    said = f"{file}: of 6 held-out images, {header['held_out_accuracy']:.1f} % by class (3 classes)\n"
+    assert ended.out == said
+    assert build_resnet("resnet10", file).fc.out_features == 1000  # all but the classifier is loaded
+    before = file.read_bytes()
+    assert command(*words).out == f"{file}: complete, nothing to do\n{said}"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == before
+
+
+def test_killed_it_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
+    made = {"seed": 3, "image_size": 32, "epochs": 2, "device": "cpu"}
+    monkeypatch.setattr(pretrain, "BATCH", 27)  # two steps an epoch
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    pretrain.pretrain_on_images(whole, "resnet10", photos, **made)
+    save, steps = pretrain.save_checkpoint, []
+
+    def save_and_die(file, saved):
+        save(file, saved)
+        steps.append(saved["step"])
+        if saved["step"] in (1, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "save_checkpoint", save_and_die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain_on_images(resumed, "resnet10", photos, **made)
+    with pytest.raises(InputError, match=r"resumed.safetensors.checkpoint: pretrained with seed 3, not 4; remove it"):
+        pretrain.pretrain_on_images(resumed, "resnet10", photos, **made | {"seed": 4})
+    pretrain.pretrain_on_images(resumed, "resnet10", photos, **made)
+    assert steps == [1, 2, 3, 4]  # none twice
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_ends_the_step_and_saves_it(command, photos, tmp_path, monkeypatch):
+    words = ("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--epochs", "3", *OPTIONS)
+    change = pretrain._shifted_and_mirrored
+
+    def interrupted(pixels, rng):
+        signal.raise_signal(signal.SIGTERM)
+        return change(pixels, rng)
+
+    monkeypatch.setattr(pretrain, "_shifted_and_mirrored", interrupted)
+    ended = command(*words)
+    assert ended.code == 143
+    assert ended.err.startswith("interrupted; to resume: pretrain --images ")
+    assert load_checkpoint(tmp_path / "b.safetensors.checkpoint")["step"] == 1
+    monkeypatch.setattr(pretrain, "_shifted_and_mirrored", change)
+    assert command(*words).code == 0
+    assert [path.name for path in tmp_path.glob("b.*")] == ["b.safetensors"]
+
+
+def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
+    folder, archive = LabelledImages(photos), LabelledImages(zipped(photos, tmp_path / "photos.zip"))
+    assert (folder.names, folder.digest) == (archive.names, archive.digest)
+    one, other = np.zeros((2, 60, 32, 32, 3), np.uint8)
+    folder.decode_into(one)
+    archive.decode_into(other)
+    assert one.any(axis=(1, 2, 3)).all()
+    assert np.array_equal(one, other)
+
+
+def test_a_tenth_of_each_class_is_held_out_by_name(photos):
+    first = LabelledImages(photos)
+    held_out = first.names[first.training :]
+    assert sorted(name.split("/")[0] for name in held_out) == sorted([*COLOURS] * 2)
+    for path in (photos / "red").glob("*.png"):
+        path.write_bytes(path.read_bytes() + b"\0")  # by name, whatever the file holds
+    (photos / "red" / "notes.txt").write_text("skipped")
+    (photos / "red" / ".hidden.png").write_text("skipped")
+    again = LabelledImages(photos)
+    assert again.names[again.training :] == held_out
+    assert again.digest != first.digest
+
+
+def test_train_val_and_groups_are_read_as_they_are_given(photos, tmp_path):
+    (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\nblue,cold\n")
+    outer = tmp_path / "outer"
+    for split in ("train", "val", "test"):
+        zipped(photos, tmp_path / f"{split}.zip")
+        with zipfile.ZipFile(tmp_path / f"{split}.zip") as archive:
+            archive.extractall(outer / split)
+    images = LabelledImages(outer)
+    assert images.training == 60
+    assert {name.split("/")[0] for name in images.names[:60]} == {"train"}
+    assert {name.split("/")[0] for name in images.names[60:]} == {"val"}
+    assert images.groups == ["cold", "cold", "warm"]
+    assert [images.classes[label] for label in images.labels] == [name.split("/")[1] for name in images.names]
+
+
+def test_the_accuracy_by_group_counts_any_class_of_it(photos, tmp_path):
+    (photos / "classes.csv").write_text("class,group\nred,all\ngreen,all\nblue,all\n")
+    made = pretrain.pretrain_on_images(
+        tmp_path / "b.safetensors", "resnet10", photos, seed=0, image_size=32, epochs=1, device="cpu"
+    )
+    assert made["held_out_group_accuracy"] == 100
+    assert header_of(tmp_path / "b.safetensors") == made
+
+
+def test_another_change_of_the_images_is_another_backbone(photos, tmp_path):
+    seen = []
+
+    def inverted(pixels, rng):
+        seen.append((pixels.shape, pixels.dtype, rng.random()))
+        return 255 - pixels
+
+    made = {"seed": 0, "image_size": 32, "epochs": 1, "device": "cpu", "change": inverted}
+    file = tmp_path / "b.safetensors"
+    assert pretrain.pretrain_on_images(file, "resnet10", photos, **made)["change"] == "inverted"
+    assert [one[:2] for one in seen] == [((54, 32, 32, 3), np.uint8)]
+    with pytest.raises(InputError, match="pretrained with change inverted, not None"):
+        pretrain.pretrain_on_images(file, "resnet10", photos, **made | {"change": None})
+
+
+def test_shifts_keep_the_border_and_half_are_mirrored():
+    rng, size = np.random.default_rng(0), 32
+    ramp = torch.arange(size, dtype=torch.uint8)[None, None, :, None].expand(400, size, size, 3)
+    changed = pretrain._shifted_and_mirrored(ramp, rng).int()
+    steps = changed[:, 0, 1:, 0] - changed[:, 0, :-1, 0]
+    mirrored = (steps.sum(1) < 0).float().mean()
+    assert 0.4 < mirrored < 0.6
+    assert set(steps.abs().unique().tolist()) == {0, 1}
+    assert (steps == 0).sum(1).max() == size // 8
+    assert torch.equal(changed[..., 0], changed[:, :1, :, 0].expand(-1, size, -1))
+
+
+def test_wrong_sources_are_one_line(refused, photos, tmp_path):
+    out = tmp_path / "b.safetensors"
+
+    def line(images, *words, file=out):
+        return refused("pretrain", "--images", images, "--out", file, *OPTIONS, *words)
+
+    assert line(tmp_path / "nowhere") == f"error: {tmp_path}/nowhere: no such file"
+    assert "found 0 classes and 0 images" in line(photos / "red")
+    assert "must be a .safetensors file" in line(photos, file=tmp_path / "one.pth")
+    vgg = ("pretrain", "--images", photos, "--out", out, "--backbone", "vgg16")
+    assert "error: backbone: 'vgg16' is no ResNet of torchvision" in refused(*vgg)
+    small = ("pretrain", "--images", photos, "--out", out, "--image-size", "16")
+    assert "the image size must be 32 to 2048, not 16" in refused(*small)
+    text = tmp_path / "text.zip"
+    text.write_text("no zip file")
+    assert "text.zip: neither a folder nor a zip file" in line(text)
+    (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\n")
+    assert "classes.csv: has no group of class 'blue'" in line(photos)
+    (photos / "classes.csv").write_text("name\nred\n")
+    assert "classes.csv: must be a UTF-8 table with the columns class and group" in line(photos)
+    (photos / "classes.csv").unlink()
+    (photos / "val" / "violet").mkdir(parents=True)
+    (photos / "red" / "00.png").rename(photos / "val" / "violet" / "00.png")
+    assert "class 'violet' has images below val, and none to train on" in line(photos)
+    assert not out.exists()
+
+
+def test_a_second_process_on_the_same_file_is_refused(refused, photos, tmp_path):
+    out = tmp_path / "b.safetensors"
+    with held(tmp_path / ".b.safetensors.lock", out):
+        line = refused("pretrain", "--images", photos, "--out", out, *OPTIONS)
+    assert line.startswith(f"error: {out}: locked by process ")
+
+
+def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):
+    for name in ("blue/03.png", "red/04.png"):
+        (photos / name).write_bytes(b"no image")
+    archive = zipped(photos, tmp_path / "photos.zip")
+    content = bytearray(archive.read_bytes())
+    place = content.index((photos / "green" / "05.png").read_bytes()) + 200
+    content[place] ^= 1
+    archive.write_bytes(content)
+    for images, others in ((photos, "1 more: red/04.png"), (archive, "2 more: green/05.png, red/04.png")):
+        line = refused("pretrain", "--images", images, "--out", tmp_path / "b.safetensors", *OPTIONS)
+        assert line.startswith(f"error: {images}/blue/03.png: cannot be read as an image")
+        assert line.endswith(f"; neither can {others}; mend or remove what cannot be read")
+    assert not (tmp_path / "b.safetensors").exists()

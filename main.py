@@ -190,6 +190,14 @@ def recalibrate(
     print(f"statistics of {questions} questions' images; python main.py eval --run {out}")
 
 
+def export(run: Path, to: Path, form: str) -> None:
+    """Writes a trained model as a folder that transformers' Auto classes load, or as an ONNX file."""
+    from experiments.export import export as write
+
+    write(run, to, form)
+    print(to)
+
+
 COMMANDS = {
     "demo": demo,
     "preprocess": preprocess,
@@ -199,6 +207,7 @@ COMMANDS = {
     "ask": ask,
     "inspect": inspect,
     "recalibrate": recalibrate,
+    "export": export,
     "bench": bench,
     "gpu-check": gpu_check,
     "features": features,

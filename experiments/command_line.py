@@ -104,6 +104,10 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     recalibrate.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
     recalibrate.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
 
+    export = command("export", run)
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder, or an empty one")
+    export.add_argument("--format", dest="form", choices=("hub", "onnx"), default="hub", help="hub or onnx (hub)")
+
     _bench_options(command("bench"))
     _gpu_check_options(command("gpu-check"))
     _features_options(command("features", settings))

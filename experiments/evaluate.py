@@ -19,7 +19,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
 from vqa.metrics import Scores, accuracies, summary
-from vqa.saved_model import SavedModel, find_model, load_model
+from vqa.saved_model import SavedModel, find_model, load_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
 from vqa.text.tokenizer import UNKNOWN_ID
@@ -62,7 +62,7 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     folder = find_model(run)
-    settings = load_saved(folder / "config.yaml", overrides)
+    settings = load_saved(settings_file(folder), overrides)
     processes = this_process()
     device = processes.device(settings.device)
     with together(processes, device), ExitStack() as stack:

@@ -10,7 +10,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import find_model, load_model, save_companions, save_weights
+from vqa.saved_model import find_model, load_model, save_companions, save_weights, settings_file
 from vqa.settings.recipes import load_saved
 
 
@@ -34,7 +34,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     """
     check_overrides(overrides)
     folder = find_model(run)
-    settings = load_saved(folder / "config.yaml", overrides)
+    settings = load_saved(settings_file(folder), overrides)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     if (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():

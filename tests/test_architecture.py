@@ -17,6 +17,7 @@ ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.
 # A room of the library is entered by these modules only; the others are its own.
 DOORS = {
     "vqa.kernels": ("vqa.kernels.modulate", "vqa.kernels.frozen_conv"),
+    "vqa.hub": ("vqa.hub.folder", "vqa.hub.onnx"),
     "vqa.inspect": ("vqa.inspect.inspection", "vqa.inspect.html"),
 }
 

@@ -10,6 +10,7 @@ from email.parser import Parser
 
 import pytest
 
+from experiments.export import export
 from tests.conftest import ROOT
 
 NEEDS = [
@@ -34,6 +35,11 @@ model = vqa.load("model")
 print(vqa.__file__)
 print(model.ask("image.png", "what color is the circle?", top=2)[0]["answer"])
 print(len(model.inspect("image.png", "what color is the circle?")["layers"]))
+import vqa.hub
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+hub, processor = (auto.from_pretrained("hub") for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor))
+logits = hub(**processor(images="image.png", text="what color is the circle?")).logits
+print(hub.config.id2label[logits.argmax().item()])
 """
 
 
@@ -69,6 +75,7 @@ def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(wheel, trai
     pip("install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
     work = tmp_path / "work"
     shutil.copytree(trained / "model", work / "model")
+    export(trained, work / "hub", "hub")
     shutil.copy(next((tiny.parent / "world" / "val").glob("*.png")), work / "image.png")
     for name in ("data", "experiments", "main"):
         (work / name).mkdir()
@@ -82,7 +89,7 @@ def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(wheel, trai
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    file, answer, layers = ended.stdout.splitlines()
+    file, answer, layers, from_hub = ended.stdout.splitlines()
     assert file.startswith(str(tmp_path / "site"))
-    assert answer
+    assert answer == from_hub
     assert int(layers) > 0

@@ -17,13 +17,17 @@ def load(folder: str | Path, device: str = "cpu") -> "SavedModel":
     """Load a trained model to `ask` and `inspect`; torch is imported here, not with the package.
 
     Args:
-        folder: a run directory, or a copied `model/`.
+        folder: a run directory, a copied `model/`, a folder for `transformers`, or a model's name on the Hub (a text
+            such as "owner/name", where no folder has this name), which is downloaded.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        InputError: there is no model, a file of it is missing or broken, or there is no such device.
+        InputError: there is no model, it cannot be downloaded, a file of it is missing or broken, or there is no such
+            device.
     """
     from vqa.devices import choose_device
-    from vqa.saved_model import load_model
+    from vqa.saved_model import download, load_model
 
+    if isinstance(folder, str) and folder.count("/") == 1 and not Path(folder).exists():
+        folder = download(folder)
     return load_model(Path(folder), choose_device(device))

@@ -16,7 +16,7 @@ Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
 class Output(NamedTuple):
     """The output of `VQAModel` for a batch."""
 
-    logits: Tensor  # [B, A], before the softmax (or sigmoid)
+    logits: Tensor  # [B, A], before the softmax, or sigmoid with `bce`
     attention: Tensor  # [B, G, H, W], each glimpse sums to 1
     modulation: Modulation | None  # [B, sum of C] each; None if no norm is conditioned
 

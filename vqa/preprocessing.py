@@ -48,7 +48,11 @@ class Preprocessing:
         Raises:
             InputError: the file is missing or malformed, or a value is out of range.
         """
-        content: dict[str, Any] = read_json(file)
+        return cls.of(read_json(file), file)
+
+    @classmethod
+    def of(cls, content: Any, file: Path) -> "Preprocessing":
+        """The preprocessing with these values, which `file` held. Raises InputError as `load`."""
         try:
             mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
             loaded = cls(int(content["size"]), mean, std, content["resize"])

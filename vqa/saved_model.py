@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from vqa.build import build_model
-from vqa.io.errors import InputError
+from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.images import ImageSource, read_image
 from vqa.io.weight_files import as_safetensors, read_safetensors
@@ -30,6 +30,7 @@ from vqa.settings.schema import Settings, difference
 from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
 
 WEIGHTS = "model.safetensors"
+HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
 class Training(BaseModel):
@@ -143,10 +144,11 @@ def save_companions(
     preprocessing.save(folder / "preprocessing.json")
 
 
-def save_weights(folder: Path, model: VQAModel, training: dict[str, Any]) -> None:
-    """Write the weights, whole or not at all."""
+def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix: str = "") -> None:
+    """Write the weights, their names after `prefix`, whole or not at all."""
+    weights = {prefix + name: value for name, value in model.state_dict().items()}
     with written_whole(folder / WEIGHTS) as aside:
-        aside.write_bytes(as_safetensors(model.state_dict(), {"training": json.dumps(training)}))
+        aside.write_bytes(as_safetensors(weights, {"training": json.dumps(training)}))
 
 
 def find_model(run: Path) -> Path:
@@ -157,36 +159,75 @@ def find_model(run: Path) -> Path:
     """
     for folder in (run / "model", run):
         if (folder / WEIGHTS).is_file():
-            made, asked = folder / "config.yaml", run / "config.yaml"
+            made, asked = settings_file(folder), run / "config.yaml"
             if made != asked and asked.exists() and (why := difference(load_saved(made), load_saved(asked))):
                 raise InputError(f"{made}: not a model of {asked}: {why}; resume the run, or name the model itself")
             return folder
     raise InputError(f"{run}: no model here (neither model/{WEIGHTS} nor {WEIGHTS}); `train` writes runs/NAME/model")
 
 
+def download(name: str) -> Path:
+    """Download a model from the Hub by its name, once. Raises InputError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS]))
+    except Exception as error:  # of the name, the network, the access: of several libraries
+        why = f"no such folder, and no model of this name could be downloaded ({first_line(error):.100})"
+        raise InputError(f"{name}: {why}") from None
+
+
+def settings_file(folder: Path) -> Path:
+    """The file with the settings of a model: `config.yaml`, or the `config.json` of a folder for `transformers`."""
+    ours, hub = folder / "config.yaml", folder / "config.json"
+    return hub if hub.is_file() and not ours.exists() else ours
+
+
 def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
-    """Load a model from a run directory or a copied `model/`, ready to answer.
+    """Load a model from a run directory, a copied `model/` or a folder for `transformers`, ready to answer.
 
     Raises:
         InputError: a file is missing or broken, or the weights do not fit the settings.
     """
     folder = find_model(run)
-    settings = load_saved(folder / "config.yaml")
+    made = settings_file(folder)
+    settings = load_saved(made)
     tokenizer = load_tokenizer(folder)
-    answers = _read_answers(folder / "answers.json")
-    preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    if made.suffix == ".json":
+        answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
+    else:
+        answers = _checked_answers(read_json(folder / "answers.json"), folder / "answers.json")
+        preprocessing = Preprocessing.load(folder / "preprocessing.json")
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
             model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
     except (RuntimeError, OverflowError) as error:
-        raise InputError(f"{folder / 'config.yaml'}: no model can be built of it ({error!s:.100})") from None
-    training = _load_weights(model, folder / WEIGHTS)
+        raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
+    training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
     return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)
 
 
-def _read_answers(file: Path) -> list[str]:
-    answers = read_json(file)
+def _hub_answers(file: Path) -> list[str]:
+    """The answers of a `config.json`, where they are `id2label`."""
+    names = read_json(file).get("id2label")
+    places = list(map(str, range(len(names)))) if isinstance(names, dict) else []
+    if not isinstance(names, dict) or names.keys() != set(places):
+        raise InputError(f"{file}: id2label must name the answers from 0 on without gaps")
+    return _checked_answers([names[place] for place in places], file)
+
+
+def _hub_preprocessing(file: Path) -> Preprocessing:
+    content = read_json(file)
+    try:
+        made = content["image_processor"]
+        content = {"size": made["size"]["height"], "mean": made["image_mean"], "std": made["image_std"]}
+    except (TypeError, KeyError):
+        raise InputError(f"{file}: holds no image_processor with size, image_mean and image_std") from None
+    return Preprocessing.of(content | {"resize": "bilinear"}, file)
+
+
+def _checked_answers(answers: Any, file: Path) -> list[str]:
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"{file}: must be a list of texts")
     for place, answer in enumerate(answers):
@@ -195,17 +236,19 @@ def _read_answers(file: Path) -> list[str]:
     return answers
 
 
-def _load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
+def load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
     """Load the weights into a model on the meta device; returns how it was trained."""
     try:
         weights, metadata = read_safetensors(file)
+        weights = {name.removeprefix(HUB_PREFIX): value for name, value in weights.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (weights, expected))
         if theirs != ours:
-            raise InputError(f"{file}: not the weights of this folder's config.yaml: {name} is {theirs}, not {ours}")
+            made = settings_file(file.parent).name
+            raise InputError(f"{file}: not the weights of this folder's {made}: {name} is {theirs}, not {ours}")
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
     try:

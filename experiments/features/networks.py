@@ -24,7 +24,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import SavedModel, find_model, load_model
+from vqa.saved_model import SavedModel, find_model, load_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings
 
@@ -64,7 +64,7 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
     check_overrides(overrides)
     runs = []
     for name, folder in zip(shown_names(folders), map(find_model, folders), strict=True):
-        settings = load_saved(folder / "config.yaml", overrides)
+        settings = load_saved(settings_file(folder), overrides)
         if "image" not in settings.inputs:
             raise InputError(f"{folder}: a model without image input has no features to show")
         saved = load_model(folder, choose_device(settings.device))

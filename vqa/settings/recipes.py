@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 
 from vqa.io.errors import InputError
-from vqa.io.files import read_text
+from vqa.io.files import read_json, read_text
 from vqa.settings.schema import ROLES, Settings
 
 BASE = Path(__file__).with_name("base.yaml")
@@ -105,7 +105,10 @@ def load_settings(
         InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
             or a value is of the wrong type or out of range.
     """
-    merged = _merge(under or {}, _read_with_bases(Path(file), ()))
+    return _validated(_merge(under or {}, _read_with_bases(Path(file), ())), file, overrides, where)
+
+
+def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], where: str) -> Settings:
     overridden = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -123,7 +126,7 @@ def load_settings(
 
 
 def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
-    """Reads the `config.yaml` of a run or a model.
+    """Reads the `config.yaml` of a run or a model, or the settings in the `config.json` of a model for `transformers`.
 
     A key that is newer than the file gets the value that stands for what the code did before, which may differ from
     today's default; a key of `speed`, which changes no result, gets the default.
@@ -131,7 +134,17 @@ def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         InputError: as `load_settings`.
     """
-    return load_settings(file, overrides, under=_merge(read_yaml(BASE), _BEFORE))
+    if file.suffix != ".json":
+        return load_settings(file, overrides, under=_merge(read_yaml(BASE), _BEFORE))
+    content = read_json(file)
+    return saved_settings(content.get("settings") if isinstance(content, dict) else None, file, overrides)
+
+
+def saved_settings(content: Any, file: Path, overrides: Iterable[str] = ()) -> Settings:
+    """As `load_saved`, from what `file` held. Raises InputError."""
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds no `settings` of a model")
+    return _validated(_merge(_merge(read_yaml(BASE), _BEFORE), content), file, overrides, "command line")
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

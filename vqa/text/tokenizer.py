@@ -107,6 +107,7 @@ def read_tokenizer(text: str, file: Path) -> Tokenizer:
         raise InputError(f"{file}: words must be numbered from 0 without gaps, first {PAD} and {UNKNOWN}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.post_processor = None  # `transformers` saves one that changes nothing
     ours = [_without_vocabulary(_tokenizer_of([], pattern)) for pattern in (_WORD, _OLDER_WORD)]
     if _without_vocabulary(tokenizer) not in ours:
         raise InputError(f"{file}: is not a tokenizer of this program: it splits words in another way")

@@ -1,0 +1,58 @@
+"""Write a trained model for other programs: a folder for `transformers`, or ONNX."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vqa.io.errors import InputError
+from vqa.io.files import check_room, read_json, written_whole
+from vqa.saved_model import WEIGHTS, load_model
+
+
+def export(run: Path, to: Path, form: str) -> None:
+    """Writes the model of `run` into the new folder `to`, whole or not at all.
+
+    Args:
+        run: a run directory, or a `model/` directory.
+        to: a folder that does not exist or is empty.
+        form: `hub`, for `transformers`, or `onnx`.
+
+    Raises:
+        InputError: no model, `to` is not empty or cannot be written, a `metrics_SPLIT.json` of `run` is malformed, or
+            a package is missing.
+    """
+    to = to.absolute()
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise InputError(f"{to}: must be a new folder or an empty one")
+    saved = load_model(run)
+    check_room(to, (saved.folder / WEIGHTS).stat().st_size, "name another folder")
+    with written_whole(to) as aside:
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed export
+        aside.mkdir()
+        try:
+            if form == "hub":
+                from vqa.hub.folder import save_hub_folder
+
+                save_hub_folder(saved, aside, _scores(run, saved.folder))
+            else:
+                from vqa.hub.onnx import save_onnx_folder
+
+                save_onnx_folder(saved, aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def _scores(run: Path, model: Path) -> list[dict[str, Any]]:
+    """The scores that `eval` wrote into the run directory since the model was saved."""
+    scores, wanted = [], {"split": str, "questions": int, "overall": float}
+    for file in sorted(run.glob("metrics_*.json")):
+        if file.stat().st_mtime < (model / WEIGHTS).stat().st_mtime:
+            print(f"{file}: older than the model, so not in its card; `eval` measures it anew")
+            continue
+        content = read_json(file)
+        try:
+            scores.append({name: kind(content[name]) for name, kind in wanted.items()} | {"file": file.name})
+        except (TypeError, KeyError, ValueError):
+            raise InputError(f"{file}: not the metrics of a split; `eval` writes them anew") from None
+    return scores

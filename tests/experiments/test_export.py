@@ -1,0 +1,184 @@
+"""`export`: the folders it writes, what the model card says, and what is refused."""
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+
+import vqa
+from experiments.export import export
+from tests.conftest import ROOT
+from vqa.io.files import read_json
+from vqa.io.images import decode_image
+from vqa.text.tokenizer import encode
+
+SHAPES = ("circle", "square", "triangle")
+QUESTIONS = [
+    "what?",
+    "is there a zebra?",
+    "how many are left of the square, and how many of the circle or so?",
+    *(f"{start} the {shape}?" for start in ("what color is", "is there a blue", "how many of") for shape in SHAPES),
+]
+
+
+def code_of_the_page(number):
+    """A Python block of docs/export.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[
+        number
+    ]
+
+
+@pytest.fixture
+def there(finished, images, tmp_path, monkeypatch):
+    """The working directory has the image that the page names; returns the run directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    shutil.copy(images[0], tmp_path / "runs" / "demo" / "example.png")
+    return finished
+
+
+@pytest.fixture(scope="module")
+def images(tiny):
+    return sorted((tiny.parent / "world").rglob("*.png"))
+
+
+def test_a_folder_for_transformers(command, finished, images, tmp_path):
+    assert command("eval", "--run", finished).code == 0
+    ended = command("export", "--run", finished, "--to", tmp_path / "hub")
+    assert ended == (0, f"{tmp_path / 'hub'}\n", "")
+    written = {file.name for file in (tmp_path / "hub").iterdir()}
+    assert written == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    said = [
+        command("ask", "--run", run, "--image", images[0], "--question", "what?")
+        for run in (finished, tmp_path / "hub")
+    ]
+    assert said[0] == said[1]
+
+
+def test_its_answers_to_two_hundred_questions_are_the_models(trained, images, tmp_path):
+    export(trained, tmp_path / "hub", "hub")
+    model, saved = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path / "hub"), vqa.load(trained)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hub")
+    pairs = [(image, question) for question in QUESTIONS for image in images][:200]
+    expected = torch.cat([saved.run(*pair).logits for pair in pairs])
+    with torch.inference_mode():
+        for first, logits in zip(range(0, 200, 25), expected.split(25), strict=True):
+            about, asked = zip(*pairs[first : first + 25], strict=True)
+            given = model(**processor(images=about, text=asked)).logits
+            torch.testing.assert_close(given, logits, rtol=1e-4, atol=1e-5)
+            assert given.argmax(1).equal(logits.argmax(1))
+
+
+def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
+    assert command("export", "--run", finished, "--to", tmp_path / "before").code == 0
+    assert "its accuracy on a split of its own is not stated" in (tmp_path / "before" / "README.md").read_text()
+    assert command("eval", "--run", finished).code == 0
+    assert command("export", "--run", finished, "--to", tmp_path / "after").code == 0
+    card = (tmp_path / "after" / "README.md").read_text()
+    overall = read_json(finished / "metrics_val.json")["overall"]
+    assert f"| val | 24 | {overall:.2f} | no | `metrics_val.json` |" in card
+    assert "Trained on: train (epoch 1). In training it had " in card
+    for part in (
+        "## What it cannot do",
+        "## Licence",
+        "pipeline_tag: visual-question-answering",
+        "8 norms, 1920 channels",
+    ):
+        assert part in card
+    os.utime(finished / "metrics_val.json", (0, 0))
+    ended = command("export", "--run", finished, "--to", tmp_path / "stale")
+    assert "metrics_val.json: older than the model" in ended.out
+    assert "metrics_val.json" not in (tmp_path / "stale" / "README.md").read_text()
+
+
+def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monkeypatch, left):
+    assert "must be a new folder or an empty one" in refused("export", "--run", finished, "--to", finished)
+    assert "no model here" in refused("export", "--run", tmp_path / "absent", "--to", tmp_path / "to")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("export", "--run", finished, "--to", tmp_path / "file" / "to")
+    (finished / "metrics_val.json").write_text("[]")
+    assert "metrics_val.json: not the metrics of a split" in refused(
+        "export", "--run", finished, "--to", tmp_path / "to"
+    )
+    left(10**12)
+    monkeypatch.setattr("vqa.hub.onnx.find_spec", lambda _: None)
+    line = refused("export", "--run", finished, "--to", tmp_path / "to", "--format", "onnx")
+    assert line == "error: --format onnx: needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"
+    left(1000)
+    assert "make room or name another folder" in refused("export", "--run", finished, "--to", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_code_of_the_page_answers_as_the_model_does(command, there):
+    assert command("export", "--run", there, "--to", "exported/hub").code == 0
+    exec(code_of_the_page(0), names := {})
+    assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
+
+
+def test_an_onnx_file_gives_the_same_answers(command, there, images):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    assert command("export", "--run", there, "--to", "exported/onnx", "--format", "onnx").code == 0
+    saved = vqa.load(there)
+    session = runtime.InferenceSession("exported/onnx/model.onnx")
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["logits", "attention", "gamma", "beta"]
+    for image in images:
+        for question in QUESTIONS:
+            tokens = encode(saved.tokenizer, [question])[0].astype(np.int64)[None]
+            given = session.run(None, {"image": decode_image(image, saved.preprocessing.size)[None], "tokens": tokens})
+            output = saved.run(image, question)
+            expected = (output.logits, output.attention, *output.modulation)
+            for name, ours, theirs in zip(names, expected, map(torch.from_numpy, given), strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5, msg=name)
+    exec(code_of_the_page(1), names := {})
+    assert names["answer"] == saved.ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cbn.stages=[]"],
+        ["inputs=[image]", "cbn.stages=[]"],
+        ["inputs=[question]", "cbn.stages=[]"],
+        ["question.encoder=gru", "attention.kind=mlb", "cbn.beta=false"],
+        ["question.encoder=bag_of_words", "cbn.condition=kind"],
+        ["cbn.normaliser=group", "cbn.condition=mean_question"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_model_is_an_onnx_file(tiny, tmp_path, words):
+    """Random weights: what is exported is what is computed."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    from vqa.build import build_model
+    from vqa.hub.onnx import save_onnx_folder
+    from vqa.preprocessing import Preprocessing
+    from vqa.saved_model import SavedModel
+    from vqa.settings.recipes import load_settings
+    from vqa.text.tokenizer import train_tokenizer
+
+    settings, tokenizer = load_settings(tiny, words), train_tokenizer(QUESTIONS, 1)
+    model = build_model(settings, tokenizer.get_vocab_size(), 4, pretrained=False).eval().requires_grad_(False)
+    saved = SavedModel(tmp_path, model, settings, tokenizer, list("abcd"), Preprocessing(64), {})
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected = [saved.run(image, question).logits for question in QUESTIONS]
+    save_onnx_folder(saved, tmp_path)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for question, logits in zip(QUESTIONS, expected, strict=True):
+        fed = {"image": image[None], "tokens": encode(tokenizer, [question])[0].astype(np.int64)[None]}
+        used = {put.name: fed[put.name] for put in session.get_inputs()}
+        torch.testing.assert_close(torch.from_numpy(session.run(["logits"], used)[0]), logits, rtol=1e-4, atol=1e-5)

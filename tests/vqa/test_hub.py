@@ -1,0 +1,248 @@
+"""The folder for `transformers`: its round trip, and what `PreTrainedModel` would do to a model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+import vqa
+from vqa.build import build_model
+from vqa.hub import ModernConfig, ModernForVisualQuestionAnswering, ModernImageProcessor, ModernProcessor
+from vqa.io.errors import InputError
+
+QUESTIONS = ["what color is the circle?", "how many?", "is there a zebra to the left of the <pad> square?"]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(trained):
+    return vqa.load(trained)
+
+
+@pytest.fixture(scope="module")
+def folder(saved, tmp_path_factory):
+    from vqa.hub.folder import save_hub_folder
+
+    made = tmp_path_factory.mktemp("hub") / "folder"
+    made.mkdir()
+    save_hub_folder(saved, made, [])
+    return made
+
+
+@pytest.fixture(scope="module")
+def images(tiny):
+    return sorted((tiny.parent / "world" / "val").glob("*.png"))[:3]
+
+
+@pytest.fixture
+def hub(folder):
+    return AutoModelForVisualQuestionAnswering.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def logits(hub, images, questions=QUESTIONS):
+    model, processor = hub
+    return model(**processor(images=images, text=questions)).logits
+
+
+def one_by_one(saved, images):
+    return torch.cat([saved.run(image, question).logits for image, question in zip(images, QUESTIONS, strict=True)])
+
+
+def test_the_auto_classes_find_ours(folder, hub, saved):
+    assert type(AutoConfig.from_pretrained(folder)) is ModernConfig
+    assert type(AutoImageProcessor.from_pretrained(folder)) is ModernImageProcessor
+    assert type(hub[0]) is type(AutoModel.from_pretrained(folder)) is ModernForVisualQuestionAnswering
+    assert set(hub[1].model_input_names) >= {"pixel_values", "input_ids", "attention_mask"}
+    assert type(hub[1]) is ModernProcessor
+    assert (
+        AutoTokenizer.from_pretrained(folder)(QUESTIONS[2])["input_ids"]
+        == (AutoTokenizer.from_pretrained(saved.folder)(QUESTIONS[2])["input_ids"])
+    )
+    assert list(hub[0].config.id2label.values()) == saved.answers
+    assert hub[0].config.to_settings() == saved.settings
+
+
+def test_it_answers_as_the_model_does(hub, saved, images):
+    torch.testing.assert_close(logits(hub, images), one_by_one(saved, images), rtol=1e-5, atol=1e-6)
+    for image, question in zip(images, QUESTIONS, strict=True):
+        assert logits(hub, image, question).equal(saved.run(image, question).logits)
+    with torch.inference_mode():
+        output, expected = hub[0](**hub[1](images=images[0], text=QUESTIONS[0])), saved.run(images[0], QUESTIONS[0])
+    assert output.attention.equal(expected.attention)
+    assert output.gamma.equal(expected.modulation.gamma)
+    assert output.beta.equal(expected.modulation.beta)
+
+
+def test_what_it_saves_is_equal_again(hub, images, saved, tmp_path):
+    for part in hub:
+        part.save_pretrained(tmp_path / "again")
+    again = [auto.from_pretrained(tmp_path / "again") for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor)]
+    assert logits(again, images).equal(logits(hub, images))
+    assert vqa.load(tmp_path / "again").ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
+
+
+def test_the_library_and_the_commands_take_the_folder(folder, saved, images, command, trained, tmp_path):
+    loaded = vqa.load(folder)
+    assert loaded.ask(images, QUESTIONS) == saved.ask(images, QUESTIONS)
+    assert loaded.inspect(images[0], QUESTIONS[0]) == saved.inspect(images[0], QUESTIONS[0])
+    assert (loaded.training, loaded.preprocessing, loaded.answers) == (
+        saved.training,
+        saved.preprocessing,
+        saved.answers,
+    )
+    scored = [command("eval", "--run", run, "--out", tmp_path / run.name) for run in (trained, folder)]
+    assert [ended.code for ended in scored] == [0, 0], scored
+    assert scored[0].out == scored[1].out
+
+
+def test_building_initialises_as_the_project_does(folder):
+    config = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(3)
+    made = AutoModelForVisualQuestionAnswering.from_config(config).model
+    torch.manual_seed(3)
+    ours = build_model(config.to_settings(), config.vocab_size, config.num_labels, pretrained=False)
+    for (name, theirs), (_, expected) in zip(made.state_dict().items(), ours.state_dict().items(), strict=True):
+        assert theirs.equal(expected), name
+
+
+def test_building_reads_and_downloads_no_weights(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.settings = config.settings | {"backbone": config.settings["backbone"] | {"weights": "absent.pth"}}
+    with torch.device("meta"):
+        made = ModernForVisualQuestionAnswering(config)
+    assert all(value.is_meta for value in made.state_dict().values())
+
+
+@pytest.mark.parametrize("condition", ["question", "kind", "mean_question"])
+def test_every_buffer_is_saved(folder, condition):
+    config = AutoConfig.from_pretrained(folder)
+    config.settings = config.settings | {"cbn": config.settings["cbn"] | {"condition": condition}}
+    made = ModernForVisualQuestionAnswering(config)
+    assert {name for name, _ in made.named_buffers()} <= made.state_dict().keys()
+
+
+@pytest.mark.parametrize("trained_too", ["none", "batchnorm"])
+def test_what_was_frozen_is_frozen(folder, trained_too):
+    config = AutoConfig.from_pretrained(folder)
+    config.settings = config.settings | {"backbone": config.settings["backbone"] | {"train": trained_too}}
+    model = AutoModelForVisualQuestionAnswering.from_pretrained(folder, config=config)
+    ours = build_model(config.to_settings(), config.vocab_size, config.num_labels, pretrained=False)
+    flags = [{name: value.requires_grad for name, value in part.named_parameters()} for part in (model.model, ours)]
+    assert flags[0] == flags[1]
+    assert set(flags[0].values()) == {True, False}
+    model.train()
+    assert not any(norm.training for norm in model.model.resnet.batch_norms())
+
+
+def test_weights_and_statistics_are_float32(hub, folder, images, tmp_path):
+    expected = logits(hub, images)
+    hub[0].half().save_pretrained(tmp_path)
+    model = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(logits((model, hub[1]), images), expected, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16: the weights and statistics are float32"):
+        AutoModelForVisualQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="device_map: not supported"):
+        AutoModelForVisualQuestionAnswering.from_pretrained(folder, device_map="auto")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+def test_weights_that_do_not_fit_are_refused(folder, tmp_path, change):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / WEIGHTS)
+    name = "model.fusion.question.weight"
+    if change == "missing":
+        del weights[name]
+    else:
+        weights[{"unexpected": "model.other", "mismatched": name}[change]] = torch.ones(2, 3)
+    save_file(weights, broken / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match="fusion.question.weight|other"):
+        AutoModelForVisualQuestionAnswering.from_pretrained(broken)
+    with pytest.raises(InputError, match="not the weights of this folder's config.json"):
+        vqa.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", "[]", "config.json: holds no `settings` of a model"),
+        ("config.json", {"settings": {"colour": 1}}, "config.json: unknown key colour"),
+        ("config.json", {"id2label": {"0": "yes", "2": "no"}}, "config.json: id2label must name the answers from 0 on"),
+        ("config.json", {"id2label": {"0": 3}}, "config.json: must be a list of texts"),
+        ("processor_config.json", {"image_processor": {}}, "processor_config.json: holds no image_processor with size"),
+        ("processor_config.json", None, "processor_config.json: no such file"),
+        ("tokenizer.json", "{}", "tokenizer.json: cannot be read as a tokenizer"),
+    ],
+)
+def test_a_broken_folder_is_named(folder, tmp_path, refused, images, file, content, says):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    if isinstance(content, dict):
+        whole = json.loads((broken / file).read_text())
+        content = json.dumps(whole | content)
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_text(content)
+    assert says in refused("ask", "--run", broken, "--image", images[0], "--question", "what?")
+
+
+def test_a_name_on_the_hub_is_downloaded(folder, saved, images, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: folder if name == "us/modern" else 1 / 0)
+    assert vqa.load("us/modern").ask(images[0], "what?") == saved.ask(images[0], "what?")
+    with pytest.raises(InputError, match="us/other: no such folder, and no model of this name could be downloaded"):
+        vqa.load("us/other")
+
+
+def test_weights_laid_out_channels_last_are_saved(folder, tmp_path, images, hub):
+    config = AutoConfig.from_pretrained(folder)
+    config.settings = config.settings | {"speed": config.settings["speed"] | {"channels_last": True}}
+    model = AutoModelForVisualQuestionAnswering.from_pretrained(folder, config=config)
+    weight = model.model.resnet.network.conv1.weight
+    assert not weight.is_contiguous()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path)
+    assert again.model.resnet.network.conv1.weight.stride() == weight.stride()
+    assert logits((again, hub[1]), images).equal(logits((model, hub[1]), images))
+
+
+def test_the_configuration_is_plain_json(folder):
+    content = json.loads((folder / "config.json").read_text())
+    assert content["model_type"] == "modern_vqa"
+    assert AutoConfig.from_pretrained(folder).to_dict() == ModernConfig(**content).to_dict() | {
+        "_name_or_path": str(folder)
+    }
+
+
+def test_questions_without_words_and_padding_on_the_left_are_refused(hub, images):
+    model, processor = hub
+    for text in ("", "  ", ["what?", ""]):
+        with pytest.raises(InputError, match="holds no word"):
+            processor(images=images[: 1 if isinstance(text, str) else 2], text=text)
+    with pytest.raises(InputError, match="3 images for 1 questions"):
+        processor(images=images, text="what?")
+    inputs = processor(images=images[:2], text=QUESTIONS[:2])
+    with pytest.raises(ValueError, match="padded on the right"):
+        model(inputs["pixel_values"], inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1))
+    del inputs["attention_mask"]
+    assert model(**inputs).logits.equal(logits(hub, images[:2], QUESTIONS[:2]))
+
+
+def test_images_are_prepared_as_everywhere(folder, saved, images):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    forms = [images[0], images[0].read_bytes(), Image.open(images[0]), np.asarray(Image.open(images[0]).convert("RGB"))]
+    expected = saved.preprocessing.normalise(torch.from_numpy(saved.preprocessing.decode(images[0]).copy())[None])
+    for form in forms:
+        assert processor(form)["pixel_values"].equal(expected)
+    assert isinstance(processor(images, return_tensors="np")["pixel_values"], np.ndarray)

@@ -1,0 +1,67 @@
+"""Write a trained model as a folder that `transformers` loads; `vqa.load` loads it too."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from vqa.hub.model import ModernConfig, ModernForVisualQuestionAnswering
+from vqa.hub.processor import ModernImageProcessor, ModernProcessor
+from vqa.io.files import write_text
+from vqa.saved_model import HUB_PREFIX, SavedModel, Training, save_weights
+from vqa.text.tokenizer import PAD, UNKNOWN
+
+_CARD = Path(__file__).with_name("templates") / "card.md"
+
+
+def save_hub_folder(saved: SavedModel, folder: Path, scores: Sequence[Mapping[str, Any]]) -> None:
+    """Write the configuration, the processor, a model card and the weights.
+
+    Args:
+        saved: the model.
+        folder: where to.
+        scores: rows of the card: each with `split`, `questions`, `overall` (percent) and the `file` it comes from.
+    """
+    ModernConfig(
+        saved.settings.model_dump(),
+        saved.tokenizer.get_vocab_size(),
+        id2label=dict(enumerate(saved.answers)),
+        label2id={answer: place for place, answer in enumerate(saved.answers)},
+        architectures=[ModernForVisualQuestionAnswering.__name__],
+        dtype="float32",
+    ).save_pretrained(folder)
+    made = saved.preprocessing
+    images = ModernImageProcessor({"height": made.size, "width": made.size}, made.mean, made.std)
+    images.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=saved.tokenizer, pad_token=PAD, unk_token=UNKNOWN, split_special_tokens=True
+    )
+    ModernProcessor(images, tokenizer).save_pretrained(folder)
+    write_text(folder / "README.md", _card(saved, scores))
+    save_weights(folder, saved.model, saved.training, prefix=HUB_PREFIX)
+
+
+def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
+    settings, layers = saved.settings, saved.model.resnet.layers
+    template = jinja2.Template(_CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    return template.render(
+        Training.model_validate(saved.training).model_dump(),
+        name=settings.name,
+        backbone=settings.backbone.name,
+        condition={
+            "question": "the question",
+            "kind": "the question's kind",
+            "constant": "a constant (a control)",
+            "mean_question": "one fixed vector (a control)",
+            "shuffled": "another question (a control)",
+        }[settings.cbn.condition],
+        norms=len(layers),
+        channels=sum(layer.channels for layer in layers),
+        answers=len(saved.answers),
+        words=saved.tokenizer.get_vocab_size() - 2,  # without padding and the unknown word
+        size=saved.preprocessing.size,
+        validate_on=settings.train.validate_on,
+        scores=scores,
+    )

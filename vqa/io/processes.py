@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import active_children, parent_process, resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -168,7 +169,8 @@ class WorkerContext(SpawnContext):
                 worker.kill()
 
     def any_was_killed(self) -> bool:
-        """Return whether a signal ended one of the processes."""
+        """Return whether a signal ended one of the processes; an error of its connection comes just before its end."""
+        wait([worker.sentinel for worker in self._started if worker.pid], timeout=0.5)
         return any((worker.exitcode or 0) < 0 for worker in self._started)
 
 

@@ -281,7 +281,7 @@ def test_pixels_that_cannot_be_written_are_one_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(
-        InputError, match=r"data.h5.partial: cannot be written \(no space left on device\); make space, then"
+        InputError, match=r"data.h5.partial: cannot be written \(no space left on device\); free some space, then"
     ):
         make(many(tmp_path, 3), tmp_path / "data.h5")
     monkeypatch.undo()

@@ -57,7 +57,7 @@ def test_an_image_that_one_process_cannot_read_ends_all(trained, tiny, tmp_path)
     words = [f"data.folder={tmp_path}/world", "data.h5=nowhere.h5", "train.batch_size=4"]
     for line, code in ends_of_two("--model", trained, "--out", tmp_path / "two", *words):
         assert code == 2
-        assert line.startswith(f"error: 1 image(s) missing or unreadable, by id: {int(last.stem)}; mend them")
+        assert line.startswith(f"error: 1 image(s) missing or unreadable, by id: {int(last.stem)}; repair them")
     assert not any((tmp_path / "two" / name).exists() for name in FILES)
 
 

@@ -109,6 +109,7 @@ def demo():
     kinds = ("what color", "what shape", "how many", "is there")
     return {
         "seconds": 312.0,
+        "world": "small",
         "machine": "2 CPU cores",
         "seed": 1,
         "questions": 8000,

@@ -121,7 +121,8 @@ def block_signals_in_children(but: signal.Signals | None = None) -> Iterator[Non
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
-        with block_signals_in_children():
+        # a signal may come to another thread (of OpenBLAS), and would be raised here before the worker has its task
+        with StopRequest(), block_signals_in_children():
             super().start()
 
     def run(self) -> None:

@@ -389,7 +389,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
         real(value, file)
 
     monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(InputError, match=r"last.pt: cannot be written \(no space left on device\); make space"):
+    with pytest.raises(InputError, match=r"last.pt: cannot be written \(no space left on device\); free some space"):
         train(settings, runs=tmp_path)
     saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
     assert saved["progress"]["epoch"] == 2

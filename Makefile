@@ -8,7 +8,7 @@ demo: .venv/installed
 
 # What a file prepares is prepared once; in the files' order, as those of the fewest tests take longest.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

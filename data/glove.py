@@ -56,7 +56,7 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
 
 
 def _vector(numbers: Sequence[bytes]) -> np.ndarray:
-    """Parse numbers; the vector is empty if one of them is none."""
+    """Parse numbers; the vector is empty if one of them is not a number."""
     try:
         return np.array(numbers, np.float32)
     except ValueError:

@@ -159,7 +159,7 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
     """Warns of questions without a known word, and of answers none of which is a class."""
     known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
-        print(f"split {split!r}: the model knows no word of {unknown} of {len(table)} questions")
+        print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
     if table.given.size and (table.labels() < 0).all():
         print(f"split {split!r}: no answer that was given is among the model's {len(saved.answers)} answers")
 

@@ -152,7 +152,7 @@ def _train(
     device: str,
     change: Callable[[Tensor, np.random.Generator], Tensor] = lambda pixels, _: pixels,
 ) -> tuple[ResNet, tuple[np.ndarray, np.ndarray]]:
-    """Trains on the first `images` of `count` images; goes on from a checkpoint of the same arguments `made`.
+    """Trains on the first `images` of `count` images; resumes from a checkpoint of the same arguments `made`.
 
     `fill` writes all images into an array, uint8 [count, S, S, 3], and returns their classes, int64 [count]. `change`
     makes of a batch, uint8 [B, S, S, 3], what is trained on.

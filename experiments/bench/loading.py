@@ -94,10 +94,10 @@ def _network_words(network: str, size: int, images: int) -> tuple[str, ...]:
 
 def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device) -> list[Row]:
     """An epoch of `train` with stage 4 conditioned, from cached feature maps and from images."""
-    seconds: dict[str, list[float]] = {"pictures": [], "maps": []}
+    seconds: dict[str, list[float]] = {"images": [], "maps": []}
     losses = {}
     for turn in range(repeats + 1):  # the first one fills the cache and does not count
-        for way, gib in (("pictures", 0), ("maps", 8)):
+        for way, gib in (("images", 0), ("maps", 8)):
             words = (f"name={way}_{turn}", f"data.cache_gib={gib}", "cbn.stages=[4]")
             settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
             run = train(settings, runs=folder / "runs")
@@ -114,7 +114,7 @@ def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int,
             "epoch_seconds_pictures": round(from_images, 2),
             "epoch_seconds_maps": round(from_maps, 2),
             "times_faster": round(from_images / from_maps, 2),
-            "train_loss_pictures": round(losses["pictures"], 6),
+            "train_loss_pictures": round(losses["images"], 6),
             "train_loss_maps": round(losses["maps"], 6),
             "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
         }

@@ -1,4 +1,4 @@
-"""Other words, other answer classes, more splits, mended images: the tables are made anew, stored images are kept."""
+"""Other words, other answer classes, more splits, repaired images: the tables are made anew, stored images are kept."""
 
 import os
 import shutil
@@ -73,7 +73,7 @@ def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decode
     new = Store(made)
     assert new.table("train").images.tolist() == [0, 0, 1]
     assert new.table("test").images.tolist() == [3, 4]
-    # who reads the old one goes on with the new one, or is told
+    # a reader of the old one continues with the new one, or gets an error
     assert np.array_equal(reader[1], decode_image(raw["train"].image(2), 32))
     with pytest.raises(InputError, match=r"data.h5: was replaced meanwhile; start the command again"):
         old.table("val")
@@ -152,7 +152,7 @@ def test_mended_images_are_decoded_and_no_others(raw, made, tmp_path, decoded, c
     with pytest.raises(InputError, match=r"1 image\(s\) missing or unreadable, by id: 3;"):
         make(raw, path)
     assert path.read_bytes() == before
-    make(raw, path, skip_bad_images=True)  # what was mended by now
+    make(raw, path, skip_bad_images=True)  # what was repaired by now
     assert Store(path).usable.tolist() == [True, True, False]
     three.write_bytes(whole[three])
     make(raw, path)

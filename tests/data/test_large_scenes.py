@@ -215,10 +215,10 @@ def test_its_files_are_repeatable_and_do_not_depend_on_processes_or_the_look(tmp
         write_world(tmp_path / name, **made, processes=processes)
     assert contents(tmp_path / "one", "*.*") == contents(tmp_path / "two", "*.*")
     assert len(read_questions(tmp_path / "one/val_questions.json", tmp_path / "one/val_annotations.json")) == 15
-    pictures = {tuple(sorted(contents(tmp_path / "one", "*.png").values()))}
+    images = {tuple(sorted(contents(tmp_path / "one", "*.png").values()))}
     for look in set(LOOKS) - {"plain"}:
         write_world(tmp_path / look, **made, look=look, processes=1)
-        pictures.add(tuple(sorted(contents(tmp_path / look, "*.png").values())))
+        images.add(tuple(sorted(contents(tmp_path / look, "*.png").values())))
         for name in ("train_questions.json", "val_annotations.json"):
             assert (tmp_path / look / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert len(pictures) == len(LOOKS)
+    assert len(images) == len(LOOKS)

@@ -21,7 +21,7 @@ COMMANDS = {
     "squeue": 'cat "$SLURM_STAND_IN/queue"',
     "scontrol": 'echo "$@" >> "$SLURM_STAND_IN/scontrol"',
 }
-# is asked to save, and goes on the next time
+# is asked to save, and resumes the next time
 RUN = """
 import pathlib, signal, sys, time
 told = pathlib.Path(sys.argv[1])

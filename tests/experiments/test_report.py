@@ -263,9 +263,9 @@ def test_the_image_shows_every_seed(suite, tmp_path):
     assert every[:, 0].tolist() == pytest.approx([86.25, 100, 86.25])
     assert len({tuple(dot) for dot in every.tolist()}) == 3
     assert [text.get_text() for text in axes.texts] == ["0.00", f"{(2 * 86.25 + 100) / 3:.2f}"]
-    with Image.open(tmp_path / "out/stages.png") as picture:
-        assert picture.width > 1000
-        assert len(picture.convert("RGB").getcolors(2**24)) > 10
+    with Image.open(tmp_path / "out/stages.png") as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

@@ -1,4 +1,4 @@
-"""The runner: what is finished is not repeated, what was killed goes on, what fails does not stop the rest."""
+"""The runner: what is finished is not repeated, what was killed resumes, what fails does not stop the rest."""
 
 import json
 import os

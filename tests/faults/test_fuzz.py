@@ -76,11 +76,11 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     split = write_split(folder, "train", TRAIN)
     ramp = Image.linear_gradient("L").resize((24, 16))
-    picture = Image.merge("RGB", (ramp, ramp.rotate(180), ramp))
+    image = Image.merge("RGB", (ramp, ramp.rotate(180), ramp))
     exif = Image.Exif()
     exif[0x112] = 6
     for kind in FORMATS:
-        picture.save(folder / f"picture.{kind}", kind, **({"exif": exif} if kind not in ("GIF", "BMP", "PPM") else {}))
+        image.save(folder / f"picture.{kind}", kind, **({"exif": exif} if kind not in ("GIF", "BMP", "PPM") else {}))
     (folder / "glove.txt").write_text("the 1 2 3\ncat 4 5 6\n")
     with zipfile.ZipFile(folder / "glove.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("glove.txt", "the 1 2 3\ncat 4 5 6\n")

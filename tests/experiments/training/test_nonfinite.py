@@ -200,5 +200,5 @@ def test_strange_words_and_answers_are_told_of(command, trained, tmp_path, monke
     monkeypatch.setattr(evaluate, "split_data", strange)
     ended = command("eval", "--run", trained, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert "the model knows no word of 23 of 24 questions" in ended.out
+    assert "all words of 23 of 24 questions are unknown to the model" in ended.out
     assert "no answer that was given is among the model's" in ended.out

@@ -64,6 +64,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
                 model(images, moved.tokens, moved.lengths)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    save_companions(out / "model", saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
+    companions = (saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)
+    save_companions(out / "model", *companions)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

@@ -4,6 +4,8 @@ A trainer knows of its task nothing but the public members of `VQATask`: a secon
 members, chosen in `trainer.train`.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings
 from vqa.text.answers import NO_ANSWER, NOT_GIVEN
 from vqa.text.tokenizer import PAD_ID
+from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
@@ -42,6 +45,8 @@ class VQATask:
     Attributes:
         settings: of the run.
         store: the h5 file, with the images.
+        tokenizer: of the questions: the h5 file's, or that of a text encoder.
+        text_encoder: the configuration of a text encoder; None without one.
         identity: digest of what is learnt from; a checkpoint names it.
         training: the questions to train on.
         validation: those to validate on; None without a split for it.
@@ -53,14 +58,17 @@ class VQATask:
         """Reads the questions.
 
         Raises:
-            InputError: the h5 file is missing or made with other settings, or a split is missing, without annotations
-                or without a question that can be trained on.
+            InputError: the h5 file is missing or made with other settings, a split is missing, without annotations
+                or without a question that can be trained on, or there is no text encoder as the settings name it.
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
         for key, made in settings_of(store.provenance).items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
+        self.tokenizer, self.text_encoder = store.tokenizer, None
+        if settings.question.encoder == "transformers":
+            self.tokenizer, self.text_encoder = read_pretrained(settings.question.pretrained)
         splits, split = list(settings.train.splits), settings.train.validate_on
         self.training = _trainable_questions(store, splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
@@ -76,12 +84,17 @@ class VQATask:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
+        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not know
+            self.training = self.training.encoded_with(self.tokenizer)
+            self.validation = self.validation and self.validation.encoded_with(self.tokenizer)
+            of_questions = json.dumps([self.identity, self.tokenizer.to_str(), self.text_encoder])
+            self.identity = hashlib.sha256(of_questions.encode()).hexdigest()
         self.preprocessing = Preprocessing(store.image_size)
 
     def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
         kind = self.settings.train.augment if augmented else "none"
-        chosen = augmentation(kind, self.settings.seed, table, self.store.tokenizer.get_vocab())
+        chosen = augmentation(kind, self.settings.seed, table)
         return QuestionDataset(table, images, share=self.settings.speed.share_images, augmentation=chosen)
 
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
@@ -101,11 +114,15 @@ class VQATask:
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
-        model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        settings, vocabulary, encoder = self.settings, self.tokenizer.get_vocab(), None
+        if self.text_encoder is not None:
+            name = settings.question.pretrained
+            encoder = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
+        answers = len(self.store.vocabulary)
+        model = build_model(settings, len(vocabulary), answers, pretrained=fresh, text_encoder=encoder)
         if not fresh:
             return model
-        if model.question is not None and model.question.fixed is not None:
+        if model.question is not None and settings.question.glove:
             file = Path(settings.question.glove)
             vectors, found = read_glove(file, vocabulary, settings.question.glove_size)
             say(f"{file}: vectors for {found} of {len(vocabulary)} words")
@@ -130,8 +147,8 @@ class VQATask:
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs beside its weights."""
-        store = self.store
-        saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
+        about_texts = (self.tokenizer, self.store.vocabulary)
+        saved_model.save_companions(folder, self.settings, *about_texts, self.preprocessing, self.text_encoder)
 
 
 def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:

@@ -35,7 +35,7 @@ def image():
 
 
 def made(kind, table, seed=5):
-    return augmentation(kind, seed, table[0], table[1].get_vocab())
+    return augmentation(kind, seed, table[0])
 
 
 def slope_and_start(ramp):

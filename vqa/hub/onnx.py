@@ -58,4 +58,4 @@ def save_onnx_folder(saved: SavedModel, folder: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"{saved.folder}: torch.onnx cannot express this model ({first_line(error):.150})") from None
     program.save(folder / FILE, external_data=False)
-    save_companions(folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
+    save_companions(folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)

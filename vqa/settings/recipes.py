@@ -20,6 +20,7 @@ MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
 _BEFORE: dict[str, Any] = {
     "data": {"photographs": None, "vocabulary_from": ["train"]},
+    "question": {"pretrained": None, "pooling": "mean", "frozen": True},
     "train": {
         "accumulate": 1,
         "together": 1,

@@ -98,12 +98,25 @@ class CBNSettings(_Section):
 class QuestionSettings(_Section):
     """The question encoder."""
 
-    encoder: Literal["lstm", "gru", "bag_of_words"]
+    encoder: Literal["lstm", "gru", "bag_of_words", "transformers"]
+    pretrained: FileName | None
+    pooling: Literal["last", "mean"]
+    frozen: bool
     embedding_size: Size
     glove: FileName | None
     glove_size: Size
     hidden_size: Size
     layers: int = Field(ge=1, le=8)
+
+    @model_validator(mode="after")
+    def _encoder_uses_its_keys(self) -> "QuestionSettings":
+        if self.encoder != "transformers" and self.pretrained is not None:
+            raise ValueError(f"pretrained: only encoder transformers has it, {self.encoder} must have null")
+        if self.encoder == "transformers" and self.pretrained is None:
+            raise ValueError("pretrained: encoder transformers needs a model's name or folder")
+        if self.encoder == "transformers" and self.glove is not None:
+            raise ValueError("glove: encoder transformers has word vectors of its own, it must be null")
+        return self
 
 
 class AttentionSettings(_Section):

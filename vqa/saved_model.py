@@ -121,13 +121,9 @@ class SavedModel:
 
     def unknown_words(self, question: str) -> list[str]:
         """The words of a question that are not in the vocabulary, nor made of parts that are."""
-        self.tokenizer.encode_special_tokens = True
-        without = set(special_ids(self.tokenizer))
-        parts = (
-            (word, self.tokenizer.encode(word, add_special_tokens=False).ids)
-            for word in words(self.tokenizer, question)
-        )
-        return [word for word, ids in parts if without.intersection(ids)]
+        tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
+        asked = words(tokenizer, question)
+        return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
 
 
 def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:

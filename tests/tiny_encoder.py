@@ -47,7 +47,7 @@ def write_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
     if kind == "gpt2":
         words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
         config = GPT2Config(
-            vocab_size=len(words), n_embd=SIZE, n_layer=2, n_head=2, n_positions=256, bos_token_id=256, eos_token_id=256
+            vocab_size=len(words), n_embd=SIZE, n_layer=2, n_head=2, n_positions=40, bos_token_id=256, eos_token_id=256
         )
         model = GPT2Model(config)
         tokenizer = Tokenizer(models.BPE({word: id_ for id_, word in enumerate(words)}, []))

@@ -37,22 +37,34 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer.enable_padding(pad_id=theirs.convert_tokens_to_ids(pad), pad_token=pad)
         tokenizer.enable_truncation(min(LONGEST, theirs.model_max_length))
     del configuration["_name_or_path"]
-    check_tokenizer(tokenizer, configuration, f"question.pretrained: {name}")
+    check_tokenizer(tokenizer, configuration, f"question.text_encoder: {name}")
     return tokenizer, configuration
 
 
 def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> None:
     """Let the tokenizer cut questions that are longer than the encoder takes. Raises InputError if it is another's."""
-    known = configuration if isinstance(configuration, dict) else {}
-    words, positions = known.get("vocab_size"), known.get("max_position_embeddings") or LONGEST + 2
-    if not (isinstance(words, int) and isinstance(positions, int)):
-        raise InputError(f"{where}: no configuration of a text encoder: vocab_size must be a number")
+    known = _configuration_of(configuration, where)
+    words, positions = (getattr(known, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    if not isinstance(words, int):
+        raise InputError(f"{where}: no configuration of a text encoder: vocab_size is {words}")
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= words:
         raise InputError(f"{where}: its tokenizer has ids up to {last}, the encoder only {words} tokens")
     if tokenizer.padding is None:
         raise InputError(f"{where}: its tokenizer must name its padding")
     longest = (tokenizer.truncation or {}).get("max_length", LONGEST)
-    tokenizer.enable_truncation(min(longest, LONGEST, max(positions - 2, 1)))  # RoBERTa's positions begin at 2
+    if isinstance(positions, int) and positions > 2:
+        longest = min(longest, positions - 2)  # RoBERTa's begin at 2
+    tokenizer.enable_truncation(min(longest, LONGEST))
+
+
+def _configuration_of(configuration: Any, where: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            return AutoConfig.for_model(**configuration)
+    except Exception as error:  # each kind of model raises its own errors for wrong values
+        raise InputError(f"{where}: no configuration of a text encoder ({first_line(error):.150})") from None
 
 
 def load_encoder(name: str) -> "nn.Module":
@@ -72,7 +84,8 @@ def load_encoder(name: str) -> "nn.Module":
         encoder, ids = _encoder_of(model), torch.ones(1, 2, dtype=torch.int64)
         if missing := sorted(key for key in found["missing_keys"] if "pooler." not in key):
             raise ValueError(f"{len(missing)} weights are missing: {missing[0]}")
-        states = encoder(input_ids=ids, attention_mask=ids).last_hidden_state
+        with torch.no_grad():
+            states = encoder(input_ids=ids, attention_mask=ids).last_hidden_state
         if states.shape != (1, 2, encoder.config.hidden_size):
             raise ValueError(f"no state for each token, but {tuple(states.shape)}")
     return encoder
@@ -81,12 +94,12 @@ def load_encoder(name: str) -> "nn.Module":
 def empty_encoder(configuration: Mapping[str, Any], where: str) -> "nn.Module":
     """The encoder of a configuration, with random weights. Raises InputError, which names `where`, if it is none."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
+    known = _configuration_of(configuration, where)
     try:
         with _quiet():
-            made = AutoConfig.for_model(**configuration)
-            return _encoder_of(AutoModel.from_config(made, dtype=torch.float32, trust_remote_code=False))
+            return _encoder_of(AutoModel.from_config(known, dtype=torch.float32, trust_remote_code=False))
     except Exception as error:  # each kind of model raises its own errors for wrong values
         raise InputError(f"{where}: no configuration of a text encoder ({first_line(error):.150})") from None
 
@@ -104,7 +117,7 @@ def _encoder_of(model: "nn.Module") -> "nn.Module":
 @contextmanager
 def _one_error(name: str) -> Iterator[None]:
     """Turn whatever `transformers` raises about a name or folder into one line."""
-    where = f"question.pretrained: {name}"
+    where = f"question.text_encoder: {name}"
     if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise InputError(f"{where}: no such folder")
     try:

@@ -68,7 +68,7 @@ class VQATask:
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
         self.tokenizer, self.text_encoder = store.tokenizer, None
         if settings.question.encoder == "transformers":
-            self.tokenizer, self.text_encoder = read_pretrained(settings.question.pretrained)
+            self.tokenizer, self.text_encoder = read_pretrained(settings.question.text_encoder)
         splits, split = list(settings.train.splits), settings.train.validate_on
         self.training = _trainable_questions(store, splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
@@ -116,7 +116,7 @@ class VQATask:
         """
         settings, vocabulary, encoder = self.settings, self.tokenizer.get_vocab(), None
         if self.text_encoder is not None:
-            name = settings.question.pretrained
+            name = settings.question.text_encoder
             encoder = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
         answers = len(self.store.vocabulary)
         model = build_model(settings, len(vocabulary), answers, pretrained=fresh, text_encoder=encoder)

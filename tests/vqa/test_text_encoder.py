@@ -130,7 +130,7 @@ def test_what_stands_for_no_word_is_known(folders):
     assert encode(tokenizer, ["reds"])[0].tolist() == [2, *(4 + WORDS.index(part) for part in ("re", "##d", "##s")), 3]
 
 
-@pytest.mark.parametrize(("kind", "longest"), [("bert", 38), ("roberta", 22), ("gpt2", LONGEST), ("t5", LONGEST)])
+@pytest.mark.parametrize(("kind", "longest"), [("bert", 38), ("roberta", 22), ("gpt2", 38), ("t5", LONGEST)])
 def test_long_questions_are_cut_to_what_the_encoder_takes(folders, kind, longest):
     tokenizer, _ = read_pretrained(folders[kind])
     tokens, lengths = encode(tokenizer, ["what " * 1000])
@@ -161,7 +161,7 @@ def test_one_line_says_what_is_wrong_with_a_folder(folders, tmp_path):
     def told(name, function=read_pretrained):
         with pytest.raises(InputError) as refused:
             function(str(name))
-        assert str(refused.value).startswith(f"question.pretrained: {name}: ")
+        assert str(refused.value).startswith(f"question.text_encoder: {name}: ")
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
@@ -190,7 +190,7 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
     with pytest.raises(InputError) as refused:
         read_pretrained("us/absent")
     assert str(refused.value) == (
-        "question.pretrained: us/absent: no such folder, and as a name on the Hub cannot be read as a text encoder "
+        "question.text_encoder: us/absent: no such folder, and as a name on the Hub cannot be read as a text encoder "
         "(We couldn't connect)"
     )
 
@@ -198,10 +198,13 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["question.encoder=transformers"], "question.pretrained: encoder transformers needs a model's name or folder"),
-        (["question.pretrained=x"], "question.pretrained: only encoder transformers has it, lstm must have null"),
         (
-            ["question.encoder=transformers", "question.pretrained=x", "question.glove=y.txt"],
+            ["question.encoder=transformers"],
+            "question.text_encoder: encoder transformers needs a model's name or folder",
+        ),
+        (["question.text_encoder=x"], "question.text_encoder: only encoder transformers has it, lstm must have null"),
+        (
+            ["question.encoder=transformers", "question.text_encoder=x", "question.glove=y.txt"],
             "question.glove: encoder transformers has word vectors of its own, it must be null",
         ),
     ],
@@ -214,6 +217,6 @@ def test_settings_that_mean_nothing_together_are_refused(tiny, given, says):
 
 
 def test_kinds_of_questions_need_words(tiny, folders):
-    given = ["question.encoder=transformers", "question.pretrained=x", "cbn.condition=kind"]
+    given = ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"]
     with pytest.raises(InputError, match="cbn.condition: kind needs whole words"):
         build_model(load_settings(tiny, given), 20, 10, pretrained=False, text_encoder=load_encoder(folders["bert"]))

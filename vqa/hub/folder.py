@@ -61,6 +61,8 @@ def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
         channels=sum(layer.channels for layer in layers),
         answers=len(saved.answers),
         words=saved.tokenizer.get_vocab_size() - 2,  # without padding and the unknown word
+        text_encoder=saved.text_encoder and saved.text_encoder["model_type"],
+        longest=saved.text_encoder and saved.tokenizer.truncation["max_length"],
         size=saved.preprocessing.size,
         validate_on=settings.train.validate_on,
         scores=scores,

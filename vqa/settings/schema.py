@@ -99,7 +99,7 @@ class QuestionSettings(_Section):
     """The question encoder."""
 
     encoder: Literal["lstm", "gru", "bag_of_words", "transformers"]
-    pretrained: FileName | None
+    text_encoder: FileName | None
     pooling: Literal["last", "mean"]
     frozen: bool
     embedding_size: Size
@@ -110,10 +110,10 @@ class QuestionSettings(_Section):
 
     @model_validator(mode="after")
     def _encoder_uses_its_keys(self) -> "QuestionSettings":
-        if self.encoder != "transformers" and self.pretrained is not None:
-            raise ValueError(f"pretrained: only encoder transformers has it, {self.encoder} must have null")
-        if self.encoder == "transformers" and self.pretrained is None:
-            raise ValueError("pretrained: encoder transformers needs a model's name or folder")
+        if self.encoder != "transformers" and self.text_encoder is not None:
+            raise ValueError(f"text_encoder: only encoder transformers has it, {self.encoder} must have null")
+        if self.encoder == "transformers" and self.text_encoder is None:
+            raise ValueError("text_encoder: encoder transformers needs a model's name or folder")
         if self.encoder == "transformers" and self.glove is not None:
             raise ValueError("glove: encoder transformers has word vectors of its own, it must be null")
         return self

@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 
 
 def recipe(tiny, folder, *words):
-    return load_settings(tiny, ["question.encoder=transformers", f"question.pretrained={folder}", *words])
+    return load_settings(tiny, ["question.encoder=transformers", f"question.text_encoder={folder}", *words])
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,9 @@ def test_a_copied_model_does_everything_without_the_encoder(moved, run, image, c
 
 def test_the_exported_folder_answers_as_the_model_does(moved, image, command, tmp_path):
     assert command("export", "--run", moved, "--to", tmp_path / "hub").code == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "a text encoder of `transformers` (`bert`), of each at most 38 tokens" in card
+    assert "the pretrained backbone and text encoder that" in card
     saved = vqa.load(moved)
     assert logits(vqa.load(tmp_path / "hub"), image).equal(logits(saved, image))
     model = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path / "hub")
@@ -138,7 +141,7 @@ def test_a_run_is_resumed_bit_for_bit_and_not_with_other_tokens(tiny, encoder, t
     with pytest.raises(InputError, match="not the data that .* was trained on"):
         begun("parts", 3, resume=True)
     shutil.rmtree(mine)
-    with pytest.raises(InputError, match=f"question.pretrained: {mine}: no such folder"):
+    with pytest.raises(InputError, match=f"question.text_encoder: {mine}: no such folder"):
         begun("parts", 3, resume=True)
 
 
@@ -164,11 +167,3 @@ def test_the_mean_question_is_the_mean_of_its_embeddings(tiny, encoder):
     mean = embeddings.mean(0)
     expected = mean * embeddings.norm(dim=1).mean() / mean.norm()
     torch.testing.assert_close(model.mean_question, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_has_a_side_is_not_flipped(tiny, encoder):
-    crop = "train.augment=crop_flip"
-    tasks = [VQATask(settings) for settings in (load_settings(tiny, [crop]), recipe(tiny, encoder, crop))]
-    flips = [task.dataset(task.training, [], augmented=True).augmentation.may_flip for task in tasks]
-    assert (flips[0] == flips[1]).all()
-    assert not flips[0].all()

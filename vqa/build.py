@@ -104,8 +104,6 @@ def _build_predictor(
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
     names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]
     if cbn.condition == "kind":
-        if settings.question.encoder == "transformers":
-            raise InputError("cbn.condition: kind needs whole words; question.encoder transformers has parts of words")
         return CategoricalPredictor(KINDS + 1, channels, gamma=cbn.gamma, beta=cbn.beta)
     size = settings.question.hidden_size
     return ModulationPredictor(size, names, channels, cbn.hidden_size, gamma=cbn.gamma, beta=cbn.beta)

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tests.tiny_encoder import SIZE, WORDS, write_encoder
-from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.question import TextEncoder
 from vqa.settings.recipes import load_settings
@@ -207,6 +206,10 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
             ["question.encoder=transformers", "question.text_encoder=x", "question.glove=y.txt"],
             "question.glove: encoder transformers has word vectors of its own, it must be null",
         ),
+        (
+            ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"],
+            "cbn.condition: kind needs whole words; question.encoder transformers has parts of words",
+        ),
     ],
     ids=lambda given: given if isinstance(given, str) else " ",
 )
@@ -214,9 +217,3 @@ def test_settings_that_mean_nothing_together_are_refused(tiny, given, says):
     with pytest.raises(InputError) as refused:
         load_settings(tiny, given)
     assert str(refused.value) == f"command line: {says}"
-
-
-def test_kinds_of_questions_need_words(tiny, folders):
-    given = ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"]
-    with pytest.raises(InputError, match="cbn.condition: kind needs whole words"):
-        build_model(load_settings(tiny, given), 20, 10, pretrained=False, text_encoder=load_encoder(folders["bert"]))

@@ -240,6 +240,12 @@ class Settings(_Section):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
         return self
 
+    @model_validator(mode="after")
+    def _kinds_have_words(self) -> "Settings":
+        if self.cbn.condition == "kind" and self.question.encoder == "transformers":
+            raise ValueError("cbn.condition: kind needs whole words; question.encoder transformers has parts of words")
+        return self
+
     def save(self, file: Path) -> None:
         """Writes every setting, resolved."""
         write_text(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))

@@ -140,7 +140,7 @@ def _preprocess(h5: Path, words: Sequence[str]) -> int:
 def _train(run: Path, words: Sequence[str], steps: int) -> int:
     from experiments.bench.loading import time_training
     from experiments.process_group import Processes
-    from experiments.training.run_data import VQATask
+    from experiments.tasks.vqa import VQATask
     from experiments.training.run_directory import RunDirectory
     from experiments.training.trainer import prepare
     from vqa.saved_model import save_weights

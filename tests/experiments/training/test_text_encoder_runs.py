@@ -11,7 +11,7 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor, Aut
 
 import vqa
 from experiments.evaluate import evaluate
-from experiments.training.run_data import VQATask
+from experiments.tasks.vqa import VQATask
 from experiments.training.trainer import train
 from tests.tiny_encoder import write_encoder
 from vqa.io.errors import InputError

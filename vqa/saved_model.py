@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -56,7 +56,15 @@ class SavedModel:
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
 
-    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
+    @overload
+    def ask(self, image: ImageSource, question: str, top: int = 5) -> list[dict[str, Any]]: ...
+
+    @overload
+    def ask(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
+    ) -> list[list[dict[str, Any]]]: ...
+
+    def ask(self, image: Any, question: Any, top: int = 5) -> list[Any]:
         """Answer a question about an image.
 
         Args:
@@ -74,7 +82,15 @@ class SavedModel:
         """
         return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
+    @overload
+    def inspect(self, image: ImageSource, question: str) -> dict[str, Any]: ...
+
+    @overload
+    def inspect(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]
+    ) -> list[dict[str, Any]]: ...
+
+    def inspect(self, image: Any, question: Any) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:

@@ -14,6 +14,7 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 import vqa
 from experiments.export import export
 from tests.conftest import ROOT
+from vqa.io.errors import InputError
 from vqa.io.files import read_json
 from vqa.text.tokenizer import encode
 
@@ -140,8 +141,8 @@ def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_code_of_the_page_answers_as_the_model_does(there, exported):
-    Path("exported").symlink_to(exported)
+def test_the_code_of_the_page_answers_as_the_model_does(command, there):
+    assert command("export", "--run", there, "--to", "exported/hub").code == 0
     exec(code_of_the_page(0), names := {})
     assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
 
@@ -192,3 +193,15 @@ def test_every_kind_of_model_is_an_onnx_file(tiny, tmp_path, words):
     for question, logits in zip(QUESTIONS, expected, strict=True):
         used = {put.name: fed(saved, image, question)[put.name] for put in session.get_inputs()}
         torch.testing.assert_close(torch.from_numpy(session.run(["logits"], used)[0]), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_for_questions_of_one_length_is_refused(finished, tmp_path, monkeypatch):
+    """As torch 2.11 writes it."""
+    shape = {"image": None, "tokens": None}
+    export_whole = torch.onnx.export
+    monkeypatch.setattr(
+        "torch.onnx.export", lambda *given, **named: export_whole(*given, **named | {"dynamic_shapes": shape})
+    )
+    with pytest.raises(InputError, match="exports a recurrent layer for questions of one length only; torch 2.15"):
+        export(finished, tmp_path / "to", "onnx")
+    assert not (tmp_path / "to").exists()

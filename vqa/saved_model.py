@@ -9,7 +9,7 @@ preprocessing.json   the preprocessing of images
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -49,10 +49,10 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: VQAModel
-    settings: Settings
-    tokenizer: Tokenizer
-    answers: list[str]
+    model: VQAModel = field(repr=False)
+    settings: Settings = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
 

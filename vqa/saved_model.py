@@ -10,9 +10,9 @@ question_encoder.json  the configuration of a text encoder of `transformers`, wh
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -52,15 +52,23 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: VQAModel
-    settings: Settings
-    tokenizer: Tokenizer
-    answers: list[str]
+    model: VQAModel = field(repr=False)
+    settings: Settings = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
     text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
 
-    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
+    @overload
+    def ask(self, image: ImageSource, question: str, top: int = 5) -> list[dict[str, Any]]: ...
+
+    @overload
+    def ask(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
+    ) -> list[list[dict[str, Any]]]: ...
+
+    def ask(self, image: Any, question: Any, top: int = 5) -> list[Any]:
         """Answer a question about an image.
 
         Args:
@@ -78,7 +86,15 @@ class SavedModel:
         """
         return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
+    @overload
+    def inspect(self, image: ImageSource, question: str) -> dict[str, Any]: ...
+
+    @overload
+    def inspect(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]
+    ) -> list[dict[str, Any]]: ...
+
+    def inspect(self, image: Any, question: Any) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:

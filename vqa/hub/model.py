@@ -100,7 +100,7 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
             raise ValueError(f"dtype={dtype}: the weights and statistics are float32; use torch.autocast instead")
         found = {key: options.pop(key) for key in _OF_FILES if key in options}
         if unknown := [key for key in options if not (key.startswith("_") or key in _OF_AUTO_CLASSES)]:
-            raise ValueError(f"{', '.join(unknown)}: not supported; move the model to its device afterwards")
+            raise ValueError(f"{', '.join(unknown)}: not supported: weights are read whole, in float32, onto the CPU")
         config = config or ModernConfig.from_pretrained(name, **found)
         with torch.device("meta"):
             model = cls(config)

@@ -34,7 +34,7 @@ def take_weights(
 
     unfit = ["question.fixed."]
     if any(not _fits(value, theirs.get(name)) for name, value in ours.items() if name.startswith("resnet.")):
-        unfit.append("resnet.")
+        unfit += ["resnet.", "image."]  # the statistics of a condition on the image are those of a ResNet's maps
     if layer != len(saved.model.fusion.answer) - 1:
         unfit.append("fusion.answer.")
     if model.kinds is not None and words != their_words:  # kinds are word ids, and the predictor has a row for each

@@ -157,6 +157,7 @@ def test_an_onnx_file_gives_the_same_answers(command, there, images):
         ["question.encoder=gru", "attention.kind=mlb", "cbn.beta=false"],
         ["question.encoder=bag_of_words", "cbn.condition=kind"],
         ["cbn.normaliser=group", "cbn.condition=mean_question"],
+        ["cbn.normaliser=adaptive", "cbn.condition=image"],
     ],
     ids=" ".join,
 )

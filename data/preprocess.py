@@ -26,7 +26,7 @@ from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
 from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
 from data.question_table import NO_ANSWER
-from data.sources import Crop, NeededImage, Source, VQASource, decode, number_images
+from data.sources import Crop, NeededImage, Source, decode, number_images
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
@@ -70,7 +70,7 @@ def preprocess(
         InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images
             are bad and not skipped, or the disk is full.
     """
-    source = source or VQASource(answers)
+    source = source or Source(answers)
     _check_splits(splits, vocabulary_from, source)
     settings = {"image_size": image_size, "min_word_count": min_word_count, **source.settings}
     wanted = provenance_of(splits, settings, vocabulary_from)

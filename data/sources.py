@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,94 +16,69 @@ from vqa.text.answers import answer_vocabulary
 
 
 class Crop(NamedTuple):
-    """A part of an image that must have a certain size; all in pixels."""
+    """A part of an image, in pixels; the image must be of this width and height."""
 
     left: int
     top: int
     right: int
     bottom: int
-    width: int  # of the whole image
+    width: int
     height: int
 
 
 class NeededImage(NamedTuple):
-    """An image that a question is asked about: a file, or a part of it."""
+    """An image that is asked about: a file, or a part of it."""
 
     file: str
     id: int  # what messages call it
     crop: Crop | None = None
 
 
-class Source(Protocol):
-    """A dataset."""
+class Source:
+    """A dataset: VQA in its official format, about whole images; `data.guesswhat` has another.
 
-    settings: dict[str, Any]  # what decides, beside the size of images and the words, what its h5 file holds
-    categories: list[str]  # of objects, in the order of their numbers, as far as files are read; empty without objects
+    Attributes:
+        settings: what decides, beside the size of images and the words, what an h5 file holds.
+        categories: of objects, in the order of their numbers, as far as files are read.
+    """
 
-    def has_answers(self, files: SplitFiles) -> bool:
-        """Whether the questions of a split have answers."""
-
-    def read(self, files: SplitFiles) -> Sequence[Question]:
-        """The questions of a split. Raises InputError if a file is malformed."""
-
-    def images(self, files: SplitFiles, asked: Sequence[Question]) -> list[tuple[NeededImage, ...]]:
-        """The image, or the V images, of each question of a split."""
-
-    def vocabulary(self, given: Iterable[str]) -> list[str]:
-        """The answer classes, made of all given answers."""
-
-    def remarks(self, asked: Sequence[Question]) -> Iterable[str]:
-        """What the user should know of the questions."""
-
-    def table(
-        self, asked: Sequence[Question], rows: np.ndarray, tokenizer: Tokenizer, vocabulary: Sequence[str]
-    ) -> QuestionTable:
-        """The table of questions, whose images have these rows, int64 [N] or [N, V]."""
-
-
-class VQASource:
-    """Questions and annotations in the official format of VQA, about whole images."""
+    categories: Sequence[str] = ()
 
     def __init__(self, answers: int) -> None:
         """`answers` is the number of answer classes."""
         self.settings: dict[str, Any] = {"answers": answers}
-        self.categories: list[str] = []
 
     def has_answers(self, files: SplitFiles) -> bool:
-        """Whether the split has annotations."""
+        """Whether the questions of a split have answers."""
         return files.annotations is not None
 
-    def read(self, files: SplitFiles) -> list[Question]:
-        """As `read_questions`."""
+    def read(self, files: SplitFiles) -> Sequence[Question]:
+        """The questions of a split. Raises InputError if a file is malformed."""
         return read_questions(files.questions, files.annotations)
 
     def images(self, files: SplitFiles, asked: Sequence[Question]) -> list[tuple[NeededImage, ...]]:
-        """The image of each question."""
+        """The image, or the V images, of each question of a split."""
         ids = dict.fromkeys(question.image_id for question in asked)
         needed = {image_id: (NeededImage(str(files.image(image_id)), image_id),) for image_id in ids}
         return [needed[question.image_id] for question in asked]
 
     def vocabulary(self, given: Iterable[str]) -> list[str]:
-        """The most common answers."""
+        """The answer classes, made of all given answers."""
         return answer_vocabulary(given, self.settings["answers"])
 
     def remarks(self, asked: Sequence[Question]) -> Iterable[str]:
-        """As `data.vqa_files.remarks`."""
+        """What the user should know of the questions."""
         return remarks(asked)
 
     def table(
         self, asked: Sequence[Question], rows: np.ndarray, tokenizer: Tokenizer, vocabulary: Sequence[str]
     ) -> QuestionTable:
-        """As `question_table`."""
+        """The table of questions whose images have these rows, int64 [N] or [N, V]."""
         return question_table(asked, rows, tokenizer, vocabulary)
 
 
 def number_images(needed: Sequence[tuple[NeededImage, ...]], rows: dict[NeededImage, int]) -> np.ndarray:
-    """Give a row to each image of a split that has none; images of one file follow each other.
-
-    Args:
-        needed: the images of each question.
-        rows: the rows given so far, to which the new ones are added.
+    """Give a row to each image of a split that has none in `rows`, those of one file one after the other.
 
     Returns:
         The rows of each question's images, int64 [N], or [N, V] where a question has several.
@@ -123,8 +98,8 @@ def decode(file: Path, crops: Sequence[Crop | None], size: int) -> list[np.ndarr
         InputError: as `read_image`, or the image has not the size that a crop needs.
     """
     image = read_image(file)
-    for crop in crops:
-        if crop is not None and image.size != crop[4:]:
+    for crop in filter(None, crops):
+        if image.size != crop[4:]:
             found, said = (f"{width} x {height}" for width, height in (image.size, crop[4:]))
             raise InputError(f"{file}: an image of {found} pixels, where the boxes of its objects need {said}")
     return [resize(image if crop is None else image.crop(crop[:4]), size) for crop in crops]

@@ -10,9 +10,9 @@ import numpy as np
 from data.bad_images import check_any_exists
 from data.batches import FileImages, QuestionDataset
 from data.h5_file import H5Images, Store
-from data.question_table import QuestionTable, question_table
-from data.vqa_files import read_questions
-from experiments.prepare import split_files
+from data.question_table import QuestionTable
+from data.sources import number_images
+from experiments.prepare import source_of, split_files
 from experiments.process_group import this_process, together
 from experiments.training.loop import predict_classes
 from vqa.io.errors import InputError
@@ -146,14 +146,13 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
         raise InputError(
             f"{files.questions}: no such file, and no {h5}; say where the data are with data.h5=… or data.folder=…"
         )
-    questions = read_questions(files.questions, files.annotations)
-    image_ids = list(dict.fromkeys(question.image_id for question in questions))
-    paths = [files.image(image_id) for image_id in image_ids]
-    check_any_exists(paths, split)
-    rows = {image_id: row for row, image_id in enumerate(image_ids)}
-    images = np.array([rows[question.image_id] for question in questions], np.int64)
-    table = question_table(questions, images, saved.tokenizer, saved.answers)
-    return QuestionDataset(table, FileImages(paths, image_ids, size))
+    source = source_of(settings, [view for view in ("crop", "image") if view in settings.inputs] or ["crop"])
+    questions = source.read(files)
+    needed, rows = source.images(files, questions), {}
+    images = number_images(needed, rows)
+    check_any_exists((Path(image.file) for image in rows), split)
+    table = source.table(questions, images, saved.tokenizer, saved.answers)
+    return QuestionDataset(table, FileImages(list(rows), size))
 
 
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:

@@ -26,25 +26,19 @@ _Answer = Literal["Yes", "No", "N/A"]
 
 
 # Entries of the official files; other fields are ignored.
-class Picture(msgspec.Struct, gc=False):
-    """The image of a game; its size is that of the file, in pixels."""
-
+class _Picture(msgspec.Struct, gc=False):
     width: _Side
     height: _Side
     file_name: str
 
 
-class GameObject(msgspec.Struct, gc=False):
-    """An object in the image of a game."""
-
+class _Object(msgspec.Struct, gc=False):
     category: str
     category_id: _Id
     bbox: Box
 
 
-class Asked(msgspec.Struct, gc=False):
-    """A question of a game, with its answer."""
-
+class _Asked(msgspec.Struct, gc=False):
     id: _Id
     q: str
     a: _Answer
@@ -56,18 +50,18 @@ class Game(msgspec.Struct):
     dialogue_id: _Id
     status: _Status
     picture_id: _Id
-    picture: Picture
+    picture: _Picture
     object_id: _Id
-    objects: dict[_Id, GameObject]
-    qas: list[Asked]
+    objects: dict[_Id, _Object]
+    qas: list[_Asked]
 
 
 # The same games, as the authors' later code names their fields.
-class _Image(Picture):
+class _Image(_Picture):
     id: _Id
 
 
-class _ListedObject(GameObject):
+class _ListedObject(_Object):
     id: _Id
 
 
@@ -146,7 +140,8 @@ def _decoded(line: bytes) -> Game:
     try:
         return msgspec.json.decode(line, type=Game)
     except msgspec.ValidationError:
-        if msgspec.json.decode(line, type=_Named).dialogue_id is not msgspec.UNSET:
+        named = msgspec.json.decode(line, type=_Named)
+        if named.dialogue_id is not msgspec.UNSET or named.id is msgspec.UNSET:
             raise
     later = msgspec.json.decode(line, type=_LaterGame)
     objects = {listed.id: listed for listed in later.objects}

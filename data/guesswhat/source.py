@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from data.guesswhat.files import Game, read_games
 from data.question_table import QuestionTable, question_table
-from data.sources import Crop, NeededImage
+from data.sources import Crop, NeededImage, Source
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.tasks.objects import ANSWERS, crop_region, spatial_features
@@ -31,30 +31,28 @@ class _GameQuestion(Question, frozen=True, kw_only=True):
     target: _Target
 
 
-class GuessWhatSource:
+class GuessWhatSource(Source):
     """The games of some status, a question each; its split files name no annotations, since games hold their answers.
 
-    A question's type is its first word and its answer type the answer. Its images are the crop of its object, and with
-    `whole_images` the whole image behind it: rows [N] or [N, 2]. The table's `extras` are `spatial`, float32 [N, 8],
-    and `category`, int64 [N], indices into `categories`.
+    A question's type is its first word and its answer type the answer. Its images are the `views`: the crop of its
+    object, the whole image, or both; the table's `images` are [N], or [N, 2] in the order of the views. The table's
+    `extras` are `spatial`, float32 [N, 8], and `category`, int64 [N], indices into `categories`.
     """
 
     def __init__(
         self,
         status: Sequence[str],
         crop_factor: float,
-        *,
-        whole_images: bool,
+        views: Sequence[Literal["crop", "image"]],
         categories: Sequence[str] | None = None,
     ) -> None:
-        """Whole images are stored where `whole_images` says so; `categories` are those of a model that is given."""
-        images = ["crop", "image"] if whole_images else ["crop"]
+        """`categories` are those of a model that is given; None: those of the files."""
         self.settings: dict[str, Any] = {
             "guesswhat.status": list(status),
             "guesswhat.crop_factor": crop_factor,
-            "guesswhat.images": images,
+            "guesswhat.images": list(views),
         }
-        self._status, self._factor, self._whole = tuple(status), crop_factor, whole_images
+        self._status, self._factor, self._views = tuple(status), crop_factor, tuple(views)
         self._given = categories
         self._names: dict[int, str] = {}  # of categories, by id
         self._ids: dict[str, int] = {}
@@ -105,7 +103,7 @@ class GuessWhatSource:
         return questions
 
     def images(self, _: SplitFiles, asked: Sequence[Question]) -> list[tuple[NeededImage, ...]]:
-        """The crop of each question's object, and the whole image where it is stored."""
+        """The views of each question."""
         return [question.target.images for question in asked]
 
     def vocabulary(self, _: Iterable[str]) -> list[str]:
@@ -139,9 +137,8 @@ class GuessWhatSource:
     def _target(self, files: SplitFiles, game: Game) -> _Target:
         found, width, height = game.objects[game.object_id], game.picture.width, game.picture.height
         file = str(files.image(game.picture_id, game.picture.file_name))
-        regions = [crop_region(found.bbox, width, height, self._factor)]
-        if self._whole:
-            regions.append((0, 0, width, height))
-        images = tuple(NeededImage(file, game.picture_id, Crop(*region, width, height)) for region in regions)
+        regions = {"crop": crop_region(found.bbox, width, height, self._factor), "image": (0, 0, width, height)}
+        crops = (Crop(*regions[view], width, height) for view in self._views)
+        images = tuple(NeededImage(file, game.picture_id, crop) for crop in crops)
         spatial = spatial_features(found.bbox, width, height)
         return _Target(self._names[found.category_id], spatial, images)

@@ -1,6 +1,7 @@
 """The h5 file: what it holds, where it came from, and that no kill makes it lie."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,21 @@ def test_the_default_is_the_file_of_before_the_setting(raw, tmp_path):
     assert (tmp_path / "plain.h5").read_bytes() == (tmp_path / "named.h5").read_bytes()
     made = Store(tmp_path / "plain.h5").provenance["settings"]
     assert made == {"image_size": 32, "min_word_count": 1, "answers": 10}
+
+
+def test_a_file_of_vqa_is_that_of_before_there_were_other_datasets(tmp_path):
+    """Names of all that it holds, provenance, image ids, checksums of the pixels, digests of the tables."""
+    (folder := tmp_path / "vqa").mkdir()
+    make({"train": write_split(folder, "train", TRAIN), "val": write_split(folder, "val", VAL)}, folder / "data.h5")
+    digest, names = hashlib.sha256(), []
+    with h5py.File(folder / "data.h5") as file:
+        file.visit(names.append)
+        digest.update(f"{sorted(names)} {file.attrs['provenance']}".encode())
+        for name in ("id", "crc32"):
+            digest.update(file[f"images/{name}"][:].tobytes())
+        for name in ("train", "val"):
+            digest.update(file[f"splits/{name}"].attrs["digest"])
+    assert digest.hexdigest() == "1fcfaf3730ec2a4ddb10093f8c5660eb02d1a2929588fea42f0dcde7631a543e"
 
 
 def test_splits_without_answers_give_no_vocabulary(raw, tmp_path):

@@ -14,7 +14,7 @@ from data.question_table import QuestionTable, question_table
 from data.vqa_files import read_questions
 from experiments.prepare import split_files
 from experiments.process_group import this_process, together
-from experiments.tasks import TASKS, Task
+from experiments.tasks import TASKS
 from experiments.training.loop import predict_classes
 from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
@@ -84,32 +84,24 @@ def evaluate(
         prepare_images, what = saved.preprocessing.normalise, f"{folder}: answering"
         classes = predict_classes(saved.model, data, settings, processes, prepare_images=prepare_images, what=what)
         answers = [saved.answers[class_] for class_ in classes]
-        task = TASKS[settings.task]
-        return processes.on_main(
-            lambda: _write_scores(out, split, task, data.table, answers, saved.training, per_question)
-        )
+        return processes.on_main(lambda: _write_scores(out, split, saved, data.table, answers, per_question))
 
 
 def _write_scores(
-    out: Path,
-    split: str,
-    task: type[Task],
-    table: QuestionTable,
-    answers: Sequence[str],
-    training: dict[str, Any],
-    per_question: bool,
+    out: Path, split: str, saved: SavedModel, table: QuestionTable, answers: Sequence[str], per_question: bool
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
     results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
     write_json(out / f"results_{split}.json", results, indent=None)
     if not table.given.size:
         return None
+    task, training = TASKS[saved.settings.task], saved.training
     of_questions = task.accuracies(answers, table)
     if per_question:
         order = np.argsort(table.ids)
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
-    scores = task.summary(of_questions, table)
+    scores = task.summary(of_questions, table, saved.categories)
     trained_on = training.get("trained_on", [])
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if per_question:
@@ -177,6 +169,8 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
 def table_of(scores: Scores) -> str:
     """The scores as a small table for a terminal; question types only where they are few."""
     rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
+    if "error" in scores:
+        rows.insert(1, ("error", scores["error"]))
     if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
         rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
     width = max(len(name) for name, _ in rows)

@@ -153,7 +153,8 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     paths = [files.image(image_id) for image_id in image_ids]
     check_any_exists(paths, split)
     rows = {image_id: row for row, image_id in enumerate(image_ids)}
-    table = question_table(questions, rows, saved.tokenizer, saved.answers)
+    images = np.array([rows[question.image_id] for question in questions], np.int64)
+    table = question_table(questions, images, saved.tokenizer, saved.answers)
     return QuestionDataset(table, FileImages(paths, image_ids, size))
 
 

@@ -147,7 +147,7 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
         )
     if settings.task != "vqa":
         raise InputError(
-            f"{h5}: no split {split!r} there; questions of the task {settings.task} are read from an h5 file, make it with `preprocess`"
+            f"{h5}: holds no split {split!r}; the task {settings.task} is evaluated on what `preprocess` made"
         )
     files = split_files(settings)[split]
     if not files.questions.exists():

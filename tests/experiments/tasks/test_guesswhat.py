@@ -1,17 +1,13 @@
 """The oracle from official files to answers: preprocess, train, eval, ask, inspect, and what is refused on the way."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-import vqa
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
 from experiments.training.trainer import train
 from tests.conftest import ROOT
-from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
 
 RECIPE = """\

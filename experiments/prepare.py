@@ -79,7 +79,7 @@ def preprocessing_of(settings: Settings) -> dict[str, Any]:
     data = settings.data
     names = ("image_size", "min_word_count", "answers", "vocabulary_from", "skip_bad_images")
     named = {name: getattr(data, name) for name in names}
-    path, views = Path(data.h5), ["crop", "image"] if "image" in settings.inputs else ["crop"]
+    path, views = Path(data.h5), ["crop", *({"image"} & set(settings.inputs))]
     if settings.guesswhat is not None and path.exists():  # whole images that it holds are no reason to make it again
         stored = read_provenance(path)["settings"].get("guesswhat.images", views)
         views = stored if set(views) <= set(stored) else views

@@ -16,11 +16,19 @@ Condition = Literal["question", "kind", "image", "constant", "mean_question", "s
 
 
 class Output(NamedTuple):
-    """The output of `VQAModel` for a batch."""
+    """The output of a model for a batch."""
 
     logits: Tensor  # [B, A], before the softmax, or sigmoid with `bce`
-    attention: Tensor  # [B, G, H, W], each glimpse sums to 1
+    attention: Tensor | None  # [B, G, H, W], each glimpse sums to 1; None of a model without attention
     modulation: Modulation | None  # [B, sum of C] each; None if no norm is conditioned
+
+
+def answer_layers(size: int, hidden_size: int, answers: int, dropout: float) -> nn.Sequential:
+    """[B, size] → logits [B, A] through a hidden layer (none if `hidden_size` is 0); `dropout` is the probability of
+    dropping a unit, before each layer.
+    """
+    hidden = [nn.Linear(size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
+    return nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or size, answers))
 
 
 class Fusion(nn.Module):
@@ -29,12 +37,11 @@ class Fusion(nn.Module):
     def __init__(
         self, question_size: int, visual_size: int, fusion_size: int, hidden_size: int, answers: int, *, dropout: float
     ) -> None:
-        """`hidden_size` 0 means no hidden layer; `dropout` is the probability of dropping a unit."""
+        """`hidden_size` and `dropout` as in `answer_layers`."""
         super().__init__()
         self.question = nn.Linear(question_size, fusion_size, bias=False)
         self.visual = nn.Linear(visual_size, fusion_size, bias=False)
-        hidden = [nn.Linear(fusion_size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
-        self.answer = nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or fusion_size, answers))
+        self.answer = answer_layers(fusion_size, hidden_size, answers, dropout)
 
     def forward(self, question: Tensor, visual: Tensor) -> Tensor:
         """e_q [B, D], e_v [B, G * C] → logits [B, A]."""
@@ -55,7 +62,7 @@ class ImageCondition(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))  # over images, see `VQAModel.set_image_statistics`
+        self.register_buffer("mean", torch.zeros(channels))  # over images, see `ConditionedModel.set_image_statistics`
         self.register_buffer("var", torch.ones(channels))
         self.linear = nn.Linear(channels, size)
         nn.init.normal_(self.linear.weight, std=self.DEVIATION / channels**0.5)
@@ -66,47 +73,37 @@ class ImageCondition(nn.Module):
         return self.linear(F.batch_norm(averages, self.mean, self.var))
 
 
-class VQAModel(nn.Module):
-    """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
+class ConditionedModel(nn.Module):
+    """A question encoder, a ResNet and what predicts the ResNet's deltas; each task's model adds the way to answers."""
 
     def __init__(
         self,
-        question: QuestionEncoder | TextEncoder | None,
+        question: QuestionEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
-        attention: nn.Module,
-        fusion: Fusion,
-        *,
         condition: Condition,
-        normalise: Normalisation,
-        scale: float,
-        sees_image: bool = True,
+        question_size: int,
     ) -> None:
         """
         Args:
             question: question → e_q; None for the control without the question, where e_q is ones.
             resnet: images → F.
             predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
-            attention: F, e_q → scores of positions.
-            fusion: e_q, e_v → answers.
-            condition: input of the predictor: the `question`, its `kind`, or for controls the `image` (see
-                `ImageCondition`), a `constant` (ones), the `mean_question` (one fixed vector, see `set_mean_question`)
-                or another question of the batch (`shuffled`; ones where there is no other).
-            normalise, scale: how `normalise_features` treats F before attention.
-            sees_image: False for the control without the image, where F is ones.
+            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
+                `mean_question` (one fixed vector, see `set_mean_question`), the `image` (see `ImageCondition`) or
+                another question of the batch (`shuffled`; ones where there is no other).
+            question_size: D.
         """
         super().__init__()
         self.question, self.resnet, self.predictor = question, resnet, predictor
-        self.attention, self.fusion = attention, fusion
-        self.condition, self.normalise, self.scale = condition, normalise, scale
+        self.condition, self.question_size = condition, question_size
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.image = None
         if condition == "image" and predictor is not None:
             first = max(resnet.layers[0].stage, 1)
-            self.image = ImageCondition(sum(resnet.stage_channels[first - 1 :]), fusion.question.in_features)
-        self.sees_image = sees_image
+            self.image = ImageCondition(sum(resnet.stage_channels[first - 1 :]), question_size)
         if condition == "mean_question":
-            self.register_buffer("mean_question", torch.ones(fusion.question.in_features))
+            self.register_buffer("mean_question", torch.ones(question_size))
 
     @torch.no_grad()
     def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
@@ -133,35 +130,19 @@ class VQAModel(nn.Module):
         averages = [map_.mean((2, 3)) for map_ in self.resnet.stage_maps(images)[first - 5 :]]
         return torch.cat(averages, dim=1).to(self.image.mean.dtype)
 
-    def forward(
-        self,
-        images: Tensor | StageMap,
-        tokens: Tensor,
-        lengths: Tensor,
-        *,
-        places: Tensor | None = None,
-        modulate: bool = True,
-    ) -> Output:
-        """Normalised images [I, 3, S, S] or a map computed from them, word ids [B, T], lengths [B] → logits, attention
-        and modulation.
-
-        Question i is about image places[i], or without `places` about image i. With `modulate` False the ResNet is not
-        modulated.
+    def encode(
+        self, images: Tensor | StageMap, tokens: Tensor, lengths: Tensor, places: Tensor | None, modulate: bool
+    ) -> tuple[Tensor, Modulation | None]:
+        """Word ids [B, T], lengths [B] → e_q [B, D] and the ResNet's modulation, None with `modulate` False; `images`
+        and `places` as in `VQAModel.forward`.
         """
         if self.question is not None:
-            question = self.question(tokens, lengths)  # [B, D]
+            question = self.question(tokens, lengths)
         else:
-            question = self.fusion.question.weight.new_ones(len(tokens), self.fusion.question.in_features)
-        modulation = None
-        if self.predictor is not None and modulate:
-            modulation = self.predictor(self._condition_of(question, tokens, images, places))
-        if self.sees_image:
-            features = self.resnet(images, modulation, places)  # [B, C, H, W]
-        else:
-            features = self.fusion.visual.weight.new_ones(len(tokens), self.resnet.channels, 1, 1)
-        features = normalise_features(features, self.normalise, self.scale)
-        seen, weights = attend(features, self.attention(features, question))
-        return Output(self.fusion(question, seen), weights, modulation)
+            question = torch.ones(len(tokens), self.question_size, device=tokens.device)
+        if self.predictor is None or not modulate:
+            return question, None
+        return question, self.predictor(self._condition_of(question, tokens, images, places))
 
     def _condition_of(
         self, question: Tensor, tokens: Tensor, images: Tensor | StageMap, places: Tensor | None
@@ -179,3 +160,56 @@ class VQAModel(nn.Module):
             # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
             return question.roll(len(question) // 2, dims=0)
         return question
+
+
+class VQAModel(ConditionedModel):
+    """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
+
+    def __init__(
+        self,
+        question: QuestionEncoder | TextEncoder | None,
+        resnet: ModulatedResNet,
+        predictor: ModulationPredictor | CategoricalPredictor | None,
+        attention: nn.Module,
+        fusion: Fusion,
+        *,
+        condition: Condition,
+        normalise: Normalisation,
+        scale: float,
+        sees_image: bool = True,
+    ) -> None:
+        """
+        Args:
+            question, resnet, predictor, condition: as in `ConditionedModel`.
+            attention: F, e_q → scores of positions.
+            fusion: e_q, e_v → answers.
+            normalise, scale: how `normalise_features` treats F before attention.
+            sees_image: False for the control without the image, where F is ones.
+        """
+        super().__init__(question, resnet, predictor, condition, fusion.question.in_features)
+        self.attention, self.fusion = attention, fusion
+        self.normalise, self.scale, self.sees_image = normalise, scale, sees_image
+
+    def forward(
+        self,
+        images: Tensor | StageMap,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        places: Tensor | None = None,
+        modulate: bool = True,
+    ) -> Output:
+        """Normalised images [I, 3, S, S] or a map computed from them, word ids [B, T], lengths [B] → logits, attention
+        and modulation.
+
+        Question i is about image places[i], or without `places` about image i. With `modulate` False the ResNet is not
+        modulated.
+        """
+        question, modulation = self.encode(images, tokens, lengths, places, modulate)
+        if self.sees_image:
+            features = self.resnet(images, modulation, places)  # [B, C, H, W]
+        else:
+            features = self.fusion.visual.weight.new_ones(len(tokens), self.resnet.channels, 1, 1)
+        features = normalise_features(features, self.normalise, self.scale)
+        seen, weights = attend(features, self.attention(features, question))
+        return Output(self.fusion(question, seen), weights, modulation)

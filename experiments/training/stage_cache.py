@@ -29,7 +29,7 @@ from data.batches import Images
 from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks import Task
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -55,7 +55,7 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
+def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
     the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
     cannot be written.

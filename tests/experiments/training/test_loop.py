@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from data.batches import Batch
 from experiments.evaluate import split_data
 from experiments.process_group import Processes
+from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError
-from experiments.training.run_data import answer_loss
 from tests.conftest import ROOT
 from vqa.model import Output
 from vqa.preprocessing import Preprocessing
@@ -37,7 +37,7 @@ def steps(model, answers, accumulate=1):
     rows = torch.arange(len(answers))
     labels = torch.tensor(answers)[:, None].expand(-1, 10)
     images = torch.zeros(len(answers), 4, 4, 3, dtype=torch.uint8)
-    batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows)
+    batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows, {})
     settings = load_settings(ROOT / "config" / "demo.yaml", ["train.clip=5.0", f"train.accumulate={accumulate}"])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)

@@ -5,6 +5,7 @@ config.yaml          the settings
 tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
 answers.json         the answer vocabulary, in order of the classes
 preprocessing.json   the preprocessing of images
+question_encoder.json  the configuration of a text encoder of `transformers`, where there is one
 """
 
 import json
@@ -27,9 +28,11 @@ from vqa.model import Output, VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
-from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
+from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, unusable, words
+from vqa.text_encoder import CONFIGURATION, check_tokenizer, empty_encoder
 
 WEIGHTS = "model.safetensors"
+HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
@@ -55,6 +58,7 @@ class SavedModel:
     answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
+    text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
 
     @overload
     def ask(self, image: ImageSource, question: str, top: int = 5) -> list[dict[str, Any]]: ...
@@ -132,9 +136,10 @@ class SavedModel:
         return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
 
     def unknown_words(self, question: str) -> list[str]:
-        """The words of a question that are not in the vocabulary."""
-        known = self.tokenizer.get_vocab()
-        return [word for word in words(self.tokenizer, question) if known.get(word, UNKNOWN_ID) == UNKNOWN_ID]
+        """The words of a question that are not in the vocabulary, nor made of parts that are."""
+        tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
+        asked = words(tokenizer, question)
+        return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
 
 
 def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
@@ -150,7 +155,12 @@ def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question:
 
 
 def save_companions(
-    folder: Path, settings: Settings, tokenizer: Tokenizer, answers: list[str], preprocessing: Preprocessing
+    folder: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    answers: list[str],
+    preprocessing: Preprocessing,
+    text_encoder: dict[str, Any] | None,
 ) -> None:
     """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +168,8 @@ def save_companions(
     save_tokenizer(tokenizer, folder)
     write_json(folder / "answers.json", answers)
     preprocessing.save(folder / "preprocessing.json")
+    if text_encoder is not None:
+        write_json(folder / CONFIGURATION, text_encoder)
 
 
 def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix: str = "") -> None:
@@ -208,20 +220,30 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     folder = find_model(run)
     made = settings_file(folder)
     settings = load_saved(made)
-    tokenizer = load_tokenizer(folder)
+    of_transformers = settings.question.encoder == "transformers"
+    tokenizer = load_tokenizer(folder, ours=not of_transformers)
+    text_encoder = None
     if made.suffix == ".json":
         answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
     else:
         answers = _checked_answers(read_json(folder / "answers.json"), folder / "answers.json")
         preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    described = made if made.suffix == ".json" else folder / CONFIGURATION
+    if of_transformers:
+        content = read_json(described)
+        text_encoder = content.get(HUB_CONFIGURATION) if described == made else content
+        check_tokenizer(tokenizer, text_encoder, str(described))
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
-            model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+            encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
+            model = build_model(
+                settings, tokenizer.get_vocab_size(), len(answers), pretrained=False, text_encoder=encoder
+            )
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder)
 
 
 def _hub_answers(file: Path) -> list[str]:

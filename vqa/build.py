@@ -3,19 +3,26 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from vqa.attention import ATTENTIONS
 from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.io.errors import InputError
 from vqa.model import ConditionedModel, Fusion, VQAModel
-from vqa.question import KINDS, QuestionEncoder
+from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
 from vqa.tasks.guesswhat import OracleModel
 
 
 def build_model(
-    settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool, categories: int = 0
+    settings: Settings,
+    vocabulary_size: int,
+    answers: int,
+    *,
+    pretrained: bool,
+    text_encoder: nn.Module | None = None,
+    categories: int = 0,
 ) -> ConditionedModel:
     """The model of a recipe, with only the parameters it names trainable.
 
@@ -24,6 +31,7 @@ def build_model(
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
+        text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
         categories: number of categories of objects, of the task guesswhat.
 
     Raises:
@@ -46,8 +54,13 @@ def build_model(
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
     predictor = _build_predictor(settings, resnet.layers)
-    question = None
-    if "question" in settings.inputs:
+    question: QuestionEncoder | TextEncoder | None = None
+    if "question" not in settings.inputs:
+        pass
+    elif asked.encoder == "transformers":
+        states = text_encoder.config.hidden_size
+        question = TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
+    else:
         question = QuestionEncoder(
             vocabulary_size,
             asked.embedding_size,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vqa.attention import Normalisation, attend, normalise_features
 from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
-from vqa.question import QuestionEncoder, QuestionKinds
+from vqa.question import QuestionEncoder, QuestionKinds, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 
 Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
@@ -113,7 +113,7 @@ class VQAModel(ConditionedModel):
 
     def __init__(
         self,
-        question: QuestionEncoder | None,
+        question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
         attention: nn.Module,

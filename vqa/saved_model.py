@@ -6,13 +6,14 @@ tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `trans
 answers.json         the answer vocabulary, in order of the classes
 categories.json      the names of the categories of objects, of a model of the task guesswhat
 preprocessing.json   the preprocessing of images
+question_encoder.json  the configuration of a text encoder of `transformers`, where there is one
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
 from vqa.tasks.asked import inputs_of
 from vqa.tasks.objects import Box
-from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
+from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, unusable, words
+from vqa.text_encoder import CONFIGURATION, check_tokenizer, empty_encoder
 
 WEIGHTS = "model.safetensors"
 CATEGORIES = "categories.json"
+HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
@@ -54,14 +57,21 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: ConditionedModel
-    settings: Settings
-    tokenizer: Tokenizer
-    answers: list[str]
+    model: ConditionedModel = field(repr=False)
+    settings: Settings = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
-    categories: list[str] = field(default_factory=list)  # of objects
+    text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
+    categories: list[str] = field(default_factory=list, repr=False)  # of objects
 
+    @overload
+    def ask(
+        self, image: ImageSource, question: str, top: int = 5, *, box: Box | None = None, category: str | None = None
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
     def ask(
         self,
         image: ImageSource | Sequence[ImageSource],
@@ -70,6 +80,10 @@ class SavedModel:
         *,
         box: Box | None = None,
         category: str | None = None,
+    ) -> list[list[dict[str, Any]]]: ...
+
+    def ask(
+        self, image: Any, question: Any, top: int = 5, *, box: Box | None = None, category: str | None = None
     ) -> list[Any]:
         """Answer a question about an image, or about an object of it.
 
@@ -96,6 +110,12 @@ class SavedModel:
 
         return _for_each(answer, image, question)
 
+    @overload
+    def inspect(
+        self, image: ImageSource, question: str, *, box: Box | None = None, category: str | None = None
+    ) -> dict[str, Any]: ...
+
+    @overload
     def inspect(
         self,
         image: ImageSource | Sequence[ImageSource],
@@ -103,7 +123,9 @@ class SavedModel:
         *,
         box: Box | None = None,
         category: str | None = None,
-    ) -> Any:
+    ) -> list[dict[str, Any]]: ...
+
+    def inspect(self, image: Any, question: Any, *, box: Box | None = None, category: str | None = None) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:
@@ -157,9 +179,10 @@ class SavedModel:
         return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
 
     def unknown_words(self, question: str) -> list[str]:
-        """The words of a question that are not in the vocabulary."""
-        known = self.tokenizer.get_vocab()
-        return [word for word in words(self.tokenizer, question) if known.get(word, UNKNOWN_ID) == UNKNOWN_ID]
+        """The words of a question that are not in the vocabulary, nor made of parts that are."""
+        tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
+        asked = words(tokenizer, question)
+        return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
 
 
 def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
@@ -180,6 +203,7 @@ def save_companions(
     tokenizer: Tokenizer,
     answers: list[str],
     preprocessing: Preprocessing,
+    text_encoder: dict[str, Any] | None,
     categories: Sequence[str] = (),
 ) -> None:
     """Write everything but the weights."""
@@ -190,6 +214,8 @@ def save_companions(
     if categories:
         write_json(folder / CATEGORIES, list(categories))
     preprocessing.save(folder / "preprocessing.json")
+    if text_encoder is not None:
+        write_json(folder / CONFIGURATION, text_encoder)
 
 
 def save_weights(folder: Path, model: ConditionedModel, training: dict[str, Any], prefix: str = "") -> None:
@@ -240,24 +266,32 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     folder = find_model(run)
     made = settings_file(folder)
     settings = load_saved(made)
-    tokenizer = load_tokenizer(folder)
+    of_transformers = settings.question.encoder == "transformers"
+    tokenizer = load_tokenizer(folder, ours=not of_transformers)
+    text_encoder = None
     if made.suffix == ".json":
         answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
     else:
         answers = _checked_texts(read_json(folder / "answers.json"), folder / "answers.json", "answer")
         preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    described = made if made.suffix == ".json" else folder / CONFIGURATION
+    if of_transformers:
+        content = read_json(described)
+        text_encoder = content.get(HUB_CONFIGURATION) if described == made else content
+        check_tokenizer(tokenizer, text_encoder, str(described))
     categories = []
     if settings.guesswhat is not None:
         categories = _checked_texts(read_json(folder / CATEGORIES), folder / CATEGORIES, "category")
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
-            words = tokenizer.get_vocab_size()
-            model = build_model(settings, words, len(answers), pretrained=False, categories=len(categories))
+            sizes = {"answers": len(answers), "categories": len(categories)}
+            encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
+            model = build_model(settings, tokenizer.get_vocab_size(), **sizes, pretrained=False, text_encoder=encoder)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, categories)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder, categories)
 
 
 def _hub_answers(file: Path) -> list[str]:

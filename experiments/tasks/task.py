@@ -3,9 +3,12 @@
 A trainer knows of its task nothing but the public members of `Task`; a task adds its loss and its score.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
+from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
@@ -41,6 +45,8 @@ class Task(ABC):
     Attributes:
         settings: of the run.
         store: the h5 file, with the images.
+        tokenizer: of the questions: the h5 file's, or that of a text encoder.
+        text_encoder: the configuration of a text encoder; None without one.
         identity: digest of what is learnt from; a checkpoint names it.
         training: the questions to train on.
         validation: those to validate on; None without a split for it.
@@ -52,8 +58,8 @@ class Task(ABC):
         """Reads the questions.
 
         Raises:
-            InputError: the h5 file is missing or made with other settings, or a split is missing, without annotations
-                or without a question that can be trained on.
+            InputError: the h5 file is missing or made with other settings, a split is missing, without annotations
+                or without a question that can be trained on, or there is no text encoder as the settings name it.
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
@@ -62,6 +68,9 @@ class Task(ABC):
             key = name if "." in name else f"data.{name}"
             if key in asked and made != asked[key]:
                 raise InputError(f"{store.path}: made with {name} {made}, but {key} is {asked[key]}")
+        self.tokenizer, self.text_encoder = store.tokenizer, None
+        if settings.question.encoder == "transformers":
+            self.tokenizer, self.text_encoder = read_pretrained(settings.question.text_encoder)
         splits, split = list(settings.train.splits), settings.train.validate_on
         self.training = self._trainable_questions(splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
@@ -77,6 +86,11 @@ class Task(ABC):
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
+        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not know
+            self.training = self.training.encoded_with(self.tokenizer)
+            self.validation = self.validation and self.validation.encoded_with(self.tokenizer)
+            of_questions = json.dumps([self.identity, self.tokenizer.to_str(), self.text_encoder])
+            self.identity = hashlib.sha256(of_questions.encode()).hexdigest()
         self.preprocessing = Preprocessing(store.image_size)
 
     @classmethod
@@ -104,7 +118,7 @@ class Task(ABC):
     def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
         kind = self.settings.train.augment if augmented else "none"
-        chosen = augmentation(kind, self.settings.seed, table, self.store.tokenizer.get_vocab())
+        chosen = augmentation(kind, self.settings.seed, table)
         return QuestionDataset(table, images, share=self.settings.speed.share_images, augmentation=chosen)
 
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
@@ -126,12 +140,15 @@ class Task(ABC):
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, store, vocabulary = self.settings, self.store, self.store.tokenizer.get_vocab()
-        counts = {"answers": len(store.vocabulary), "categories": len(store.categories)}
-        model = build_model(settings, len(vocabulary), pretrained=fresh, **counts)
+        settings, store, vocabulary = self.settings, self.store, self.tokenizer.get_vocab()
+        made: dict[str, Any] = {"answers": len(store.vocabulary), "categories": len(store.categories)}
+        if self.text_encoder is not None:
+            name = settings.question.text_encoder
+            made["text_encoder"] = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
+        model = build_model(settings, len(vocabulary), pretrained=fresh, **made)
         if not fresh:
             return model
-        if model.question is not None and model.question.fixed is not None:
+        if model.question is not None and settings.question.glove:
             file = Path(settings.question.glove)
             vectors, found = read_glove(file, vocabulary, settings.question.glove_size)
             say(f"{file}: vectors for {found} of {len(vocabulary)} words")
@@ -167,7 +184,6 @@ class Task(ABC):
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs beside its weights."""
-        store = self.store
-        saved_model.save_companions(
-            folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing, store.categories
-        )
+        store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
+        companions = (self.preprocessing, self.text_encoder, store.categories)
+        saved_model.save_companions(folder, self.settings, *about_texts, *companions)

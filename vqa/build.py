@@ -46,7 +46,7 @@ def build_model(
             cbn.stages,
             stem=cbn.stem,
             shortcuts=cbn.shortcuts,
-            statistics=settings.backbone.statistics,
+            statistics="batch" if settings.backbone.statistics == "batch" else "population",
             normaliser=cbn.normaliser,
             fused=settings.speed.fused,
             recompute=settings.speed.recompute,
@@ -95,7 +95,7 @@ def build_model(
 
 def _vqa_model(
     settings: Settings,
-    question: QuestionEncoder | None,
+    question: QuestionEncoder | TextEncoder | None,
     resnet: ModulatedResNet,
     predictor: ModulationPredictor | CategoricalPredictor | None,
     answers: int,
@@ -134,6 +134,8 @@ def _build_predictor(
         raise InputError(f"inputs: a model of {inputs} alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
+    if cbn.condition == "image" and settings.backbone.statistics == "batch":
+        raise InputError("cbn.condition: image needs population statistics; its extra pass would move the batch's, too")
     names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]
     if cbn.condition == "kind":
         return CategoricalPredictor(KINDS + 1, channels, gamma=cbn.gamma, beta=cbn.beta)

@@ -6,7 +6,7 @@ A trainer knows of its task nothing but the public members of `Task`; a task add
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from data.augmentation import augmentation
 from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
-from data.h5_file import Store
+from data.h5_file import H5Images, Store
 from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.process_group import Processes
@@ -37,6 +37,8 @@ from vqa.text.tokenizer import PAD_ID
 from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
+STATISTICS_OF = 1024  # training images on which statistics are estimated before training, in batches of up to
+STATISTICS_BATCH = 32
 
 
 class Task(ABC):
@@ -156,12 +158,33 @@ class Task(ABC):
         if model.kinds is not None:
             tokens, _ = padded_words(self.training, range(len(self.training)))
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
+        if settings.backbone.statistics == "reestimated":
+            with torch.no_grad(), model.resnet.estimating_statistics():
+                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
+                    model.resnet(images)
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
         if model.condition == "mean_question" and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
+        if model.image is not None and "image.mean" not in taken:
+            model.set_image_statistics(self._some_images())
         return model
+
+    def _some_images(self, least: int = 1) -> Iterator[Tensor]:
+        """Training images from all over the h5 file, normalised, in batches [I, 3, S, S].
+
+        Raises:
+            InputError: there are fewer than `least`.
+        """
+        rows, images = np.unique(self.training.images), H5Images(self.store.path)
+        if len(rows) < least:
+            raise InputError(
+                f"backbone.statistics: {len(rows)} training image is too few to re-estimate them; needs {least}"
+            )
+        rows = rows[:: -(-len(rows) // STATISTICS_OF)]
+        for part in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):
+            yield self.preprocessing.normalise(torch.from_numpy(np.stack([images[row] for row in part])))
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:

@@ -45,7 +45,8 @@ def take_weights(
         names = [name for name in ours if name.startswith(whole)]
         other_tokens = part == "question." and words != their_words
         if names and (other_tokens or any(not _fits(ours[name], theirs.get(name)) for name in names)):
-            unfit.append(part)
+            # the statistics of a condition on the image are those of a ResNet's maps
+            unfit += ["resnet.", "image."] if part == "resnet." else [part]
     if layer != len(saved.model.fusion.answer) - 1:
         unfit.append("fusion.answer.")
     if model.kinds is not None and words != their_words:  # kinds are word ids, and the predictor has a row for each

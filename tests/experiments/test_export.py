@@ -171,6 +171,7 @@ def test_an_onnx_file_tells_attention_and_deltas_too(there, exported, images):
         ["question.encoder=gru", "attention.kind=mlb", "cbn.beta=false"],
         ["question.encoder=bag_of_words", "cbn.condition=kind"],
         ["cbn.normaliser=group", "cbn.condition=mean_question"],
+        ["cbn.normaliser=adaptive", "cbn.condition=image"],
     ],
     ids=" ".join,
 )

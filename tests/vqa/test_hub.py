@@ -129,7 +129,7 @@ def test_building_reads_and_downloads_no_weights(folder):
     assert all(value.is_meta for value in made.state_dict().values())
 
 
-@pytest.mark.parametrize("condition", ["question", "kind", "mean_question"])
+@pytest.mark.parametrize("condition", ["question", "kind", "image", "mean_question"])
 def test_every_buffer_is_saved(folder, condition):
     config = AutoConfig.from_pretrained(folder)
     config.settings = config.settings | {"cbn": config.settings["cbn"] | {"condition": condition}}

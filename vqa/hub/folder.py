@@ -55,6 +55,7 @@ def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
         condition={
             "question": "the question",
             "kind": "the question's kind",
+            "image": "the image (a control)",
             "constant": "a constant (a control)",
             "mean_question": "one fixed vector (a control)",
             "shuffled": "another question (a control)",

@@ -79,14 +79,14 @@ class BackboneSettings(_Section):
     name: str
     weights: FileName
     train: Literal["none", "stage4", "batchnorm"]
-    statistics: Literal["population", "batch"]
+    statistics: Literal["population", "reestimated", "batch"]
 
 
 class CBNSettings(_Section):
     """Which norms are conditioned on the question, and how (sections 2 and 3 of the paper)."""
 
-    condition: Literal["question", "kind", "constant", "mean_question", "shuffled"]
-    normaliser: Literal["batch", "instance", "group", "layer"]
+    condition: Literal["question", "kind", "image", "constant", "mean_question", "shuffled"]
+    normaliser: Literal["batch", "instance", "group", "layer", "adaptive"]
     stages: list[Literal[1, 2, 3, 4]]
     stem: bool
     shortcuts: bool

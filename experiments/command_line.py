@@ -107,6 +107,14 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     return parser
 
 
+def _question_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--image", type=Path, required=True, metavar="FILE")
+    added.add_argument("--question", required=True, metavar="TEXT")
+    box = "of the object that it is about, in pixels from the top left (GuessWhat?!)"
+    added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
+    added.add_argument("--category", metavar="NAME", help="of that object (GuessWhat?!)")
+
+
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a sub-folder a class")
     added.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
@@ -117,14 +125,6 @@ def _pretrain_options(added: argparse.ArgumentParser) -> None:
     what = "trains nothing: what can be read linearly from a finished FILE, stage by stage; writes FILE.probe.json"
     added.add_argument("--probe", action="store_true", dest="only_probe", help=what)
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
-
-
-def _question_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--image", type=Path, required=True, metavar="FILE")
-    added.add_argument("--question", required=True, metavar="TEXT")
-    box = "of the object that it is about, in pixels from the top left (GuessWhat?!)"
-    added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
-    added.add_argument("--category", metavar="NAME", help="of that object (GuessWhat?!)")
 
 
 def _bench_options(added: argparse.ArgumentParser) -> None:

@@ -67,8 +67,8 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
                 model(images, moved.tokens, moved.lengths, **moved.extras)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    companions = (saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
-    optional = {"categories": saved.categories, "text_encoder": saved.text_encoder}
-    save_companions(out / "model", *companions, **optional)
+    about_texts = (saved.tokenizer, saved.answers)
+    companions = (saved.settings, *about_texts, saved.preprocessing, saved.text_encoder, saved.categories)
+    save_companions(out / "model", *companions)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

@@ -23,6 +23,7 @@ def build_model(
     pretrained: bool,
     categories: int = 0,
     text_encoder: nn.Module | None = None,
+    categories: int = 0,
 ) -> ConditionedModel:
     """The model of a recipe, with only the parameters it names trainable.
 
@@ -31,8 +32,8 @@ def build_model(
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
-        categories: number of categories of objects, of the task guesswhat.
         text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
+        categories: number of categories of objects, of the task guesswhat.
 
     Raises:
         InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
@@ -95,7 +96,7 @@ def build_model(
 
 def _vqa_model(
     settings: Settings,
-    question: QuestionEncoder | None,
+    question: QuestionEncoder | TextEncoder | None,
     resnet: ModulatedResNet,
     predictor: ModulationPredictor | CategoricalPredictor | None,
     answers: int,

@@ -78,24 +78,28 @@ class ConditionedModel(nn.Module):
 
     def __init__(
         self,
-        question: QuestionEncoder | None,
+        question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
         condition: Condition,
         question_size: int,
+        **parts: nn.Module | None,
     ) -> None:
         """
         Args:
             question: question → e_q; None for the control without the question, where e_q is ones.
             resnet: images → F.
             predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
-            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
-                `mean_question` (one fixed vector, see `set_mean_question`), the `image` (see `ImageCondition`) or
-                another question of the batch (`shuffled`; ones where there is no other).
+            condition: input of the predictor: the `question`, its `kind`, or for controls the `image` (see
+                `ImageCondition`), a `constant` (ones), the `mean_question` (one fixed vector, see `set_mean_question`)
+                or another question of the batch (`shuffled`; ones where there is no other).
             question_size: D.
+            parts: modules of the task's own, by name.
         """
         super().__init__()
         self.question, self.resnet, self.predictor = question, resnet, predictor
+        for name, part in parts.items():
+            setattr(self, name, part)
         self.condition, self.question_size = condition, question_size
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.image = None
@@ -131,10 +135,16 @@ class ConditionedModel(nn.Module):
         return torch.cat(averages, dim=1).to(self.image.mean.dtype)
 
     def encode(
-        self, images: Tensor | StageMap, tokens: Tensor, lengths: Tensor, places: Tensor | None, modulate: bool
+        self,
+        images: Tensor | StageMap,
+        tokens: Tensor,
+        lengths: Tensor,
+        places: Tensor | None = None,
+        modulate: bool = True,
     ) -> tuple[Tensor, Modulation | None]:
-        """Word ids [B, T], lengths [B] → e_q [B, D] and the ResNet's modulation, None with `modulate` False; `images`
-        and `places` as in `VQAModel.forward`.
+        """Arguments as of `forward` → e_q [B, D] and the ResNet's modulation, None with `modulate` False.
+
+        Under the condition `image` a question about V images has V modulations, one after the other.
         """
         if self.question is not None:
             question = self.question(tokens, lengths)
@@ -149,7 +159,7 @@ class ConditionedModel(nn.Module):
     ) -> Tensor:
         if self.image is not None:
             seen = self.image(self._averages(images))
-            return seen if places is None else seen[places]
+            return seen if places is None else seen[places.flatten()]
         if self.kinds is not None:
             return self.kinds(tokens)
         if self.condition == "mean_question":
@@ -186,8 +196,8 @@ class VQAModel(ConditionedModel):
             normalise, scale: how `normalise_features` treats F before attention.
             sees_image: False for the control without the image, where F is ones.
         """
-        super().__init__(question, resnet, predictor, condition, fusion.question.in_features)
-        self.attention, self.fusion = attention, fusion
+        size = fusion.question.in_features
+        super().__init__(question, resnet, predictor, condition, size, attention=attention, fusion=fusion)
         self.normalise, self.scale, self.sees_image = normalise, scale, sees_image
 
     def forward(

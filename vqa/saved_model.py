@@ -63,18 +63,12 @@ class SavedModel:
     answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
-    categories: list[str] = field(default_factory=list, repr=False)  # of objects
     text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
+    categories: list[str] = field(default_factory=list, repr=False)  # of objects
 
     @overload
     def ask(
-        self,
-        image: ImageSource,
-        question: str,
-        top: int = 5,
-        *,
-        box: Box | None = None,
-        category: str | None = None,
+        self, image: ImageSource, question: str, top: int = 5, *, box: Box | None = None, category: str | None = None
     ) -> list[dict[str, Any]]: ...
 
     @overload
@@ -209,8 +203,8 @@ def save_companions(
     tokenizer: Tokenizer,
     answers: list[str],
     preprocessing: Preprocessing,
+    text_encoder: dict[str, Any] | None,
     categories: Sequence[str] = (),
-    text_encoder: dict[str, Any] | None = None,
 ) -> None:
     """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,17 +282,16 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     categories = []
     if settings.guesswhat is not None:
         categories = _checked_texts(read_json(folder / CATEGORIES), folder / CATEGORIES, "category")
-    counts = {"answers": len(answers), "categories": len(categories)}
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
+            sizes = {"answers": len(answers), "categories": len(categories)}
             encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
-            vocabulary_size = tokenizer.get_vocab_size()
-            model = build_model(settings, vocabulary_size, pretrained=False, text_encoder=encoder, **counts)
+            model = build_model(settings, tokenizer.get_vocab_size(), **sizes, pretrained=False, text_encoder=encoder)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, categories, text_encoder)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder, categories)
 
 
 def _hub_answers(file: Path) -> list[str]:

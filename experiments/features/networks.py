@@ -157,7 +157,7 @@ def stage_features(network: Network) -> list[np.ndarray]:
         images, modulation = saved.preprocessing.normalise(moved.images)[first], None
         with autocast(device, settings.precision):
             if network.modulate:
-                _, modulation = saved.model.encode(moved.tokens, moved.lengths, True)
+                _, modulation = saved.model.encode(images, moved.tokens, moved.lengths)
             stages = saved.model.resnet.stage_maps(images, modulation)
         maps.append([of_stage.float().mean((2, 3)).cpu().numpy() for of_stage in stages])
         rows.append(batch.rows.numpy().copy())  # a view would keep the worker's shared memory

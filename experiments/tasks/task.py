@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,12 +142,12 @@ class Task(ABC):
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, store, vocabulary, encoder = self.settings, self.store, self.tokenizer.get_vocab(), None
+        settings, store, vocabulary = self.settings, self.store, self.tokenizer.get_vocab()
+        made: dict[str, Any] = {"answers": len(store.vocabulary), "categories": len(store.categories)}
         if self.text_encoder is not None:
             name = settings.question.text_encoder
-            encoder = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
-        counts = {"answers": len(store.vocabulary), "categories": len(store.categories)}
-        model = build_model(settings, len(vocabulary), pretrained=fresh, text_encoder=encoder, **counts)
+            made["text_encoder"] = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
+        model = build_model(settings, len(vocabulary), pretrained=fresh, **made)
         if not fresh:
             return model
         if model.question is not None and settings.question.glove:
@@ -206,12 +207,6 @@ class Task(ABC):
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs beside its weights."""
-        saved_model.save_companions(
-            folder,
-            self.settings,
-            self.tokenizer,
-            self.store.vocabulary,
-            self.preprocessing,
-            categories=self.store.categories,
-            text_encoder=self.text_encoder,
-        )
+        store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
+        companions = (self.preprocessing, self.text_encoder, store.categories)
+        saved_model.save_companions(folder, self.settings, *about_texts, *companions)

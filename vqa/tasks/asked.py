@@ -57,7 +57,7 @@ def _checked_box(box: Any, image: Image.Image) -> Box:
     try:
         check_box((x, y, width, height), *image.size)
     except ValueError as error:
-        raise InputError(f"box: {error}") from None
+        raise InputError(str(error)) from None
     return x, y, width, height
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
 from vqa.model import Condition, ConditionedModel, Output, answer_layers
-from vqa.question import QuestionEncoder
+from vqa.question import QuestionEncoder, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 
 BOX = 8  # numbers that describe a box: `vqa.tasks.objects.spatial_features`
@@ -35,7 +35,7 @@ class OracleModel(ConditionedModel):
 
     def __init__(
         self,
-        question: QuestionEncoder | None,
+        question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
         *,
@@ -56,13 +56,13 @@ class OracleModel(ConditionedModel):
             categories, category_size: of the embedding of the object's category.
             hidden_size, answers, dropout: of the answer layers.
         """
-        super().__init__(question, resnet, predictor, condition, question_size)
+        sizes = {"crop": resnet.channels, "image": resnet.channels, "spatial": BOX}
+        sizes |= {"category": category_size, "question": question_size}
+        category = nn.Embedding(categories, category_size) if "category" in inputs else None
+        fusion = Concatenation(sum(sizes[name] for name in set(inputs)), hidden_size, answers, dropout=dropout)
+        super().__init__(question, resnet, predictor, condition, question_size, category=category, fusion=fusion)
         self.views = len({"crop", "image"} & set(inputs))
         self.sees_box = "spatial" in inputs
-        self.category = nn.Embedding(categories, category_size) if "category" in inputs else None
-        size = self.views * resnet.channels + BOX * self.sees_box
-        size += question_size * (question is not None) + category_size * (self.category is not None)
-        self.fusion = Concatenation(size, hidden_size, answers, dropout=dropout)
 
     def forward(
         self,
@@ -86,7 +86,10 @@ class OracleModel(ConditionedModel):
         if self.views:
             deltas = None
             if modulation is not None:  # each view's
-                of_views = (part if part is None else part.repeat_interleave(self.views, 0) for part in modulation)
+                count = len(tokens) * self.views
+                of_views = (
+                    part if part is None else part.repeat_interleave(count // len(part), 0) for part in modulation
+                )
                 deltas = Modulation(*of_views)
             maps = self.resnet(images, deltas, None if places is None else places.flatten())  # [B * V, C, H, W]
             parts.append(maps.mean((2, 3)).reshape(len(tokens), -1))

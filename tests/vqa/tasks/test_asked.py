@@ -57,7 +57,7 @@ def test_only_what_the_inputs_need_has_to_be_given(image):
         ((1, 2, 3), "person", r"box: must be four numbers \(x, y, width, height\), not \(1, 2, 3\)"),
         ("1,2,3,4", "person", "box: must be four numbers"),
         ((1, 2, None, 3), "person", "box: must be four numbers"),
-        ((1, 2, 0, 3), "person", r"box: box \[1, 2, 0, 3\] is empty"),
+        ((1, 2, 0, 3), "person", r"^box \[1, 2, 0, 3\] is empty"),
         ((1, 2, float("nan"), 3), "person", "is not finite"),
         ((60, 2, 30, 3), "person", r"is not within its image of 64 x 48 pixels"),
         (BOX, None, "category: this model needs the object's category: --category NAME; one of person, traffic light"),

@@ -124,6 +124,17 @@ def test_the_controls_are_those_of_vqa(condition):
     assert model(**asked).modulation.gamma.shape[0] == 3
 
 
+def test_conditioned_on_the_image_each_view_has_deltas_of_its_own():
+    model, asked = model_of(f"inputs={ALL}", "cbn.condition=image"), example(views=2)
+    deltas = model(**asked).modulation.gamma
+    assert len(deltas) == 6
+    places = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    torch.testing.assert_close(model(**asked, places=places).modulation.gamma, deltas)
+    alone = model(**{name: value[:2] if name == "images" else value[:1] for name, value in asked.items()})
+    torch.testing.assert_close(alone.modulation.gamma, deltas[:2])
+    assert not torch.allclose(deltas[0], deltas[1])
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -21,7 +21,6 @@ def build_model(
     answers: int,
     *,
     pretrained: bool,
-    categories: int = 0,
     text_encoder: nn.Module | None = None,
     categories: int = 0,
 ) -> ConditionedModel:
@@ -135,8 +134,6 @@ def _build_predictor(
         raise InputError(f"inputs: a model of {inputs} alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
-    if cbn.condition == "image" and settings.task != "vqa":
-        raise InputError(f"cbn.condition: image is a control of the task vqa, not of {settings.task}")
     if cbn.condition == "image" and settings.backbone.statistics == "batch":
         raise InputError("cbn.condition: image needs population statistics; its extra pass would move the batch's, too")
     names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]

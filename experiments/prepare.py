@@ -5,7 +5,7 @@ from typing import Any
 
 from data.preprocess import preprocess
 from data.scenes.photos import changed_at_random
-from data.scenes.write import PHOTOS, write_world
+from data.scenes.write import GAMES, PHOTOS, write_world
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
 from vqa.devices import choose_device
@@ -46,7 +46,7 @@ def prepare_backbone(settings: Settings) -> float:
     return pretrain_backbone(
         Path(settings.backbone.weights),
         settings.backbone.name,
-        world=scenes.world,
+        world="small" if scenes.world == GAMES else scenes.world,  # the games' objects are those of the small scenes
         seed=scenes.seed,
         image_size=scenes.pretrain_size,
         images=scenes.pretrain_images,

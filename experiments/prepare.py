@@ -56,16 +56,21 @@ def prepare_backbone(settings: Settings) -> float:
     )
 
 
+def prepare_scenes(settings: Settings) -> None:
+    """Draws the scenes of a recipe and pretrains their backbone, if it has any."""
+    if settings.scenes is not None:
+        prepare_world(settings)
+        if settings.backbone.weights != "none":
+            prepare_backbone(settings)
+
+
 def prepare(settings: Settings) -> None:
     """Makes everything that the training of a recipe reads, as far as it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.
     """
-    if settings.scenes is not None:
-        prepare_world(settings)
-        if settings.backbone.weights != "none":
-            prepare_backbone(settings)
+    prepare_scenes(settings)
     if settings.data.splits:
         preprocess(**preprocessing_of(settings))
 

@@ -116,11 +116,15 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ("seeds: [1]\nbaseline: c\nruns: {a: {}}\n", "no row 'c'; rows are a"),
         ("seeds: []\nbaseline: a\nruns: {a: {}}\n", "seeds"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {setings: x}}\n", "runs.a.setings"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {paper: {error: 1.0}}}\n",
+            "a: no column 'error'; columns are overall, yes/no",
+        ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {settings: trian.epochs=2}}\n", "did you mean train"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is no setting"),
         (
             "seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n",
-            "runs.a.paper.overal.*should be 'overall', 'yes/no', 'number' or 'other'",
+            "runs.a.paper.overal.*should be 'overall'",
         ),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
         ("seeds: [1]\nbaseline: a\ncontrasts: {a: [b]}\nruns: {a: {}}\n", "no row 'b'"),

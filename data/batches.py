@@ -100,6 +100,13 @@ class FileImages:
         settle_bad_images(found, skip)
 
 
+class NoImages:
+    """In the place of images that the model does not take: nothing is read."""
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return np.zeros((1, 1, 3), np.uint8)
+
+
 def padded_words(table: QuestionTable, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the word ids [B, T], padded with PAD_ID, and lengths [B] of some rows, int64."""
     words = [torch.from_numpy(table.words(row)) for row in rows]

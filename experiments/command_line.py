@@ -59,8 +59,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
     recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
     run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
-    question.add_argument("--image", type=Path, required=True, metavar="FILE")
-    question.add_argument("--question", required=True, metavar="TEXT")
+    _question_options(question)
 
     def command(name: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
         about = functions[name].__doc__
@@ -113,6 +112,14 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     _features_options(command("features", settings))
     _experiment_options(command("experiment", settings))
     return parser
+
+
+def _question_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--image", type=Path, required=True, metavar="FILE")
+    added.add_argument("--question", required=True, metavar="TEXT")
+    box = "of the object that it is about, in pixels from the top left (GuessWhat?!)"
+    added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
+    added.add_argument("--category", metavar="NAME", help="of that object (GuessWhat?!)")
 
 
 def _bench_options(added: argparse.ArgumentParser) -> None:
@@ -171,6 +178,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is no positive number below a thousand million")
     return int(text)
+
+
+def _box(text: str) -> tuple[float, ...]:
+    if not re.fullmatch(r"-?\d{1,6}(\.\d{1,6})?(,-?\d{1,6}(\.\d{1,6})?){3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no box; write X,Y,W,H in pixels, as 10,20,64,48")
+    return tuple(map(float, text.split(",")))
 
 
 def _minutes(text: str) -> float:

@@ -1,11 +1,14 @@
 """Prepare what training reads: draw synthetic scenes, pretrain their backbone, make the h5 file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.guesswhat.source import GuessWhatSource
 from data.preprocess import preprocess
 from data.scenes.photos import changed_at_random
 from data.scenes.write import GAMES, PHOTOS, write_world
+from data.sources import Source, VQASource
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
 from vqa.devices import choose_device
@@ -80,7 +83,16 @@ def preprocessing_of(settings: Settings) -> dict[str, Any]:
     data = settings.data
     names = ("image_size", "min_word_count", "answers", "vocabulary_from", "skip_bad_images")
     named = {name: getattr(data, name) for name in names}
+    named |= {"source": source_of(settings)}
     return {"splits": split_files(settings), "path": Path(data.h5), "threads": data.processes, **named}
+
+
+def source_of(settings: Settings, categories: Sequence[str] | None = None) -> Source:
+    """The reader of a recipe's raw files; `categories` are those of a model, where there is one."""
+    if settings.guesswhat is None:
+        return VQASource(settings.data.answers)
+    games, whole = settings.guesswhat, "image" in settings.inputs
+    return GuessWhatSource(games.status, games.crop_factor, whole_images=whole, categories=categories)
 
 
 def split_files(settings: Settings) -> dict[str, SplitFiles]:

@@ -7,13 +7,16 @@ import torch
 from vqa.attention import ATTENTIONS
 from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.io.errors import InputError
-from vqa.model import Fusion, VQAModel
+from vqa.model import ConditionedModel, Fusion, VQAModel
 from vqa.question import KINDS, QuestionEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
+from vqa.tasks.guesswhat import OracleModel
 
 
-def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool) -> VQAModel:
+def build_model(
+    settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool, categories: int = 0
+) -> ConditionedModel:
     """The model of a recipe, with only the parameters it names trainable.
 
     Args:
@@ -21,12 +24,13 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
+        categories: number of categories of objects, of the task guesswhat.
 
     Raises:
         InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
     """
     weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
-    cbn, asked, attention, answer = settings.cbn, settings.question, settings.attention, settings.answer
+    cbn, asked, answer = settings.cbn, settings.question, settings.answer
     try:
         resnet = ModulatedResNet(
             settings.backbone.name,
@@ -52,7 +56,39 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
             layers=asked.layers,
             fixed_size=asked.glove_size if asked.glove else 0,
         )
-    model = VQAModel(
+    if settings.guesswhat is not None:
+        model = OracleModel(
+            question,
+            resnet,
+            predictor,
+            condition=cbn.condition,
+            question_size=asked.hidden_size,
+            inputs=settings.inputs,
+            categories=categories,
+            category_size=settings.guesswhat.category_size,
+            hidden_size=answer.hidden_size,
+            answers=answers,
+            dropout=answer.dropout,
+        )
+    else:
+        model = _vqa_model(settings, question, resnet, predictor, answers)
+    if settings.backbone.train != "none" and not settings.views and settings.task == "guesswhat":
+        raise InputError("backbone.train: a model without crop and image does not use its ResNet; it must be none")
+    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
+    for parameter in resnet.trainable(settings.backbone.train):
+        parameter.requires_grad_(True)
+    return model
+
+
+def _vqa_model(
+    settings: Settings,
+    question: QuestionEncoder | None,
+    resnet: ModulatedResNet,
+    predictor: ModulationPredictor | CategoricalPredictor | None,
+    answers: int,
+) -> VQAModel:
+    asked, attention, answer = settings.question, settings.attention, settings.answer
+    return VQAModel(
         question,
         resnet,
         predictor,
@@ -65,15 +101,11 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
             answers,
             dropout=answer.dropout,
         ),
-        condition=cbn.condition,
+        condition=settings.cbn.condition,
         normalise=attention.normalise,
         scale=attention.scale,
         sees_image="image" in settings.inputs,
     )
-    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
-    for parameter in resnet.trainable(settings.backbone.train):
-        parameter.requires_grad_(True)
-    return model
 
 
 def _build_predictor(
@@ -84,8 +116,9 @@ def _build_predictor(
         return None
     if cbn.normaliser == "instance" and settings.data.image_size <= 32 and any(layer.stage == 4 for layer in layers):
         raise InputError("cbn.normaliser: stage 4 has one position at 32 px, which instance norm cannot normalise")
-    if set(settings.inputs) != {"image", "question"}:
-        raise InputError(f"inputs: a model of {settings.inputs[0]}s alone has nothing to condition; set cbn.stages=[]")
+    if "question" not in settings.inputs or not settings.views:
+        inputs = " and ".join(settings.inputs)
+        raise InputError(f"inputs: a model of {inputs} alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
     names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]

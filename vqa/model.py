@@ -14,11 +14,19 @@ Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
 
 
 class Output(NamedTuple):
-    """The output of `VQAModel` for a batch."""
+    """The output of a model for a batch."""
 
     logits: Tensor  # [B, A], before the softmax, or sigmoid with `bce`
-    attention: Tensor  # [B, G, H, W], each glimpse sums to 1
+    attention: Tensor | None  # [B, G, H, W], each glimpse sums to 1; None of a model without attention
     modulation: Modulation | None  # [B, sum of C] each; None if no norm is conditioned
+
+
+def answer_layers(size: int, hidden_size: int, answers: int, dropout: float) -> nn.Sequential:
+    """[B, size] → logits [B, A] through a hidden layer (none if `hidden_size` is 0); `dropout` is the probability of
+    dropping a unit, before each layer.
+    """
+    hidden = [nn.Linear(size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
+    return nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or size, answers))
 
 
 class Fusion(nn.Module):
@@ -27,19 +35,80 @@ class Fusion(nn.Module):
     def __init__(
         self, question_size: int, visual_size: int, fusion_size: int, hidden_size: int, answers: int, *, dropout: float
     ) -> None:
-        """`hidden_size` 0 means no hidden layer; `dropout` is the probability of dropping a unit."""
+        """`hidden_size` and `dropout` as in `answer_layers`."""
         super().__init__()
         self.question = nn.Linear(question_size, fusion_size, bias=False)
         self.visual = nn.Linear(visual_size, fusion_size, bias=False)
-        hidden = [nn.Linear(fusion_size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
-        self.answer = nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or fusion_size, answers))
+        self.answer = answer_layers(fusion_size, hidden_size, answers, dropout)
 
     def forward(self, question: Tensor, visual: Tensor) -> Tensor:
         """e_q [B, D], e_v [B, G * C] → logits [B, A]."""
         return self.answer(torch.tanh(self.question(question)) * torch.tanh(self.visual(visual)))
 
 
-class VQAModel(nn.Module):
+class ConditionedModel(nn.Module):
+    """A question encoder, a ResNet and what predicts the ResNet's deltas; each task's model adds the way to answers."""
+
+    def __init__(
+        self,
+        question: QuestionEncoder | None,
+        resnet: ModulatedResNet,
+        predictor: ModulationPredictor | CategoricalPredictor | None,
+        condition: Condition,
+        question_size: int,
+    ) -> None:
+        """
+        Args:
+            question: question → e_q; None for the control without the question, where e_q is ones.
+            resnet: images → F.
+            predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
+            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
+                `mean_question` (one fixed vector, see `set_mean_question`) or another question of the batch
+                (`shuffled`; ones where there is no other).
+            question_size: D.
+        """
+        super().__init__()
+        self.question, self.resnet, self.predictor = question, resnet, predictor
+        self.condition, self.question_size = condition, question_size
+        self.kinds = QuestionKinds() if condition == "kind" else None
+        if condition == "mean_question":
+            self.register_buffer("mean_question", torch.ones(question_size))
+
+    @torch.no_grad()
+    def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Set the fixed vector of the condition `mean_question` from questions, word ids [N, T] and lengths [N].
+
+        It is the mean of their present embeddings, rescaled to the mean of their norms, so that the control starts with
+        deltas as large as those of a question.
+        """
+        embeddings = self.question(tokens, lengths)  # [N, D]
+        mean = embeddings.mean(0)
+        self.mean_question.copy_(mean * (embeddings.norm(dim=1).mean() / mean.norm()))
+
+    def encode(self, tokens: Tensor, lengths: Tensor, modulate: bool) -> tuple[Tensor, Modulation | None]:
+        """Word ids [B, T], lengths [B] → e_q [B, D] and the ResNet's modulation, None with `modulate` False."""
+        if self.question is not None:
+            question = self.question(tokens, lengths)
+        else:
+            question = torch.ones(len(tokens), self.question_size, device=tokens.device)
+        if self.predictor is None or not modulate:
+            return question, None
+        return question, self.predictor(self._condition_of(question, tokens))
+
+    def _condition_of(self, question: Tensor, tokens: Tensor) -> Tensor:
+        if self.kinds is not None:
+            return self.kinds(tokens)
+        if self.condition == "mean_question":
+            return self.mean_question.expand_as(question)
+        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
+            return torch.ones_like(question)
+        if self.condition == "shuffled":
+            # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
+            return question.roll(len(question) // 2, dims=0)
+        return question
+
+
+class VQAModel(ConditionedModel):
     """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
 
     def __init__(
@@ -57,36 +126,15 @@ class VQAModel(nn.Module):
     ) -> None:
         """
         Args:
-            question: question → e_q; None for the control without the question, where e_q is ones.
-            resnet: images → F.
-            predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
+            question, resnet, predictor, condition: as in `ConditionedModel`.
             attention: F, e_q → scores of positions.
             fusion: e_q, e_v → answers.
-            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
-                `mean_question` (one fixed vector, see `set_mean_question`) or another question of the batch
-                (`shuffled`; ones where there is no other).
             normalise, scale: how `normalise_features` treats F before attention.
             sees_image: False for the control without the image, where F is ones.
         """
-        super().__init__()
-        self.question, self.resnet, self.predictor = question, resnet, predictor
+        super().__init__(question, resnet, predictor, condition, fusion.question.in_features)
         self.attention, self.fusion = attention, fusion
-        self.condition, self.normalise, self.scale = condition, normalise, scale
-        self.kinds = QuestionKinds() if condition == "kind" else None
-        self.sees_image = sees_image
-        if condition == "mean_question":
-            self.register_buffer("mean_question", torch.ones(fusion.question.in_features))
-
-    @torch.no_grad()
-    def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Set the fixed vector of the condition `mean_question` from questions, word ids [N, T] and lengths [N].
-
-        It is the mean of their present embeddings, rescaled to the mean of their norms, so that the control starts with
-        deltas as large as those of a question.
-        """
-        embeddings = self.question(tokens, lengths)  # [N, D]
-        mean = embeddings.mean(0)
-        self.mean_question.copy_(mean * (embeddings.norm(dim=1).mean() / mean.norm()))
+        self.normalise, self.scale, self.sees_image = normalise, scale, sees_image
 
     def forward(
         self,
@@ -103,13 +151,7 @@ class VQAModel(nn.Module):
         Question i is about image places[i], or without `places` about image i. With `modulate` False the ResNet is not
         modulated.
         """
-        if self.question is not None:
-            question = self.question(tokens, lengths)  # [B, D]
-        else:
-            question = self.fusion.question.weight.new_ones(len(tokens), self.fusion.question.in_features)
-        modulation = None
-        if self.predictor is not None and modulate:
-            modulation = self.predictor(self._condition_of(question, tokens))
+        question, modulation = self.encode(tokens, lengths, modulate)
         if self.sees_image:
             features = self.resnet(images, modulation, places)  # [B, C, H, W]
         else:
@@ -117,15 +159,3 @@ class VQAModel(nn.Module):
         features = normalise_features(features, self.normalise, self.scale)
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)
-
-    def _condition_of(self, question: Tensor, tokens: Tensor) -> Tensor:
-        if self.kinds is not None:
-            return self.kinds(tokens)
-        if self.condition == "mean_question":
-            return self.mean_question.expand_as(question)
-        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
-            return torch.ones_like(question)
-        if self.condition == "shuffled":
-            # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
-            return question.roll(len(question) // 2, dims=0)
-        return question

@@ -4,15 +4,17 @@ model.safetensors    all weights, the frozen ResNet's included, and in the metad
 config.yaml          the settings
 tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
 answers.json         the answer vocabulary, in order of the classes
+categories.json      the names of the categories of objects, of a model of the task guesswhat
 preprocessing.json   the preprocessing of images
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -23,13 +25,16 @@ from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.images import ImageSource, read_image
 from vqa.io.weight_files import as_safetensors, read_safetensors
-from vqa.model import Output, VQAModel
+from vqa.model import ConditionedModel, Output
 from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
+from vqa.tasks.asked import inputs_of
+from vqa.tasks.objects import Box
 from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
 
 WEIGHTS = "model.safetensors"
+CATEGORIES = "categories.json"
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
@@ -49,15 +54,24 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: VQAModel
+    model: ConditionedModel
     settings: Settings
     tokenizer: Tokenizer
     answers: list[str]
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
+    categories: list[str] = field(default_factory=list)  # of objects
 
-    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
-        """Answer a question about an image.
+    def ask(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        question: str | Sequence[str],
+        top: int = 5,
+        *,
+        box: Box | None = None,
+        category: str | None = None,
+    ) -> list[Any]:
+        """Answer a question about an image, or about an object of it.
 
         Args:
             image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
@@ -65,28 +79,52 @@ class SavedModel:
             question: a question or a list of questions. Of two lists each image has its own question; one image or
                 question beside a list belongs to all of it. The questions of a list are answered one by one.
             top: number of answers.
+            box: of the object, (x, y, width, height) in pixels from the top left, where the model takes one; of a list
+                all are about the same.
+            category: of the object, likewise.
 
         Returns:
             The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.
 
         Raises:
-            InputError: an image cannot be read, a question holds no word, or the model's scores are not finite.
+            InputError: an image cannot be read, a question holds no word, box or category are missing, superfluous or
+                wrong, or the model's scores are not finite.
         """
-        return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
+        def answer(image: ImageSource, question: str) -> list[dict[str, Any]]:
+            return self.top_answers(self.run(image, question, box=box, category=category), top)
+
+        return _for_each(answer, image, question)
+
+    def inspect(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        question: str | Sequence[str],
+        *,
+        box: Box | None = None,
+        category: str | None = None,
+    ) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:
-            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W], and
-            `layers`: the conditioned norms in order of depth, with values for each channel (`describe_channels`).
+            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W] (where
+            the model has attention), and `layers`: the conditioned norms in order of depth, with values for each
+            channel (`describe_channels`).
         """
         from vqa.inspect.inspection import read
 
-        return _for_each(lambda image, question: read(self, image, question), image, question)
+        return _for_each(lambda image, question: read(self, image, question, box, category), image, question)
 
     @torch.inference_mode()
-    def run(self, image: ImageSource, question: str, *, modulate: bool = True) -> Output:
+    def run(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        modulate: bool = True,
+        box: Box | None = None,
+        category: str | None = None,
+    ) -> Output:
         """The model's output for one question (B = 1). Raises InputError as `ask`."""
         if not isinstance(question, str):
             raise InputError(f"question: must be a text, not {type(question).__name__}")
@@ -96,8 +134,11 @@ class SavedModel:
             raise InputError(f"question: {question!r} holds no word")
         device = next(self.model.parameters()).device
         tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(self.tokenizer, [question]))
-        pixels = torch.from_numpy(self.preprocessing.decode(image).copy())[None].to(device)
-        output = self.model(self.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+        views, others = inputs_of(self.settings, self.categories, read_image(image), box, category)
+        pixels = np.array([self.preprocessing.decode(view) for view in views], np.uint8)  # [V, S, S, 3]
+        extras = {name: torch.from_numpy(value).to(device) for name, value in others.items()}
+        images = self.preprocessing.normalise(torch.from_numpy(pixels).to(device)) if views else None
+        output = self.model(images, tokens[None], lengths, modulate=modulate, **extras)
         if not output.logits.isfinite().all():
             damaged = "the model's scores of the answers are not finite; its weights are damaged"
             raise InputError(f"{self.folder}: {damaged}")
@@ -134,17 +175,24 @@ def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question:
 
 
 def save_companions(
-    folder: Path, settings: Settings, tokenizer: Tokenizer, answers: list[str], preprocessing: Preprocessing
+    folder: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    answers: list[str],
+    preprocessing: Preprocessing,
+    categories: Sequence[str] = (),
 ) -> None:
     """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / "config.yaml")
     save_tokenizer(tokenizer, folder)
     write_json(folder / "answers.json", answers)
+    if categories:
+        write_json(folder / CATEGORIES, list(categories))
     preprocessing.save(folder / "preprocessing.json")
 
 
-def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix: str = "") -> None:
+def save_weights(folder: Path, model: ConditionedModel, training: dict[str, Any], prefix: str = "") -> None:
     """Write the weights, their names after `prefix`, whole or not at all."""
     weights = {prefix + name: value for name, value in model.state_dict().items()}
     with written_whole(folder / WEIGHTS) as aside:
@@ -196,16 +244,20 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     if made.suffix == ".json":
         answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
     else:
-        answers = _checked_answers(read_json(folder / "answers.json"), folder / "answers.json")
+        answers = _checked_texts(read_json(folder / "answers.json"), folder / "answers.json", "answer")
         preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    categories = []
+    if settings.guesswhat is not None:
+        categories = _checked_texts(read_json(folder / CATEGORIES), folder / CATEGORIES, "category")
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
-            model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+            words = tokenizer.get_vocab_size()
+            model = build_model(settings, words, len(answers), pretrained=False, categories=len(categories))
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, categories)
 
 
 def _hub_answers(file: Path) -> list[str]:
@@ -214,7 +266,7 @@ def _hub_answers(file: Path) -> list[str]:
     places = list(map(str, range(len(names)))) if isinstance(names, dict) else []
     if not isinstance(names, dict) or names.keys() != set(places):
         raise InputError(f"{file}: id2label must name the answers from 0 on without gaps")
-    return _checked_answers([names[place] for place in places], file)
+    return _checked_texts([names[place] for place in places], file, "answer")
 
 
 def _hub_preprocessing(file: Path) -> Preprocessing:
@@ -227,16 +279,16 @@ def _hub_preprocessing(file: Path) -> Preprocessing:
     return Preprocessing.of(content | {"resize": "bilinear"}, file)
 
 
-def _checked_answers(answers: Any, file: Path) -> list[str]:
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+def _checked_texts(texts: Any, file: Path, what: str) -> list[str]:
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{file}: must be a list of texts")
-    for place, answer in enumerate(answers):
-        if reason := unusable(answer) or ("" if answer.strip() else "empty"):
-            raise InputError(f"{file}: answer {place} is {reason}")
-    return answers
+    for place, text in enumerate(texts):
+        if reason := unusable(text) or ("" if text.strip() else "empty"):
+            raise InputError(f"{file}: {what} {place} is {reason}")
+    return texts
 
 
-def load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
+def load_weights(model: ConditionedModel, file: Path) -> dict[str, Any]:
     """Load the weights into a model on the meta device; returns how it was trained."""
     try:
         weights, metadata = read_safetensors(file)

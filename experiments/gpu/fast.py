@@ -13,9 +13,9 @@ from experiments.bench.loading import RECIPE, prepared_scenes, time_training
 from experiments.bench.step import interleaved, peak_mib
 from experiments.gpu.right import CONFIG, Check, Rows, normalised, random_model
 from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask, answer_loss
 from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
-from experiments.training.run_data import VQATask, answer_loss
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare
 from vqa.kernels.modulate import modulate

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Images
+from data.batches import Images, NoImages
 from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks import Task
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -55,16 +55,19 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
+def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
-    the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
-    cannot be written.
+    the images, where they are augmented or not seen or no stage is fixed, or the file would be larger than
+    `data.cache_gib` or cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
     """
     store, settings = task.store, task.settings
-    pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
+    images = H5Images(store.path) if settings.views else NoImages()
+    pixels = ImageSource(images, task.preprocessing, settings.speed.channels_last)
+    if not settings.views:
+        return pixels
     if (kind := settings.train.augment) != "none":
         processes.say(
             f"train.augment: {kind} gives each question an image of its own in every epoch: without stored feature "

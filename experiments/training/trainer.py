@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
+from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import build_optimiser, build_schedule, trained_parameters
-from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource, choose_images
 from experiments.training.warm_start import splits_seen
@@ -60,7 +60,7 @@ def train(
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
             raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
-        task = VQATask(settings)
+        task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
             early = len(saved["progress"]["history"]) < settings.train.epochs
@@ -71,7 +71,7 @@ def train(
     return run
 
 
-def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> dict[str, Any]:
+def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
     """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
     saved["progress"].pop("finished", None)  # of earlier versions
@@ -83,7 +83,7 @@ def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> 
 
 
 def prepare(
-    task: VQATask,
+    task: Task,
     run: RunDirectory,
     processes: Processes,
     saved: dict[str, Any] | None = None,
@@ -129,7 +129,7 @@ def prepare(
 
 def _check_batch_statistics(settings: Settings, resnet: ModulatedResNet, sampler: EpochSampler) -> None:
     """Raises InputError where a step would take the statistics of one value a channel."""
-    if "image" not in settings.inputs or resnet.statistics != "batch":
+    if not settings.views or resnet.statistics != "batch":
         return
     train, size = settings.train, settings.data.image_size
     mine = sampler.batch_size // sampler.world_size
@@ -147,7 +147,7 @@ class Trainer:
     """Trains one process's part of a run, from `state` on."""
 
     def __init__(
-        self, task: VQATask, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
+        self, task: Task, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
     ) -> None:
         self.task, self.run, self.processes, self.state, self.images = task, run, processes, state, images
         self.settings = task.settings

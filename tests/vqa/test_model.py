@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.tasks.vqa import answer_loss, answer_targets
 from experiments.training.optimiser import build_optimiser
-from experiments.training.run_data import answer_loss, answer_targets
 from vqa import question
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 from vqa.build import build_model

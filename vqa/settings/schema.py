@@ -221,6 +221,11 @@ class Settings(_Section):
         """The task: the one whose section is there, else answering questions about images."""
         return "vqa" if self.guesswhat is None else "guesswhat"
 
+    @property
+    def views(self) -> list[str]:
+        """The inputs that are images, in the order in which a question has them."""
+        return [name for name in ("crop", "image") if name in self.inputs]
+
     @model_validator(mode="after")
     def _inputs_of_the_task(self) -> "Settings":
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):

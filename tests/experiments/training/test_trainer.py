@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from data.h5_file import _digest_of
 from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask
 from experiments.training import loop
-from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from tests.processes import start_ranks
@@ -114,13 +114,13 @@ def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch,
 
 
 def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.training.run_data._trainable_questions", one_answer_each)
+    monkeypatch.setattr(VQATask, "_trainable_questions", one_answer_each)
     with pytest.raises(InputError, match=r"train.loss: bce .* every question of train; use soft or hard"):
         train(load_settings(tiny, ["name=one", "train.loss=bce"]), runs=tmp_path)
 
 
-def one_answer_each(store, splits):
-    table = store.table(splits[0])
+def one_answer_each(task, splits):
+    table = task.store.table(splits[0])
     return dataclasses.replace(table, given=table.given[:, :1])
 
 

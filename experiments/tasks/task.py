@@ -1,10 +1,10 @@
-"""The task of a run: its questions and answers, what a new model takes from them, its loss and its score.
+"""What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
 
-A trainer knows of its task nothing but the public members of `VQATask`: a second task is a second class with the same
-members, chosen in `trainer.train`.
+A trainer knows of its task nothing but the public members of `Task`; a task adds its loss and its score.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +18,25 @@ from data.glove import read_glove
 from data.h5_file import Store
 from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
-from experiments.evaluate import score
 from experiments.process_group import Processes
 from experiments.training.warm_start import take_weights
 from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
-from vqa.metrics import Scores
-from vqa.model import VQAModel
+from vqa.metrics import Scores, summary
+from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
-from vqa.settings.schema import Settings
-from vqa.text.answers import NO_ANSWER, NOT_GIVEN
+from vqa.settings.schema import Settings, flat
+from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
 
-class VQATask:
-    """Answering questions about images with one of the classes of answers.
+class Task(ABC):
+    """Answering questions with one of the classes of answers.
 
     Attributes:
         settings: of the run.
@@ -58,11 +57,13 @@ class VQATask:
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
-        for key, made in settings_of(store.provenance).items():
-            if made != (asked := getattr(settings.data, key)):
-                raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
+        asked = flat(settings)
+        for name, made in settings_of(store.provenance).items():
+            key = name if "." in name else f"data.{name}"
+            if key in asked and made != asked[key]:
+                raise InputError(f"{store.path}: made with {name} {made}, but {key} is {asked[key]}")
         splits, split = list(settings.train.splits), settings.train.validate_on
-        self.training = _trainable_questions(store, splits)
+        self.training = self._trainable_questions(splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
             why = "train.loss: bce trains towards the official accuracy, which is 0 where one answer is given"
             raise InputError(f"{why}, as to every question of {', '.join(splits)}; use soft or hard")
@@ -71,12 +72,34 @@ class VQATask:
             without = "train.validate_on=null trains without validation"
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
-            self.validation = store.table(split)
+            self.validation = self.table(store, settings, split)
             if not self.validation.given.size:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
         self.preprocessing = Preprocessing(store.image_size)
+
+    @classmethod
+    def table(cls, store: Store, settings: Settings, split: str) -> QuestionTable:
+        """Reads the questions of a split. Raises InputError if the h5 file is of another task, or damaged."""
+        sections = {key.partition(".")[0] for key in settings_of(store.provenance) if "." in key}
+        if settings.task not in (sections or {"vqa"}):
+            made_for = ", ".join(sections) or "vqa"
+            raise InputError(f"{store.path}: made for the task {made_for}, not {settings.task}; name another data.h5")
+        return store.table(split)
+
+    def _trainable_questions(self, splits: list[str]) -> QuestionTable:
+        """The questions whose images are there and to which a given answer is a class."""
+        store = self.store
+        tables = [self.table(store, self.settings, split) for split in splits]
+        for split, table in zip(splits, tables, strict=True):
+            if not table.given.size:
+                raise InputError(f"train.splits: split {split!r} has no annotations")
+        table = joined(tables)
+        kept = store.usable[table.images].reshape(len(table), -1).all(1) & (table.labels() >= 0).any(1)
+        if not kept.any():
+            raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
+        return table.select(np.flatnonzero(kept))
 
     def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
@@ -87,7 +110,7 @@ class VQATask:
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
         """This process's part of the training batches of an epoch, from batch `start` on."""
         return EpochSampler(
-            self.training.images,
+            self.training.images.reshape(len(self.training), -1)[:, 0],
             self.settings.train.batch_size,
             self.settings.seed,
             epoch,
@@ -97,12 +120,15 @@ class VQATask:
             start=start,
         )
 
-    def new_model(self, *, fresh: bool, say: Callable[[str], None], init_from: SavedModel | None = None) -> VQAModel:
+    def new_model(
+        self, *, fresh: bool, say: Callable[[str], None], init_from: SavedModel | None = None
+    ) -> ConditionedModel:
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
-        model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        settings, store, vocabulary = self.settings, self.store, self.store.tokenizer.get_vocab()
+        counts = {"answers": len(store.vocabulary), "categories": len(store.categories)}
+        model = build_model(settings, len(vocabulary), pretrained=fresh, **counts)
         if not fresh:
             return model
         if model.question is not None and model.question.fixed is not None:
@@ -115,72 +141,33 @@ class VQATask:
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
         taken = set()
         if init_from is not None:
-            taken = take_weights(model, init_from, vocabulary, self.store.vocabulary, say)
+            taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
         if model.condition == "mean_question" and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         return model
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The loss of a batch of logits [B, A] against the given answers: `mean`, or [B] with `none`."""
-        return answer_loss(logits, labels, self.settings.train.loss, reduction)
+        """The loss of a batch of logits [B, A] against the given answers [B, K]: `mean`, or [B] with `none`."""
+
+    @staticmethod
+    @abstractmethod
+    def accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
+        """The accuracy, 0 to 1, of one prediction for each question of the table, in its order."""
+
+    @staticmethod
+    def summary(accuracies: Sequence[float], table: QuestionTable, categories: Sequence[str]) -> Scores:  # noqa: ARG004
+        """The scores of a table's questions from the accuracy of each; `categories` are those of objects, if any."""
+        return summary(accuracies, table.answer_types, table.question_types)
 
     def score(self, classes: np.ndarray) -> Scores:
         """Scores one answer class for each question of the validation split, in its order."""
-        return score([self.store.vocabulary[class_] for class_ in classes], self.validation)
+        predictions = [self.store.vocabulary[class_] for class_ in classes]
+        return self.summary(self.accuracies(predictions, self.validation), self.validation, self.store.categories)
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs beside its weights."""
         store = self.store
-        saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
-
-
-def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none.
-
-    With `bce` it is binary for each answer, and summed over the answers.
-    """
-    targets = answer_targets(labels, logits.shape[1], kind)
-    if kind == "bce":
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
-        return losses if reduction == "none" else losses.mean()
-    # takes logits: its own softmax is the only one
-    return F.cross_entropy(logits, targets, reduction=reduction)
-
-
-def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
-    """The distribution over answer classes that a model is trained towards, or the score of each of them.
-
-    Args:
-        labels: classes of the given answers [B, K]: NO_ANSWER outside the vocabulary, NOT_GIVEN as padding.
-        answers: number of classes A.
-        kind: `soft` (counts clipped at 3, then normalised; the authors' code), `hard` (all on the most common
-            answer, the lowest class among equals) or `bce` (each class's official accuracy; Teney et al. 2018).
-
-    Returns:
-        float32 [B, A]; with `soft` and `hard` each row sums to 1 (to 0 if no given answer is in the vocabulary).
-    """
-    known = (labels >= 0).float()
-    counts = torch.zeros(len(labels), answers, device=labels.device)
-    counts.scatter_add_(1, labels.clamp(min=0), known)
-    if kind == "hard":
-        return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
-    if kind == "bce":
-        given = (labels != NOT_GIVEN).sum(1, keepdim=True)
-        # `vqa.metrics.accuracies`: for an annotator who gave the answer, one match fewer is among the others
-        total = counts * ((counts - 1) / 3).clamp(max=1) + (given - counts) * (counts / 3).clamp(max=1)
-        return total / given.clamp(min=1)
-    counts.clamp_(max=3)
-    return counts / counts.sum(1, keepdim=True).clamp(min=1)
-
-
-def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
-    """The questions whose image is there and to which a given answer is a class."""
-    tables = [store.table(split) for split in splits]
-    for split, table in zip(splits, tables, strict=True):
-        if not table.given.size:
-            raise InputError(f"train.splits: split {split!r} has no annotations")
-    table = joined(tables)
-    kept = store.usable[table.images] & (table.labels() >= 0).any(1)
-    if not kept.any():
-        raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
-    return table.select(np.flatnonzero(kept))
+        saved_model.save_companions(
+            folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing, store.categories
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.bad_images import check_any_exists
-from data.batches import FileImages, QuestionDataset
+from data.batches import FileImages, NoImages, QuestionDataset
 from data.h5_file import H5Images, Store
 from data.question_table import QuestionTable, question_table
 from data.vqa_files import read_questions
@@ -133,15 +133,21 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     if store is not None and (split in store.splits or split not in settings.data.splits):
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
-        table = store.table(split)
+        table = TASKS[settings.task].table(store, settings, split)
+        if store.categories != saved.categories:
+            raise InputError(f"{h5}: its categories of objects are not those of the model")
         if store.tokenizer.to_str() != saved.tokenizer.to_str():
             table = table.encoded_with(saved.tokenizer)
         if stand_ins := store.stand_ins([split]):
             print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are used")
-        return QuestionDataset(table, H5Images(h5))
+        return QuestionDataset(table, H5Images(h5) if settings.views else NoImages())
     if split not in settings.data.splits:
         raise InputError(
             f"{saved.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
+        )
+    if settings.task != "vqa":
+        raise InputError(
+            f"{h5}: holds no split {split!r}; the task {settings.task} is evaluated on what `preprocess` made"
         )
     files = split_files(settings)[split]
     if not files.questions.exists():

@@ -35,6 +35,8 @@ TRAIN = [
     (11, 1, "How many cats are there?", ["2"] * 6 + ["two"] * 4),
     (12, 2, "Is it day?", ["yes"] * 7 + ["no"] * 3),
 ]
+
+
 VAL = [(20, 3, "What zebra is the cat?", ["lilac"] * 10), (21, 3, "", ["yes"] * 10)]
 
 
@@ -54,11 +56,15 @@ ASKED = {  # of each image, by split: questions with the answers that their anno
     "val2014": [("Is the zebra a cat?", "no"), ("What color is the zebra?", "lilac")],
     "test2015": [("Is it a zebra?", ""), ("What is this?", "")],
 }
+
+
 COCO_IMAGES = {  # image ids by folder, with the mode and size of each JPEG
     "train2014": {9: ("RGB", (64, 48)), 25: ("L", (48, 64)), 30: ("CMYK", (50, 37))},
     "val2014": {42: ("RGB", (37, 50)), 73: ("L", (64, 64))},
     "test2015": {1: ("RGB", (64, 43)), 14: ("CMYK", (48, 64)), 16: ("L", (33, 50))},
 }
+
+
 COLOURS = {"RGB": (200, 40, 40), "L": 90, "CMYK": (200, 20, 20, 30)}
 
 
@@ -105,3 +111,29 @@ def write_vqa_v2(folder: Path) -> None:
             for q, i, text, answer in ids
         ]
         (folder / f"v2_mscoco_{name}_annotations.json").write_text(json.dumps(about | {"annotations": annotations}))
+
+
+def many(folder, count):
+    entries = [(n, n, f"what is {n}", ["yes"] * 10) for n in range(count)]
+    return {"train": write_split(folder, "train", entries)}
+
+
+KILLED_IN_A_FLUSH = """
+import os, sys
+from pathlib import Path
+from data.preprocess import preprocess
+from data.vqa_files import SplitFiles
+import data.preprocess
+data.preprocess._IMAGES_A_FLUSH = 16
+real, flushes = os.fsync, []
+def killed(file):
+    flushes.append(1)
+    if len(flushes) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    real(file)
+os.fsync = killed
+folder = Path(sys.argv[1])
+images = str(folder / "train_{image_id:012d}.png")
+splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
+preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, threads=1)
+"""

@@ -3,9 +3,10 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from data.scenes import games, large, photos, small
 from data.scenes.asking import MAX_QUESTIONS, SceneQuestion
 from data.scenes.draw import LOOKS, draw_scene
+from data.vqa_files import Question
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.processes import WorkerContext, naming_worker_limits
@@ -101,7 +103,7 @@ def write_world(
         if world == GAMES:
             _write_games(folder, split, asked)
         else:
-            _write_questions(folder, split, first_id, asked)
+            _write_asked(folder, split, first_id, asked)
         first_id += count
     write_json(file, made)
 
@@ -147,30 +149,58 @@ def _write_image(
     return asked
 
 
-@cache
-def _ten_answers(answer: str) -> list[dict[str, Any]]:
-    return [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
-
-
-def _write_questions(folder: Path, split: str, first_id: int, asked: Iterable[list[SceneQuestion]]) -> None:
-    """Write the two official files of a split; the ten answers to a question are equal."""
+def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequence[SceneQuestion]]) -> None:
+    """Write the two official files of a split of scenes; the ten answers to a question are equal."""
+    questions = [
+        Question(MAX_QUESTIONS * image_id + index, image_id, text, question_type, answer_type, (answer,) * 10)
+        for image_id, of_image in enumerate(asked, start=first_id)
+        for index, (question_type, answer_type, text, answer) in enumerate(of_image)
+    ]
     header = {
         "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
         "data_type": "scenes",
         "data_subtype": split,
         "license": {"url": "", "name": ""},
     }
-    questions, annotations = [], []
-    for image_id, of_image in enumerate(asked, start=first_id):
-        for index, (question_type, answer_type, text, answer) in enumerate(of_image):
-            ids = {"image_id": image_id, "question_id": 10 * image_id + index}
-            types = {"question_type": question_type, "answer_type": answer_type}
-            answers = {"multiple_choice_answer": answer, "answers": _ten_answers(answer)}
-            questions.append({**ids, "question": text})
-            annotations.append({**ids, **types, **answers})
-    content = {**header, "task_type": "Open-Ended", "questions": questions}
-    write_json(folder / f"{split}_questions.json", content, indent=None)
-    write_json(folder / f"{split}_annotations.json", {**header, "annotations": annotations}, indent=None)
+    files = folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
+    write_questions(files, questions, header, {"task_type": "Open-Ended"})
+
+
+def write_questions(
+    files: tuple[Path, Path], questions: Sequence[Question], header: Mapping[str, Any], task: Mapping[str, str]
+) -> None:
+    """Write the official files of a split: questions and annotations, both behind `header`, `task` only in the first.
+
+    One entry is written at a time: all of them as Python objects would take gigabytes for data of VQA's size.
+    """
+    asked = (
+        {"image_id": question.image_id, "question_id": question.question_id, "question": question.text}
+        for question in questions
+    )
+    annotated = (
+        {
+            "image_id": question.image_id,
+            "question_id": question.question_id,
+            "question_type": question.question_type,
+            "answer_type": question.answer_type,
+            "multiple_choice_answer": Counter(question.answers).most_common(1)[0][0],
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+                for number, answer in enumerate(question.answers, 1)
+            ],
+        }
+        for question in questions
+    )
+    for file, before, key, entries in (
+        (files[0], {**header, **task}, "questions", asked),
+        (files[1], header, "annotations", annotated),
+    ):
+        with written_whole(file) as aside, aside.open("w", encoding="utf-8") as opened:
+            opened.write(json.dumps({**before, key: []}).removesuffix("]}"))
+            opened.writelines(
+                (", " if row else "") + json.dumps(entry, ensure_ascii=False) for row, entry in enumerate(entries)
+            )
+            opened.write("]}\n")
 
 
 def _write_games(folder: Path, split: str, games_played: Iterable[dict[str, Any]]) -> None:

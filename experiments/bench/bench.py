@@ -6,24 +6,29 @@ compared between machines of a kind, milliseconds cannot.
 
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments.bench.loading import cache_rows, loading_rows, sharing_rows, waiting_rows
 from experiments.bench.scale import scale_rows
-from experiments.bench.step import TINY, Case, cases, memory_rows, step_rows
-from experiments.bench.vqa_sized_data import QUESTIONS
+from experiments.bench.setup import Measurement, Setup
+from experiments.bench.step import memory_rows, step_rows
 from experiments.report.tables import aligned, write_lines
 from experiments.training.run_directory import surroundings
 from vqa.devices import choose_device
 from vqa.io.errors import InputError
 
-PARTS = ("step", "memory", "sharing", "cache", "waiting", "loading", "scale")
-MOST_REPEATS = {"memory": 1, "cache": 3, "waiting": 1, "loading": 3, "scale": 3}  # of parts that take long
+PARTS: dict[str, tuple[Measurement, int]] = {  # with the most repeats, fewer for parts that take long
+    "step": (step_rows, 1_000),
+    "memory": (memory_rows, 1),
+    "sharing": (sharing_rows, 1_000),
+    "cache": (cache_rows, 3),
+    "waiting": (waiting_rows, 1),
+    "loading": (loading_rows, 3),
+    "scale": (scale_rows, 3),
+}
 
 
 def bench(
@@ -56,33 +61,14 @@ def bench(
     columns = {key: machine[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": machine["git_commit"]}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for part in parts or PARTS:
-            turns = min(repeats, MOST_REPEATS.get(part, repeats))
+            measured, most = PARTS[part]
+            turns = min(repeats, most)
             with redirect_stdout(io.StringIO()):  # what training and preprocessing say
-                results[part] = _measured(part, turns, chosen, Path(folder) / part, tiny, images)
+                results[part] = list(measured(Setup(chosen, tiny, Path(folder) / part, turns, images)))
             print(f"\n{part}\n{table_of(results[part])}", flush=True)
             if out is not None:
                 write_lines(out / f"bench_{part}.csv", [row | columns | {"repeats": turns} for row in results[part]])
     return {"machine": machine, "repeats": repeats, "parts": results}
-
-
-def _measured(
-    part: str, repeats: int, device: torch.device, folder: Path, tiny: bool, scale: int
-) -> list[dict[str, Any]]:
-    network, size, images = ("resnet10", 64, 16) if tiny else ("resnet50", 224, 128)
-    largest = Case("resnet10", 64, 2) if tiny else Case("resnet152", 448, 1)
-    steps = TINY if tiny else cases(device)
-    jpegs = 128 if tiny else 3072
-    questions, scale, training = ({"train": 2000, "val": 200}, 80, (2, 0)) if tiny else (QUESTIONS, scale, (50, 2))
-    measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "step": lambda: [row for case in steps for row in step_rows(case, repeats, device)],
-        "memory": lambda: memory_rows(largest, 24, device),
-        "sharing": lambda: sharing_rows(network, size, 16, repeats, device),
-        "cache": lambda: cache_rows(network, size, images, folder, repeats, device),
-        "waiting": lambda: waiting_rows(network, size, images // 2, 8, folder, device),
-        "loading": lambda: loading_rows(size, jpegs, folder, repeats),
-        "scale": lambda: scale_rows(questions, size, scale, *training, repeats, folder),
-    }
-    return measure[part]()
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:

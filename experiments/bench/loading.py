@@ -22,29 +22,31 @@ from data.batches import Batch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
 from experiments.bench.decoding import decode_alone
+from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import interleaved
 from experiments.bench.vqa_sized_data import write_coco_like
 from experiments.prepare import prepare
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import Trainer, train
 from experiments.training.trainer import prepare as prepare_training
+from experiments.training.trainer import train
 from vqa.io.images import decode_image
 from vqa.norms import Modulation
 from vqa.resnet import ModulatedResNet, StageMap
+from vqa.saved_model import save_weights
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
 RECIPE = Path(__file__).with_name("scenes.yaml")
 CPU = torch.device("cpu")
-Row = dict[str, Any]
 
 
-def sharing_rows(network: str, size: int, questions: int, repeats: int, device: torch.device) -> list[Row]:
+def sharing_rows(setup: Setup) -> Rows:
     """Questions a second, training and answering, with stages 3 and 4 conditioned, as more questions are on the same
     image: the first stages computed once an image (shared) or once a question.
     """
+    (network, size), questions, device = setup.network, 16, setup.device
     torch.manual_seed(0)
     net = ModulatedResNet(network, stages=(3, 4)).to(device, memory_format=torch.channels_last)
     width = sum(layer.channels for layer in net.layers)
@@ -58,7 +60,6 @@ def sharing_rows(network: str, size: int, questions: int, repeats: int, device: 
         y = net(images, Modulation(*deltas), places)
         return y.detach(), *torch.autograd.grad(y, deltas, torch.ones_like(y))
 
-    rows = []
     for together in (1, 2, 4, 8):
         images = torch.randn(questions // together, 3, size, size, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -66,13 +67,12 @@ def sharing_rows(network: str, size: int, questions: int, repeats: int, device: 
         row = {"network": network, "pixels": size, "batch": questions, "questions_an_image": together}
         for job, function in (("training", train_step), ("answering", answer)):
             ways = {"shared": partial(function, images, places), "not": partial(function, images[places], None)}
-            seconds = interleaved(ways, repeats, device)
+            seconds = interleaved(ways, setup.repeats, device)
             row[f"{job}_questions_a_second"] = round(questions / seconds["shared"], 2)
             row[f"{job}_not_shared"] = round(questions / seconds["not"], 2)
             row[f"{job}_times_faster"] = round(seconds["not"] / seconds["shared"], 2)
         errors = map(_largest_difference, train_step(images, places), train_step(images[places], None))
-        rows.append(row | {"largest_relative_difference": f"{max(errors):.1e}"})
-    return rows
+        yield row | {"largest_relative_difference": f"{max(errors):.1e}"}
 
 
 def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -80,45 +80,47 @@ def _largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def prepared_scenes(recipe: Path, folder: Path, device: torch.device, *words: str) -> Settings:
-    """Settings of a recipe on synthetic scenes in `folder` with a random network; makes the data where missing."""
-    here = (f"device={device}", f"data.folder={folder}/scenes", f"data.h5={folder}/scenes.h5", "backbone.weights=none")
+def prepared_scenes(setup: Setup, *words: str, recipe: Path = RECIPE) -> Settings:
+    """Settings of a recipe on synthetic scenes in the folder with a random network; makes the data where missing."""
+    scenes = f"{setup.folder}/scenes"
+    here = (f"device={setup.device}", f"data.folder={scenes}", f"data.h5={scenes}.h5", "backbone.weights=none")
     settings = load_settings(recipe, [*here, *words])
     prepare(settings)
     return settings
 
 
-def _network_words(network: str, size: int, images: int) -> tuple[str, ...]:
+def _network_words(setup: Setup, images: int) -> tuple[str, ...]:
+    network, size = setup.network
     return f"backbone.name={network}", f"data.image_size={size}", f"scenes.images={{train: {images}, val: 8}}"
 
 
-def cache_rows(network: str, size: int, images: int, folder: Path, repeats: int, device: torch.device) -> list[Row]:
+def cache_rows(setup: Setup) -> Rows:
     """An epoch of `train` with stage 4 conditioned, from cached feature maps and from images."""
+    images = setup.pick(16, 128)
     seconds: dict[str, list[float]] = {"images": [], "maps": []}
     losses = {}
-    for turn in range(repeats + 1):  # the first one fills the cache and does not count
+    for turn in range(setup.repeats + 1):  # the first one fills the cache and does not count
         for way, gib in (("images", 0), ("maps", 8)):
             words = (f"name={way}_{turn}", f"data.cache_gib={gib}", "cbn.stages=[4]")
-            settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
-            run = train(settings, runs=folder / "runs")
+            settings = prepared_scenes(setup, *_network_words(setup, images), *words)
+            run = train(settings, runs=setup.folder / "runs")
             line = json.loads((run.path / "metrics.jsonl").read_text(encoding="utf-8"))
             seconds[way].append(line["seconds"])
             losses[way] = line["train_loss"]
     from_images, from_maps = (median(values[1:]) for values in seconds.values())
-    return [
-        {
-            "network": network,
-            "pixels": size,
-            "questions": 4 * images,
-            "batch": 32,
-            "epoch_seconds_pictures": round(from_images, 2),
-            "epoch_seconds_maps": round(from_maps, 2),
-            "times_faster": round(from_images / from_maps, 2),
-            "train_loss_pictures": round(losses["images"], 6),
-            "train_loss_maps": round(losses["maps"], 6),
-            "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
-        }
-    ]
+    network, size = setup.network
+    yield {
+        "network": network,
+        "pixels": size,
+        "questions": 4 * images,
+        "batch": 32,
+        "epoch_seconds_pictures": round(from_images, 2),
+        "epoch_seconds_maps": round(from_maps, 2),
+        "times_faster": round(from_images / from_maps, 2),
+        "train_loss_pictures": round(losses["images"], 6),
+        "train_loss_maps": round(losses["maps"], 6),
+        "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
+    }
 
 
 def _half_precision_error(network: str, size: int) -> float:
@@ -131,27 +133,27 @@ def _half_precision_error(network: str, size: int) -> float:
         return _largest_difference(net(StageMap(3, stored.float())), net(images))
 
 
-def waiting_rows(network: str, size: int, images: int, batch: int, folder: Path, device: torch.device) -> list[Row]:
+def waiting_rows(setup: Setup) -> Rows:
     """The share of MODERN's training time (all stages) that is spent waiting for the next batch from the h5 file."""
-    rows = []
+    (network, size), batch = setup.network, 8
     for workers in (0, 2):
         words = (f"name=waiting_{workers}", f"workers={workers}", f"train.batch_size={batch}", "data.cache_gib=0")
-        settings = prepared_scenes(RECIPE, folder, device, *_network_words(network, size, images), *words)
-        steps, _, share = time_training(
-            prepare_training(VQATask(settings), RunDirectory(folder / settings.name), Processes())
-        )
+        settings = prepared_scenes(setup, *_network_words(setup, setup.pick(8, 64)), *words)
+        steps, _, share = time_training(settings, setup.folder / settings.name)
         row = {"network": network, "pixels": size, "batch": batch, "workers": workers, "steps": steps}
-        rows.append(row | {"share_waiting": round(share, 4)})
-    return rows
+        yield row | {"share_waiting": round(share, 4)}
 
 
-def time_training(trainer: Trainer, warm_up: int = 1, steps: int | None = None) -> tuple[int, float, float]:
-    """Train an epoch, or only so many steps of it.
+def time_training(
+    settings: Settings, run: Path, warm_up: int = 1, steps: int | None = None, save: bool = False
+) -> tuple[int, float, float]:
+    """Train an epoch, or only so many steps of it; with `save` the run directory then holds the model.
 
     Returns:
         The number of steps; of those after the warm-up, the seconds of a step and the share of waiting for batches.
     """
-    if trainer.settings.speed.compile:
+    trainer = prepare_training(VQATask(settings), RunDirectory(run), Processes())
+    if settings.speed.compile:
         trainer.model.resnet.compile()
     waited = 0.0
 
@@ -165,14 +167,17 @@ def time_training(trainer: Trainer, warm_up: int = 1, steps: int | None = None) 
 
     batches = timed(islice(trainer.batches(epoch=1), steps))
     ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
+    if save:
+        save_weights(trainer.run.model, trainer.model, {"trained_on": settings.train.splits})
     (start, waited_before), (end, waited_after) = ends[warm_up - 1], ends[-1]
     return len(ends), (end - start) / (len(ends) - warm_up), (waited_after - waited_before) / (end - start)
 
 
-def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row]:
+def loading_rows(setup: Setup) -> Rows:
     """Images a second: random batches from an h5 file and from the same JPEGs, in one process; `preprocess` and
     decoding alone, with as many processes. And the memory that reading from few and many images takes.
     """
+    (_, size), images, folder = setup.network, setup.pick(128, 3072), setup.folder
     splits = write_coco_like(folder, {"train": images}, {"train": images})
     files = sorted((folder / "train2014").iterdir())
     batch = np.random.default_rng(0).permutation(images)[:64]
@@ -184,15 +189,18 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row
         preprocess(splits, h5, **options, threads=processes)
 
     jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, processes)}
-    seconds = interleaved(jobs, repeats, CPU)
+    seconds = interleaved(jobs, setup.repeats, CPU)
     stored = H5Rows(h5, "images/pixels")
     reads = {
         "h5": lambda: np.stack([stored[row] for row in batch]),
         "jpeg": lambda: np.stack([decode_image(files[row], size) for row in batch]),
     }
-    seconds |= interleaved(reads, repeats, CPU)
-    rows = [
-        {
+    seconds |= interleaved(reads, setup.repeats, CPU)
+    for what, count, ours, other in (
+        ("random batch of 64: h5 file, JPEGs", 64, "h5", "jpeg"),
+        ("preprocess, decoding and resizing alone", images, "preprocess", "decode"),
+    ):
+        yield {
             "pixels": size,
             "images": images,
             "what": what,
@@ -200,15 +208,11 @@ def loading_rows(size: int, images: int, folder: Path, repeats: int) -> list[Row
             "images_a_second_beside": round(count / seconds[other], 1),
             "times_faster": round(seconds[other] / seconds[ours], 2),
         }
-        for what, count, ours, other in (
-            ("random batch of 64: h5 file, JPEGs", 64, "h5", "jpeg"),
-            ("preprocess, decoding and resizing alone", images, "preprocess", "decode"),
-        )
-    ]
-    return rows + [_memory_row(size, count, folder) for count in (1_000, 80_000)]
+    for count in (1_000, 80_000):
+        yield _memory_row(size, count, folder)
 
 
-def _memory_row(size: int, images: int, folder: Path) -> Row:
+def _memory_row(size: int, images: int, folder: Path) -> dict[str, Any]:
     """Measure the memory that reading 2 000 random rows of a sparse file of so many images adds to this process."""
     path = folder / f"{images}.h5"
     with h5py.File(path, "w", locking=False) as file:

@@ -22,7 +22,8 @@ from data.preprocess import preprocess
 from data.question_table import question_table
 from data.vqa_files import SplitFiles, read_questions
 from experiments.bench.decoding import decode_alone
-from experiments.bench.vqa_sized_data import write_coco_like
+from experiments.bench.setup import Rows, Setup
+from experiments.bench.vqa_sized_data import QUESTIONS, write_coco_like
 from vqa.io.files import check_room
 from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import train_tokenizer
@@ -31,26 +32,19 @@ RECIPE = Path(__file__).with_name("scale.yaml")
 _JPEG_BYTES = 165_000
 
 
-def scale_rows(
-    questions: Mapping[str, int], size: int, images: int, steps: int, workers: int, repeats: int, folder: Path
-) -> list[dict[str, Any]]:
-    """Measure time, memory and size of the jobs with a quarter of the images and with all of them.
+def scale_rows(setup: Setup) -> Rows:
+    """Time, memory and size of the jobs with a quarter of the images and with all of them; a fifth of these is val's.
 
-    Args:
-        questions: number of questions of train and val.
-        size: side of the stored images, pixels.
-        images: number of images; a fifth of them is val's.
-        steps: steps of training, 64 questions each.
-        workers: processes that prepare batches.
-        repeats: turns of `preprocess` and of decoding alone; the row of each is the one of the median time.
-        folder: where everything is made.
+    `preprocess` and decoding alone take `repeats` turns, and the row of each is the one of the median time.
 
     Raises:
         InputError: the disk has no room.
     """
+    (_, size), folder = setup.network, setup.folder
+    questions, images = setup.pick(({"train": 2000, "val": 200}, 80), (QUESTIONS, setup.images))
+    steps, workers = setup.pick((2, 0), (50, 2))  # of training, 64 questions each; processes that prepare batches
     needed = images * (_JPEG_BYTES + 3 * size**2) + 2000 * sum(questions.values())
     check_room(folder / "raw", needed, "take fewer --images")
-    rows = []
     for count in (images // 4, images):
         here = folder / str(count)
         raw, h5, run = here / "raw", here / "data.h5", here / "run"
@@ -68,14 +62,15 @@ def scale_rows(
         if count < images:  # the others do not depend on the number of images, or would take long
             jobs = {name: job for name, job in jobs.items() if name.startswith(("preprocess", "train"))}
         told = {name: [measured(*job)] for name, job in jobs.items()}
-        for name in [name for _ in range(repeats - 1) for name in ("decoding alone", "preprocess") if name in jobs]:
+        for name in [
+            name for _ in range(setup.repeats - 1) for name in ("decoding alone", "preprocess") if name in jobs
+        ]:
             told[name].append(measured(*jobs[name]))
         for name, several in told.items():
             row = {"job": name, "images": count, "questions": sum(questions.values()), "pixels": size}
             row |= sorted(several, key=itemgetter("seconds"))[len(several) // 2]
-            rows.append(row | {"file_mb": round(h5.stat().st_size / 1e6, 1) if name == "preprocess" else None})
+            yield row | {"file_mb": round(h5.stat().st_size / 1e6, 1) if name == "preprocess" else None}
         shutil.rmtree(here)
-    return rows
 
 
 def measured(job: Callable[..., int], *arguments: Any) -> dict[str, Any]:
@@ -140,17 +135,10 @@ def _preprocess(h5: Path, words: Sequence[str]) -> int:
 
 def _train(run: Path, words: Sequence[str], steps: int) -> int:
     from experiments.bench.loading import time_training
-    from experiments.process_group import Processes
-    from experiments.tasks.vqa import VQATask
-    from experiments.training.run_directory import RunDirectory
-    from experiments.training.trainer import prepare
-    from vqa.saved_model import save_weights
     from vqa.settings.recipes import load_settings
 
     settings = load_settings(RECIPE, [*words, "data.cache_gib=0"])
-    trainer = prepare(VQATask(settings), RunDirectory(run), Processes())
-    time_training(trainer, steps=steps)
-    save_weights(trainer.run.model, trainer.model, {"trained_on": ["train"]})
+    time_training(settings, run, steps=steps, save=True)
     return steps * settings.train.batch_size
 
 

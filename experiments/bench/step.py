@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.bench.setup import Rows, Setup
 from vqa.backbone import build_resnet
 from vqa.cbn import ModulationPredictor
 from vqa.devices import autocast
@@ -44,9 +45,11 @@ class Case(NamedTuple):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def cases(device: torch.device) -> tuple[Case, ...]:
+def cases(setup: Setup) -> tuple[Case, ...]:
     """The networks and sizes of the paper, with batches and precision that suit a CPU or a GPU."""
-    if device.type == "cuda":
+    if setup.tiny:
+        return Case("resnet10", 64, 2, precision="bfloat16"), Case("resnet10", 64, 2, channels_last=False)
+    if setup.device.type == "cuda":
         half = "bfloat16"
         return (
             Case("resnet50", 224, 64, precision=half, compiled=True),
@@ -64,9 +67,6 @@ def cases(device: torch.device) -> tuple[Case, ...]:
         Case("resnet152", 224, 4),
         Case("resnet152", 448, 1),
     )
-
-
-TINY = (Case("resnet10", 64, 2, precision="bfloat16"), Case("resnet10", 64, 2, channels_last=False))
 
 
 class _Usual(nn.Module):
@@ -139,8 +139,14 @@ def _inputs(case: Case, device: torch.device) -> list[Tensor]:
     return [part.requires_grad_() for part in parts]
 
 
-def step_rows(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return a row for each way: milliseconds (medians), bytes kept, and the ratio of ours to it."""
+def step_rows(setup: Setup) -> Rows:
+    """Yield the rows of every case."""
+    for case in cases(setup):
+        yield from rows_of(case, setup.repeats, setup.device)
+
+
+def rows_of(case: Case, repeats: int, device: torch.device) -> Rows:
+    """Yield a row for each way: milliseconds (medians), bytes kept, and the ratio of ours to it."""
     torch.manual_seed(0)
     ways, inputs = _ways(case, device), _inputs(case, device)
 
@@ -155,8 +161,8 @@ def step_rows(case: Case, repeats: int, device: torch.device) -> list[dict[str, 
     )
     peaks = {way: peak_mib(partial(run, way, True), device) for way in ways}
     kept = {way: _kept_bytes(function, inputs, case.precision) for way, function in ways.items()}
-    return [
-        {
+    for way in ways:
+        yield {
             "network": case.network,
             "pixels": case.size,
             "batch": case.batch,
@@ -171,8 +177,6 @@ def step_rows(case: Case, repeats: int, device: torch.device) -> list[dict[str, 
             "ours_kept": round(kept["ours"] / kept[way], 3),
             "peak_mib": peaks[way],
         }
-        for way in ways
-    ]
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -213,34 +217,31 @@ def _kept_bytes(way: Way, inputs: Sequence[Tensor], precision: str) -> float:
     return sum(kept.values()) / batch
 
 
-def memory_rows(case: Case, gib: float, device: torch.device) -> list[dict[str, Any]]:
-    """Compute from exact bytes the largest batch of MODERN that fits into `gib` of GPU memory.
+def memory_rows(setup: Setup) -> Rows:
+    """Compute from exact bytes the largest batch of MODERN that fits into 24 GiB of GPU memory.
 
     What does not grow with the batch: the network, the predicting MLPs with gradients and Adam's two moments, 1 GiB for
     the device itself. What does: the bytes kept an image, and three of the largest maps, which exist for a moment.
     """
+    case, gib = setup.pick(Case("resnet10", 64, 2), Case("resnet152", 448, 1)), 24
     torch.manual_seed(0)
-    ways, inputs = _ways(case, device), _inputs(case, device)
+    ways, inputs = _ways(case, setup.device), _inputs(case, setup.device)
     net = ModulatedResNet(case.network)
     names, channels = [layer.name for layer in net.layers], [layer.channels for layer in net.layers]
     predictor = ModulationPredictor(1024, names, channels, 512, gamma=True, beta=True)
     network, predicting = (sum(parameter.numel() for parameter in part.parameters()) for part in (net, predictor))
     fixed = 4 * network + 16 * predicting + GIB
-    rows = []
     for precision, width in (("float32", 4), ("bfloat16", 2)):
         largest = width * 4 * inputs[0][0].numel()
         for way in ("ours", "usual", "stacked"):
             kept = _kept_bytes(ways[way], inputs, precision)
-            rows.append(
-                {
-                    "network": case.network,
-                    "pixels": case.size,
-                    "precision": precision,
-                    "way": way,
-                    "kept_mib_an_image": round(kept / 2**20, 1),
-                    "fixed_gib": round(fixed / GIB, 2),
-                    "memory_gib": gib,
-                    "largest_batch": int((gib * GIB - fixed) / (kept + 3 * largest)),
-                }
-            )
-    return rows
+            yield {
+                "network": case.network,
+                "pixels": case.size,
+                "precision": precision,
+                "way": way,
+                "kept_mib_an_image": round(kept / 2**20, 1),
+                "fixed_gib": round(fixed / GIB, 2),
+                "memory_gib": gib,
+                "largest_batch": int((gib * GIB - fixed) / (kept + 3 * largest)),
+            }

@@ -4,8 +4,6 @@ For measuring what a run of that size costs. The images are noise with the spect
 w1, …, so there is nothing to learn.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.scenes.write import in_order
+from data.scenes.write import in_order, write_questions
 from data.vqa_files import Question, SplitFiles
 from vqa.io.progress import progress
 
@@ -58,8 +56,7 @@ def write_coco_like(
         for _ in progress(in_order(_write_image, numbered, processes), count, "images"):
             pass
         sampled = sample_questions(questions[split], image_ids, first_question)
-        _write(files.questions, "questions", map(_asked, sampled))
-        _write(files.annotations, "annotations", map(_annotated, sampled))
+        write_questions((files.questions, files.annotations), sampled, {}, {})
         first_image, first_question = first_image + count, first_question + questions[split]
     return splits
 
@@ -79,32 +76,6 @@ def _noise() -> np.ndarray:
     noise = np.fft.irfft2(white * frequency**-1.1)
     grey, *colours = noise / noise.std((1, 2), keepdims=True)
     return np.clip(118 + 50 * grey[..., None] + 22 * np.stack(colours, -1), 0, 255).astype(np.uint8)
-
-
-def _write(file: Path, key: str, entries: Iterable[dict[str, Any]]) -> None:
-    """Write one entry at a time: all of them as Python objects would take gigabytes."""
-    with file.open("w", encoding="utf-8") as opened:
-        opened.write(f'{{"{key}": [')
-        opened.writelines((", " if row else "") + json.dumps(entry) for row, entry in enumerate(entries))
-        opened.write("]}\n")
-
-
-def _asked(question: Question) -> dict[str, Any]:
-    return {"image_id": question.image_id, "question_id": question.question_id, "question": question.text}
-
-
-def _annotated(question: Question) -> dict[str, Any]:
-    return {
-        "image_id": question.image_id,
-        "question_id": question.question_id,
-        "question_type": question.question_type,
-        "answer_type": question.answer_type,
-        "multiple_choice_answer": Counter(question.answers).most_common(1)[0][0],
-        "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": number}
-            for number, answer in enumerate(question.answers, 1)
-        ],
-    }
 
 
 def sample_questions(count: int, image_ids: Sequence[int], first_id: int) -> list[Question]:

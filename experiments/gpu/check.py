@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from experiments import ROOT
 from experiments.bench.bench import table_of
+from experiments.bench.setup import Measurement, Setup
 from experiments.gpu import fast, right
-from experiments.gpu.right import Check
 from experiments.report.results import keep_evidence
 from experiments.suite import load_suite
 from experiments.training.run_directory import surroundings
@@ -34,7 +34,7 @@ from vqa.io.files import read_json, write_json, written_whole
 class Step(NamedTuple):
     """What a step runs, and the seconds that it may take."""
 
-    rows: Callable[[Check], Iterable[dict[str, Any]]]
+    rows: Measurement
     seconds: float
 
 
@@ -49,7 +49,7 @@ CORRECTNESS = {  # nothing is timed, so that several of them may run at a time
 }
 SPEED = {
     "ceilings": Step(fast.ceilings_rows, 30),
-    "step": Step(fast.step_rows, 180),
+    "step": Step(fast.uncompiled_rows, 180),
     "operation": Step(fast.operation_rows, 60),
     "compiled": Step(fast.compiled_rows, 180),
     "epoch": Step(fast.epoch_rows, 180),
@@ -145,7 +145,7 @@ def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str,
     return result
 
 
-def _write_rows(file: Path, rows: Callable[[Check], Iterable[dict[str, Any]]], device: str, tiny: bool) -> None:
+def _write_rows(file: Path, rows: Measurement, device: str, tiny: bool) -> None:
     """Write a step's file anew with each row; everything printed goes to the log."""
     with file.with_name("log.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -161,7 +161,7 @@ def _write_rows(file: Path, rows: Callable[[Check], Iterable[dict[str, Any]]], d
     write("running")
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            for row in rows(Check(chosen, tiny, Path(folder))):
+            for row in rows(Setup(chosen, tiny, Path(folder), repeats=1 if tiny else 7)):
                 written.append(row)
                 write("running")
     except Exception:  # whatever it is, the other steps run

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from experiments.bench import step
-from experiments.bench.loading import RECIPE, prepared_scenes, time_training
-from experiments.bench.step import interleaved, peak_mib
-from experiments.gpu.right import CONFIG, Check, Rows, normalised, random_model
-from experiments.process_group import Processes
-from experiments.tasks.vqa import VQATask, answer_loss
+from experiments.bench.loading import prepared_scenes, time_training
+from experiments.bench.setup import Rows, Setup
+from experiments.bench.step import cases, interleaved, peak_mib, rows_of
+from experiments.gpu.right import CONFIG, normalised, random_model
+from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
-from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare
 from vqa.kernels.modulate import modulate
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
@@ -25,43 +22,43 @@ from vqa.settings.schema import Settings
 QUESTIONS_OF_20_EPOCHS = 20 * 248_349  # VQA v1, as long as the paper trains
 
 
-def ceilings_rows(check: Check) -> Rows:
+def ceilings_rows(setup: Setup) -> Rows:
     """What the device can do: copying in its memory, bfloat16 products."""
-    elements, width = check.pick((2**20, 256), (2**31, 8192))
-    source = torch.randn(elements // 2, device=check.device).to(torch.bfloat16)
+    elements, width = setup.pick((2**20, 256), (2**31, 8192))
+    source = torch.randn(elements // 2, device=setup.device).to(torch.bfloat16)
     target = torch.empty_like(source)
-    left, right = (torch.randn(width, width, device=check.device, dtype=torch.bfloat16) for _ in "ab")
+    left, right = (torch.randn(width, width, device=setup.device, dtype=torch.bfloat16) for _ in "ab")
     jobs = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    seconds = interleaved(jobs, check.pick(1, 10), check.device)
+    seconds = interleaved(jobs, setup.pick(1, 10), setup.device)
     copied, computed = 2 * source.nbytes / seconds["copy"], 2 * width**3 / seconds["product"]
     yield {"what": "copy, read and written, GB/s", "value": round(copied / 1e9, 1)}
     yield {"what": f"bfloat16 product of {width}, TFLOP/s", "value": round(computed / 1e12, 1)}
 
 
-def operation_rows(check: Check) -> Rows:
+def operation_rows(setup: Setup) -> Rows:
     """The operation alone, forward and backward with a residual and a ReLU: fused, composed, composed and compiled; and
     the share of the copy speed that the bytes it must move come to. Maps are so large that launching costs nothing.
     """
-    copy = next(ceilings_rows(check))["value"] * 1e9
+    copy = next(ceilings_rows(setup))["value"] * 1e9
     composed = partial(modulate, relu=True, fused=False)
     ways = {
         "fused": partial(modulate, relu=True),
         "composed": composed,
-        "compiled": torch.compile(composed, backend=check.pick("aot_eager", "inductor"), dynamic=False),
+        "compiled": torch.compile(composed, backend=setup.pick("aot_eager", "inductor"), dynamic=False),
     }
-    runs = check.pick(1, 10)
+    runs = setup.pick(1, 10)
 
     def run(way: Callable[..., Tensor], parts: list[Tensor], gradient: Tensor) -> None:
         for _ in range(runs):  # in a row, so that launching hides behind work
             torch.autograd.grad(way(*parts), parts, gradient)
 
-    for shape in check.pick([(2, 16, 8, 8)], [(256, 256, 56, 56), (1024, 1024, 14, 14), (2048, 2048, 7, 7)]):
-        maps = [torch.randn(shape, device=check.device, dtype=torch.bfloat16) for _ in ("x", "residual", "gradient")]
+    for shape in setup.pick([(2, 16, 8, 8)], [(256, 256, 56, 56), (1024, 1024, 14, 14), (2048, 2048, 7, 7)]):
+        maps = [torch.randn(shape, device=setup.device, dtype=torch.bfloat16) for _ in ("x", "residual", "gradient")]
         x, residual, gradient = (part.to(memory_format=torch.channels_last) for part in maps)
-        scale, shift = (torch.randn(shape[:2], device=check.device) for _ in "ab")
+        scale, shift = (torch.randn(shape[:2], device=setup.device) for _ in "ab")
         parts = [part.requires_grad_() for part in (x, scale, shift, residual)]
         jobs = {name: partial(run, way, parts, gradient) for name, way in ways.items()}
-        seconds = {name: s / runs for name, s in interleaved(jobs, check.pick(1, 7), check.device).items()}
+        seconds = {name: s / runs for name, s in interleaved(jobs, setup.repeats, setup.device).items()}
         # forward x, residual, y; backward gradient, x, and the gradients of x and residual; a bit an element twice
         moved = 7 * x.numel() * x.element_size() + x.numel() / 4
         yield {
@@ -72,24 +69,24 @@ def operation_rows(check: Check) -> Rows:
         }
 
 
-def step_rows(check: Check) -> Rows:
+def uncompiled_rows(setup: Setup) -> Rows:
     """`bench step` without the compiled ways."""
-    for case in step.TINY if check.tiny else step.cases(check.device):
-        yield from step.step_rows(case._replace(compiled=False), check.pick(1, 7), check.device)
+    for case in cases(setup):
+        yield from rows_of(case._replace(compiled=False), setup.repeats, setup.device)
 
 
-def compiled_rows(check: Check) -> Rows:
+def compiled_rows(setup: Setup) -> Rows:
     """The cases of `bench step` that have compiled ways."""
-    for case in () if check.tiny else step.cases(check.device):
+    for case in cases(setup):
         if case.compiled:
-            yield from step.step_rows(case, 7, check.device)
+            yield from rows_of(case, setup.repeats, setup.device)
 
 
-def epoch_rows(check: Check) -> Rows:
+def epoch_rows(setup: Setup) -> Rows:
     """Questions a second of the recipes for VQA v1, by the trainer itself from an h5 file of synthetic scenes; hence
     the hours of a run on VQA v1.
     """
-    workers = check.pick(0, max((os.cpu_count() or 2) // 2, 1))
+    workers = setup.pick(0, max((os.cpu_count() or 2) // 2, 1))
     recipes = (
         ("modern", ["precision=bfloat16"]),
         ("modern", ["precision=bfloat16", "train.batch_size=128"]),
@@ -99,20 +96,18 @@ def epoch_rows(check: Check) -> Rows:
         ("modern", []),
         ("modern_448", ["precision=bfloat16"]),
     )
-    for number, (recipe, differences) in enumerate(recipes[:1] if check.tiny else recipes):
-        size = check.pick(64, 448 if recipe == "modern_448" else 224)
-        images, network = check.pick((16, "resnet10"), (500 if size == 448 else 1200, "resnet50"))
+    for number, (recipe, differences) in enumerate(recipes[:1] if setup.tiny else recipes):
+        size = setup.pick(64, 448 if recipe == "modern_448" else 224)
+        images, network = setup.pick((16, "resnet10"), (500 if size == 448 else 1200, "resnet50"))
         scenes = prepared_scenes(
-            RECIPE,
-            check.folder / str(size),
-            check.device,
+            setup._replace(folder=setup.folder / str(size)),
             f"data.image_size={size}",
             f"scenes.images={{train: {images}, val: 8}}",
             f"data.processes={workers or 1}",
             "data.answers=2000",  # as the recipes
         )
         words = [
-            f"device={check.device}",
+            f"device={setup.device}",
             f"workers={workers}",
             f"data.folder={scenes.data.folder}",
             f"data.h5={scenes.data.h5}",
@@ -123,12 +118,12 @@ def epoch_rows(check: Check) -> Rows:
             "backbone.weights=none",
             "question.glove=null",
             "train.validate_on=null",
-            *check.pick(["train.batch_size=8"], []),
+            *setup.pick(["train.batch_size=8"], []),
             *differences,
         ]
         settings = load_settings(CONFIG / "vqa_v1" / f"{recipe}.yaml", words)
-        trainer = prepare(VQATask(settings), RunDirectory(check.folder / f"run_{number}"), Processes())
-        _, seconds, share = time_training(trainer, *check.pick((1, 3), (8, 60)))
+        run = setup.folder / f"run_{number}"
+        _, seconds, share = time_training(settings, run, *setup.pick((1, 3), (8, 60)))
         rate = settings.train.batch_size / seconds
         yield {
             "recipe": recipe,
@@ -142,23 +137,29 @@ def epoch_rows(check: Check) -> Rows:
         }
 
 
-def largest_rows(check: Check) -> Rows:
+def largest_rows(setup: Setup) -> Rows:
     """The largest batch of MODERN-152 at 448 px in bfloat16: estimated from the peak memory of two batches, then tried;
     on a CPU a step is taken and nothing measured.
     """
-    network = check.pick(["backbone.name=resnet10", "data.image_size=64"], ["backbone.name=resnet152"])
-    words = [*network, "backbone.weights=none", "question.glove=null", "precision=bfloat16", f"device={check.device}"]
+    network = setup.pick(["backbone.name=resnet10", "data.image_size=64"], ["backbone.name=resnet152"])
+    words = [
+        *network,
+        "backbone.weights=none",
+        "question.glove=null",
+        "precision=bfloat16",
+        f"device={setup.device}",
+    ]
     settings = load_settings(CONFIG / "vqa_v1" / "modern_448.yaml", words)
-    if check.device.type != "cuda":
-        _train(settings, 2, check.device)
+    if setup.device.type != "cuda":
+        _train(settings, 2, setup.device)
         return
 
     def peak(batch: int) -> float:
-        return peak_mib(partial(_train, settings, batch, check.device), check.device)
+        return peak_mib(partial(_train, settings, batch, setup.device), setup.device)
 
     few, more = peak(4), peak(12)
     an_image = (more - few) / 8
-    available = torch.cuda.mem_get_info(check.device)[1] / 2**20 * 0.97
+    available = torch.cuda.mem_get_info(setup.device)[1] / 2**20 * 0.97
     batch, largest = int((available - (few - 4 * an_image)) / an_image), None
     while largest is None:
         try:

@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from experiments import ROOT
 from experiments.bench.loading import prepared_scenes
+from experiments.bench.setup import Rows, Setup
 from experiments.evaluate import evaluate
 from experiments.features.compare import compare_features
 from experiments.recalibrate import recalibrate
@@ -37,18 +37,6 @@ from vqa.settings.schema import Settings
 
 CONFIG = ROOT / "config"
 MAIN = ROOT / "main.py"
-Rows = Iterator[dict[str, Any]]
-
-
-class Check(NamedTuple):
-    """What a step is given."""
-
-    device: torch.device
-    tiny: bool  # small sizes, to show on a CPU in minutes that it runs
-    folder: Path  # for data and runs of its own
-
-    def pick(self, tiny: Any, real: Any) -> Any:
-        return tiny if self.tiny else real
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -64,9 +52,9 @@ def check_error(name: str, error: float, bound: float) -> str:
     return f"{error:.1e}"
 
 
-def modulate_rows(check: Check) -> Rows:
+def modulate_rows(setup: Setup) -> Rows:
     """`modulate` forward and backward: types, layouts, odd sizes, with and without a residual and a ReLU."""
-    shapes = check.pick(
+    shapes = setup.pick(
         [(2, 5, 3, 7), (1, 33, 4, 4)], [(2, 5, 3, 7), (3, 64, 56, 56), (4, 160, 13, 29), (8, 2048, 7, 7)]
     )
     layouts = (torch.contiguous_format, torch.channels_last)
@@ -75,7 +63,7 @@ def modulate_rows(check: Check) -> Rows:
     for kind, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         worst: dict[str, float] = {}
         for case in cases:
-            for name, error in _errors_of_modulate(check.device, kind, *case).items():
+            for name, error in _errors_of_modulate(setup.device, kind, *case).items():
                 worst[name] = max(worst.get(name, 0.0), error)
         errors = {name: check_error(f"{kind}, {name}", error, bound) for name, error in worst.items()}
         yield {"type": str(kind).removeprefix("torch."), "cases": len(cases), **errors}
@@ -107,23 +95,23 @@ def _errors_of_modulate(
     return dict(zip(("y", *parts), map(relative_error, found, expected), strict=True))
 
 
-def deltas_rows(check: Check) -> Rows:
+def deltas_rows(setup: Setup) -> Rows:
     """The deltas of all norms in one batched product and in one product a norm, against float64."""
-    network, size, hidden = check.pick(("resnet10", 32, 16), ("resnet50", 1024, 512))
+    network, size, hidden = setup.pick(("resnet10", 32, 16), ("resnet50", 1024, 512))
     layers = ModulatedResNet(network).layers
     mlps = DeltaMLPs(size, [layer.name for layer in layers], [layer.channels for layer in layers], hidden)
     condition = torch.randn(8, size)
     exact = mlps.double()(condition.double())
-    mlps.float().to(check.device)
-    inside = torch.relu(nn.functional.linear(condition.to(check.device), mlps.hidden_weight, mlps.hidden_bias))
+    mlps.float().to(setup.device)
+    inside = torch.relu(nn.functional.linear(condition.to(setup.device), mlps.hidden_weight, mlps.hidden_bias))
     for name, way in (("one product", mlps._in_one_product), ("a product a norm", mlps._one_by_one)):
         error = check_error(name, relative_error(way(inside) + mlps.bias, exact), 1e-4)
         yield {"way": name, "norms": len(layers), "error": error}
 
 
-def network_rows(check: Check) -> Rows:
+def network_rows(setup: Setup) -> Rows:
     """The whole network with deltas, fused and composed, against float64: its map and the gradients of the deltas."""
-    name, size = check.pick(("resnet10", 64), ("resnet50", 224))
+    name, size = setup.pick(("resnet10", 64), ("resnet50", 224))
     net, inputs = _net_and_inputs(name, size)
     for norm in net.batch_norms():  # as after a training, not mean 0 and variance 1
         norm.running_var.uniform_(0.5, 2.0)
@@ -132,7 +120,7 @@ def network_rows(check: Check) -> Rows:
     composed.load_state_dict(net.state_dict())
     exact = _map_and_gradients(composed.double(), inputs, torch.device("cpu"))
     for way, network in (("fused", net), ("composed", composed.float())):
-        found = _map_and_gradients(network, inputs, check.device)
+        found = _map_and_gradients(network, inputs, setup.device)
         errors = map(relative_error, found, exact)
         parts = {
             part: check_error(f"{way}, {part}", error, 1e-3)
@@ -141,14 +129,14 @@ def network_rows(check: Check) -> Rows:
         yield {"way": way, **parts}
 
 
-def compile_rows(check: Check) -> Rows:
+def compile_rows(setup: Setup) -> Rows:
     """The compiled network against the network, forward and backward."""
-    name, size = check.pick(("resnet10", 64), ("resnet18", 128))
+    name, size = setup.pick(("resnet10", 64), ("resnet18", 128))
     net, inputs = _net_and_inputs(name, size)
     start = time.monotonic()
-    expected = _map_and_gradients(net, inputs, check.device)
-    net.compile(backend=check.pick("aot_eager", "inductor"))
-    found = _map_and_gradients(net, inputs, check.device)
+    expected = _map_and_gradients(net, inputs, setup.device)
+    net.compile(backend=setup.pick("aot_eager", "inductor"))
+    found = _map_and_gradients(net, inputs, setup.device)
     error = check_error("compiled", max(map(relative_error, found, expected)), 1e-3)
     yield {"network": name, "error": error, "seconds": round(time.monotonic() - start, 1)}
 
@@ -172,70 +160,70 @@ def _map_and_gradients(net: ModulatedResNet, inputs: Sequence[Tensor], device: t
         return [y, *torch.autograd.grad(y, deltas, y.detach())]
 
 
-def _small_settings(check: Check, *words: str) -> Settings:
+def _small_settings(setup: Setup, *words: str) -> Settings:
     """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
-    batch, images, val = check.pick((8, 8, 8), (64, 400, 100))
+    batch, images, val = setup.pick((8, 8, 8), (64, 400, 100))
     size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", "precision=bfloat16")
-    return prepared_scenes(CONFIG / "demo.yaml", check.folder, check.device, *size, *words)
+    return prepared_scenes(setup, *size, *words, recipe=CONFIG / "demo.yaml")
 
 
-def commands_rows(check: Check) -> Rows:
+def commands_rows(setup: Setup) -> Rows:
     """Train in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the CPU in
     float32 `eval` must give nearly the same answers.
     """
-    run, on_cpu = train(_small_settings(check), runs=check.folder / "runs").path, check.folder / "on_cpu"
+    run, on_cpu = train(_small_settings(setup), runs=setup.folder / "runs").path, setup.folder / "on_cpu"
     scores = evaluate(run, "val")
     evaluate(run, "val", on_cpu, ["device=cpu", "precision=float32", "workers=0"])
     found, expected = (json.loads((folder / "results_val.json").read_text()) for folder in (run, on_cpu))
     agree = sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
     if agree < 0.9:
         raise AssertionError(f"only {agree:.2f} of the answers are those of the CPU")
-    image, question = next((check.folder / "scenes" / "val").glob("*.png")), "what color is the circle?"
-    saved = load_model(run, check.device)
+    image, question = next((setup.folder / "scenes" / "val").glob("*.png")), "what color is the circle?"
+    saved = load_model(run, setup.device)
     here, there = (loaded.ask(image, question, 1)[0]["probability"] for loaded in (saved, load_model(run)))
     layers = saved.inspect(image, question)["layers"]
-    compare_features([run], "val", check.folder / "features", pairs=check.pick(40, 200))
+    compare_features([run], "val", setup.folder / "features", pairs=setup.pick(40, 200))
     yield {
         "val_overall": scores["overall"],
         "answers_as_on_cpu": round(agree, 3),
         "ask_difference": check_error("ask", abs(here - there), 1e-2),
         "layers_inspected": len(layers),
-        "questions_recalibrated_on": recalibrate(run, check.folder / "recalibrated", "train", [], batches=2),
+        "questions_recalibrated_on": recalibrate(run, setup.folder / "recalibrated", "train", [], batches=2),
     }
 
 
-def resume_rows(check: Check) -> Rows:
+def resume_rows(setup: Setup) -> Rows:
     """End a bfloat16 training by SIGTERM in its second epoch and resume it: the loss is that of one which was not."""
     words = ("train.checkpoint_every=1", "train.epochs=3")
-    train(_small_settings(check, "name=whole", *words), runs=check.folder / "runs")
-    recipe = check.folder / "resumed.yaml"
-    _small_settings(check, "name=resumed", *words).save(recipe)
+    train(_small_settings(setup, "name=whole", *words), runs=setup.folder / "runs")
+    recipe = setup.folder / "resumed.yaml"
+    _small_settings(setup, "name=resumed", *words).save(recipe)
     command = [sys.executable, str(MAIN), "train", "--config", str(recipe), "--resume"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=check.folder, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/"):
                 process.send_signal(signal.SIGTERM)
     if process.returncode not in (143, -signal.SIGTERM):
         raise AssertionError(f"ended with {process.returncode}, not by the signal")
-    interrupted = _last_metrics(check, "resumed")["epoch"]
-    subprocess.run(command, cwd=check.folder, check=True, stdout=subprocess.DEVNULL)
-    loss, resumed = (_last_metrics(check, name)["train_loss"] for name in ("whole", "resumed"))
+    interrupted = _last_metrics(setup, "resumed")["epoch"]
+    subprocess.run(command, cwd=setup.folder, check=True, stdout=subprocess.DEVNULL)
+    loss, resumed = (_last_metrics(setup, name)["train_loss"] for name in ("whole", "resumed"))
     # a GPU adds up in another order each time
-    difference = check_error("training loss", abs(loss - resumed) / loss, 0 if check.device.type == "cpu" else 0.05)
+    difference = check_error("training loss", abs(loss - resumed) / loss, 0 if setup.device.type == "cpu" else 0.05)
     yield {"ended_in_epoch": interrupted + 1, "loss": loss, "loss_resumed": resumed, "difference": difference}
 
 
-def _last_metrics(check: Check, name: str) -> dict[str, Any]:
-    return json.loads((check.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1])
+def _last_metrics(setup: Setup, name: str) -> dict[str, Any]:
+    return json.loads((setup.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def nccl_rows(check: Check) -> Rows:
+def nccl_rows(setup: Setup) -> Rows:
     """A process group of one: the wrapped model's gradients are the bare one's, and batch statistics are exchanged."""
-    backend = "nccl" if check.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{check.folder}/rendezvous", rank=0, world_size=1)
+    backend = "nccl" if setup.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{setup.folder}/rendezvous", rank=0, world_size=1)
     try:
-        model, batch = random_model(load_settings(CONFIG / "demo.yaml", ["backbone.weights=none"]), 4, check.device)
+        model, batch = random_model(load_settings(CONFIG / "demo.yaml", ["backbone.weights=none"]), 4, setup.device)
         model.resnet.set_statistics("batch")
         model.train()
         wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)

@@ -17,8 +17,7 @@ from data.vqa_files import SplitFiles
 from experiments.prepare import split_files
 from experiments.training.trainer import train
 from tests.conftest import ROOT
-from tests.data.test_preprocess import KILLED_IN_A_FLUSH, many
-from tests.raw_files import make, write_split
+from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image, read_image
 from vqa.settings.recipes import load_settings

@@ -19,7 +19,7 @@ def results(tmp_path_factory):
 
 def test_every_part_has_its_file(results):
     out, found = results
-    assert tuple(found["parts"]) == PARTS
+    assert list(found["parts"]) == list(PARTS)
     for part, rows in found["parts"].items():
         with (out / f"bench_{part}.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))

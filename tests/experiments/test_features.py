@@ -12,7 +12,7 @@ from PIL import Image
 from experiments.features.figure import COLOURS, class_colours, write_scatter
 from experiments.features.neighbours import is_colour, neighbour_accuracy, project
 from experiments.features.networks import RAW, networks_of, open_runs, select_pairs, shown_names, stage_features
-from tests.vqa.test_resnet import pair, random_modulation
+from tests.resnets import pair, random_modulation
 from vqa.cbn import Modulation
 from vqa.text.answers import normalise_answer
 

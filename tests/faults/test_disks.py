@@ -23,8 +23,8 @@ from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT
-from tests.experiments.training.test_trainer import lines, same_weights
 from tests.raw_files import make, write_split
+from tests.runs import lines, same_weights
 from tests.tiny_suite import SUITE, TINY
 from vqa.io.errors import InputError
 from vqa.io.files import write_text

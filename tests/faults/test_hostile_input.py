@@ -24,7 +24,7 @@ from experiments.report.tables import markdown_table
 from experiments.training.checkpoint import load_checkpoint
 from tests.bad_files import laughs, png, png_block
 from tests.conftest import ROOT
-from tests.vqa.test_inspection import demo, inspection, photo, reading
+from tests.pages import demo, inspection, photo, reading
 from vqa.backbone import build_resnet
 from vqa.io.errors import InputError, printable
 from vqa.io.files import as_cell

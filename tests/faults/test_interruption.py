@@ -21,8 +21,8 @@ from experiments.tasks.vqa import VQATask
 from experiments.training import loop
 from experiments.training.trainer import train
 from tests.conftest import ROOT
-from tests.experiments.training.test_trainer import lines, same_weights
 from tests.processes import MainProcess
+from tests.runs import lines, same_weights
 from tests.tiny_suite import SUITE, TINY
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.settings.recipes import load_settings

@@ -5,9 +5,12 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
+from tests.resnets import stage4_map, with_statistics
 from vqa.backbone import build_resnet
+from vqa.resnet import ModulatedResNet
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,70 @@ def test_what_is_no_file_and_no_name_of_weights_is_named(tmp_path, monkeypatch):
         build_resnet("resnet10", "w.bin")
     with pytest.raises(ValueError, match=r"w.pth: no such file"):
         build_resnet("resnet18", "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    plain = with_statistics(torchvision.models.resnet18(num_classes=7))
+    file = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(plain.state_dict(), file)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ModulatedResNet("resnet18", file)(x), stage4_map(plain, x))
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Where torchvision caches the weights IMAGENET1K_V1 of resnet18."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    return file
+
+
+def test_published_weights_are_read_from_torchvisions_cache(cached):
+    plain = with_statistics(torchvision.models.resnet18())
+    state = plain.state_dict()
+    torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, cached)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ModulatedResNet("resnet18", "IMAGENET1K_V1")(x), stage4_map(plain, x))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_in_torchvisions_cache_is_to_be_removed(cached, zipped):
+    torch.save(torchvision.models.resnet18().state_dict(), cached, _use_new_zipfile_serialization=zipped)
+    whole = cached.read_bytes()
+    for damaged in (whole[:2_000_000], whole[:2000], b"", b"<!DOCTYPE html><html>Please log in</html>"):
+        cached.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{cached}: .*; remove it, and it is downloaded again$"):
+            ModulatedResNet("resnet18", "IMAGENET1K_V1")
+
+
+def test_a_login_page_in_place_of_published_weights_is_not_kept(cached, monkeypatch, tmp_path):
+    (tmp_path / "page").write_text("<!DOCTYPE html><html>Please log in</html>")
+    opened = torch.hub.urlopen
+    monkeypatch.setattr(torch.hub, "urlopen", lambda _: opened((tmp_path / "page").as_uri()))
+    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*give the file"):
+        ModulatedResNet("resnet18", "IMAGENET1K_V1")
+    assert not cached.exists()
+
+
+def test_weights_that_do_not_fit_name_their_keys(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer1.0.bn1.running_var"]
+    state["layer1.0.bn9.weight"] = torch.zeros(1)
+    state["conv1.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth") as caught:
+        ModulatedResNet("resnet18", tmp_path / "other.pth")
+    for key in ("missing layer1.0.bn1.running_var", "unknown layer1.0.bn9.weight", "shape of conv1.weight"):
+        assert key in str(caught.value)
+
+
+def test_a_file_that_is_no_weights_runs_nothing(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    for name in ("evil.pth", "absent.pth"):
+        with pytest.raises(ValueError, match=name):
+            ModulatedResNet("resnet18", tmp_path / name)
+    assert not (tmp_path / "ran").exists()

@@ -1,157 +1,32 @@
-"""The pages: self-contained, well-formed, complete, and safe whatever a question says."""
+"""The inspection's page and the demo's: self-contained, complete, and safe whatever a question says."""
 
 import base64
 import io
-import itertools
 import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.demo_page import write_demo
-from tests.conftest import ROOT
-from vqa.inspect.html import CLASS_COLOURS, STRIP_COLUMNS, grouped, inspection_view, number, percent, signed, write_page
+from tests.pages import (
+    DEMO_LAYERS,
+    HOSTILE,
+    Page,
+    assert_self_contained,
+    contents,
+    inspection,
+    reading,
+    written,
+    written_demo,
+)
+from vqa.inspect.html import CLASS_COLOURS, STRIP_COLUMNS, percent
 
-DEMO_LAYERS = [(f"layer{s}.0.bn{n}", s, 32 * 2**s) for s in (1, 2, 3, 4) for n in (1, 2)]
 RESNET50_LAYERS = [
     (f"layer{s}.{block}.bn{n}", s, 32 * 2**s * (4 if n == 3 else 1))
     for s, blocks in ((1, 3), (2, 4), (3, 6), (4, 3))
     for block in range(blocks)
     for n in (1, 2, 3)
 ]
-HOSTILE = '<script>alert("1")</script> & </title><img src=x onerror=alert(2)>'
-LINKS = {"modulation.json", "modulation.csv", "summary.json", "inspect/modulation.json", "inspect/modulation.csv"}
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Parses a page, fails on unbalanced tags, and keeps what the tests ask about."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.text, self.scripts = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        kept = {"script": self.scripts, "style": []}.get(self.open[-1] if self.open else "", self.text)
-        kept.append(data)
-
-    def strips(self, kind: str) -> list[np.ndarray]:
-        """The strips of `gain` or `shift` in the order of the page, as RGB [rows, columns, 3]."""
-        wanted = [a for tag, a in self.tags if tag == "img" and a.get("alt", "").startswith(f"{kind} of the")]
-        return [
-            np.asarray(Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1]))).convert("RGB")) for a in wanted
-        ]
-
-
-def layer(name, stage, channels, rng):
-    gamma, beta = rng.uniform(0.1, 1.5, channels), rng.normal(0, 0.2, channels)
-    delta_gamma, delta_beta = rng.normal(0, 0.4, channels), rng.normal(0, 0.3, channels)
-    gamma[0] = 0.0
-    gain = [None if g == 0 else (g + d) / g for g, d in zip(gamma.tolist(), delta_gamma.tolist(), strict=True)]
-    return {
-        "name": name,
-        "stage": stage,
-        "channels": channels,
-        "gamma": gamma.tolist(),
-        "beta": beta.tolist(),
-        "delta_gamma": delta_gamma.tolist(),
-        "delta_beta": delta_beta.tolist(),
-        "gain": gain,
-        "sign_flips": sum(g is not None and g < 0 for g in gain),
-        "nearly_shut": sum(g is not None and abs(g) < 0.1 for g in gain),
-    }
-
-
-def reading(question, layers, seed=0, glimpses=(1, 2, 2)):
-    rng = np.random.default_rng(seed)
-    attention = rng.dirichlet(np.ones(glimpses[1] * glimpses[2]), glimpses[0]).reshape(glimpses)
-    return {
-        "question": question,
-        "words": question.split(),
-        "unknown_words": ["zxqy"],
-        "answers": [{"answer": "red", "probability": 0.913}, {"answer": "blue", "probability": 0.0001}],
-        "answers_without_modulation": [{"answer": "no idea", "probability": 0.6}],
-        "attention": attention.tolist(),
-        "layers": [layer(*shape, rng) for shape in layers],
-    }
-
-
-def inspection(*readings):
-    model = {
-        "backbone": "resnet50",
-        "stages": [1, 2, 3, 4],
-        "image_size": 224,
-        "trained_on": ["train"],
-        "epoch": 7,
-        "val_overall": None,
-    }
-    return {"image": "kitchen.jpg", "model": model, "readings": list(readings)}
-
-
-def demo():
-    kinds = ("what color", "what shape", "how many", "is there")
-    return {
-        "seconds": 312.0,
-        "world": "small",
-        "machine": "2 CPU cores",
-        "seed": 1,
-        "questions": 8000,
-        **{
-            name: {"overall": overall, "per_question_type": {kind: overall + i for i, kind in enumerate(kinds)}}
-            for name, overall in (("blind", 38.0), ("baseline", 55.25), ("modern", 95.0))
-        },
-        "curves": {"baseline": [40.0, 50.0, 55.25], "modern": [50.0, 80.0, 95.0]},
-        "settings": {"train questions": 32000, "learning rate": 0.001},
-        "examples": [
-            {"image": photo(64), "question": HOSTILE, "truth": "red", "baseline": "blue", "modern": "red"},
-            {"image": photo(64), "question": "how many?", "truth": "2", "baseline": "2", "modern": "3"},
-        ],
-        "commands": ['python main.py ask --question "is there <one>?"'],
-    }
-
-
-def photo(size=300):
-    noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def written(tmp_path, content, image=None) -> str:
-    write_page(tmp_path / "report.html", "inspection.html", view=inspection_view(content, image or photo()))
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-    return (tmp_path / "report.html").read_text(encoding="utf-8")
-
-
-def contents(text: str) -> str:
-    """What a reader sees, with one space for every gap and between cells."""
-    return " ".join(" ".join(Page(text).text).split())
-
-
-def assert_self_contained(text: str) -> None:
-    for tag, attrs in Page(text).tags:
-        assert tag not in {"link", "iframe", "object", "base"}
-        assert not [name for name in attrs if name.startswith("on")], "an event handler came from somewhere"
-        if tag == "a":
-            assert attrs.pop("href") in LINKS
-        for name in ("src", "href", "xlink:href", "srcset", "action"):
-            assert attrs.get(name, "data:").startswith("data:")
-    assert not re.search(r"url\(|@import|\bfetch\(|XMLHttpRequest", text)
 
 
 def test_page_is_self_contained_and_balanced(tmp_path):
@@ -330,107 +205,3 @@ def test_demo_page(tmp_path):
         drawn = [style for kind, style in bars if kind == f"fill {name}"]
         assert drawn == [f"width:{float(value + i)}%" for i in range(4)]
     assert len(page.strips("gain")) == len(DEMO_LAYERS)
-
-
-def written_demo(tmp_path) -> str:
-    write_demo(tmp_path / "demo.html", demo(), inspection(reading("what color?", DEMO_LAYERS)), photo(64))
-    return (tmp_path / "demo.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(params=["one question", "two questions", "no modulation", "demo"])
-def page(request, tmp_path) -> str:
-    if request.param == "demo":
-        return written_demo(tmp_path)
-    layers = [] if request.param == "no modulation" else [("bn1", 0, 64), *DEMO_LAYERS]
-    readings = [reading(q, layers, seed, (2, 14, 14)) for seed, q in enumerate(("what?", "why?"))]
-    return written(tmp_path, inspection(*readings[: 1 + (request.param == "two questions")]))
-
-
-def test_headings_leave_out_no_level(page):
-    levels = [int(tag[1]) for tag, _ in Page(page).tags if re.fullmatch(r"h\d", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-
-
-def test_the_numbers_behind_a_page_are_linked(page):
-    links = {attrs["href"] for tag, attrs in Page(page).tags if tag == "a"}
-    of_demo = {"summary.json", "inspect/modulation.json", "inspect/modulation.csv"}
-    assert links == (of_demo if "summary.json" in links else {"modulation.json", "modulation.csv"})
-
-
-def screen_style(page: str) -> str:
-    """The page's style sheet without its rules for print, which come last in each file."""
-    style = page[page.index("<style>") : page.index("</style>")]
-    return re.sub(r"@media print \{\n(?:  .*\n)+\}", "", style)
-
-
-def test_text_is_at_least_11_px_high_at_any_width(page):
-    style = screen_style(page)
-    sizes = re.findall(r"font(?:-size)?:\s*([^;}]+)", style)
-    assert len(sizes) > 20
-    for size in sizes:
-        assert float(re.match(r"([\d.]+)px", size)[1]) >= 11, size
-    assert re.search(r"sub, small \{ font-size", style), "browsers make these smaller than the text around them"
-    assert not re.search(r"zoom|scale\(", style)
-    assert not re.search(r"font-size|font:", page[page.index("</style>") :])
-    for scaled in re.findall(r"<svg[^>]*viewBox.*?</svg>", page, re.DOTALL):
-        assert "<text" not in scaled, "a drawing scaled to the page's width would scale its text too"
-
-
-def luminance(colour: str) -> float:
-    parts = [part / 255 for part in bytes.fromhex(colour[1:])]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_charts_stand_out_in_both_colour_schemes(tmp_path, scheme):
-    style = screen_style(written_demo(tmp_path))
-    light, dark = re.split(r"@media screen and \(prefers-color-scheme: dark\)", style)
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light))
-    colours |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", dark)) if scheme == "dark" else {}
-    assert (luminance(colours["paper"]) < 0.1) == (scheme == "dark")
-
-    def contrast(one: str, other: str) -> float:
-        darker, lighter = sorted(luminance(colours[name]) for name in (one, other))
-        return (lighter + 0.05) / (darker + 0.05)
-
-    for text in ("ink", "soft", "accent", "right", "wrong"):
-        assert min(contrast(text, ground) for ground in ("paper", "band")) >= 4.5, text
-    for mark in ("grey", "pale", "accent"):
-        assert contrast(mark, "paper") >= 3, mark
-    used = set(re.findall(r"var\(--(\w+)\)", style)) - {"mark", "dash", "rows", "columns", "veil"}
-    assert used == set(colours), "no chart has a colour of its own"
-
-
-def test_the_librarys_page_knows_nothing_of_the_demo():
-    for file in (ROOT / "vqa" / "inspect" / "html.py", *(ROOT / "vqa" / "inspect" / "templates").iterdir()):
-        assert not re.search("demo|baseline|blind", file.read_text(encoding="utf-8").replace("colour-blind", "")), file
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.0, "0.000"),
-        (1.23456, "1.235"),
-        (-0.0123, "−0.012"),
-        (-0.00002, "−2.0×10⁻⁵"),
-        (123456.0, "1.2×10⁵"),
-        (float("nan"), "–"),
-    ],
-)
-def test_number(value, shown):
-    assert number(value) == shown
-
-
-def test_other_number_formats():
-    assert number(1.005, 1) == "1.0"
-    assert signed(0.5) == "+0.500"
-    assert signed(-0.5) == "−0.500"
-    assert signed(0.0) == "0.000"
-    assert percent(0.5) == "50.0\u00a0%"
-    assert percent(0.0) == "0.0\u00a0%"
-    assert percent(0.0001) == "<\u00a00.1\u00a0%"
-    assert grouped(22656) == "22\u202f656"
-    assert grouped(999) == "999"

@@ -1,59 +1,18 @@
 """The modulated ResNet is torchvision's: equal to it with no or zero deltas, moved by every other one."""
 
 import copy
-import functools
 import itertools
 
 import pytest
 import torch
-import torchvision
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from tests.resnets import pair, pretrained, random_modulation, stage4_map
 from vqa import resnet
-from vqa.backbone import build_resnet
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
 from vqa.resnet import ModulatedResNet
-
-
-def with_statistics(resnet):
-    """Gives a random network non-trivial norms, as a pretrained one has."""
-    for module in resnet.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return resnet.eval()
-
-
-def stage4_map(resnet, x):
-    """torchvision's own modules, called by hand."""
-    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
-    return resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
-
-
-@functools.lru_cache(maxsize=2)
-def pretrained(name):
-    torch.manual_seed(0)
-    return with_statistics(build_resnet(name))
-
-
-def pair(name, stages=(1, 2, 3, 4), **where):
-    """torchvision's network, and ours with its weights."""
-    plain = copy.deepcopy(pretrained(name))
-    torch.manual_seed(0)
-    net = ModulatedResNet(name, None, stages, **where)
-    state = {f"network.{key}": value for key, value in plain.state_dict().items() if not key.startswith("fc.")}
-    net.load_state_dict(state, strict="normaliser" not in where)
-    return plain, net
-
-
-def random_modulation(net, batch, size=0.1):
-    width = sum(layer.channels for layer in net.layers)
-    return Modulation(size * torch.randn(batch, width), size * torch.randn(batch, width))
 
 
 @pytest.mark.parametrize(
@@ -274,73 +233,6 @@ def test_unknown_stages_and_networks_are_refused():
         ModulatedResNet("resnet18", "IMAGENET1K_V7")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_file(tmp_path, suffix):
-    from safetensors.torch import save_file
-
-    plain = with_statistics(torchvision.models.resnet18(num_classes=7))
-    file = tmp_path / f"weights{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)(plain.state_dict(), file)
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(ModulatedResNet("resnet18", file)(x), stage4_map(plain, x))
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """Where torchvision caches the weights IMAGENET1K_V1 of resnet18."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    file.parent.mkdir(parents=True)
-    return file
-
-
-def test_published_weights_are_read_from_torchvisions_cache(cached):
-    plain = with_statistics(torchvision.models.resnet18())
-    state = plain.state_dict()
-    torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, cached)
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(ModulatedResNet("resnet18", "IMAGENET1K_V1")(x), stage4_map(plain, x))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_damaged_file_in_torchvisions_cache_is_to_be_removed(cached, zipped):
-    torch.save(torchvision.models.resnet18().state_dict(), cached, _use_new_zipfile_serialization=zipped)
-    whole = cached.read_bytes()
-    for damaged in (whole[:2_000_000], whole[:2000], b"", b"<!DOCTYPE html><html>Please log in</html>"):
-        cached.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"^{cached}: .*; remove it, and it is downloaded again$"):
-            ModulatedResNet("resnet18", "IMAGENET1K_V1")
-
-
-def test_a_login_page_in_place_of_published_weights_is_not_kept(cached, monkeypatch, tmp_path):
-    (tmp_path / "page").write_text("<!DOCTYPE html><html>Please log in</html>")
-    opened = torch.hub.urlopen
-    monkeypatch.setattr(torch.hub, "urlopen", lambda _: opened((tmp_path / "page").as_uri()))
-    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*give the file"):
-        ModulatedResNet("resnet18", "IMAGENET1K_V1")
-    assert not cached.exists()
-
-
-def test_weights_that_do_not_fit_name_their_keys(tmp_path):
-    state = torchvision.models.resnet18().state_dict()
-    del state["layer1.0.bn1.running_var"]
-    state["layer1.0.bn9.weight"] = torch.zeros(1)
-    state["conv1.weight"] = torch.zeros(1)
-    torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth") as caught:
-        ModulatedResNet("resnet18", tmp_path / "other.pth")
-    for key in ("missing layer1.0.bn1.running_var", "unknown layer1.0.bn9.weight", "shape of conv1.weight"):
-        assert key in str(caught.value)
-
-
-def test_a_file_that_is_no_weights_runs_nothing(tmp_path):
-    (tmp_path / "evil.pth").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    for name in ("evil.pth", "absent.pth"):
-        with pytest.raises(ValueError, match=name):
-            ModulatedResNet("resnet18", tmp_path / name)
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("recompute", [(), (2, 3)])
 def test_compiles_without_graph_breaks(recompute):
     _, net = pair("resnet10", recompute=recompute)
@@ -356,116 +248,6 @@ def test_is_exported_for_batches_of_any_size():
     exported = torch.export.export(net, arguments, dynamic_shapes=shapes).module()
     images, modulation = torch.randn(3, 3, 32, 32), random_modulation(net, 3)
     torch.testing.assert_close(exported(images, modulation), net(images, modulation), rtol=1e-4, atol=1e-4)
-
-
-def test_batch_statistics_are_those_of_a_network_in_training_mode():
-    torch.manual_seed(0)
-    plain = build_resnet("resnet10")
-    net = ModulatedResNet("resnet10")
-    net.load_state_dict({f"network.{k}": v for k, v in plain.state_dict().items() if not k.startswith("fc.")})
-    net.set_statistics("batch")
-    for norm in plain.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.reset_running_stats()
-            norm.momentum = 0.01  # decay 0.99
-    features = nn.Sequential(*list(plain.children())[:-2])
-    x = torch.randn(6, 3, 64, 64)
-    for _ in range(3):
-        torch.testing.assert_close(net.train()(x), features.train()(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(net.eval()(x), features.eval()(x), rtol=1e-4, atol=1e-4)
-    with_zeros = Modulation(*(torch.zeros(6, sum(layer.channels for layer in net.layers)) for _ in range(2)))
-    torch.testing.assert_close(net.train()(x, with_zeros), features.train()(x), rtol=1e-4, atol=1e-4)
-    assert not any(parameter.requires_grad for parameter in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("size", "where", "least"),
-    [
-        (32, {}, 2),
-        (33, {}, 1),
-        (32, {"stages": (4,), "normaliser": "layer"}, 2),  # the shortcut's norm is a batch norm still
-        (32, {"stages": (4,), "normaliser": "layer", "shortcuts": True}, 1),
-    ],
-)
-def test_the_least_batch_whose_statistics_can_be_taken(size, where, least):
-    net = ModulatedResNet("resnet10", statistics="batch", **where).train()
-    assert net.least_batch(size) == least
-    net(torch.randn(least, 3, size, size))
-    if least > 1:
-        with pytest.raises(ValueError, match="more than one value a channel"):
-            net(torch.randn(least - 1, 3, size, size))
-
-
-def test_population_statistics_are_those_of_a_network_in_evaluation_mode():
-    net = ModulatedResNet("resnet10", statistics="population").train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(net(x)[:1], net(x[:1]))
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
-def test_conversions_between_the_policies():
-    net = ModulatedResNet("resnet10", statistics="batch")
-    x = torch.randn(4, 3, 64, 64)
-    net.train()(x)
-    running = net.network.get_submodule("bn1").running_mean.clone()
-    assert running.abs().max() > 0
-    evaluated = net.eval()(x)
-    net.set_statistics("population")
-    torch.testing.assert_close(net.train()(x), evaluated)  # the averages it had are its statistics from now on
-    assert torch.equal(net.network.get_submodule("bn1").running_mean, running)
-    net.set_statistics("batch")
-    assert torch.equal(net.network.get_submodule("bn1").running_mean, torch.zeros(64))  # fresh
-    assert torch.equal(net.network.get_submodule("bn1").running_var, torch.ones(64))
-
-
-@pytest.mark.parametrize("sizes", [[4, 4, 3], [1, 1, 1], [7]])
-@pytest.mark.parametrize("modulated", [False, True])
-def test_estimated_statistics_are_those_of_all_values_of_uneven_batches(sizes, modulated):
-    net = pair("resnet10", stem=True)[1]
-    batches = [(5 + size) * torch.randn(size, 3, 64, 64) + size for size in sizes]
-    stem = torch.cat([net.network.conv1(batch) for batch in batches])
-    with torch.inference_mode(), net.estimating_statistics():
-        for batch in batches:
-            net(batch, random_modulation(net, len(batch)) if modulated else None)
-    bn1 = net.network.get_submodule("bn1")
-    torch.testing.assert_close(bn1.running_mean, stem.mean((0, 2, 3)))
-    torch.testing.assert_close(bn1.running_var, stem.var((0, 2, 3)))
-    assert bn1.num_batches_tracked == len(sizes)
-    assert not bn1.training
-    torch.testing.assert_close(net(batches[0])[:1], net(batches[0][:1]), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("statistics", ["population", "batch"])
-def test_an_estimate_that_is_interrupted_or_has_no_batch_changes_nothing(statistics):
-    net = pair("resnet10", statistics=statistics)[1].train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt), net.estimating_statistics():
-        net(torch.randn(2, 3, 64, 64))
-        raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="at least one batch"), net.estimating_statistics():
-        assert net.norm("bn1").training
-    with pytest.raises(ValueError, match="more than one value"), net.estimating_statistics():
-        net(torch.randn(1, 3, 32, 32))
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    assert net.norm("bn1").training == (statistics == "batch")
-    net(torch.randn(2, 3, 64, 64))
-    moved = not torch.equal(before["network.bn1.running_mean"], net.norm("bn1").running_mean)
-    assert moved == (statistics == "batch")
-
-
-def test_update_bn_is_refused_where_no_batch_would_move_the_statistics():
-    batches = [3 * torch.randn(4, 3, 64, 64) + 1 for _ in range(2)]
-    net = pair("resnet10")[1]
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(RuntimeError, match="estimating_statistics"):
-        update_bn(batches, net)
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    assert not net.norm("bn1").training
-    net.set_statistics("batch")
-    update_bn(batches, net)
-    means = [net.network.conv1(batch).mean((0, 2, 3)) for batch in batches]
-    torch.testing.assert_close(net.norm("bn1").running_mean, torch.stack(means).mean(0))
 
 
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])

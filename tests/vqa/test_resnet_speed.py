@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.resnets import pair, random_modulation
 from tests.saved import saved_bytes
-from tests.vqa.test_resnet import pair, random_modulation
 from vqa.norms import ModulatedBatchNorm2d, Modulation
 from vqa.resnet import ModulatedResNet, StageMap
 

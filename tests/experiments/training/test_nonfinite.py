@@ -16,7 +16,7 @@ from torch import nn
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.nonfinite import first_place
 from experiments.training.trainer import Trainer, train
-from tests.experiments.training.test_trainer import lines
+from tests.runs import lines
 from vqa.backbone import build_resnet
 from vqa.cbn import ConditionalBatchNorm2d, ConditionalInstanceNorm2d
 from vqa.io.errors import InputError

@@ -1,0 +1,96 @@
+"""Training in several processes: equal to one process, resumed after a kill, refused by all."""
+
+import time
+
+import pytest
+import torch
+
+from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask
+from experiments.training.run_directory import RunDirectory
+from experiments.training.trainer import prepare, train
+from tests.processes import start_ranks
+from tests.runs import lines, same_weights, weights
+from vqa.io.errors import InputError
+from vqa.settings.recipes import load_settings
+
+
+def epochs_in(checkpoint):
+    return len(torch.load(checkpoint, weights_only=True)["progress"]["history"])
+
+
+def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tmp_path):
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.batch_size=4", "answer.dropout=0.3", "device=cpu"]
+
+    def start(*more):
+        return start_ranks("train", "--config", tiny, *more, *words, folder=tmp_path)
+
+    def check_ended(ranks, code):
+        for rank in ranks:
+            ended = rank.end()
+            assert ended.code == code, ended.err[-3000:]
+
+    check_ended(start("name=whole"), 0)
+    killed = start("name=killed")
+    checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not checkpoint.exists():
+        time.sleep(0.005)
+    for rank in killed:
+        rank.kill()
+        rank.wait()
+    assert epochs_in(checkpoint) < 2, "too fast to be killed in time"
+    asked = start("--resume", "name=killed")
+    before = checkpoint.stat().st_mtime_ns
+    while time.monotonic() < deadline and checkpoint.stat().st_mtime_ns == before:
+        time.sleep(0.005)
+    asked[1].terminate()  # one of them alone: both save the same step and end
+    check_ended(asked, 143)
+    assert epochs_in(checkpoint) < 2, "too fast to be ended in time"
+    check_ended(start("--resume", "name=killed"), 0)
+    assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
+    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
+
+
+def test_processes_that_may_not_train_all_say_so(tiny, trained):
+    for rank in start_ranks("train", "--config", tiny, "name=trained", "device=cpu", folder=trained.parent.parent):
+        ended = rank.end()
+        assert ended.code == 2
+        assert ended.err.splitlines()[-1].startswith("error: runs/trained: already holds a run")
+
+
+@pytest.mark.parametrize("statistics", ["population", "batch"])
+def test_two_processes_train_as_one(tiny, tmp_path, statistics):
+    words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
+    words.append(f"backbone.statistics={statistics}")
+    for rank in start_ranks("train", "--config", tiny, "name=two", *words, folder=tmp_path):
+        ended = rank.end()
+        assert ended.code == 0, ended.err[-3000:]
+        assert "FutureWarning" not in ended.err
+    one = train(load_settings(tiny, ["name=one", *words]), runs=tmp_path / "runs").path
+    ours, theirs = weights(one), weights(tmp_path / "runs/two")
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    for a, b in zip(lines(one), lines(tmp_path / "runs/two"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch):
+    from experiments import process_group
+
+    def before_2_13(module, broadcast_buffers=True):
+        return module, broadcast_buffers
+
+    def since_2_13(module, broadcast_buffers=None, forward_sync_buffers=None):
+        assert broadcast_buffers is None
+        return module, forward_sync_buffers
+
+    for wrapper in (before_2_13, since_2_13):
+        monkeypatch.setattr(process_group, "DistributedDataParallel", wrapper)
+        assert process_group.averaging_gradients("the model") == ("the model", False)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tiny, tmp_path):
+    settings = load_settings(tiny)
+    with pytest.raises(InputError, match="cannot be shared equally by 3 processes"):
+        prepare(VQATask(settings), RunDirectory(tmp_path), Processes(0, 0, 3))

@@ -1,0 +1,179 @@
+"""Resume: exact after any step, what may change, and what is refused; checkpoints are written whole."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from experiments.tasks.vqa import VQATask
+from experiments.training import loop
+from experiments.training.trainer import train
+from tests.runs import lines, same_weights, weights
+from vqa.io.errors import InputError
+from vqa.settings.recipes import load_settings
+
+
+# within the first epoch, at the second's first step, within the second
+@pytest.mark.parametrize(
+    ("words", "stops"),
+    [
+        (["train.schedule=constant"], (2, 4, 6)),
+        (["backbone.train=stage4", "cbn.stages=[4]"], (2,)),
+        (["train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1"], (2,)),
+        (["train.optimiser=adamax", "train.schedule=cosine", "train.warm_up=0.6"], (3,)),
+        (["train.schedule=steps", "train.warm_up=0.2", "train.decay_at=[0.4, 0.7]", "train.augment=crop_flip"], (5,)),
+    ],
+)
+def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
+    words = [*words, "train.epochs=2", "train.checkpoint_every=1", "answer.dropout=0.3", "train.batch_size=16"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    real = loop.nn.utils.clip_grad_norm_
+    for stop in stops:
+        steps = []
+
+        def stopping(*arguments, steps=steps, stop=stop):
+            steps.append(1)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        settings = load_settings(tiny, [f"name=stopped{stop}", *words])
+        monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, runs=tmp_path)
+        monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", real)
+        resumed = train(settings, resume=True, runs=tmp_path).path
+        assert same_weights(whole, resumed), stop
+        assert lines(whole) == lines(resumed), stop
+
+
+def test_a_finished_run_is_left_alone(tiny, finished, tmp_path, capsys):
+    before = (finished / "checkpoints/last.pt").read_bytes()
+    train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+    assert "finished, nothing to do" in capsys.readouterr().out
+    assert (finished / "checkpoints/last.pt").read_bytes() == before
+
+
+def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
+    words = ["train.schedule=constant", "answer.dropout=0.3", "train.validate_on=null"]
+    whole = train(load_settings(tiny, ["name=whole", *words, "train.epochs=2"]), runs=tmp_path).path
+    train(load_settings(tiny, ["name=longer", *words]), runs=tmp_path)
+    longer = load_settings(tiny, ["name=longer", *words, "train.epochs=2"])
+    run = train(longer, resume=True, runs=tmp_path).path
+    assert same_weights(whole, run)
+    assert lines(whole) == lines(run)
+    for folder in (run, run / "model"):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
+    capsys.readouterr()
+    train(longer, resume=True, runs=tmp_path)
+    assert "finished, nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another train.epochs"):
+        train(load_settings(tiny, ["name=longer", *words]), resume=True, runs=tmp_path)
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_run_on_one_cycle_cannot_be_trained_longer(tiny, tmp_path):
+    for words in (["train.epochs=2"], ["train.epochs=2", "train.schedule=constant"]):
+        with pytest.raises(InputError, match=r"train.epochs cannot grow from 1 to 2: one_cycle lowers"):
+            train(load_settings(tiny, ["name=trained", *words]), resume=True, runs=tmp_path)
+
+
+def test_a_run_that_stopped_early_is_trained_on_with_more_patience(tiny, tmp_path, monkeypatch, capsys):
+    given, real = [30.0, 20.0, 10.0, 40.0], VQATask.score
+    scores = iter([*given, *given])
+    monkeypatch.setattr(VQATask, "score", lambda *of: real(*of) | {"overall": next(scores)})
+    words = ["train.epochs=4", "train.patience=3"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    impatient = ["name=early", words[0], "train.patience=1"]
+    run = train(load_settings(tiny, impatient), runs=tmp_path).path
+    assert len(lines(run)) == 2
+    train(load_settings(tiny, impatient), resume=True, runs=tmp_path)
+    assert "finished, stopped early by train.patience" in capsys.readouterr().out
+    scores = iter(given[2:])
+    train(load_settings(tiny, ["name=early", *words]), resume=True, runs=tmp_path)
+    assert lines(whole) == lines(run)
+    assert same_weights(whole, run)
+    with pytest.raises(InputError, match="another train.patience"):
+        train(load_settings(tiny, impatient), resume=True, runs=tmp_path)
+
+
+def test_what_makes_training_faster_can_change_on_resume(tiny, tmp_path):
+    words = ["train.epochs=2", "train.schedule=constant", "train.learning_rate=1e-4", "backbone.train=stage4"]
+    words += ["cbn.stages=[4]", "device=cpu", "train.validate_on=null"]
+    whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
+    begun = weights(train(load_settings(tiny, ["name=other", *words, "train.epochs=1"]), runs=tmp_path).path)
+    slow = ["speed.fused=false", "speed.share_images=false", "speed.channels_last=false", "speed.recompute=[4]"]
+    run = train(load_settings(tiny, ["name=other", *words, *slow, "data.cache_gib=0"]), resume=True, runs=tmp_path).path
+    ours, theirs = weights(whole), weights(run)
+    for name in ("resnet.network.layer4.0.conv1.weight", "fusion.visual.weight"):
+        apart, way = (ours[name] - theirs[name]).norm(), (ours[name] - begun[name]).norm()
+        assert apart < 0.2 * way, (name, apart, way)
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
+    with pytest.raises(InputError, match="--resume"):
+        train(load_settings(tiny, ["name=trained"]), runs=tmp_path)
+    with pytest.raises(InputError, match="another train.learning_rate"):
+        train(load_settings(tiny, ["name=trained", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(tiny, tmp_path, monkeypatch, resume):
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+    run = train(load_settings(tiny, ["name=mine", "cbn.stages=[4]"]), resume=resume, runs=tmp_path).path
+    assert yaml.safe_load((run / "config.yaml").read_text())["cbn"]["stages"] == [4]
+    assert "resumed" not in json.loads((run / "environment.json").read_text())
+    with pytest.raises(InputError, match="already holds a run"):
+        train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
+    (finished / "checkpoints/last.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="last.pt: cannot be read"):
+        train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+
+
+def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
+    from data.preprocess import preprocess
+    from data.scenes.write import write_world
+    from experiments.prepare import split_files
+
+    answers = (finished / "model" / "answers.json").read_bytes()
+    other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
+    write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)
+    made = {"image_size": 64, "min_word_count": 2, "answers": 20, "skip_bad_images": False, "threads": 1}
+    preprocess(split_files(other), tmp_path / "other.h5", **made)
+    with pytest.raises(InputError, match="not the data that"):
+        train(other, resume=True, runs=tmp_path)
+    assert (finished / "model" / "answers.json").read_bytes() == answers
+
+
+def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, finished, tmp_path):
+    (finished / "config.yaml").unlink()
+    for resume in (False, True):
+        with pytest.raises(InputError, match="trained"):
+            train(load_settings(tiny, ["name=trained"]), resume=resume, runs=tmp_path)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    settings = load_settings(tiny, ["name=mine", "train.epochs=2"])
+    real, saves = torch.save, []
+
+    def failing(value, file):
+        saves.append(file)
+        if len(saves) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(value, file)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(InputError, match=r"last.pt: cannot be written \(no space left on device\); free some space"):
+        train(settings, runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert saved["progress"]["epoch"] == 2
+    assert [path.name for path in (tmp_path / "mine/checkpoints").iterdir()] == ["last.pt"]

@@ -1,0 +1,67 @@
+"""The question encoders: padding, packed sequences, fixed vectors, bags of words, kinds of questions."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vqa import question
+from vqa.question import KINDS, QuestionEncoder, QuestionKinds
+from vqa.text.tokenizer import PAD_ID
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_the_encoder_pads_as_the_tokenizer():
+    assert question.PAD_ID == PAD_ID
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "gru", "bag_of_words"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_padding_changes_nothing(encoder, layers):
+    model = QuestionEncoder(20, 8, 16, encoder=encoder, layers=layers, fixed_size=4)
+    tokens = torch.randint(2, 20, (1, 4))
+    expected = model(tokens, torch.tensor([4]))
+    for junk in (0, 1, 7):
+        padded = F.pad(tokens, (0, 3), value=junk)
+        torch.testing.assert_close(model(padded, torch.tensor([4])), expected)
+    assert not torch.allclose(model(tokens, torch.tensor([3])), expected)
+
+
+def test_the_embedding_is_the_last_valid_state_of_packed_sequences():
+    model = QuestionEncoder(20, 8, 16, encoder="lstm", layers=2)
+    tokens, lengths = torch.randint(2, 20, (4, 6)), torch.tensor([6, 1, 3, 5])
+    packed = nn.utils.rnn.pack_padded_sequence(model.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
+    _, (state, _) = model.recurrent(packed)
+    torch.testing.assert_close(model(tokens, lengths), state[-1])
+
+
+def test_fixed_vectors_are_read_and_never_trained():
+    model = QuestionEncoder(6, 3, 4, encoder="lstm", layers=1, fixed_size=2)
+    tokens, lengths = torch.tensor([[2, 3]]), torch.tensor([2])
+    before = model(tokens, lengths)
+    model.set_fixed(torch.randn(6, 2))
+    assert not torch.allclose(model(tokens, lengths), before)
+    model(tokens, lengths).sum().backward()
+    assert model.fixed.weight.grad is None
+
+
+def test_a_bag_of_words_knows_no_order():
+    model = QuestionEncoder(20, 8, 16, encoder="bag_of_words", layers=1)
+    tokens = torch.randint(2, 20, (1, 4))
+    lengths = torch.tensor([4])
+    torch.testing.assert_close(model(tokens.flip(1), lengths), model(tokens, lengths))
+    expected = torch.tanh(model.bag(model.embedding(tokens).mean(1)))
+    torch.testing.assert_close(model(tokens, lengths), expected)
+
+
+def test_a_kind_is_the_first_two_words():
+    kinds = QuestionKinds()
+    kinds.set_from(torch.tensor([[5, 6], [5, 6], [5, 6], [7, 0], [7, 0], [8, 9]]))
+    asked = torch.tensor([[5, 6, 2], [8, 9, 3], [7, 0, 0], [5, 7, 2], [6, 5, 2]])
+    assert kinds(asked).tolist() == [0, 2, 1, KINDS, KINDS]
+    assert kinds(torch.tensor([[7]])).tolist() == [1]
+    assert kinds(torch.tensor([[4]])).tolist() == [KINDS]

@@ -1,4 +1,4 @@
-"""The commands, one function each; heavy imports stand inside, so that `--help` answers at once."""
+"""The commands, one function each; heavy imports are inside the functions, so that `--help` is fast."""
 
 import errno
 import io
@@ -128,7 +128,7 @@ def experiment(
     cluster: str | None,
     resources: str,
 ) -> None:
-    """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
+    """Runs what is missing of a suite of runs and prints its table with the paper's numbers."""
     from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
@@ -154,7 +154,7 @@ def experiment(
 
 
 def bench(as_json: bool, **options: Any) -> None:
-    """Speed and memory beside what they replace: steps, memory, sharing, stored maps, loading, scale."""
+    """Compares time and memory of each fast path with what it replaces."""
     from experiments.bench.bench import bench as run
 
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -177,7 +177,7 @@ def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
 def recalibrate(
     run: Path, config: Path | None, split: str, batches: int, out: Path | None, settings: list[str]
 ) -> None:
-    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
+    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes a new model."""
     from experiments.recalibrate import recalibrate as estimate
 
     if config is not None:

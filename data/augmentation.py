@@ -35,7 +35,7 @@ class Augmentation:
 
 
 def augmentation(kind: str, seed: int, table: QuestionTable, words: Mapping[str, int]) -> Augmentation | None:
-    """Return the augmentation `none`, `crop` or `crop_flip` of the questions of a table; `words` gives their ids."""
+    """Return the augmentation `none`, `crop` or `crop_flip` of the questions of a table; `words` maps words to ids."""
     if kind == "none":
         return None
     may_flip = np.zeros(len(table), bool) if kind == "crop" else ~_has_side(table, words)
@@ -43,7 +43,7 @@ def augmentation(kind: str, seed: int, table: QuestionTable, words: Mapping[str,
 
 
 def _has_side(table: QuestionTable, words: Mapping[str, int]) -> np.ndarray:
-    """Whether a question, or an answer that was given to it, says left or right, bool [N]."""
+    """Whether a question, or one of its answers, contains left or right, bool [N]."""
     sides = [id_ for word, id_ in words.items() if word.startswith(SIDES)]
     asked = np.logical_or.reduceat(np.isin(table.tokens, sides), table.offsets)
     spellings = [re.search(rf"\b({'|'.join(SIDES)})", text.lower()) is not None for text in table.spellings]

@@ -117,7 +117,7 @@ def opened_for_writing(partial: Path) -> h5py.File:
 
 
 def finish(partial: Path, path: Path) -> None:
-    """Complete a partial file and give it its final name. Raises RuntimeError if a row was never filled."""
+    """Complete a partial file and rename it to its final name. Raises RuntimeError if a row was never filled."""
     with naming_write_errors(partial), structured(partial, "r+") as file:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
@@ -214,7 +214,7 @@ class H5Images(H5Rows):
 
 def _opened(path: Path) -> h5py.File:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; `preprocess` makes it")
+        raise InputError(f"{path}: no such file; run `preprocess` to make it")
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:

@@ -38,7 +38,7 @@ from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 _IMAGES_A_FLUSH = 256
 _IMAGES_A_TASK = 8  # of a thread
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
-_BYTES_A_QUESTION = 230  # about, that the file needs for a question beside its text
+_BYTES_A_QUESTION = 230  # approximate size in the file of a question, without its text
 
 
 def preprocess(
@@ -52,7 +52,7 @@ def preprocess(
     threads: int,
     vocabulary_from: Sequence[str] = (TRAINING_SPLIT,),
 ) -> None:
-    """Make the h5 file `path`; a second run resumes where the first stopped, or says that there is nothing to do.
+    """Make the h5 file `path`; a second run resumes where the first stopped, or prints that there is nothing to do.
 
     Args:
         splits: raw files by split; one must be called `train`.
@@ -63,7 +63,7 @@ def preprocess(
         skip_bad_images: continue without images that are missing or unreadable: training skips their questions,
             evaluation answers them from an image of the mean colour. False decodes those of a finished file again.
         threads: images that are decoded at the same time.
-        vocabulary_from: splits, with annotations, whose questions give the words and the answer classes.
+        vocabulary_from: splits, with annotations, whose questions determine the words and the answer classes.
 
     Raises:
         InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images

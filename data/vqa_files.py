@@ -88,7 +88,7 @@ class SplitFiles:
 
 @cache
 def _check_pattern(images: str) -> None:
-    """Allow only the number with a width of two digits: `str.format` knows attributes, items and any width."""
+    """Allow only the number with a width of two digits: `str.format` accepts attributes, items and any width."""
     without_escapes = re.sub(r"\{\{|\}\}", "", images)
     rest = re.sub(r"\{image_id(:0?\d{0,2}d?)?\}", "", without_escapes)
     if rest == without_escapes or "{" in rest or "}" in rest:
@@ -129,7 +129,7 @@ def with_annotations(asked: Sequence[Question], questions: Path, annotations: Pa
 
 
 def remarks(questions: Sequence[Question]) -> Iterator[str]:
-    """Yield a line for each property of the questions that the user should know of."""
+    """Yield a line for each property of the questions that may surprise the user."""
     if few := sum(0 < len(question.answers) < 4 for question in questions):
         yield (
             f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "

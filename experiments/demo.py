@@ -124,7 +124,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
 
 
 def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[str]:
-    """For each question the most common training answer to the same text, or, where there is none, to its type.
+    """For each question the most common training answer to the same text, or to its type if no text is the same.
 
     With enough training questions no model without the image does better.
     """
@@ -158,8 +158,8 @@ def _image_files(settings: Settings, table: QuestionTable) -> list[Path]:
 
 
 def _telling_rows(answers: dict[str, list[str]], table: QuestionTable) -> list[int]:
-    """The row of a question that MODERN answers right and the baseline wrong, about a colour if there is one (any
-    question where there is none), and of another question about the same image.
+    """The row of a question that MODERN answers right and the baseline wrong, about a colour if possible
+    (any question if there is no such question), and of another question about the same image.
     """
     right = {model: [accuracy == 1 for accuracy in question_accuracies(answers[model], table)] for model in MODELS}
     telling = [right["modern"][row] - right["baseline"][row] for row in range(len(table))]

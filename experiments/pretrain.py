@@ -101,7 +101,7 @@ def pretrain_on_images(
         image_size: side S in pixels, at least 32.
         epochs: passes over the images.
         device: where it is trained.
-        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name stands in the header.
+        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name is in the header.
 
     Returns:
         The file's header: the arguments, `classes`, `held_out_images`, `held_out_accuracy`: how many of these are given
@@ -155,7 +155,7 @@ def _train(
     """Trains on the first `images` of `count` images; resumes from a checkpoint of the same arguments `made`.
 
     `fill` writes all images into an array, uint8 [count, S, S, 3], and returns their classes, int64 [count]. `change`
-    makes of a batch, uint8 [B, S, S, 3], what is trained on.
+    transforms each training batch, uint8 [B, S, S, 3].
 
     Returns:
         The network in evaluation mode, and for the other images the classes it predicts and the true ones.
@@ -247,7 +247,7 @@ def _write(file: Path, resnet: ResNet, header: Mapping[str, Any]) -> None:
 
 
 def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The header of a file that was made with these arguments; None if there is no file."""
+    """The header of a file that was made with these arguments; None if there is not a file."""
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: must be a .safetensors file")
     if not file.exists():

@@ -188,7 +188,7 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     for run in suite.runs:
         other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
-            yield f"{other!r} and {run.name!r} come to the same settings"
+            yield f"{other!r} and {run.name!r} have the same settings"
         if (split := suite.tests[0].split) in run.settings.train.splits:
             yield f"{run.name}: trains on {split}, which it is tested on"
     for test in suite.tests:

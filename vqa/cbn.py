@@ -53,7 +53,7 @@ class DeltaMLP(nn.Sequential):
         """`made` may hold `device` and `dtype`."""
         first, last = nn.Linear(condition_size, hidden_size, **made), nn.Linear(hidden_size, channels, **made)
         super().__init__(first, nn.ReLU(), last)
-        # Biases start at zero: beside random ones a small condition would hardly count, and all deltas would be alike.
+        # Biases start at zero: random ones would outweigh a small condition, and all deltas would be equal.
         nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
         nn.init.zeros_(self[0].bias)
         nn.init.normal_(self[2].weight, std=INITIAL_DEVIATION)

@@ -19,7 +19,7 @@ class ConditionalAdaptiveNorm2d(ConditionalBatchNorm2d):
 
     Adaptive normalisation (Chen, Xu and Koltun, Fast Image Processing with Fully-Convolutional Networks, ICCV 2017) of
     a conditional batch norm. It starts as the batch norm (a = 0, b = 1); there it starts as the identity (1, 0), which
-    would give the deltas no gradient.
+    would leave the deltas without a gradient.
     """
 
     def __init__(self, *sizes: int, **options: Any) -> None:

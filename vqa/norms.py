@@ -174,7 +174,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """Return the same norm, sharing its parameters and buffers, that takes deltas.
 
         `sizes` and `options` are the arguments of the constructor besides `num_features`, `eps` and `momentum`, which
-        `norm` gives.
+        are those of `norm`.
 
         Raises:
             ValueError: `norm` has no γ and β, or no running statistics.

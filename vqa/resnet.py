@@ -68,7 +68,7 @@ HEAD = ("avgpool", "global_pool", "fc")  # of torchvision and timm; the network 
 
 
 def check_form(layers: Iterable[tuple[str, nn.Module]], within: str = "") -> None:
-    """Raise ValueError if a layer is not of the kind that `FORM` gives its name."""
+    """Raise ValueError if a layer is not of the kind that `FORM` has for its name."""
     for name, layer in layers:
         kind = next(kind for pattern, kind in FORM if re.fullmatch(pattern, name))
         if type(layer) is not kind:
@@ -115,7 +115,7 @@ class ModulatedResNet(nn.Module):
     The statistics policy chooses the mean and variance that its batch norms normalise with:
     `population`: always the pretrained running ones; the network starts as exactly the pretrained one.
     `batch`: those of the batch (of all processes) in training, moving averages of decay 0.99 in evaluation; the
-    averages start anew.
+    averages are reset.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ModulatedResNet(nn.Module):
         if unknown := set(stages) - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
         if isinstance(name, nn.Module) and weights is not None:
-            raise ValueError("a network has its own weights; give no others")
+            raise ValueError("a network has its own weights; `weights` must be None")
         resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
         parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [part for part in parts if not hasattr(resnet, part)]:

@@ -129,7 +129,7 @@ def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question:
     images = image if several[0] else [read_image(image)] * len(question)
     questions = question if several[1] else [question] * len(image)
     if len(images) != len(questions):
-        raise InputError(f"{len(images)} images for {len(questions)} questions; give as many, or one of either")
+        raise InputError(f"{len(images)} images for {len(questions)} questions; give equal numbers, or one of either")
     return [function(*pair) for pair in zip(images, questions, strict=True)]
 
 
@@ -155,7 +155,7 @@ def find_model(run: Path) -> Path:
     """Find the model directory of a run directory; a model directory is its own.
 
     Raises:
-        InputError: there is none, or its settings are not those of the run directory.
+        InputError: the model is missing, or its settings are not those of the run directory.
     """
     for folder in (run / "model", run):
         if (folder / WEIGHTS).is_file():
@@ -254,4 +254,4 @@ def load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
     try:
         return Training.model_validate_json(metadata.get("training", "{}")).model_dump(exclude_unset=True)
     except ValueError:
-        raise InputError(f"{file}: its header does not say how the model was trained") from None
+        raise InputError(f"{file}: its header does not record how the model was trained") from None

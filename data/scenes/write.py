@@ -22,8 +22,8 @@ from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.processes import WorkerContext, naming_worker_limits
 from vqa.io.progress import progress
 
-WORLD_VERSION = 2  # raise it when the same arguments give other files
-PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
+WORLD_VERSION = 2  # increase it when the same arguments make other files
+PHOTOS = "photos"  # a further world: mosaics of the labelled images of a source
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
 WORLDS: dict[str, ModuleType] = {"small": small, "large": large}
 
@@ -132,7 +132,7 @@ def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -
 def _write_image(
     made: Mapping[str, Any], source: str | None, folder: Path, split: str, first_id: int, index: int
 ) -> list[SceneQuestion]:
-    """Write one image of a split and return its questions; each image has random streams of its own."""
+    """Write one image of a split and return its questions; each image has its own random streams."""
     seeds = made["seed"], zlib.crc32(split.encode()), index  # hash() of a text differs from run to run
     rng, drawing = (np.random.default_rng([*seeds, stream]) for stream in range(2))
     if source is None:

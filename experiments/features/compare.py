@@ -1,7 +1,7 @@
 """Compare the features of networks stage by stage (figures 4 to 7 of the paper): accuracies, points and figures.
 
-The accuracies say where the question reaches the features, not how well it is answered: in a modulated network the
-question itself moves them apart.
+The accuracies show at which stage the features depend on the question, not how well it is answered: in a modulated
+network the question itself separates them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +41,7 @@ def compare_features(
         out: the directory of the files.
         overrides: `key=value` words over the models' settings: where the data are, and the device.
         pairs: number of random pairs of an image and a question, the same for all networks; at most the whole split.
-        seed: of the pairs, the folds and t-SNE. On one machine the same seed gives the same files.
+        seed: of the pairs, the folds and t-SNE. On one machine the same seed makes the same files.
 
     Returns:
         The content of `neighbours.json`; its `accuracies` (percent) have an entry per labelling, network and stage.

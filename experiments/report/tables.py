@@ -27,14 +27,14 @@ def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
-    """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
+    """Markdown: accuracies with the paper's, the difference to the baseline, time and memory of training."""
     return markdown(_cells(lines, _columns(lines, brief=False)))
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
     """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only.
 
-    The differences to the baseline are a table of their own, below.
+    The differences to the baseline are in a second table, below.
     """
     parts = [aligned(_cells(lines, _columns(lines, brief=True)))]
     if compared := [line for line in lines if line["difference"] is not None]:

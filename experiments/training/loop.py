@@ -1,4 +1,4 @@
-"""The loops: training steps, and the answers to all questions of a table. They know neither task nor command line."""
+"""The loops: training steps, and the answers to all questions of a table. They need no task and no command line."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext

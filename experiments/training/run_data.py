@@ -1,6 +1,6 @@
 """The task of a run: its questions and answers, what a new model takes from them, its loss and its score.
 
-A trainer knows of its task nothing but the public members of `VQATask`: a second task is a second class with the same
+A trainer uses only the public members of `VQATask`: a second task is a second class with the same
 members, chosen in `trainer.train`.
 """
 
@@ -129,7 +129,7 @@ class VQATask:
         return score([self.store.vocabulary[class_] for class_ in classes], self.validation)
 
     def save_companions(self, folder: Path) -> None:
-        """Writes what a model needs beside its weights."""
+        """Writes what a model needs in addition to its weights."""
         store = self.store
         saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
 

@@ -21,7 +21,7 @@ from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, different_keys
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
-# may change when a run is resumed; the checkpoint knows which data it needs
+# may change when a run is resumed; the checkpoint records which data it needs
 _RESUMABLE = (Role.COMPUTING, Role.SPEED, Role.DATA, Role.SKIPPING)
 
 
@@ -36,7 +36,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     def holds_training(self) -> bool:
-        """Whether a run got as far as a checkpoint here; one that ended earlier does not block its name."""
+        """Whether a run wrote a checkpoint here; a run that ended earlier does not block its name."""
         return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
     def check(self, settings: Settings, resume: bool) -> None:

@@ -67,8 +67,8 @@ def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) 
     pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
     if (kind := settings.train.augment) != "none":
         processes.say(
-            f"train.augment: {kind} gives each question an image of its own in every epoch: without stored feature "
-            "maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
+            f"train.augment: {kind} shows each question another version of its image in every epoch: without stored "
+            "feature maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
         )
         return pixels
     stage = resnet.fixed_stage()

@@ -19,7 +19,7 @@ def take_weights(
     """Sets the weights of a new model, with the vocabulary `words` and the classes `answers`, to those of a saved one.
 
     Embeddings of words and scores of answers go by their text; GloVe's vectors stay those of the new model. The ResNet
-    is taken whole or not at all. `say` is told what was taken and what keeps its initial values.
+    is taken whole or not at all. `say` receives what was taken and what keeps its initial values.
 
     Returns:
         The names of what was taken.

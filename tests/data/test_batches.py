@@ -117,7 +117,7 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
 
 
 class Failing(QuestionDataset):
-    """Its worker gives one batch and fails at the second."""
+    """Its worker returns one batch and fails at the second."""
 
     def __init__(self, dataset, fail):
         self.__dict__ = dataset.__dict__ | {"asked": itertools.count(), "fail": fail}

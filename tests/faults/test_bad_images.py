@@ -14,7 +14,7 @@ from vqa.settings.recipes import load_settings
 
 @pytest.fixture
 def bad(tiny, tmp_path):
-    """A world of which the first image of `val` is missing and the second is none, and the first of `train` is none."""
+    """Scenes of which the first image of `val` is missing, and its second and the first of `train` are not images."""
     world = tmp_path / "world"
     shutil.copytree(tiny.parent / "world", world)
     missing, none, *_ = sorted((world / "val").iterdir())

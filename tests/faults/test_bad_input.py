@@ -150,7 +150,7 @@ CASES = [
     ("experiment {recipe:pipe}", "pipe.yaml: not a regular file"),
     ("bench nonsense", "no part nonsense"),
     ("bench step --tiny --device nonsense", "unknown device 'nonsense'; use auto, cpu, cuda"),
-    ("bench step --tiny --device cuda:99", "device: cuda:99 is not there"),
+    ("bench step --tiny --device cuda:99", "device: cuda:99 is not available"),
     ("bench step --tiny --repeats 0", "positive number"),
     ("bench step --tiny --out {h5:text}", "text.h5: must be a directory"),
 ]

@@ -75,7 +75,7 @@ def test_a_pool_that_cannot_begin_is_an_input_error():
 
 
 class Stopping(QuestionDataset):
-    """Its worker gives one batch; when that has arrived it is stopped, as by a debugger or a frozen container."""
+    """Its worker returns one batch and is then stopped, as by a debugger or a frozen container."""
 
     asked = itertools.count()
 

@@ -112,9 +112,9 @@ def test_weights_in_another_form_are_named(tmp_path, state, message):
 
 def test_what_is_no_file_and_no_name_of_weights_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"'w.bin' is no file and none of the weights of resnet18: IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match=r"'w.bin' is not a file and none of the weights of resnet18: IMAGENET1K_V1"):
         build_resnet("resnet18", "w.bin")
-    with pytest.raises(ValueError, match=r"resnet10 has no published weights and 'w.bin' is no file"):
+    with pytest.raises(ValueError, match=r"resnet10 has no published weights and 'w.bin' is not a file"):
         build_resnet("resnet10", "w.bin")
     with pytest.raises(ValueError, match=r"w.pth: no such file"):
         build_resnet("resnet18", "w.pth")

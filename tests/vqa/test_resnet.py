@@ -227,7 +227,7 @@ def test_a_modulation_of_another_width_is_refused(shape):
 def test_unknown_stages_and_networks_are_refused():
     with pytest.raises(ValueError, match="stages are 1, 2, 3 and 4, got 5"):
         ModulatedResNet("resnet18", stages=(4, 5))
-    with pytest.raises(ValueError, match="no ResNet"):
+    with pytest.raises(ValueError, match="not a ResNet"):
         ModulatedResNet("vgg16")
     with pytest.raises(ValueError, match="IMAGENET1K_V1"):
         ModulatedResNet("resnet18", "IMAGENET1K_V7")

@@ -37,7 +37,7 @@ def inspect(saved: SavedModel, image: Path, questions: Sequence[str]) -> dict[st
 
 
 def read(saved: SavedModel, image: ImageSource, question: str) -> dict[str, Any]:
-    """Inspect one question; `SavedModel.inspect` says what is returned."""
+    """Inspect one question; returns what `SavedModel.inspect` describes."""
     image = read_image(image)
     modulated, plain = (saved.run(image, question, modulate=modulate) for modulate in (True, False))
     return {

@@ -3,7 +3,7 @@
 The gradient of the input needs the weight alone, ∂x = wᵀ ⋆ ∂y, but torch's convolution saves x too. In a frozen network
 x is every second map.
 
-On a CPU oneDNN convolves with weights in an order of its own. torch reorders them at every step, forward and backward,
+On a CPU oneDNN convolves with weights in its own order. torch reorders them at every step, forward and backward,
 which takes a tenth of the time of a convolution at small batches. A frozen weight is reordered once.
 """
 
@@ -127,7 +127,7 @@ class _Ordered:
         self._adjoint: Tensor | None = None
 
     def is_of(self, weight: Tensor) -> bool:
-        """Return whether it was made of this weight, which has not changed since as far as the sample shows."""
+        """Return whether it was made from this weight, and the sample shows no change since."""
         same = self._source.data_ptr() == weight.data_ptr() and self._version == weight._version
         return same and torch.equal(self._sample, _sample(weight))
 

@@ -86,7 +86,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder. Raises InputError if there is none, and as `read_tokenizer`."""
+    """Load the tokenizer of a folder. Raises InputError if it is missing, and as `read_tokenizer`."""
     file = folder / "tokenizer.json"
     return read_tokenizer(read_text(file), file)
 

@@ -39,15 +39,18 @@ class Batch(NamedTuple):
     """Questions and their images, which stay uint8 until they are on the device."""
 
     images: torch.Tensor  # uint8 [I, S, S, 3], each image once
-    places: torch.Tensor  # int64 [B], index into `images` of each question's image
+    places: torch.Tensor  # int64 [B] or [B, V], index into `images` of each question's image or images
     tokens: torch.Tensor  # int64 [B, T], padded with PAD_ID
     lengths: torch.Tensor  # int64 [B], at least 1
     labels: torch.Tensor  # int64 [B, K], classes of the given answers as `QuestionTable.labels`
     rows: torch.Tensor  # int64 [B], rows of the question table
+    extras: dict[str, torch.Tensor]  # [B, …] each: what else the task's model takes, by name
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        *parts, extras = self
+        there = {name: part.to(device, non_blocking=True) for name, part in extras.items()}
+        return Batch(*(part.to(device, non_blocking=True) for part in parts), there)
 
     def parts(self, count: int) -> "list[Batch]":
         """Split the batch into at most `count` batches of about the same number of questions."""
@@ -59,7 +62,8 @@ class Batch(NamedTuple):
         """Return the batch of some of its questions, int64 indices."""
         kept, places = torch.unique(self.places[rows], return_inverse=True)
         of_questions = (part[rows] for part in (self.tokens, self.lengths, self.labels, self.rows))
-        return Batch(self.images[kept], places, *of_questions)
+        extras = {name: part[rows] for name, part in self.extras.items()}
+        return Batch(self.images[kept], places, *of_questions, extras)
 
 
 class Images(Protocol):
@@ -124,10 +128,11 @@ class QuestionDataset(Dataset):
         return of_epoch
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
-        wanted, places = self.table.images[rows], np.arange(len(rows))
+        wanted = self.table.images[rows]
+        places = np.arange(wanted.size).reshape(wanted.shape)
         if self.share:
             wanted, places = np.unique(wanted, return_inverse=True)
-        images = [self.images[image] for image in wanted]
+        images = [self.images[image] for image in wanted.flat]
         if self.augmentation is not None:
             images = [
                 self.augmentation.augment(image, self.epoch, row) for image, row in zip(images, rows, strict=True)
@@ -135,12 +140,13 @@ class QuestionDataset(Dataset):
         images = np.stack(images)
         images, places = torch.from_numpy(images), torch.from_numpy(places)
         words, labels = padded_words(self.table, rows), torch.from_numpy(self.labels[rows])
-        return Batch(images, places, *words, labels, torch.tensor(rows))
+        extras = {name: torch.from_numpy(values[rows]) for name, values in self.table.extras.items()}
+        return Batch(images, places, *words, labels, torch.tensor(rows), extras)
 
     def image_bytes(self, rows: Sequence[int]) -> int:
         """Return the size of the images in the batch of these rows."""
         images = self.table.images[rows]
-        return (len(np.unique(images)) if self.share else len(images)) * self.images[images[0]].nbytes
+        return (len(np.unique(images)) if self.share else images.size) * self.images[images.flat[0]].nbytes
 
 
 @dataclass(eq=False)
@@ -196,7 +202,8 @@ def _grouped(order: np.ndarray, images: np.ndarray, together: int, random: np.ra
 
 def batches_by_image(table: QuestionTable, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Return batches of all rows in order of their images, for evaluation; processes take turns."""
-    rows = np.argsort(table.images, kind="stable").tolist()
+    first = table.images.reshape(len(table), -1)[:, 0]
+    rows = np.argsort(first, kind="stable").tolist()
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][rank::world_size]
 
 
@@ -276,7 +283,7 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         if ahead is not None:
             yield ahead
         torch.cuda.current_stream(device).wait_stream(copying)
-        for part in copied:
+        for part in (*copied[:-1], *copied.extras.values()):
             part.record_stream(torch.cuda.current_stream(device))
         ahead = copied
     if ahead is not None:

@@ -5,7 +5,8 @@
     /images          pixels uint8 [N, S, S, 3], crc32 uint32 [N], filled bool [N], usable bool [N], id int64 [N],
                      file text [N]
     /answers         vocabulary text [A]: the answer classes, most common first
-    /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names; attribute: digest of them
+    /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names (`extras` is a group, where
+                     there are any); attribute: digest of them
 
 The file is `NAME.h5.partial` once its tables are written, and gets its final name when every row is filled. A complete
 file is never written to: a new one replaces it, in which its images keep their rows, so that a reader of the old file
@@ -88,6 +89,8 @@ def begin(
                 group.create_dataset(array, data=getattr(table, array))
             for text in _TEXTS:
                 group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
+            for extra, values in table.extras.items():
+                group.create_dataset(f"extras/{extra}", data=values)
             group.attrs["digest"] = np.bytes_(_digest_of_table(table))
 
 
@@ -164,7 +167,7 @@ class Store:
     def stand_ins(self, splits: Sequence[str]) -> int:
         """Count the stand-ins among the images that some splits ask about."""
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
-            rows = [file[f"splits/{split}/images"][:] for split in splits]
+            rows = [file[f"splits/{split}/images"][:].ravel() for split in splits]
             return int((~self.usable[np.unique(np.concatenate(rows))]).sum())
 
     def identity(self, splits: Sequence[str]) -> str:
@@ -194,7 +197,8 @@ class Store:
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
-            table = QuestionTable(**arrays, **texts)
+            extras = {name: values[:] for name, values in group.get("extras", {}).items()}
+            table = QuestionTable(**arrays, **texts, extras=extras)
             if group.attrs["digest"].decode() != _digest_of_table(table):
                 raise ValueError(f"checksum mismatch in split {split!r}")
         return table
@@ -243,8 +247,9 @@ def _digest_of(file: h5py.File) -> str:
 
 def _digest_of_table(table: QuestionTable) -> str:
     digest = hashlib.sha256()
-    for name in _ARRAYS:
-        array = np.ascontiguousarray(getattr(table, name))
+    arrays = {name: getattr(table, name) for name in _ARRAYS} | dict(sorted(table.extras.items()))
+    for name, values in arrays.items():
+        array = np.ascontiguousarray(values)
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     for name in _TEXTS:
         digest.update(json.dumps([name, *getattr(table, name)]).encode())

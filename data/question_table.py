@@ -1,7 +1,7 @@
 """The questions of one or more splits as arrays, as the h5 file stores them and batches use them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,7 @@ class QuestionTable:
     """N questions with at most K answers each; K = 0 for splits without annotations."""
 
     ids: np.ndarray  # int64 [N], official question ids
-    images: np.ndarray  # int64 [N], row of each question's image
+    images: np.ndarray  # int64 [N], row of each question's image, or [N, V] where a question has several
     texts: list[str]
     tokens: np.ndarray  # int32 [sum of lengths], word ids of all questions, concatenated
     lengths: np.ndarray  # int32 [N]
@@ -26,6 +26,7 @@ class QuestionTable:
     given: np.ndarray  # int32 [N, K], indices into `spellings`, padded with NO_ANSWER
     spellings: list[str]  # the distinct answers as annotators wrote them
     classes: np.ndarray  # int32 [len(spellings)], class of each, NO_ANSWER outside the vocabulary
+    extras: dict[str, np.ndarray] = field(default_factory=dict)  # [N, …] each: what else a task's model takes, by name
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -61,6 +62,7 @@ class QuestionTable:
             question_types=[self.question_types[row] for row in rows],
             answer_types=[self.answer_types[row] for row in rows],
             given=self.given[rows],
+            extras={name: values[rows] for name, values in self.extras.items()},
         )
 
     def encoded_with(self, tokenizer: Tokenizer) -> "QuestionTable":
@@ -106,6 +108,7 @@ def joined(tables: Sequence[QuestionTable]) -> QuestionTable:
     texts = ("texts", "question_types", "answer_types", "spellings")
     return QuestionTable(
         given=np.concatenate(given),
+        extras={name: np.concatenate([table.extras[name] for table in tables]) for name in tables[0].extras},
         **{name: np.concatenate([getattr(table, name) for table in tables]) for name in arrays},
         **{name: [text for table in tables for text in getattr(table, name)] for name in texts},
     )

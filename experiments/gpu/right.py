@@ -257,5 +257,6 @@ def random_model(settings: Settings, batch: int, device: torch.device) -> tuple[
         lengths=torch.full((batch,), words),
         labels=torch.randint(0, answers, (batch, 10)),
         rows=torch.arange(batch),
+        extras={},
     )
     return model, made.to(device)

@@ -22,7 +22,8 @@ def answer_logits(
 ) -> Tensor:
     """The model's scores of all answers, float32 [B, A], for a batch that is on the model's device."""
     with autocast(batch.images.device, precision):
-        logits = model(prepare_images(batch.images), batch.tokens, batch.lengths, places=batch.places).logits
+        images, places = prepare_images(batch.images), batch.places
+        logits = model(images, batch.tokens, batch.lengths, places=places, **batch.extras).logits
     return logits.float()
 
 

@@ -113,7 +113,7 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
     expected = [dataset[rows] for rows in EpochSampler(dataset.table.images, 8, 0, 1)]
     batches = readable(make_loader(dataset, sampler, workers, torch.device("cpu")))
     for batch, true in zip(batches, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, true, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch[:-1], true[:-1], strict=True))
 
 
 class Failing(QuestionDataset):

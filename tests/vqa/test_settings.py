@@ -29,15 +29,16 @@ def test_base_names_every_key_and_no_other():
                 yield from keys(value, f"{prefix}{key}.")
 
     base = set(keys(yaml.safe_load((ROOT / "vqa/settings/base.yaml").read_text())))
-    demo = set(keys(yaml.safe_load((ROOT / "config/demo.yaml").read_text())["scenes"], "scenes."))
-    assert base | {key for key in demo if not key.startswith("scenes.images.")} == set(ROLES)
+    for recipe, section in ((ROOT / "config/demo.yaml", "scenes"), (ROOT / "config/guesswhat/cbn.yaml", "guesswhat")):
+        base |= set(keys(yaml.safe_load(recipe.read_text())[section], f"{section}."))
+    assert {key for key in base if not key.startswith("scenes.images.")} == set(ROLES)
 
 
 def test_every_line_of_base_is_explained():
     text = (ROOT / "vqa/settings/base.yaml").read_text()
     lines = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
     uncommented = {line.split(":")[0].strip() for line in lines if "#" not in line}
-    assert uncommented <= {"learning_rate", "decay_by", "epochs", "scenes"}
+    assert uncommented <= {"learning_rate", "decay_by", "epochs", "scenes", "guesswhat"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

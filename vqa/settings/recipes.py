@@ -19,6 +19,7 @@ BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
 _BEFORE: dict[str, Any] = {
+    "guesswhat": None,
     "data": {"photographs": None, "vocabulary_from": ["train"]},
     "train": {
         "accumulate": 1,
@@ -199,15 +200,16 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
     # an unknown key is often the reason why another one is missing
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
-    given = any(key.startswith(word) or word.startswith(f"{key}.") for word in overridden)
     message = first["msg"].removeprefix("Value error, ")
+    section = key or message.partition(":")[0]  # our own validators name their key
+    given = any(section.startswith(word) or word.startswith(f"{section}.") for word in overridden)
     match first["type"]:
         case "extra_forbidden":
             told = f"unknown key {key}{_suggestion(key)}"
         case "missing":
             told = f"{key} is missing (vqa/settings/base.yaml names every key: begin with `base: base.yaml`)"
-        case "value_error":  # of our own validators, which name their key
-            told = f"{key}.{message}"
+        case "value_error":
+            told = f"{key}.{message}".lstrip(".")
         case kind:
             braces = _QUOTES if kind == "string_type" and isinstance(first["input"], dict) else ""
             told = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"

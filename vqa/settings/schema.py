@@ -188,6 +188,14 @@ class ScenesSettings(_Section):
     pretrain_epochs: Size
 
 
+class GuessWhatSettings(_Section):
+    """The GuessWhat?! oracle: a question about one object of an image is answered yes, no or n.a. (section 4.2)."""
+
+    status: list[Literal["success", "failure", "incomplete"]] = Field(min_length=1)
+    crop_factor: float = Field(ge=1, le=10)
+    category_size: Size
+
+
 class Settings(_Section):
     """Every setting of a run."""
 
@@ -196,7 +204,7 @@ class Settings(_Section):
     device: Annotated[str, Role.COMPUTING] = Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
     precision: Annotated[Literal["float32", "bfloat16"], Role.SCORING]
     workers: Annotated[int, Role.COMPUTING] = Field(ge=0, le=256)
-    inputs: list[Literal["image", "question"]] = Field(min_length=1)
+    inputs: list[Literal["image", "question", "crop", "spatial", "category"]] = Field(min_length=1)
     data: DataSettings
     backbone: BackboneSettings
     cbn: CBNSettings
@@ -206,6 +214,18 @@ class Settings(_Section):
     train: TrainSettings
     speed: Annotated[SpeedSettings, Role.SPEED]
     scenes: ScenesSettings | None
+    guesswhat: GuessWhatSettings | None
+
+    @property
+    def task(self) -> Literal["vqa", "guesswhat"]:
+        """The task: the one whose section is there, else answering questions about images."""
+        return "vqa" if self.guesswhat is None else "guesswhat"
+
+    @model_validator(mode="after")
+    def _inputs_of_the_task(self) -> "Settings":
+        if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
+            raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
+        return self
 
     def save(self, file: Path) -> None:
         """Writes every setting, resolved."""

@@ -37,7 +37,7 @@ def steps(model, answers, accumulate=1):
     rows = torch.arange(len(answers))
     labels = torch.tensor(answers)[:, None].expand(-1, 10)
     images = torch.zeros(len(answers), 4, 4, 3, dtype=torch.uint8)
-    batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows)
+    batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows, {})
     settings = load_settings(ROOT / "config" / "demo.yaml", ["train.clip=5.0", f"train.accumulate={accumulate}"])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)

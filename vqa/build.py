@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from vqa.attention import ATTENTIONS
-from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.io.errors import InputError
 from vqa.model import Fusion, VQAModel
+from vqa.predictor import CategoricalPredictor, ModulationPredictor
 from vqa.question import KINDS, QuestionEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings

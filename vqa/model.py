@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vqa.attention import Normalisation, attend, normalise_features
-from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
+from vqa.norms import Modulation
+from vqa.predictor import CategoricalPredictor, ModulationPredictor
 from vqa.question import QuestionEncoder, QuestionKinds
 from vqa.resnet import ModulatedResNet, StageMap
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa.cbn import INITIAL_DEVIATION, ConditionalBatchNorm2d
+from vqa.cbn import ConditionalBatchNorm2d
 from vqa.kernels.modulate import modulate
 from vqa.norms import ModulatedBatchNorm2d, check_map, checked, scale_and_shift
+from vqa.predictor import INITIAL_DEVIATION
 
 
 class ConditionalAdaptiveNorm2d(ConditionalBatchNorm2d):

@@ -27,9 +27,9 @@ from experiments.features.compare import compare_features
 from experiments.recalibrate import recalibrate
 from experiments.training.trainer import train
 from vqa.build import build_model
-from vqa.cbn import DeltaMLPs
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation
+from vqa.predictor import DeltaMLPs
 from vqa.resnet import ModulatedResNet
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings

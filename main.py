@@ -18,13 +18,7 @@ from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
-RESUMABLE = (
-    "demo",
-    "preprocess",
-    "pretrain",
-    "train",
-    "experiment",
-)  # started again, they keep what was done
+RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep what was done
 
 
 def demo(config: Path, settings: list[str]) -> None:

@@ -12,13 +12,7 @@ import numpy as np
 
 from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
-from experiments.features.neighbours import (
-    FOLDS,
-    labellings,
-    main_answers,
-    neighbour_accuracy,
-    project,
-)
+from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
 from vqa.io.errors import InputError
 from vqa.io.files import as_cell, write_csv, write_json

@@ -70,10 +70,10 @@ def as_cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows as CSV, whole or not at all."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\r\n") -> None:
+    """Write rows as CSV, each with this line `end`, whole or not at all."""
     with written_whole(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator=end)
         writer.writerow(columns)
         writer.writerows(rows)
 

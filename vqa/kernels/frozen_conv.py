@@ -52,18 +52,9 @@ class Convolution(nn.Conv2d):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Convolution":
         """Return the same convolution, sharing its parameters."""
-        made = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",
-        )
+        geometry = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        options = {name: getattr(conv, name) for name in geometry} | {"bias": conv.bias is not None, "device": "meta"}
+        made = cls(conv.in_channels, conv.out_channels, **options)
         made.weight, made.bias = conv.weight, conv.bias
         return made
 
@@ -89,20 +80,11 @@ class _FrozenConvolution(torch.autograd.Function):
             return ctx.ordered.convolve_adjoint(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
-        of_x, _, _ = torch.ops.aten.convolution_backward(
-            gradient,
-            # only the shape and the layout of the input are read: uninitialised memory replaces it
-            torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout),
-            weight.to(gradient.dtype, memory_format=layout),  # autocast casts it in the forward pass too
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [True, False, False],
-        )
+        # only the shape and the layout of the input are read: uninitialised memory replaces it
+        x = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
+        weight = weight.to(gradient.dtype, memory_format=layout)  # autocast casts it in the forward pass too
+        options = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        of_x, _, _ = torch.ops.aten.convolution_backward(gradient, x, weight, *options)
         return of_x, None, None, None
 
 

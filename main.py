@@ -18,11 +18,11 @@ from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
-RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep what was done
+RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep finished work
 
 
 def demo(config: Path, settings: list[str]) -> None:
-    """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
+    """Draws scenes, compares baseline and MODERN on them, inspects one question: a few minutes, no download."""
     from experiments.demo import run_demo
     from vqa.settings.recipes import load_settings
 
@@ -30,7 +30,7 @@ def demo(config: Path, settings: list[str]) -> None:
 
 
 def preprocess(config: Path, settings: list[str]) -> None:
-    """Raw questions, annotations and images to one h5 file; run again, it resumes where it stopped."""
+    """Converts raw questions, annotations and images to one h5 file; resumes where it stopped."""
     from data.preprocess import preprocess as run
     from experiments.prepare import preprocessing_of
     from vqa.settings.recipes import load_settings
@@ -39,7 +39,7 @@ def preprocess(config: Path, settings: list[str]) -> None:
 
 
 def pretrain(images: Path, out: Path, backbone: str, device: str, **options: int) -> None:
-    """Pretrains a ResNet, for `backbone.weights`, on labelled images, a folder a class; run again, it resumes."""
+    """Pretrains a ResNet for `backbone.weights` on labelled images, one folder per class; resumes where it stopped."""
     from experiments.pretrain import pretrain_on_images
     from vqa.devices import choose_device
 
@@ -122,7 +122,7 @@ def experiment(
     cluster: str | None,
     resources: str,
 ) -> None:
-    """Runs what is missing of a suite of runs and prints its table with the paper's numbers."""
+    """Runs the missing runs of a suite and prints its table with the paper's numbers."""
     from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite

@@ -64,7 +64,7 @@ class LabelledImages:
         if len(self.classes) < 2 or not held_out:
             raise InputError(
                 f"{source}: found {len(self.classes)} classes and {len(self.names)} images ({', '.join(FORMATS)}); "
-                "needs two folders or more, one a class, with two images or more each"
+                "needs two folders or more, one per class, with two images or more each"
             )
         if untrained := {class_of[name] for name in held_out} - set(self.classes):
             raise InputError(f"{source}: class {min(untrained)!r} has images below val, and none to train on")

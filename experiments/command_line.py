@@ -72,7 +72,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     command("preprocess", recipe, settings)
 
     pretrain = command("pretrain")
-    pretrain.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a sub-folder a class")
+    pretrain.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a folder per class")
     pretrain.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     pretrain.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     pretrain.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
@@ -127,7 +127,7 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
 
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file a step, and gpu-check.zip of all")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="for a file per step, and gpu-check.zip")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
     added.add_argument(
         "--step", dest="steps", action="append", default=[], metavar="STEP", help="only this one; can be repeated"
@@ -152,7 +152,7 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("file", type=Path, metavar="SUITE.yaml")
-    at_once = "parallel runs; by default one a GPU, or one a core"
+    at_once = "parallel runs; by default one per GPU, or one per core"
     added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N")
     added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')

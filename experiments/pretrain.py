@@ -27,7 +27,7 @@ from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
 from vqa.preprocessing import MAX_SIZE, Preprocessing
 
-BATCH = 64  # images a step
+BATCH = 64  # images per step
 CHECKPOINT_EVERY = 200  # steps
 
 

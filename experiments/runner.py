@@ -1,4 +1,4 @@
-"""Runs what is missing of a suite: each run and seed in its own process, one a GPU, or one a core."""
+"""Runs what is missing of a suite: each run and seed in its own process, one per GPU, or one per core."""
 
 import os
 import shutil
@@ -144,7 +144,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
     Args:
         suite: what to run.
         runs: where run directories are.
-        at_once: trainings at the same time; by default one a GPU. Recipes that name the CPU get a thread each, so that
+        at_once: parallel trainings; by default one per GPU. Recipes that name the CPU get a thread each, so that
             their numbers do not depend on the number of cores, and by default as many at once as there are cores (and
             2 GiB of memory a run).
 

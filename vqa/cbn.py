@@ -3,7 +3,7 @@
 For a norm with affine parameters γ, β and a condition e (in the paper: the question's embedding),
 
     Δγ = MLP_γ(e),  Δβ = MLP_β(e)                                one hidden layer with ReLU each
-    y  = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)        one pair (Δγ, Δβ) a sample and channel
+    y  = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)        one pair (Δγ, Δβ) per sample and channel
 
 Each layer can replace a norm in any network. `vqa.norms` computes the second line, `vqa.predictor` the first, also for
 all norms of a network at once.

@@ -49,7 +49,7 @@ class _Predictor(nn.Module):
 
 
 class ModulationPredictor(_Predictor):
-    """The deltas of all conditioned norms of a network from one condition [B, D]: two MLPs a norm."""
+    """The deltas of all conditioned norms of a network from one condition [B, D]: two MLPs per norm."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class DeltaMLPs(nn.Module):
 
     The first layers share their input and are one layer of N * H units. The last ones share nothing. On a GPU, where
     each product is a launch, they are one batched product of pieces of equal width, the greatest common divisor of the
-    numbers of channels (64 in torchvision's ResNets). On a CPU one product a norm is faster.
+    numbers of channels (64 in torchvision's ResNets). On a CPU one product per norm is faster.
 
     The state dict has the parameters of each MLP under the name of its norm, such as `layer1_0_bn1.0.weight`.
     """

@@ -214,7 +214,7 @@ class ModulatedResNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
     def least_batch(self, image_size: int) -> int:
-        """Return the smallest batch whose own statistics can normalise it: two values a channel."""
+        """Return the smallest batch whose own statistics can normalise it: two values per channel."""
         names = (name for name, module in self.network.named_modules() if isinstance(module, ModulatedBatchNorm2d))
         return 2 if image_size <= 32 and any(stage_of(name) == 4 for name in names) else 1  # one position in stage 4
 

@@ -59,7 +59,7 @@ def operation_rows(setup: Setup) -> Rows:
         parts = [part.requires_grad_() for part in (x, scale, shift, residual)]
         jobs = {name: partial(run, way, parts, gradient) for name, way in ways.items()}
         seconds = {name: s / runs for name, s in interleaved(jobs, setup.repeats, setup.device).items()}
-        # forward x, residual, y; backward gradient, x, and the gradients of x and residual; a bit an element twice
+        # forward x, residual, y; backward gradient, x, and the gradients of x and residual; one bit per element, twice
         moved = 7 * x.numel() * x.element_size() + x.numel() / 4
         yield {
             "shape": "x".join(map(str, shape)),

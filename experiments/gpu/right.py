@@ -96,7 +96,7 @@ def _errors_of_modulate(
 
 
 def deltas_rows(setup: Setup) -> Rows:
-    """The deltas of all norms in one batched product and in one product a norm, against float64."""
+    """The deltas of all norms in one batched product and in one product per norm, against float64."""
     network, size, hidden = setup.pick(("resnet10", 32, 16), ("resnet50", 1024, 512))
     layers = ModulatedResNet(network).layers
     mlps = DeltaMLPs(size, [layer.name for layer in layers], [layer.channels for layer in layers], hidden)

@@ -41,8 +41,8 @@ In points: the mean of the differences seed by seed, with its 95 % interval over
 def write_report(suite: Suite, runs: Path, out: Path) -> str:
     """Report the finished runs of a suite.
 
-    Writes `SUITE.csv` (a line a row) and `SUITE.md`, and, where anything is finished, `SUITE_runs.csv` (a line a row
-    and seed), `SUITE.png` and, for a suite with contrasts, `SUITE_contrasts.csv` (a line a contrast and question type).
+    Writes `SUITE.csv` (a line per row), `SUITE.md`. If anything is finished, also `SUITE_runs.csv` (one line per row
+    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type).
 
     Args:
         suite: what was run.

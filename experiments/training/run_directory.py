@@ -93,7 +93,7 @@ class RunDirectory:
         write_json(file, environment)
 
     def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
-        """Writes metrics.jsonl, a line an epoch."""
+        """Writes metrics.jsonl, one line per epoch."""
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
     def write_tensorboard(self, line: dict[str, Any]) -> None:

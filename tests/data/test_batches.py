@@ -23,7 +23,7 @@ def dataset(tiny):
 
 
 def test_a_batch_is_its_questions(dataset):
-    batch = dataset[[5, 4, 17]]  # four questions an image: the first two share theirs
+    batch = dataset[[5, 4, 17]]  # four questions per image: the first two share theirs
     assert batch.images.shape == (2, 64, 64, 3)
     assert batch.places.tolist() == [0, 0, 1]
     assert batch.images.dtype == torch.uint8

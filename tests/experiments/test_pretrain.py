@@ -66,7 +66,7 @@ def test_colours_are_learnt_and_the_file_is_a_backbone(command, photos, tmp_path
 
 def test_killed_it_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
     made = {"seed": 3, "image_size": 32, "epochs": 2, "device": "cpu"}
-    monkeypatch.setattr(pretrain, "BATCH", 27)  # two steps an epoch
+    monkeypatch.setattr(pretrain, "BATCH", 27)  # two steps per epoch
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     pretrain.pretrain_on_images(whole, "resnet10", photos, **made)

@@ -102,7 +102,7 @@ def test_an_inspection_is_plain_data_of_every_channel(model, images):
         ),
         (np.zeros((2, 4, 4, 3), np.uint8), "what?", "not uint8 2 x 4 x 4 x 3"),
         (np.zeros((0, 4), np.uint8), "what?", "not uint8 0 x 4"),
-        (Image.new("F", (4, 4)), "what?", "32 bits a pixel"),
+        (Image.new("F", (4, 4)), "what?", "32 bits per pixel"),
         (None, "what?", "image: cannot be read as an image"),
         (Image.new("RGB", (4, 4)), "", "question: '' holds no word"),
         (Image.new("RGB", (4, 4)), None, "question: must be a text, not NoneType"),

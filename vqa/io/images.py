@@ -120,7 +120,7 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
-        raise ValueError("32 bits a pixel, with no defined white level; save it with 8 or 16")
+        raise ValueError("32 bits per pixel, with no defined white level; save it with 8 or 16")
     made = Image.fromarray((pixels // 256).astype(np.uint8))
     made.info = image.info  # the orientation is in it
     return made

@@ -24,7 +24,7 @@ class Augmentation:
     may_flip: np.ndarray  # bool [N], for each question of the table
 
     def augment(self, image: np.ndarray, epoch: int, row: int) -> np.ndarray:
-        """Return what question `row` sees of its image, uint8 [S, S, 3], in an epoch."""
+        """Return the image of question `row` in an epoch, uint8 [S, S, 3]."""
         area, left, top, flip = np.random.default_rng([self.seed, epoch, row]).random(4)
         size = len(image)
         side = size * (LEAST_AREA + (1 - LEAST_AREA) * area) ** 0.5

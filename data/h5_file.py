@@ -8,7 +8,7 @@
     /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names (`extras` is a group, where
                      there are any); attribute: digest of them
 
-The file is `NAME.h5.partial` once its tables are written, and gets its final name when every row is filled. A complete
+The file is `NAME.h5.partial` once its tables are written, and is renamed when every row is filled. A complete
 file is never written to: a new one replaces it, in which its images keep their rows, so that a reader of the old file
 can continue with the new one. A row is marked in `filled` only after it is on the disk, so a killed run loses at most
 the rows of one flush.

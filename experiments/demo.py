@@ -22,9 +22,10 @@ from data.preprocess import preprocess
 from data.question_table import QuestionTable
 from data.vqa_files import read_asked
 from experiments.demo_page import NAMES, write_demo
-from experiments.evaluate import evaluate, question_accuracies, score
+from experiments.evaluate import evaluate
 from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
 from experiments.report.tables import aligned
+from experiments.tasks.vqa import VQATask, score
 from experiments.training.trainer import train
 from vqa.inspect.inspection import inspect, write_inspection
 from vqa.io.errors import InputError
@@ -161,7 +162,7 @@ def _telling_rows(answers: dict[str, list[str]], table: QuestionTable) -> list[i
     """The row of a question that MODERN answers right and the baseline wrong, about a colour if possible
     (any question if there is no such question), and of another question about the same image.
     """
-    right = {model: [accuracy == 1 for accuracy in question_accuracies(answers[model], table)] for model in MODELS}
+    right = {model: [accuracy == 1 for accuracy in VQATask.accuracies(answers[model], table)] for model in MODELS}
     telling = [right["modern"][row] - right["baseline"][row] for row in range(len(table))]
     chosen = max(range(len(table)), key=lambda row: (telling[row], table.question_types[row] == "what color", -row))
     others = [row for row in range(len(table)) if table.images[row] == table.images[chosen] and row != chosen]

@@ -14,11 +14,12 @@ from data.question_table import QuestionTable, question_table
 from data.vqa_files import read_questions
 from experiments.prepare import split_files
 from experiments.process_group import this_process, together
+from experiments.tasks import TASKS, Task
 from experiments.training.loop import predict_classes
 from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
-from vqa.metrics import Scores, accuracies, summary
+from vqa.metrics import Scores
 from vqa.saved_model import SavedModel, find_model, load_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
@@ -83,23 +84,32 @@ def evaluate(
         prepare_images, what = saved.preprocessing.normalise, f"{folder}: answering"
         classes = predict_classes(saved.model, data, settings, processes, prepare_images=prepare_images, what=what)
         answers = [saved.answers[class_] for class_ in classes]
-        return processes.on_main(lambda: _write_scores(out, split, data.table, answers, saved.training, per_question))
+        task = TASKS[settings.task]
+        return processes.on_main(
+            lambda: _write_scores(out, split, task, data.table, answers, saved.training, per_question)
+        )
 
 
 def _write_scores(
-    out: Path, split: str, table: QuestionTable, answers: Sequence[str], training: dict[str, Any], per_question: bool
+    out: Path,
+    split: str,
+    task: type[Task],
+    table: QuestionTable,
+    answers: Sequence[str],
+    training: dict[str, Any],
+    per_question: bool,
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
     results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
     write_json(out / f"results_{split}.json", results, indent=None)
     if not table.given.size:
         return None
-    of_questions = question_accuracies(answers, table)
+    of_questions = task.accuracies(answers, table)
     if per_question:
         order = np.argsort(table.ids)
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
-    scores = summary(of_questions, table.answer_types, table.question_types)
+    scores = task.summary(of_questions, table)
     trained_on = training.get("trained_on", [])
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if per_question:
@@ -156,7 +166,7 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
 
 
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
-    """Warns of questions without a known word, and of answers none of which is a class."""
+    """Warns of questions without a known word, and of questions without an answer in the vocabulary."""
     known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
         print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
@@ -171,19 +181,3 @@ def table_of(scores: Scores) -> str:
         rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)
-
-
-def score(predictions: Sequence[str], table: QuestionTable) -> Scores:
-    """The official summary of one prediction for each question of the table, in its order."""
-    return summary(question_accuracies(predictions, table), table.answer_types, table.question_types)
-
-
-def question_accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
-    """`question_accuracy` of one prediction for each question of the table, in its order.
-
-    Raises:
-        ValueError: a question has no answers.
-    """
-    if len(predictions) != len(table):
-        raise ValueError(f"{len(predictions)} predictions for {len(table)} questions")
-    return accuracies(predictions, table.spellings, table.given)

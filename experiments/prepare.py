@@ -57,7 +57,7 @@ def prepare_backbone(settings: Settings) -> float:
 
 
 def prepare(settings: Settings) -> None:
-    """Makes everything that the training of a recipe reads, as far as it can be made.
+    """Makes everything that the training of a recipe reads, if it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.

@@ -14,11 +14,13 @@ BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data",
 MODEL = ("attention", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet")
 OF_MODEL = (*(f"vqa.{name}" for name in MODEL), "vqa.backbone", "vqa.kernels")
 ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.io", "vqa.text")}
-# A room of the library is entered by these modules only; the others are its own.
+# A room is entered by these modules (or what its `__init__` holds) only; the others are its own.
 DOORS = {
     "vqa.kernels": ("vqa.kernels.modulate", "vqa.kernels.frozen_conv"),
     "vqa.hub": ("vqa.hub.folder", "vqa.hub.onnx"),
     "vqa.inspect": ("vqa.inspect.inspection", "vqa.inspect.html"),
+    "vqa.tasks": ("vqa.tasks.guesswhat", "vqa.tasks.objects"),
+    "experiments.tasks": ("experiments.tasks.TASKS", "experiments.tasks.Task", "experiments.tasks.vqa"),
 }
 
 

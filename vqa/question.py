@@ -92,7 +92,7 @@ class QuestionKinds(nn.Module):
         self.first_words.fill_(PAD_ID)[: len(chosen)] = chosen
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS stands for all other first words."""
+        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS for all other first words."""
         first = F.pad(tokens[:, :KIND_WORDS], (0, max(KIND_WORDS - tokens.shape[1], 0)), value=PAD_ID)
         same = (first[:, None] == self.first_words).all(2)  # [B, KINDS]
         return torch.where(same.any(1), same.int().argmax(1), KINDS)

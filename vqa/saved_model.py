@@ -34,7 +34,7 @@ HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
 class Training(BaseModel):
-    """How a model was trained, as the metadata of its weights say it; each entry may be missing."""
+    """How a model was trained, from the metadata of its weights; each entry may be missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -63,7 +63,7 @@ class SavedModel:
             image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
                 width), or a list of these.
             question: a question or a list of questions. Of two lists each image has its own question; one image or
-                question beside a list belongs to all of it. The questions of a list are answered one by one.
+                question is combined with every entry of a list. The questions of a list are answered one by one.
             top: number of answers.
 
         Returns:
@@ -152,7 +152,7 @@ def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix
 
 
 def find_model(run: Path) -> Path:
-    """Find the model directory of a run directory; a model directory is its own.
+    """Find the model directory of a run directory; a model directory is returned as it is.
 
     Raises:
         InputError: the model is missing, or its settings are not those of the run directory.
@@ -202,7 +202,7 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
             model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
     except (RuntimeError, OverflowError) as error:
-        raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
+        raise InputError(f"{made}: no model can be built from it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
     return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)

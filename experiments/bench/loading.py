@@ -27,7 +27,7 @@ from experiments.bench.step import interleaved
 from experiments.bench.vqa_sized_data import write_coco_like
 from experiments.prepare import prepare
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare as prepare_training
 from experiments.training.trainer import train

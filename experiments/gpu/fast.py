@@ -12,9 +12,9 @@ from experiments.bench.loading import prepared_scenes, time_training
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import cases, interleaved, peak_mib, rows_of
 from experiments.gpu.right import CONFIG, normalised, random_model
+from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
-from experiments.training.run_data import answer_loss
 from vqa.kernels.modulate import modulate
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings

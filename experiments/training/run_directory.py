@@ -30,7 +30,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = path.with_name(f".{path.name}.lock")  # beside it: a run that is refused makes no directory
+        self.lock = path.with_name(f".{path.name}.lock")  # outside of it: a run that is refused makes no directory
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
@@ -40,7 +40,7 @@ class RunDirectory:
         return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
     def check(self, settings: Settings, resume: bool) -> None:
-        """Refuses to overwrite a run, or to resume one with other settings; only its end may be later.
+        """Refuses to overwrite a run, or to resume one with other settings; only more epochs or patience are allowed.
 
         Raises:
             InputError: the directory holds a run, and `resume` is false or its settings are others.
@@ -73,7 +73,7 @@ class RunDirectory:
         trained_parameters: int,
         init_from: Path | None = None,
     ) -> None:
-        """Writes what explains the run; `init_from` is the file of weights that it starts from."""
+        """Writes config.yaml and environment.json; `init_from` is the file of weights that it starts from."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         environment = {

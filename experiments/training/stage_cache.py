@@ -1,7 +1,7 @@
 """Cache of the fixed stages' feature maps on disk, which training reads in place of the images.
 
-Up to the first stage that is conditioned or trained, a ResNet under `population` statistics gives the same map for the
-same image in every epoch. With no stage conditioned (the baseline) that is all of it. The file:
+Up to the first stage that is conditioned or trained, a ResNet under `population` statistics computes the same map of an
+image in every epoch. With no stage conditioned (the baseline) that is the whole network. The file:
 
     /       attribute: identity (JSON: of what images, by what network, after which stage)
     maps    float16 [N, H, W, C], channels last as convolutions read them
@@ -29,7 +29,7 @@ from data.batches import Images
 from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks import Task
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -45,7 +45,7 @@ class ImageSource:
     images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
     preprocessing: Preprocessing
     channels_last: bool  # memory layout of the input
-    stage: int | None = None  # after which the maps are; None: images
+    stage: int | None = None  # of the maps; None: images
 
     def prepare(self, batch: Tensor) -> Tensor | StageMap:
         """The network's input for a batch of images or maps."""
@@ -55,7 +55,7 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(task: VQATask, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
+def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
     the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
     cannot be written.

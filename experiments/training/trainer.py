@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
+from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import build_optimiser, build_schedule, trained_parameters
-from experiments.training.run_data import VQATask
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource, choose_images
 from experiments.training.warm_start import splits_seen
@@ -32,7 +32,7 @@ from vqa.settings.schema import Settings
 def train(
     settings: Settings, *, resume: bool = False, runs: Path = Path("runs"), init_from: Path | None = None
 ) -> RunDirectory:
-    """Trains a recipe into `runs/NAME`; a finished run is left as it is.
+    """Trains a recipe into `runs/NAME`; a finished run is not changed.
 
     Args:
         settings: the recipe; its h5 file must exist.
@@ -56,11 +56,11 @@ def train(
             run.check(settings, resume)
             return run.checkpoint.exists()
 
-        # every process decides from what all of them see, and none writes before all have looked
+        # all processes decide from the same facts, and none writes before all have read them
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
             raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
-        task = VQATask(settings)
+        task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
             early = len(saved["progress"]["history"]) < settings.train.epochs
@@ -71,7 +71,7 @@ def train(
     return run
 
 
-def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> dict[str, Any]:
+def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
     """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
     saved["progress"].pop("finished", None)  # of earlier versions
@@ -83,7 +83,7 @@ def _last_checkpoint(run: RunDirectory, task: VQATask, processes: Processes) -> 
 
 
 def prepare(
-    task: VQATask,
+    task: Task,
     run: RunDirectory,
     processes: Processes,
     saved: dict[str, Any] | None = None,
@@ -107,7 +107,7 @@ def prepare(
     model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
     sampler = task.sampler(processes, epoch=1)
     _check_batch_statistics(settings, model.resnet, sampler)
-    torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
+    torch.manual_seed(settings.seed + processes.rank)  # but its own dropout masks
 
     optimiser = build_optimiser(train, model)
     schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
@@ -147,7 +147,7 @@ class Trainer:
     """Trains one process's part of a run, from `state` on."""
 
     def __init__(
-        self, task: VQATask, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
+        self, task: Task, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
     ) -> None:
         self.task, self.run, self.processes, self.state, self.images = task, run, processes, state, images
         self.settings = task.settings
@@ -287,14 +287,14 @@ class Trainer:
         return f"{where}: {error} {listed(self.task.training.ids[error.rows])}"
 
     def _stop_if_asked(self, save: bool = False) -> None:
-        """Ends the run where a signal came to any process; `save` says that the last step is not saved yet."""
+        """Ends the run if any process received a signal; `save`: the last step is not saved yet."""
         if any(self.processes.gather(self.stop.made)):
             if save:
                 self._save_checkpoint()
             self.stop.obey()
 
     def _stop_waiting_if_asked(self) -> None:
-        """Ends the run where a signal came to this process, while a batch does not."""
+        """Ends the run if this process received a signal while it waits for a batch."""
         if self.stop.made:
             self._save_if_alone()
             self.stop.obey()

@@ -18,8 +18,8 @@ def take_weights(
 ) -> set[str]:
     """Sets the weights of a new model, with the vocabulary `words` and the classes `answers`, to those of a saved one.
 
-    Embeddings of words and scores of answers go by their text; GloVe's vectors stay those of the new model. The ResNet
-    is taken whole or not at all. `say` receives what was taken and what keeps its initial values.
+    Embeddings of words and scores of answers are matched by text; GloVe's vectors stay those of the new model. The
+    ResNet is taken whole or not at all. `say` receives what was taken and what keeps its initial values.
 
     Returns:
         The names of what was taken.

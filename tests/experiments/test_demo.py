@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from data.h5_file import Store
 from experiments.demo import best_blind_answers, run_demo
-from experiments.evaluate import evaluate, score
+from experiments.evaluate import evaluate
+from experiments.tasks.vqa import score
 from vqa.io.errors import InputError
 from vqa.io.files import write_json
 from vqa.settings.recipes import load_settings

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from tests.processes import start_ranks

@@ -17,9 +17,9 @@ from data.h5_file import partial_path
 from experiments import runner
 from experiments.runner import run_suite
 from experiments.suite import load_suite
+from experiments.tasks.vqa import VQATask
 from experiments.training import stage_cache
 from experiments.training.checkpoint import load_checkpoint
-from experiments.training.run_data import VQATask
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT

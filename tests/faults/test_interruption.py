@@ -17,8 +17,8 @@ import data.preprocess
 from data.h5_file import Store, partial_path
 from experiments import runner
 from experiments.suite import load_suite
+from experiments.tasks.vqa import VQATask
 from experiments.training import loop
-from experiments.training.run_data import VQATask
 from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.processes import MainProcess

@@ -7,7 +7,7 @@ import pytest
 
 from data.question_table import QuestionTable
 from data.vqa_files import Question
-from experiments.evaluate import question_accuracies, score
+from experiments.tasks.vqa import VQATask, score
 from vqa.metrics import normalise_answer, question_accuracy
 from vqa.text.answers import strip_answer
 
@@ -100,14 +100,14 @@ def test_all_questions_at_once_are_scored_as_one_by_one():
     predictions = random.choice([*ways, "never given", " yes"], 600).tolist()
     pairs = list(zip(predictions, (q.answers for q in asked), strict=True))
     expected = [question_accuracy(*pair) for pair in pairs]
-    assert question_accuracies(predictions, table_of(asked)) == expected
+    assert VQATask.accuracies(predictions, table_of(asked)) == expected
     assert expected == pytest.approx([accuracy_by_its_definition(*pair) for pair in pairs])
     assert len(set(expected)) > 20
-    assert question_accuracies([], table_of([])) == []
+    assert VQATask.accuracies([], table_of([])) == []
     with pytest.raises(ValueError, match="at least one given answer"):
-        question_accuracies(["2", "2"], table_of([Question(1, 0, "?"), asked[0]]))
+        VQATask.accuracies(["2", "2"], table_of([Question(1, 0, "?"), asked[0]]))
     with pytest.raises(ValueError, match="1 predictions for 600"):
-        question_accuracies(["2"], table_of(asked))
+        VQATask.accuracies(["2"], table_of(asked))
 
 
 def test_means_are_over_questions_not_over_types():

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from data.batches import Batch
 from experiments.evaluate import split_data
 from experiments.process_group import Processes
+from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError
-from experiments.training.run_data import answer_loss
 from tests.conftest import ROOT
 from vqa.model import Output
 from vqa.preprocessing import Preprocessing

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
+from experiments.tasks.vqa import VQATask
 from experiments.training import loop
-from experiments.training.run_data import VQATask
 from experiments.training.trainer import train
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError

@@ -11,7 +11,7 @@ import yaml
 
 from data.h5_file import _digest_of
 from experiments.process_group import Processes
-from experiments.training.run_data import VQATask
+from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from tests.runs import lines, same_weights, weights
@@ -63,7 +63,7 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
 
 
 def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.training.run_data._trainable_questions", one_answer_each)
+    monkeypatch.setattr("experiments.tasks.task._trainable_questions", one_answer_each)
     with pytest.raises(InputError, match=r"train.loss: bce .* every question of train; use soft or hard"):
         train(load_settings(tiny, ["name=one", "train.loss=bce"]), runs=tmp_path)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
-from experiments.training.run_data import VQATask
+from experiments.tasks.vqa import VQATask
 from experiments.training.trainer import train
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model

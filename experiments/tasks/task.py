@@ -1,10 +1,10 @@
-"""The task of a run: its questions and answers, what a new model takes from them, its loss and its score.
+"""What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
 
-A trainer uses only the public members of `VQATask`: a second task is a second class with the same
-members, chosen in `trainer.train`.
+A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +18,25 @@ from data.glove import read_glove
 from data.h5_file import Store
 from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
-from experiments.evaluate import score
 from experiments.process_group import Processes
 from experiments.training.warm_start import take_weights
 from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
-from vqa.metrics import Scores
+from vqa.metrics import Scores, summary
 from vqa.model import VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings
-from vqa.text.answers import NO_ANSWER, NOT_GIVEN
+from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 
 
-class VQATask:
-    """Answering questions about images with one of the classes of answers.
+class Task(ABC):
+    """Answering questions with one of the classes of answers.
 
     Attributes:
         settings: of the run.
@@ -120,13 +119,24 @@ class VQATask:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         return model
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The loss of a batch of logits [B, A] against the given answers: `mean`, or [B] with `none`."""
-        return answer_loss(logits, labels, self.settings.train.loss, reduction)
+        """The loss of a batch of logits [B, A] against the given answers [B, K]: `mean`, or [B] with `none`."""
+
+    @staticmethod
+    @abstractmethod
+    def accuracies(predictions: Sequence[str], table: QuestionTable) -> list[float]:
+        """The accuracy, 0 to 1, of one prediction for each question of the table, in its order."""
+
+    @staticmethod
+    def summary(accuracies: Sequence[float], table: QuestionTable) -> Scores:
+        """The scores of a table's questions from the accuracy of each."""
+        return summary(accuracies, table.answer_types, table.question_types)
 
     def score(self, classes: np.ndarray) -> Scores:
         """Scores one answer class for each question of the validation split, in its order."""
-        return score([self.store.vocabulary[class_] for class_ in classes], self.validation)
+        predictions = [self.store.vocabulary[class_] for class_ in classes]
+        return self.summary(self.accuracies(predictions, self.validation), self.validation)
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs in addition to its weights."""
@@ -134,53 +144,14 @@ class VQATask:
         saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
 
 
-def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits [B, A] with `answer_targets`: of the batch, or [B] with `reduction` none.
-
-    With `bce` it is binary for each answer, and summed over the answers.
-    """
-    targets = answer_targets(labels, logits.shape[1], kind)
-    if kind == "bce":
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
-        return losses if reduction == "none" else losses.mean()
-    # takes logits: its own softmax is the only one
-    return F.cross_entropy(logits, targets, reduction=reduction)
-
-
-def answer_targets(labels: Tensor, answers: int, kind: str) -> Tensor:
-    """The distribution over answer classes that a model is trained towards, or the score of each of them.
-
-    Args:
-        labels: classes of the given answers [B, K]: NO_ANSWER outside the vocabulary, NOT_GIVEN as padding.
-        answers: number of classes A.
-        kind: `soft` (counts clipped at 3, then normalised; the authors' code), `hard` (all on the most common
-            answer, the lowest class among equals) or `bce` (each class's official accuracy; Teney et al. 2018).
-
-    Returns:
-        float32 [B, A]; with `soft` and `hard` each row sums to 1 (to 0 if no given answer is in the vocabulary).
-    """
-    known = (labels >= 0).float()
-    counts = torch.zeros(len(labels), answers, device=labels.device)
-    counts.scatter_add_(1, labels.clamp(min=0), known)
-    if kind == "hard":
-        return F.one_hot(counts.argmax(1), answers).float() * (counts.amax(1, keepdim=True) > 0)
-    if kind == "bce":
-        given = (labels != NOT_GIVEN).sum(1, keepdim=True)
-        # `vqa.metrics.accuracies`: for an annotator who gave the answer, one match fewer is among the others
-        total = counts * ((counts - 1) / 3).clamp(max=1) + (given - counts) * (counts / 3).clamp(max=1)
-        return total / given.clamp(min=1)
-    counts.clamp_(max=3)
-    return counts / counts.sum(1, keepdim=True).clamp(min=1)
-
-
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
-    """The questions whose image is there and to which a given answer is a class."""
+    """The questions whose images are there and to which a given answer is a class."""
     tables = [store.table(split) for split in splits]
     for split, table in zip(splits, tables, strict=True):
         if not table.given.size:
             raise InputError(f"train.splits: split {split!r} has no annotations")
     table = joined(tables)
-    kept = store.usable[table.images] & (table.labels() >= 0).any(1)
+    kept = store.usable[table.images].reshape(len(table), -1).all(1) & (table.labels() >= 0).any(1)
     if not kept.any():
         raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
     return table.select(np.flatnonzero(kept))

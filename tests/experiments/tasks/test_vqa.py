@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.training.run_data import answer_loss, answer_targets
+from experiments.tasks.vqa import answer_loss, answer_targets
 from vqa.metrics import question_accuracy
 from vqa.text.answers import NO_ANSWER, NOT_GIVEN
 

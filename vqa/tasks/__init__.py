@@ -1,0 +1,1 @@
+"""What each task beside answering questions about whole images adds to the library."""

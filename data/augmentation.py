@@ -4,7 +4,6 @@ It depends on seed, epoch and question alone, so that a resumed run, and any num
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +33,16 @@ class Augmentation:
         return cropped[:, ::-1] if self.may_flip[row] and flip < 0.5 else cropped
 
 
-def augmentation(kind: str, seed: int, table: QuestionTable, words: Mapping[str, int]) -> Augmentation | None:
-    """Return the augmentation `none`, `crop` or `crop_flip` of the questions of a table; `words` maps words to ids."""
+def augmentation(kind: str, seed: int, table: QuestionTable) -> Augmentation | None:
+    """Return the augmentation `none`, `crop` or `crop_flip` of the questions of a table."""
     if kind == "none":
         return None
-    may_flip = np.zeros(len(table), bool) if kind == "crop" else ~_has_side(table, words)
+    may_flip = np.zeros(len(table), bool) if kind == "crop" else ~_has_side(table)
     return Augmentation(seed, may_flip)
 
 
-def _has_side(table: QuestionTable, words: Mapping[str, int]) -> np.ndarray:
+def _has_side(table: QuestionTable) -> np.ndarray:
     """Whether a question, or one of its answers, contains left or right, bool [N]."""
-    sides = [id_ for word, id_ in words.items() if word.startswith(SIDES)]
-    asked = np.logical_or.reduceat(np.isin(table.tokens, sides), table.offsets)
-    spellings = [re.search(rf"\b({'|'.join(SIDES)})", text.lower()) is not None for text in table.spellings]
-    return asked | np.array([*spellings, False])[table.given].any(1)  # the last one is NO_ANSWER's
+    side = re.compile(rf"\b({'|'.join(SIDES)})", re.IGNORECASE)
+    asked, spelt = ([side.search(text) is not None for text in texts] for texts in (table.texts, table.spellings))
+    return np.array(asked) | np.array([*spelt, False])[table.given].any(1)  # the last one is NO_ANSWER's

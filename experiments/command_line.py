@@ -71,14 +71,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     command("preprocess", recipe, settings)
 
-    pretrain = command("pretrain")
-    pretrain.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a folder per class")
-    pretrain.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    pretrain.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
-    pretrain.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
-    pretrain.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
-    pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, order and shifts (0)")
-    pretrain.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
+    _pretrain_options(command("pretrain"))
 
     train = command("train", recipe, settings)
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
@@ -113,6 +106,18 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     _features_options(command("features", settings))
     _experiment_options(command("experiment", settings))
     return parser
+
+
+def _pretrain_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
+    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
+    added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
+    added.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
+    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, order and shifts (0)")
+    what = "trains nothing: what can be read linearly from a finished FILE, stage by stage; writes FILE.probe.json"
+    added.add_argument("--probe", action="store_true", dest="only_probe", help=what)
+    added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
 
 
 def _bench_options(added: argparse.ArgumentParser) -> None:

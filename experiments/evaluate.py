@@ -23,7 +23,7 @@ from vqa.metrics import Scores
 from vqa.saved_model import SavedModel, find_model, load_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
-from vqa.text.tokenizer import UNKNOWN_ID
+from vqa.text.tokenizer import special_ids
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
 
@@ -167,7 +167,8 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
 
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
     """Warns of questions without a known word, and of questions without an answer in the vocabulary."""
-    known = np.logical_or.reduceat(table.tokens != UNKNOWN_ID, table.offsets)  # whether a word of each question is
+    of_words = ~np.isin(table.tokens, special_ids(saved.tokenizer))
+    known = np.logical_or.reduceat(of_words, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
         print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
     if table.given.size and (table.labels() < 0).all():

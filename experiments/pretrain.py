@@ -116,8 +116,7 @@ def pretrain_on_images(
         raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
     with held(file.with_name(f".{file.name}.lock"), file):
         images = LabelledImages(source)
-        said = f"{len(images.names)} (checksum {images.digest[:12]})"
-        made = {"name": name, "seed": seed, "image_size": image_size, "images": said, "epochs": epochs}
+        made = {"name": name, "seed": seed, "image_size": image_size, "images": identity_of(images), "epochs": epochs}
         made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
         if (found := _results_in(file, made)) is not None:
             print(f"{file}: complete, nothing to do")
@@ -252,14 +251,26 @@ def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
         raise InputError(f"{file}: must be a .safetensors file")
     if not file.exists():
         return None
+    header = header_of(file)
+    _check_same(file, header, made)
+    return header
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """What the header of a pretrained file says of how it was made. Raises InputError if it is none."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = {**json.loads((opened.metadata() or {})["pretrained"])}
-            header["held_out_accuracy"] = float(header["held_out_accuracy"])
+            return header | {"held_out_accuracy": float(header["held_out_accuracy"])}
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; `pretrain` without --probe makes it") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{file}: not pretrained here, and it would be overwritten; name another file") from None
-    _check_same(file, header, made)
-    return header
+        raise InputError(f"{file}: not pretrained here; name another file") from None
+
+
+def identity_of(images: LabelledImages) -> str:
+    """What a header says of the images."""
+    return f"{len(images.names)} (checksum {images.digest[:12]})"
 
 
 def _check_same(file: Path, found: Mapping[str, Any], made: Mapping[str, Any]) -> None:

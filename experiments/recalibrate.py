@@ -43,6 +43,8 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     saved = load_model(folder, device)
     if "image" not in settings.inputs or not saved.model.resnet.batch_norms():
         raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
+    if saved.model.image is not None:
+        raise InputError(f"{folder}: cbn.condition=image passes each image through the norms twice, modulated and not")
     data = split_data(saved, settings, split)
     rows = list(EpochSampler(data.table.images, settings.train.batch_size, settings.seed, epoch=1))[:batches]
     if len(rows[0]) < (needed := saved.model.resnet.least_batch(settings.data.image_size)):
@@ -64,6 +66,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
                 model(images, moved.tokens, moved.lengths)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    save_companions(out / "model", saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
+    companions = (saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)
+    save_companions(out / "model", *companions)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

@@ -71,6 +71,12 @@ def test_a_room_is_entered_by_its_door(room):
                 assert not name.startswith(f"{room}.") or within(name, DOORS[room]), (path, name)
 
 
+def test_transformers_is_behind_two_doors():
+    inside = {ROOT / "vqa/text_encoder.py", *files("vqa/hub")}
+    for path in set(files(*BELOW)) - inside:
+        assert not any(within(name, ("transformers",)) for name in imported(path)), path
+
+
 def test_decoding_processes_and_small_tools_do_without_torch():
     assert "torch" not in imported(ROOT / "vqa/io/images.py")  # not even within a function
     light = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("vqa/io", "vqa/text")]

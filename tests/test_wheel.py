@@ -71,8 +71,20 @@ def test_it_holds_one_name_and_everything_that_belongs_to_it(wheel):
     assert sorted(re.split("[<>=]", need)[0] for need in needs) == NEEDS
 
 
-def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(wheel, trained, tiny, tmp_path):
-    pip("install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder with the installed wheel alone."""
+    folder = tmp_path_factory.mktemp("site")
+    pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
+
+
+def run(site, *words, folder):
+    command, environment = [sys.executable, *map(str, words)], os.environ | {"PYTHONPATH": str(site)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(site, trained, tiny, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(trained / "model", work / "model")
     export(trained, work / "hub", "hub")
@@ -80,16 +92,47 @@ def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(wheel, trai
     for name in ("data", "experiments", "main"):
         (work / name).mkdir()
         (work / name / "__init__.py").write_text("raise SystemExit('not the library')")
-    ended = subprocess.run(
-        [sys.executable, "-c", USE.format(blocked=TRAINING_NEEDS)],
-        cwd=work,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = run(site, "-c", USE.format(blocked=TRAINING_NEEDS), folder=work)
     assert ended.returncode == 0, ended.stderr
     file, answer, layers, from_hub = ended.stdout.splitlines()
-    assert file.startswith(str(tmp_path / "site"))
+    assert file.startswith(str(site))
     assert answer == from_hub
     assert int(layers) > 0
+
+
+FOREIGN = """
+from pathlib import Path
+from typing import Any, assert_type
+import vqa
+from vqa.cbn import ConditionalBatchNorm2d
+from vqa.saved_model import SavedModel
+model = vqa.load("model")
+assert_type(model, SavedModel)
+assert_type(model.ask(Path("image.png"), "what?", top=2), list[dict[str, Any]])
+assert_type(model.ask(["image.png", b""], "what?"), list[list[dict[str, Any]]])
+assert_type(model.inspect("image.png", "what?"), dict[str, Any])
+assert_type(model.inspect("image.png", ["what?"]), list[dict[str, Any]])
+norm = ConditionalBatchNorm2d(num_features=64, condition_size=256, hidden_size=128, beta=False)
+assert_type(ConditionalBatchNorm2d.from_batch_norm(norm, 256, 128), ConditionalBatchNorm2d)
+"""
+MISUSES = {
+    "vqa.load(3)": 'Argument 1 to "load" has incompatible type "int"',
+    'model.ask("image.png", 3)': "No overload variant",
+    'model.ask("image.png", "what?").answer': 'has no attribute "answer"',
+    "ConditionalBatchNorm2d(64, 256)": 'Missing positional argument "hidden_size"',
+    'ConditionalBatchNorm2d("64", 256, 128)': 'incompatible type "str"; expected "int"',
+}
+
+
+def test_a_type_checker_finds_its_types_in_a_foreign_project(site, tmp_path):
+    (tmp_path / "foreign.py").write_text(FOREIGN + "\n".join(MISUSES))
+    others = ("pydantic", "safetensors", "tokenizers", "torch", "torchvision", "transformers", "yaml")
+    skipped = (f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in others)  # reading torch takes a minute
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n" + "".join(skipped))
+    ended = run(site, "-m", "mypy", "foreign.py", folder=tmp_path)
+    errors = [line for line in ended.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == len(MISUSES), ended
+    first = FOREIGN.count("\n") + 1
+    for line, (error, says) in enumerate(zip(errors, MISUSES.values(), strict=True), start=first):
+        assert error.startswith(f"foreign.py:{line}: error: "), error
+        assert says in error

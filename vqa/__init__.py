@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from vqa.saved_model import SavedModel
 
 __version__ = "0.1.0"
 
 
-def load(folder: str | Path, device: str = "cpu") -> "SavedModel":
+def load(folder: str | Path, device: "str | torch.device" = "cpu") -> "SavedModel":
     """Load a trained model to `ask` and `inspect`; torch is imported here, not with the package.
 
     Args:
         folder: a run directory, a copied `model/`, a folder for `transformers`, or a model's name on the Hub (a text
             such as "owner/name", where no folder has this name), which is downloaded.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N or mps, or a `torch.device`.
 
     Raises:
         InputError: there is no model, it cannot be downloaded, a file of it is missing or broken, or there is no such
@@ -30,4 +32,4 @@ def load(folder: str | Path, device: str = "cpu") -> "SavedModel":
 
     if isinstance(folder, str) and folder.count("/") == 1 and not Path(folder).exists():
         folder = download(folder)
-    return load_model(Path(folder), choose_device(device))
+    return load_model(Path(folder), choose_device(str(device)))

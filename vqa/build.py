@@ -3,17 +3,25 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from vqa.attention import ATTENTIONS
 from vqa.io.errors import InputError
 from vqa.model import Fusion, VQAModel
 from vqa.predictor import CategoricalPredictor, ModulationPredictor
-from vqa.question import KINDS, QuestionEncoder
+from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
 
 
-def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretrained: bool) -> VQAModel:
+def build_model(
+    settings: Settings,
+    vocabulary_size: int,
+    answers: int,
+    *,
+    pretrained: bool,
+    text_encoder: nn.Module | None = None,
+) -> VQAModel:
     """The model of a recipe, with only the parameters it names trainable.
 
     Args:
@@ -21,6 +29,7 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
+        text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
 
     Raises:
         InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
@@ -34,7 +43,7 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
             cbn.stages,
             stem=cbn.stem,
             shortcuts=cbn.shortcuts,
-            statistics=settings.backbone.statistics,
+            statistics="batch" if settings.backbone.statistics == "batch" else "population",
             normaliser=cbn.normaliser,
             fused=settings.speed.fused,
             recompute=settings.speed.recompute,
@@ -42,8 +51,13 @@ def build_model(settings: Settings, vocabulary_size: int, answers: int, *, pretr
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
     predictor = _build_predictor(settings, resnet.layers)
-    question = None
-    if "question" in settings.inputs:
+    question: QuestionEncoder | TextEncoder | None = None
+    if "question" not in settings.inputs:
+        pass
+    elif asked.encoder == "transformers":
+        states = text_encoder.config.hidden_size
+        question = TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
+    else:
         question = QuestionEncoder(
             vocabulary_size,
             asked.embedding_size,
@@ -88,6 +102,8 @@ def _build_predictor(
         raise InputError(f"inputs: a model of {settings.inputs[0]}s alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
+    if cbn.condition == "image" and settings.backbone.statistics == "batch":
+        raise InputError("cbn.condition: image needs population statistics; its extra pass would move the batch's, too")
     names, channels = [layer.name for layer in layers], [layer.channels for layer in layers]
     if cbn.condition == "kind":
         return CategoricalPredictor(KINDS + 1, channels, gamma=cbn.gamma, beta=cbn.beta)

@@ -1,17 +1,19 @@
 """MODERN: a ResNet modulated by the question, attention, fusion, answers (section 3 of the paper)."""
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vqa.attention import Normalisation, attend, normalise_features
 from vqa.norms import Modulation
 from vqa.predictor import CategoricalPredictor, ModulationPredictor
-from vqa.question import QuestionEncoder, QuestionKinds
+from vqa.question import QuestionEncoder, QuestionKinds, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 
-Condition = Literal["question", "kind", "constant", "mean_question", "shuffled"]
+Condition = Literal["question", "kind", "image", "constant", "mean_question", "shuffled"]
 
 
 class Output(NamedTuple):
@@ -40,12 +42,37 @@ class Fusion(nn.Module):
         return self.answer(torch.tanh(self.question(question)) * torch.tanh(self.visual(visual)))
 
 
+class ImageCondition(nn.Module):
+    """What the unmodulated ResNet computes from an image, as a condition: the control of gating without a question.
+
+    Squeeze-and-excitation (Hu et al., CVPR 2018), instance enhancement batch normalisation (Liang et al., AAAI 2020)
+    and attentive normalisation (Li et al., ECCV 2020) gate each map by its own averages over positions. Here the
+    averages of the unmodulated maps after the first conditioned stage and all later ones are standardised and mapped
+    linearly to the size of a question's embedding, and MODERN's MLPs read that: the linear map is all that this control
+    has more. It takes a second pass through the ResNet, which no gradient goes through.
+    """
+
+    DEVIATION = 0.2  # of initial conditions, about that of an LSTM's embeddings: deltas start as large as MODERN's
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))  # over images, see `VQAModel.set_image_statistics`
+        self.register_buffer("var", torch.ones(channels))
+        self.linear = nn.Linear(channels, size)
+        nn.init.normal_(self.linear.weight, std=self.DEVIATION / channels**0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, averages: Tensor) -> Tensor:
+        """[I, sum of C] → [I, D]."""
+        return self.linear(F.batch_norm(averages, self.mean, self.var))
+
+
 class VQAModel(nn.Module):
     """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
 
     def __init__(
         self,
-        question: QuestionEncoder | None,
+        question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
         attention: nn.Module,
@@ -63,9 +90,9 @@ class VQAModel(nn.Module):
             predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
             attention: F, e_q → scores of positions.
             fusion: e_q, e_v → answers.
-            condition: input of the predictor: the `question`, its `kind`, or for controls a `constant` (ones), the
-                `mean_question` (one fixed vector, see `set_mean_question`) or another question of the batch
-                (`shuffled`; ones where there is no other).
+            condition: input of the predictor: the `question`, its `kind`, or for controls the `image` (see
+                `ImageCondition`), a `constant` (ones), the `mean_question` (one fixed vector, see `set_mean_question`)
+                or another question of the batch (`shuffled`; ones where there is no other).
             normalise, scale: how `normalise_features` treats F before attention.
             sees_image: False for the control without the image, where F is ones.
         """
@@ -74,6 +101,10 @@ class VQAModel(nn.Module):
         self.attention, self.fusion = attention, fusion
         self.condition, self.normalise, self.scale = condition, normalise, scale
         self.kinds = QuestionKinds() if condition == "kind" else None
+        self.image = None
+        if condition == "image" and predictor is not None:
+            first = max(resnet.layers[0].stage, 1)
+            self.image = ImageCondition(sum(resnet.stage_channels[first - 1 :]), fusion.question.in_features)
         self.sees_image = sees_image
         if condition == "mean_question":
             self.register_buffer("mean_question", torch.ones(fusion.question.in_features))
@@ -88,6 +119,20 @@ class VQAModel(nn.Module):
         embeddings = self.question(tokens, lengths)  # [N, D]
         mean = embeddings.mean(0)
         self.mean_question.copy_(mean * (embeddings.norm(dim=1).mean() / mean.norm()))
+
+    @torch.no_grad()
+    def set_image_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Standardise the averages of the condition `image` over normalised images [I, 3, S, S], batch by batch."""
+        var, mean = torch.var_mean(torch.cat([self._averages(images) for images in batches]), dim=0, correction=0)
+        self.image.mean.copy_(mean)
+        self.image.var.copy_(var)
+
+    @torch.no_grad()
+    def _averages(self, images: Tensor | StageMap) -> Tensor:
+        """The unmodulated maps from the first conditioned stage on, averaged over positions, [I, sum of C]."""
+        first = max(self.resnet.layers[0].stage, 1)
+        averages = [map_.mean((2, 3)) for map_ in self.resnet.stage_maps(images)[first - 5 :]]
+        return torch.cat(averages, dim=1).to(self.image.mean.dtype)
 
     def forward(
         self,
@@ -110,7 +155,7 @@ class VQAModel(nn.Module):
             question = self.fusion.question.weight.new_ones(len(tokens), self.fusion.question.in_features)
         modulation = None
         if self.predictor is not None and modulate:
-            modulation = self.predictor(self._condition_of(question, tokens))
+            modulation = self.predictor(self._condition_of(question, tokens, images, places))
         if self.sees_image:
             features = self.resnet(images, modulation, places)  # [B, C, H, W]
         else:
@@ -119,7 +164,12 @@ class VQAModel(nn.Module):
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)
 
-    def _condition_of(self, question: Tensor, tokens: Tensor) -> Tensor:
+    def _condition_of(
+        self, question: Tensor, tokens: Tensor, images: Tensor | StageMap, places: Tensor | None
+    ) -> Tensor:
+        if self.image is not None:
+            seen = self.image(self._averages(images))
+            return seen if places is None else seen[places]
         if self.kinds is not None:
             return self.kinds(tokens)
         if self.condition == "mean_question":

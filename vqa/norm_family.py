@@ -11,27 +11,12 @@ from torch import Tensor, nn
 
 from vqa.cbn import ConditionalBatchNorm2d
 from vqa.kernels.modulate import modulate
-from vqa.norms import ModulatedBatchNorm2d, check_map, checked, scale_and_shift
+from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, check_map, checked, scale_and_shift
 from vqa.predictor import INITIAL_DEVIATION
 
 
-class ConditionalAdaptiveNorm2d(ConditionalBatchNorm2d):
-    """y = a · x + b · ((γ + Δγ) · x̂ + β + Δβ), with a learnt a and b a layer.
-
-    Adaptive normalisation (Chen, Xu and Koltun, Fast Image Processing with Fully-Convolutional Networks, ICCV 2017) of
-    a conditional batch norm. It starts as the batch norm (a = 0, b = 1); there it starts as the identity (1, 0), which
-    would leave the deltas without a gradient.
-    """
-
-    def __init__(self, *sizes: int, **options: Any) -> None:
-        """Arguments as those of `ConditionalBatchNorm2d`."""
-        super().__init__(*sizes, **options)
-        self.a = nn.Parameter(torch.zeros_like(self.running_mean[0]))
-        self.b = nn.Parameter(torch.ones_like(self.running_mean[0]))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        return (self.a * x + self.b * super().forward(x, condition)).to(x.dtype)
+class ConditionalAdaptiveNorm2d(ConditionalBatchNorm2d, ModulatedAdaptiveNorm2d):
+    """y = a · x + b · ((γ + Δγ) · x̂ + β + Δβ), with a learnt a and b per layer; see `ModulatedAdaptiveNorm2d`."""
 
 
 class ConditionalSwitchableNorm2d(ConditionalBatchNorm2d):

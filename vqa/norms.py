@@ -189,6 +189,30 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         return modulated
 
 
+class ModulatedAdaptiveNorm2d(ModulatedBatchNorm2d):
+    """y = a · x + b · norm(x), norm as in `ModulatedBatchNorm2d`, with a learnt a and b a layer.
+
+    Adaptive normalisation (Chen, Xu and Koltun, Fast Image Processing with Fully-Convolutional Networks, ICCV 2017). It
+    starts as the batch norm (a = 0, b = 1); there it starts as the identity (1, 0), which would give the deltas no
+    gradient.
+    """
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        """Arguments as those of `nn.BatchNorm2d`."""
+        super().__init__(*sizes, **options)
+        self.a = nn.Parameter(torch.zeros_like(self.running_mean[0]))
+        self.b = nn.Parameter(torch.ones_like(self.running_mean[0]))
+
+    def forward(
+        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """As `ModulatedBatchNorm2d.forward`."""
+        check_map(x, self.num_features)
+        delta = checked(delta, x)
+        scale, shift = scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
+        return modulate(x, self.a + self.b * scale, self.b * shift, residual, relu=relu, fused=self.fused)
+
+
 _convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
 
 

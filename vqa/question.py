@@ -1,4 +1,8 @@
-"""The question encoder (section 3.2 of the paper), word embeddings into an LSTM or GRU, and the kinds of questions."""
+"""The question encoder (section 3.2 of the paper), word embeddings into an LSTM or GRU; text encoders; the kinds of
+questions.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +80,39 @@ class QuestionEncoder(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             states, _ = self.recurrent(words)  # [B, T, D]; causal: padding after a question cannot reach its last state
         return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+
+
+class TextEncoder(nn.Module):
+    """The embedding e_q of a question: the last valid state of a text encoder, or the mean of its valid states.
+
+    A linear layer follows where these states have another size than e_q.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, state_size: int, hidden_size: int, *, pooling: Literal["last", "mean"], frozen: bool
+    ) -> None:
+        """`encoder` takes `input_ids` and `attention_mask` [B, T] and gives a `last_hidden_state` [B, T, state_size].
+
+        With `frozen` it is not trained and always in evaluation mode, without dropout.
+        """
+        super().__init__()
+        self.encoder, self.pooling, self.frozen = encoder, pooling, frozen
+        self.projection = nn.Linear(state_size, hidden_size) if state_size != hidden_size else nn.Identity()
+        encoder.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Set the mode of training, as every module does, of all but a frozen encoder."""
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Token ids [B, T] and lengths [B], each at least 1 → e_q [B, D], independent of the padding."""
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
+        states = self.encoder(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
+        if self.pooling == "mean":
+            return self.projection((states * valid[:, :, None]).sum(1) / lengths[:, None])
+        return self.projection(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
 
 
 class QuestionKinds(nn.Module):

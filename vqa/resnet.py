@@ -19,10 +19,17 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from vqa.backbone import build_resnet
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
-from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
+from vqa.norms import (
+    ModulatedAdaptiveNorm2d,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    Pooled,
+    groups_of,
+)
 
 Statistics = Literal["population", "batch"]
-Normaliser = Literal["batch", "instance", "group", "layer"]
+Normaliser = Literal["batch", "instance", "group", "layer", "adaptive"]
 
 DECAY = 0.99  # of the moving averages of the policy `batch`, as in the authors' code
 
@@ -109,6 +116,12 @@ class ModulatedBlock(nn.Module):
         return norm(self.last_norm, y, shortcut)
 
 
+def _modulated(norm: nn.BatchNorm2d, normaliser: Normaliser) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
+    if normaliser in ("batch", "adaptive"):
+        return (ModulatedBatchNorm2d if normaliser == "batch" else ModulatedAdaptiveNorm2d).from_batch_norm(norm)
+    return ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
+
+
 class ModulatedResNet(nn.Module):
     """A frozen ResNet up to stage 4 whose norms can be modulated.
 
@@ -141,8 +154,9 @@ class ModulatedResNet(nn.Module):
             stem: condition the stem's norm too.
             shortcuts: condition the norms on the shortcuts of `stages` too.
             statistics: the policy.
-            normaliser: the kind of the conditioned norms; all but `batch` normalise each sample with its own statistics
-                and keep only the pretrained γ and β.
+            normaliser: the kind of the conditioned norms. `adaptive` is a · x + b · batch norm of x, with a trained a
+                and b; `instance`, `group` and `layer` normalise each sample with its own statistics and keep only the
+                pretrained γ and β.
             fused: True: norm, residual add and ReLU are one operation whose backward pass saves the least, and
                 convolutions save no input (`modulate`, `Convolution`); `eager`: the same without kernels and reordered
                 weights; False: torch's own operations, equal up to rounding.
@@ -171,8 +185,9 @@ class ModulatedResNet(nn.Module):
         for layer in parts[3:]:
             blocks = resnet.get_submodule(layer).named_children()
             self.network[layer] = nn.ModuleList(ModulatedBlock(f"{layer}.{place}", block) for place, block in blocks)
-        last = self.network.layer4[-1]
-        self.channels: int = last.get_submodule(last.last_norm).num_features
+        ends = (self.network[layer][-1] for layer in parts[3:])
+        self.stage_channels: list[int] = [end.get_submodule(end.last_norm).num_features for end in ends]
+        self.channels = self.stage_channels[-1]
         self.layers: list[ConditionedNorm] = []
         for place, module in list(resnet.named_modules()):
             if isinstance(module, nn.Conv2d):
@@ -182,10 +197,7 @@ class ModulatedResNet(nn.Module):
                 conditioned = stem if stage == 0 else stage in stages and (shortcuts or "downsample" not in place)
                 if conditioned:
                     self.layers.append(ConditionedNorm(place, stage, channels))
-                if conditioned and normaliser != "batch":
-                    made = ModulatedGroupNorm.from_batch_norm(module, groups_of(normaliser, channels))
-                else:
-                    made = ModulatedBatchNorm2d.from_batch_norm(module)
+                made = _modulated(module, normaliser if conditioned else "batch")
             else:
                 continue
             made.fused = fused
@@ -239,13 +251,16 @@ class ModulatedResNet(nn.Module):
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""
         return StageMap(stage, self._run(images, range(stage + 1), {}))
 
-    def stage_maps(self, images: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, but return the maps after stages 1 to 4: [B, C, S/4, S/4] to [B, C, S/32, S/32]."""
-        deltas = self._deltas(modulation, images.shape[0])
-        maps = [self._run(images, range(2), deltas)]
-        for stage in (2, 3, 4):
-            maps.append(self._run(maps[-1], range(stage, stage + 1), deltas))
-        return tuple(maps)
+    def stage_maps(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
+        """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; after those
+        that are left where a map is given.
+        """
+        map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
+        deltas, maps = self._deltas(modulation, len(map_)), []
+        for stage in range(begin, 5):
+            map_ = self._run(map_, range(stage, stage + 1), deltas)
+            maps.append(map_)
+        return tuple(maps[-4:])  # without the stem's
 
     def _run(self, map_: Tensor, stages: range, deltas: Deltas) -> Tensor:
         """Images, or the map before the first of the stages (0 is the stem) → the map after the last one."""
@@ -308,12 +323,14 @@ class ModulatedResNet(nn.Module):
 
     def trainable(self, what: str) -> list[nn.Parameter]:
         """Return the parameters that `backbone.train` names: `none`, `stage4` (all of stage 4) or `batchnorm` (every γ
-        and β).
+        and β); and the a and b of every adaptive norm.
         """
+        adaptive = (module for module in self.network.modules() if isinstance(module, ModulatedAdaptiveNorm2d))
+        learnt = [part for norm in adaptive for part in (norm.a, norm.b)]
         if what == "none":
-            return []
+            return learnt
         if what == "stage4":
-            return list(self.network.layer4.parameters())
+            return [*learnt, *self.network.layer4.parameters()]
         if what == "batchnorm":
             kinds = (ModulatedBatchNorm2d, ModulatedGroupNorm)
             norms = (module for module in self.network.modules() if isinstance(module, kinds))

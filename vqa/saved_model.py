@@ -5,13 +5,14 @@ config.yaml          the settings
 tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
 answers.json         the answer vocabulary, in order of the classes
 preprocessing.json   the preprocessing of images
+question_encoder.json  the configuration of a text encoder of `transformers`, where there is one
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,9 +28,11 @@ from vqa.model import Output, VQAModel
 from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
-from vqa.text.tokenizer import UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, unusable, words
+from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, unusable, words
+from vqa.text_encoder import CONFIGURATION, check_tokenizer, empty_encoder
 
 WEIGHTS = "model.safetensors"
+HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
@@ -49,14 +52,23 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: VQAModel
-    settings: Settings
-    tokenizer: Tokenizer
-    answers: list[str]
+    model: VQAModel = field(repr=False)
+    settings: Settings = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
+    text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
 
-    def ask(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5) -> list[Any]:
+    @overload
+    def ask(self, image: ImageSource, question: str, top: int = 5) -> list[dict[str, Any]]: ...
+
+    @overload
+    def ask(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
+    ) -> list[list[dict[str, Any]]]: ...
+
+    def ask(self, image: Any, question: Any, top: int = 5) -> list[Any]:
         """Answer a question about an image.
 
         Args:
@@ -74,7 +86,15 @@ class SavedModel:
         """
         return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    def inspect(self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]) -> Any:
+    @overload
+    def inspect(self, image: ImageSource, question: str) -> dict[str, Any]: ...
+
+    @overload
+    def inspect(
+        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]
+    ) -> list[dict[str, Any]]: ...
+
+    def inspect(self, image: Any, question: Any) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:
@@ -116,9 +136,10 @@ class SavedModel:
         return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
 
     def unknown_words(self, question: str) -> list[str]:
-        """The words of a question that are not in the vocabulary."""
-        known = self.tokenizer.get_vocab()
-        return [word for word in words(self.tokenizer, question) if known.get(word, UNKNOWN_ID) == UNKNOWN_ID]
+        """The words of a question that are not in the vocabulary, nor made of parts that are."""
+        tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
+        asked = words(tokenizer, question)
+        return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
 
 
 def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
@@ -134,7 +155,12 @@ def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question:
 
 
 def save_companions(
-    folder: Path, settings: Settings, tokenizer: Tokenizer, answers: list[str], preprocessing: Preprocessing
+    folder: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    answers: list[str],
+    preprocessing: Preprocessing,
+    text_encoder: dict[str, Any] | None,
 ) -> None:
     """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +168,8 @@ def save_companions(
     save_tokenizer(tokenizer, folder)
     write_json(folder / "answers.json", answers)
     preprocessing.save(folder / "preprocessing.json")
+    if text_encoder is not None:
+        write_json(folder / CONFIGURATION, text_encoder)
 
 
 def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix: str = "") -> None:
@@ -192,20 +220,30 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     folder = find_model(run)
     made = settings_file(folder)
     settings = load_saved(made)
-    tokenizer = load_tokenizer(folder)
+    of_transformers = settings.question.encoder == "transformers"
+    tokenizer = load_tokenizer(folder, ours=not of_transformers)
+    text_encoder = None
     if made.suffix == ".json":
         answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
     else:
         answers = _checked_answers(read_json(folder / "answers.json"), folder / "answers.json")
         preprocessing = Preprocessing.load(folder / "preprocessing.json")
+    described = made if made.suffix == ".json" else folder / CONFIGURATION
+    if of_transformers:
+        content = read_json(described)
+        text_encoder = content.get(HUB_CONFIGURATION) if described == made else content
+        check_tokenizer(tokenizer, text_encoder, str(described))
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
-            model = build_model(settings, tokenizer.get_vocab_size(), len(answers), pretrained=False)
+            encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
+            model = build_model(
+                settings, tokenizer.get_vocab_size(), len(answers), pretrained=False, text_encoder=encoder
+            )
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built from it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder)
 
 
 def _hub_answers(file: Path) -> list[str]:

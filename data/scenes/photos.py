@@ -165,7 +165,7 @@ def _existence(mosaic: Sequence[Tile], groups: Sequence[str]) -> Candidates:
 
 def ask(mosaic: Sequence[Tile], images: LabelledImages, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     """Ask `count` (at most MAX_QUESTIONS) different questions; sources of three groups or more have as many."""
-    groups = sorted(set(images.groups or images.classes))
+    groups = sorted(_pool(images, True))
     kinds = (
         Kind("what color", "other", ("is the {} tinted?", "is the picture of the {} tinted?"), _tints),
         Kind("what is", "other", ("{}?", "in the picture that is {}?"), _groups),

@@ -3,8 +3,10 @@
 A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from data.augmentation import augmentation
 from data.batches import EpochSampler, Images, QuestionDataset, padded_words
 from data.glove import read_glove
-from data.h5_file import Store
+from data.h5_file import H5Images, Store
 from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.process_group import Processes
@@ -31,8 +33,11 @@ from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
+from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
+STATISTICS_OF = 1024  # training images on which statistics are estimated before training, in batches of up to
+STATISTICS_BATCH = 32
 
 
 class Task(ABC):
@@ -41,6 +46,8 @@ class Task(ABC):
     Attributes:
         settings: of the run.
         store: the h5 file, with the images.
+        tokenizer: of the questions: the h5 file's, or that of a text encoder.
+        text_encoder: the configuration of a text encoder; None without one.
         identity: digest of what is learnt from; a checkpoint names it.
         training: the questions to train on.
         validation: those to validate on; None without a split for it.
@@ -52,14 +59,17 @@ class Task(ABC):
         """Reads the questions.
 
         Raises:
-            InputError: the h5 file is missing or made with other settings, or a split is missing, without annotations
-                or without a question that can be trained on.
+            InputError: the h5 file is missing or made with other settings, a split is missing, without annotations
+                or without a question that can be trained on, or there is no text encoder as the settings name it.
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
         for key, made in settings_of(store.provenance).items():
             if made != (asked := getattr(settings.data, key)):
                 raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
+        self.tokenizer, self.text_encoder = store.tokenizer, None
+        if settings.question.encoder == "transformers":
+            self.tokenizer, self.text_encoder = read_pretrained(settings.question.text_encoder)
         splits, split = list(settings.train.splits), settings.train.validate_on
         self.training = _trainable_questions(store, splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
@@ -75,12 +85,17 @@ class Task(ABC):
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
+        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not know
+            self.training = self.training.encoded_with(self.tokenizer)
+            self.validation = self.validation and self.validation.encoded_with(self.tokenizer)
+            of_questions = json.dumps([self.identity, self.tokenizer.to_str(), self.text_encoder])
+            self.identity = hashlib.sha256(of_questions.encode()).hexdigest()
         self.preprocessing = Preprocessing(store.image_size)
 
     def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
         kind = self.settings.train.augment if augmented else "none"
-        chosen = augmentation(kind, self.settings.seed, table, self.store.tokenizer.get_vocab())
+        chosen = augmentation(kind, self.settings.seed, table)
         return QuestionDataset(table, images, share=self.settings.speed.share_images, augmentation=chosen)
 
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
@@ -100,11 +115,15 @@ class Task(ABC):
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, vocabulary = self.settings, self.store.tokenizer.get_vocab()
-        model = build_model(settings, len(vocabulary), len(self.store.vocabulary), pretrained=fresh)
+        settings, vocabulary, encoder = self.settings, self.tokenizer.get_vocab(), None
+        if self.text_encoder is not None:
+            name = settings.question.text_encoder
+            encoder = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
+        answers = len(self.store.vocabulary)
+        model = build_model(settings, len(vocabulary), answers, pretrained=fresh, text_encoder=encoder)
         if not fresh:
             return model
-        if model.question is not None and model.question.fixed is not None:
+        if model.question is not None and settings.question.glove:
             file = Path(settings.question.glove)
             vectors, found = read_glove(file, vocabulary, settings.question.glove_size)
             say(f"{file}: vectors for {found} of {len(vocabulary)} words")
@@ -112,12 +131,33 @@ class Task(ABC):
         if model.kinds is not None:
             tokens, _ = padded_words(self.training, range(len(self.training)))
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
+        if settings.backbone.statistics == "reestimated":
+            with torch.no_grad(), model.resnet.estimating_statistics():
+                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
+                    model.resnet(images)
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, self.store.vocabulary, say)
         if model.condition == "mean_question" and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
+        if model.image is not None and "image.mean" not in taken:
+            model.set_image_statistics(self._some_images())
         return model
+
+    def _some_images(self, least: int = 1) -> Iterator[Tensor]:
+        """Training images from all over the h5 file, normalised, in batches [I, 3, S, S].
+
+        Raises:
+            InputError: there are fewer than `least`.
+        """
+        rows, images = np.unique(self.training.images), H5Images(self.store.path)
+        if len(rows) < least:
+            raise InputError(
+                f"backbone.statistics: {len(rows)} training image is too few to re-estimate them; needs {least}"
+            )
+        rows = rows[:: -(-len(rows) // STATISTICS_OF)]
+        for part in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):
+            yield self.preprocessing.normalise(torch.from_numpy(np.stack([images[row] for row in part])))
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -140,8 +180,8 @@ class Task(ABC):
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs in addition to its weights."""
-        store = self.store
-        saved_model.save_companions(folder, self.settings, store.tokenizer, store.vocabulary, self.preprocessing)
+        about_texts = (self.tokenizer, self.store.vocabulary)
+        saved_model.save_companions(folder, self.settings, *about_texts, self.preprocessing, self.text_encoder)
 
 
 def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:

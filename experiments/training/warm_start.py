@@ -19,7 +19,8 @@ def take_weights(
     """Sets the weights of a new model, with the vocabulary `words` and the classes `answers`, to those of a saved one.
 
     Embeddings of words and scores of answers are matched by text; GloVe's vectors stay those of the new model. The
-    ResNet is taken whole or not at all. `say` receives what was taken and what keeps its initial values.
+    ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say` receives what
+    was taken and what keeps its initial values.
 
     Returns:
         The names of what was taken.
@@ -33,8 +34,12 @@ def take_weights(
     rows |= {f"fusion.answer.{layer}.{part}": by_answer for part in ("weight", "bias")}
 
     unfit = ["question.fixed."]
-    if any(not _fits(value, theirs.get(name)) for name, value in ours.items() if name.startswith("resnet.")):
-        unfit.append("resnet.")
+    for part, whole in (("resnet.", "resnet."), ("question.", "question.encoder.")):
+        names = [name for name in ours if name.startswith(whole)]
+        other_tokens = part == "question." and words != their_words
+        if names and (other_tokens or any(not _fits(ours[name], theirs.get(name)) for name in names)):
+            # the statistics of a condition on the image are those of a ResNet's maps
+            unfit += ["resnet.", "image."] if part == "resnet." else [part]
     if layer != len(saved.model.fusion.answer) - 1:
         unfit.append("fusion.answer.")
     if model.kinds is not None and words != their_words:  # kinds are word ids, and the predictor has a row for each

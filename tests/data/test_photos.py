@@ -1,5 +1,6 @@
 """Mosaics of photographs: right answers that cannot be guessed, changes that can be seen, repeatable files."""
 
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -110,6 +111,20 @@ def test_as_many_different_questions_as_wanted(source, count):
     alike = [photos.Tile("insect", "ant", photos.PLAIN, 0)] * 4
     questions = photos.ask(alike, images, np.random.default_rng(0), count)
     assert len({question.text for question in questions}) == len(questions) == count
+
+
+def test_a_group_that_no_mosaic_shows_is_not_asked_about(source, tmp_path):
+    (tmp_path / "val").mkdir()
+    for name, group in GROUP_OF.items():
+        shutil.copytree(source / name, tmp_path / "train" / name)
+        if group != "tree":
+            shutil.copytree(source / name, tmp_path / "val" / name)
+    shutil.copy(source / "classes.csv", tmp_path)
+    images = LabelledImages(tmp_path)
+    assert "tree" in images.groups
+    for index in range(50):
+        mosaic = photos.sample_mosaic(rng := np.random.default_rng(index), images, held_out=False)
+        assert all("tree" not in question.text for question in photos.ask(mosaic, images, rng, 4))
 
 
 def test_each_change_can_be_seen():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data.labelled_images import LabelledImages
 from experiments import pretrain
@@ -62,6 +63,49 @@ def test_colours_are_learnt_and_the_file_is_a_backbone(command, photos, tmp_path
     assert command(*words).out == f"{file}: complete, nothing to do\n{said}"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert file.read_bytes() == before
+
+
+def test_a_probe_reads_what_is_in_held_out_images_and_nothing_else(command, photos, tmp_path):
+    """In images of one colour there is no up, down, left or right."""
+    for path in photos.rglob("*.png"):
+        shade = tuple(int(part) // 2 + int(path.stem) for part in COLOURS[path.parent.name])
+        Image.new("RGB", (32, 32), shade).save(path)
+    (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\nblue,cold\n")
+    file = tmp_path / "b.safetensors"
+    words = ("pretrain", "--images", photos, "--out", file)
+    assert command(*words, "--epochs", 1, *OPTIONS).code == 0
+    before, report = file.read_bytes(), tmp_path / "b.safetensors.probe.json"
+    ended = command(*words, "--probe", "--device", "cpu")
+    assert ended.code == 0, ended.err
+    assert file.read_bytes() == before
+    written = json.loads(report.read_text())
+    assert written["backbone"] == header_of(file)
+    found = {(row["target"], row["stage"]): row for row in written["rows"]}
+    targets = ["class", "group", "tint", "grey", "dark", "upside down", "mirrored"]
+    assert list(found) == [(target, stage) for target in targets for stage in (1, 2, 3, 4)]
+    assert {row["tested"] for row in written["rows"]} == {6, 12}
+    for stage in (1, 2, 3, 4):
+        assert [found[target, stage]["accuracy"] for target in ("upside down", "mirrored")] == [50, 50]
+        assert [found[target, stage]["accuracy"] for target in ("class", "group", "grey")] == [100, 100, 100]
+        assert found["class", stage]["chance"] == pytest.approx(100 / 3)
+        assert found["group", stage]["chance"] == pytest.approx(200 / 3)
+    lines = ended.out.splitlines()
+    assert len(lines) == 6
+    assert lines[1].split() == ["stage", "1", *(f"{found[target, 1]['accuracy']:.1f}" for target in targets)]
+    again = report.read_bytes()
+    assert command(*words, "--probe", "--device", "cpu").out == ended.out
+    assert report.read_bytes() == again
+
+
+def test_what_cannot_be_probed_is_refused(refused, photos, tmp_path):
+    file = tmp_path / "b.safetensors"
+    words = ("pretrain", "--images", photos, "--out", file, "--probe")
+    assert "no such file; `pretrain` without --probe makes it" in refused(*words)
+    save_file({"a": torch.zeros(1)}, file)
+    assert "not pretrained here" in refused(*words)
+    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps({"held_out_accuracy": 1.0, "images": 100})})
+    assert "pretrained on images 100, but" in refused(*words)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_killed_it_resumes_bit_for_bit(photos, tmp_path, monkeypatch):

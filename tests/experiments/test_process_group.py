@@ -59,10 +59,20 @@ def test_processes_that_may_not_train_all_say_so(tiny, trained):
         assert ended.err.splitlines()[-1].startswith("error: runs/trained: already holds a run")
 
 
-@pytest.mark.parametrize("statistics", ["population", "batch"])
-def test_two_processes_train_as_one(tiny, tmp_path, statistics):
-    words = ["train.epochs=2", "train.checkpoint_every=1", "train.schedule=constant", "device=cpu"]
-    words.append(f"backbone.statistics={statistics}")
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["backbone.statistics=population", "train.schedule=constant"],
+        ["backbone.statistics=batch", "train.schedule=constant"],
+        [
+            *("train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1", "train.augment=crop_flip"),
+            *("train.schedule=cosine", "train.warm_up=0.2"),
+        ],
+    ],
+    ids=["population", "batch", "beyond the paper"],
+)
+def test_two_processes_train_as_one(tiny, tmp_path, choices):
+    words = ["train.epochs=2", "train.checkpoint_every=1", "device=cpu", *choices]
     for rank in start_ranks("train", "--config", tiny, "name=two", *words, folder=tmp_path):
         ended = rank.end()
         assert ended.code == 0, ended.err[-3000:]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from experiments.training.trainer import train
 from vqa.saved_model import load_model
+from vqa.settings.recipes import load_settings
 
 
 def test_only_the_running_statistics_change(command, trained, tmp_path):
@@ -43,6 +45,11 @@ def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, 
 def test_wrong_input_is_one_line(refused, trained, tmp_path, words, says):
     assert says in refused("recalibrate", "--run", trained, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_condition_on_the_image_is_refused(refused, tiny, tmp_path):
+    run = train(load_settings(tiny, ["name=image", "cbn.condition=image"]), runs=tmp_path).path
+    assert "cbn.condition=image passes each image" in refused("recalibrate", "--run", run, "--out", tmp_path / "out")
 
 
 def test_the_model_itself_is_not_overwritten(refused, trained):

@@ -70,3 +70,64 @@ def test_a_model_without_image_or_question_does_not_depend_on_it(tiny):
 def test_controls_have_nothing_to_condition(tiny):
     with pytest.raises(InputError, match="set cbn.stages="):
         build_model(load_settings(tiny, ["inputs=[image]"]), 20, 5, pretrained=False)
+
+
+def seen_by(model, images, first=1):
+    """The averages of the pretrained network's maps after stage `first` and later ones, [I, sum of C]."""
+    return torch.cat([map_.mean((2, 3)) for map_ in model.resnet.stage_maps(images)[first - 1 :]], dim=1)
+
+
+def test_a_condition_on_the_image_does_not_depend_on_the_question(tiny):
+    model = model_of(tiny, "cbn.condition=image")
+    images, tokens, lengths = example()
+    others = torch.randn(8, 3, 64, 64)
+    model.set_image_statistics([others[:3], others[3:]])
+    deltas = model(images, tokens, lengths).modulation
+    for one, other in zip(deltas, model(images, tokens.flip(1), lengths).modulation, strict=True):
+        assert torch.equal(one, other)
+    assert (deltas.gamma[0] - deltas.gamma[1]).abs().mean() > 0.1 * deltas.gamma.abs().mean()
+    averages, known = seen_by(model, images), seen_by(model, others)
+    standardised = (averages - known.mean(0)) / (known.var(0, correction=0) + 1e-5).sqrt()
+    expected = model.predictor(model.image.linear(standardised))
+    torch.testing.assert_close(deltas, expected, rtol=1e-3, atol=1e-4)
+    # two questions on the second image, and from the stem's stored map
+    places = torch.tensor([1, 1, 0])
+    shared = model(images, tokens, lengths, places=places).modulation.gamma
+    torch.testing.assert_close(shared, deltas.gamma[places], rtol=1e-4, atol=1e-5)
+    stored = model(model.resnet.prefix(images, 0), tokens, lengths, places=places).modulation.gamma
+    torch.testing.assert_close(stored, shared)
+
+
+@pytest.mark.parametrize(("words", "first"), [([], 1), (["cbn.stages=[3,4]"], 3), (["cbn.stem=true"], 1)])
+def test_a_condition_on_the_image_adds_one_linear_map_from_the_conditioned_stages(tiny, words, first):
+    settings = [load_settings(tiny, [*words, f"cbn.condition={which}"]) for which in ("image", "question")]
+    gated, modern = (build_model(one, 20, 5, pretrained=False) for one in settings)
+    count = [sum(value.numel() for value in model.parameters()) for model in (gated, modern)]
+    channels, size = sum(gated.resnet.stage_channels[first - 1 :]), settings[0].question.hidden_size
+    assert gated.resnet.stage_channels == [64, 128, 256, 512]
+    assert count[0] - count[1] == (channels + 1) * size
+    images, tokens, lengths = example()
+    stored = gated.resnet.prefix(images, first - 1)
+    torch.testing.assert_close(
+        gated(stored, tokens, lengths).modulation, gated(images, tokens, lengths).modulation, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_condition_on_the_image_starts_near_the_pretrained_network_and_does_not_train_it(tiny):
+    settings = load_settings(tiny, ["cbn.condition=image", "backbone.train=batchnorm"])
+    model = build_model(settings, 20, 5, pretrained=False)
+    images, tokens, lengths = example(batch=8)
+    model.set_image_statistics([images])
+    length = model.image(seen_by(model, images)).norm(dim=1).mean().item()
+    assert length == pytest.approx(0.2 * settings.question.hidden_size**0.5, rel=0.3)
+    plain = model.resnet(images)
+    deltas = model(images, tokens, lengths).modulation
+    assert 0 < (model.resnet(images, deltas) - plain).abs().mean() < 0.2 * plain.abs().mean()
+    deltas.gamma.sum().backward()
+    assert model.image.linear.weight.grad.abs().max() > 0
+    assert all(value.grad is None for value in model.resnet.parameters())
+
+
+def test_a_condition_on_the_image_is_refused_with_the_batchs_statistics(tiny):
+    with pytest.raises(InputError, match="image needs population statistics"):
+        build_model(load_settings(tiny, ["cbn.condition=image", "backbone.statistics=batch"]), 20, 5, pretrained=False)

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -126,7 +129,7 @@ def test_building_reads_and_downloads_no_weights(folder):
     assert all(value.is_meta for value in made.state_dict().values())
 
 
-@pytest.mark.parametrize("condition", ["question", "kind", "mean_question"])
+@pytest.mark.parametrize("condition", ["question", "kind", "image", "mean_question"])
 def test_every_buffer_is_saved(folder, condition):
     config = AutoConfig.from_pretrained(folder)
     config.settings = config.settings | {"cbn": config.settings["cbn"] | {"condition": condition}}
@@ -203,6 +206,39 @@ def test_a_name_on_the_hub_is_downloaded(folder, saved, images, monkeypatch):
     assert vqa.load("us/modern").ask(images[0], "what?") == saved.ask(images[0], "what?")
     with pytest.raises(InputError, match="us/other: no such folder, and no model of this name could be downloaded"):
         vqa.load("us/other")
+
+
+@pytest.fixture
+def uploaded(tmp_path, monkeypatch):
+    """A folder that stands for the Hub: what is uploaded to OWNER/NAME lies there."""
+
+    def commit(_api, repo_id, operations, **_):
+        for added in operations:
+            file = tmp_path / repo_id / added.path_in_repo
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with added.as_file() as content:
+                file.write_bytes(content.read())
+        return SimpleNamespace(commit_url="")
+
+    def absent(name, **_):
+        raise LocalEntryNotFoundError(f"{name}/README.md")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _api, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", absent)
+    return tmp_path
+
+
+def test_what_is_pushed_to_the_hub_is_equal_again(hub, images, saved, uploaded):
+    for part in hub:
+        part.push_to_hub("us/modern")
+    there = uploaded / "us" / "modern"
+    again = [auto.from_pretrained(there) for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor)]
+    assert logits(again, images).equal(logits(hub, images))
+    assert vqa.load(there).ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
+    assert (
+        "What it cannot do" not in (there / "README.md").read_text()
+    )  # the page says so: `transformers` writes its own
 
 
 def test_weights_laid_out_channels_last_are_saved(folder, tmp_path, images, hub):

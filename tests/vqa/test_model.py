@@ -144,6 +144,7 @@ WAYS = [
     ["question.encoder=bag_of_words"],
     ["question.encoder=gru"],
     ["cbn.normaliser=group"],
+    ["cbn.condition=image", "cbn.normaliser=adaptive"],
     ["backbone.statistics=batch"],
     ["inputs=[image]", "cbn.stages=[]"],
     ["inputs=[question]", "cbn.stages=[]"],

@@ -250,6 +250,25 @@ def test_is_exported_for_batches_of_any_size():
     torch.testing.assert_close(exported(images, modulation), net(images, modulation), rtol=1e-4, atol=1e-4)
 
 
+def test_an_adaptive_norm_starts_as_the_pretrained_one_and_alone_is_trained():
+    plain, net = pair("resnet10", (3, 4), normaliser="adaptive")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(net(images), stage4_map(plain.eval(), images), rtol=1e-4, atol=1e-5)
+    modulation = random_modulation(net, 2)
+    batch = ModulatedResNet("resnet10", stages=(3, 4))
+    batch.load_state_dict(net.state_dict(), strict=False)
+    torch.testing.assert_close(net(images, modulation), batch(images, modulation), rtol=1e-4, atol=1e-5)
+    names = {name: value for name, value in net.network.named_parameters() if name.endswith((".a", ".b"))}
+    assert len(names) == 2 * len(net.layers)
+    assert {id(value) for value in net.trainable("none")} == {id(value) for value in names.values()}
+    first = net.layers[0].name
+    nn.init.constant_(names[f"{first}.a"], 0.5)
+    nn.init.constant_(names[f"{first}.b"], 2.0)
+    x, norm = torch.randn(2, net.layers[0].channels, 4, 4), batch.norm(first)
+    expected = torch.relu(0.5 * x + 2 * norm(x) + 1)
+    torch.testing.assert_close(net.norm(first)(x, None, torch.ones_like(x), True), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])
 def test_other_normalisers_keep_the_pretrained_gamma_and_beta(normaliser):
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from vqa.hub.model import ModernConfig, ModernForVisualQuestionAnswering
 from vqa.hub.processor import ModernImageProcessor, ModernProcessor
 from vqa.io.files import write_text
 from vqa.saved_model import HUB_PREFIX, SavedModel, Training, save_weights
-from vqa.text.tokenizer import PAD, UNKNOWN
+from vqa.text.tokenizer import transformers_options
 
 _CARD = Path(__file__).with_name("templates") / "card.md"
 
@@ -24,9 +24,12 @@ def save_hub_folder(saved: SavedModel, folder: Path, scores: Sequence[Mapping[st
         folder: where to.
         scores: rows of the card: each with `split`, `questions`, `overall` (percent) and the `file` it comes from.
     """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=saved.tokenizer, **transformers_options(saved.tokenizer))
     ModernConfig(
         saved.settings.model_dump(),
         saved.tokenizer.get_vocab_size(),
+        saved.text_encoder,
+        tokenizer.pad_token_id,
         id2label=dict(enumerate(saved.answers)),
         label2id={answer: place for place, answer in enumerate(saved.answers)},
         architectures=[ModernForVisualQuestionAnswering.__name__],
@@ -35,9 +38,6 @@ def save_hub_folder(saved: SavedModel, folder: Path, scores: Sequence[Mapping[st
     made = saved.preprocessing
     images = ModernImageProcessor({"height": made.size, "width": made.size}, made.mean, made.std)
     images.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=saved.tokenizer, pad_token=PAD, unk_token=UNKNOWN, split_special_tokens=True
-    )
     ModernProcessor(images, tokenizer).save_pretrained(folder)
     write_text(folder / "README.md", _card(saved, scores))
     save_weights(folder, saved.model, saved.training, prefix=HUB_PREFIX)
@@ -45,7 +45,9 @@ def save_hub_folder(saved: SavedModel, folder: Path, scores: Sequence[Mapping[st
 
 def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
     settings, layers = saved.settings, saved.model.resnet.layers
-    template = jinja2.Template(_CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    template = jinja2.Template(
+        _CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
     return template.render(
         Training.model_validate(saved.training).model_dump(),
         name=settings.name,
@@ -53,6 +55,7 @@ def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
         condition={
             "question": "the question",
             "kind": "the question's kind",
+            "image": "the image (a control)",
             "constant": "a constant (a control)",
             "mean_question": "one fixed vector (a control)",
             "shuffled": "another question (a control)",
@@ -61,6 +64,8 @@ def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
         channels=sum(layer.channels for layer in layers),
         answers=len(saved.answers),
         words=saved.tokenizer.get_vocab_size() - 2,  # without padding and the unknown word
+        text_encoder=saved.text_encoder and saved.text_encoder["model_type"],
+        longest=saved.text_encoder and saved.tokenizer.truncation["max_length"],
         size=saved.preprocessing.size,
         validate_on=settings.train.validate_on,
         scores=scores,

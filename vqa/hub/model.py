@@ -19,6 +19,7 @@ from vqa.saved_model import WEIGHTS, load_weights
 from vqa.settings.recipes import saved_settings
 from vqa.settings.schema import Settings
 from vqa.text.tokenizer import PAD_ID
+from vqa.text_encoder import empty_encoder
 
 _OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_AUTO_CLASSES = ("adapter_kwargs", "code_revision", "trust_remote_code")  # what they pass on to every model
@@ -30,10 +31,20 @@ class ModernConfig(PreTrainedConfig):
     model_type = "modern_vqa"
     has_no_defaults_at_init = True
 
-    def __init__(self, settings: dict[str, Any] | None = None, vocab_size: int = 2, **others: Any) -> None:
-        """`settings` is the result of `Settings.model_dump`; `others` are the arguments of `PreTrainedConfig`."""
+    def __init__(
+        self,
+        settings: dict[str, Any] | None = None,
+        vocab_size: int = 2,
+        question_encoder: dict[str, Any] | None = None,
+        pad_token_id: int = PAD_ID,
+        **others: Any,
+    ) -> None:
+        """`settings` is the result of `Settings.model_dump`, `question_encoder` the configuration of a text encoder, if
+        any; `others` are the arguments of `PreTrainedConfig`.
+        """
         super().__init__(**others)
         self.settings, self.vocab_size = settings, vocab_size
+        self.question_encoder, self.pad_token_id = question_encoder, pad_token_id
 
     def to_settings(self) -> Settings:
         """The settings. Raises InputError if they are invalid."""
@@ -59,7 +70,10 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
     def __init__(self, config: ModernConfig) -> None:
         """Raises InputError if the settings name no model."""
         super().__init__(config)
-        self.model = build_model(config.to_settings(), config.vocab_size, config.num_labels, pretrained=False)
+        encoder = empty_encoder(config.question_encoder, "config.json") if config.question_encoder else None
+        self.model = build_model(
+            config.to_settings(), config.vocab_size, config.num_labels, pretrained=False, text_encoder=encoder
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,7 +100,7 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
             raise ValueError(f"dtype={dtype}: the weights and statistics are float32; use torch.autocast instead")
         found = {key: options.pop(key) for key in _OF_FILES if key in options}
         if unknown := [key for key in options if not (key.startswith("_") or key in _OF_AUTO_CLASSES)]:
-            raise ValueError(f"{', '.join(unknown)}: not supported; move the model to its device afterwards")
+            raise ValueError(f"{', '.join(unknown)}: not supported: weights are read whole, in float32, onto the CPU")
         config = config or ModernConfig.from_pretrained(name, **found)
         with torch.device("meta"):
             model = cls(config)
@@ -114,7 +128,7 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
         Raises:
             ValueError: a question holds no word or is padded on the left.
         """
-        mask = input_ids.ne(PAD_ID) if attention_mask is None else attention_mask.bool()
+        mask = input_ids.ne(self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
         if not (mask.shape[1] and mask[:, 0].all()):
             raise ValueError("each question must hold a word and be padded on the right")
         output = self.model(pixel_values, input_ids, mask.sum(1), modulate=modulate)

@@ -57,5 +57,10 @@ def save_onnx_folder(saved: SavedModel, folder: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"{saved.folder}: torch.onnx cannot express this model ({first_line(error):.150})") from None
+    if any(
+        isinstance(size, int) for put in program.model.graph.inputs if put.name == "tokens" for size in put.shape[1:]
+    ):
+        why = f"torch {torch.__version__} exports a recurrent layer for questions of one length only"
+        raise InputError(f"--format onnx: {why}; torch 2.15 exports it for all")
     program.save(folder / FILE, external_data=False)
-    save_companions(folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing)
+    save_companions(folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)

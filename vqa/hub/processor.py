@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vqa.io.errors import InputError
 from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource
 from vqa.preprocessing import Preprocessing
+from vqa.text_encoder import LONGEST
 
 
 class ModernImageProcessor(BaseImageProcessor):
@@ -69,6 +70,7 @@ class ModernProcessor(ProcessorMixin):
             questions,
             padding=True,
             padding_side="right",
+            truncation=self.tokenizer.model_max_length <= LONGEST,  # only a text encoder's has a limit
             return_token_type_ids=False,
             return_attention_mask=True,
             return_tensors=return_tensors,

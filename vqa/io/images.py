@@ -45,6 +45,9 @@ def read_image(source: ImageSource) -> Image.Image:
             return _upright_rgb(source.copy())
         if isinstance(source, np.ndarray):
             return _of_array(source)
+        if not isinstance(source, str | bytes | os.PathLike):
+            given = type(source).__name__
+            raise InputError(f"image: must be a path, bytes, a PIL image or a NumPy array, not {given}")
         with warnings.catch_warnings(action="ignore"), _opened(source) as file:
             shown, beside = _without_ancillary_blocks(file)
             with Image.open(shown, formats=FORMATS) as opened:

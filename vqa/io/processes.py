@@ -171,7 +171,10 @@ class WorkerContext(SpawnContext):
 
     def any_was_killed(self) -> bool:
         """Return whether a signal ended one of the processes; an error of its connection comes just before its end."""
-        wait([worker.sentinel for worker in self._started if worker.pid], timeout=0.5)
+        ended = wait([worker.sentinel for worker in self._started if worker.pid], timeout=0.5)
+        for worker in self._started:
+            if worker.pid and worker.sentinel in ended:
+                worker.join(0.5)  # its sentinel closes a moment before it has an exit code
         return any((worker.exitcode or 0) < 0 for worker in self._started)
 
 

@@ -21,6 +21,7 @@ MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 _BEFORE: dict[str, Any] = {
     "guesswhat": None,
     "data": {"photographs": None, "vocabulary_from": ["train"]},
+    "question": {"text_encoder": None, "pooling": "mean", "frozen": True},
     "train": {
         "accumulate": 1,
         "together": 1,

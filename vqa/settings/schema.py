@@ -79,14 +79,14 @@ class BackboneSettings(_Section):
     name: str
     weights: FileName
     train: Literal["none", "stage4", "batchnorm"]
-    statistics: Literal["population", "batch"]
+    statistics: Literal["population", "reestimated", "batch"]
 
 
 class CBNSettings(_Section):
     """Which norms are conditioned on the question, and how (sections 2 and 3 of the paper)."""
 
-    condition: Literal["question", "kind", "constant", "mean_question", "shuffled"]
-    normaliser: Literal["batch", "instance", "group", "layer"]
+    condition: Literal["question", "kind", "image", "constant", "mean_question", "shuffled"]
+    normaliser: Literal["batch", "instance", "group", "layer", "adaptive"]
     stages: list[Literal[1, 2, 3, 4]]
     stem: bool
     shortcuts: bool
@@ -98,12 +98,25 @@ class CBNSettings(_Section):
 class QuestionSettings(_Section):
     """The question encoder."""
 
-    encoder: Literal["lstm", "gru", "bag_of_words"]
+    encoder: Literal["lstm", "gru", "bag_of_words", "transformers"]
+    text_encoder: FileName | None
+    pooling: Literal["last", "mean"]
+    frozen: bool
     embedding_size: Size
     glove: FileName | None
     glove_size: Size
     hidden_size: Size
     layers: int = Field(ge=1, le=8)
+
+    @model_validator(mode="after")
+    def _encoder_uses_its_keys(self) -> "QuestionSettings":
+        if self.encoder != "transformers" and self.text_encoder is not None:
+            raise ValueError(f"text_encoder: only encoder transformers has it, {self.encoder} must have null")
+        if self.encoder == "transformers" and self.text_encoder is None:
+            raise ValueError("text_encoder: encoder transformers needs a model's name or folder")
+        if self.encoder == "transformers" and self.glove is not None:
+            raise ValueError("glove: encoder transformers has word vectors of its own, it must be null")
+        return self
 
 
 class AttentionSettings(_Section):
@@ -225,6 +238,12 @@ class Settings(_Section):
     def _inputs_of_the_task(self) -> "Settings":
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_have_words(self) -> "Settings":
+        if self.cbn.condition == "kind" and self.question.encoder == "transformers":
+            raise ValueError("cbn.condition: kind needs whole words; question.encoder transformers has parts of words")
         return self
 
     def save(self, file: Path) -> None:

@@ -1,6 +1,7 @@
 """Questions to word ids: a word-level tokenizer of the `tokenizers` library, stored as `tokenizer.json`.
 
-Padding (id 0) and an unknown word (id 1) are different words for the model; the LSTM never reads padding.
+Padding (id 0) and an unknown word (id 1) are different words for the model; the LSTM never reads padding. The
+tokenizer of a text encoder is another, of any kind.
 """
 
 import json
@@ -28,6 +29,13 @@ _WORD = rf"{_LETTERS}(?:['’]{_LETTERS})*|[^\s\p{{L}}\p{{N}}]\p{{M}}*"
 _OLDER_WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
 
 
+def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+
+
+_OUR_SPLITS = [_splitting(pattern).__getstate__() for pattern in (_WORD, _OLDER_WORD)]
+
+
 def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
     """Make the tokenizer whose vocabulary is every word that occurs at least `min_count` times in `questions`.
 
@@ -46,13 +54,20 @@ def _tokenizer_of(vocabulary: Sequence[str], pattern: str = _WORD) -> Tokenizer:
     ids = {word: id_ for id_, word in enumerate([PAD, UNKNOWN, *vocabulary])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = _splitting(pattern)
     tokenizer.add_special_tokens([PAD, UNKNOWN])
     return tokenizer
 
 
+def _is_ours(tokenizer: Tokenizer) -> bool:
+    """Whether it splits words as this program does, and puts nothing around them."""
+    splits = tokenizer.pre_tokenizer is not None and tokenizer.pre_tokenizer.__getstate__()
+    return splits in _OUR_SPLITS and tokenizer.post_processor is None
+
+
 def words(tokenizer: Tokenizer, question: str) -> list[str]:
-    """Return the words of a question, unknown ones included."""
+    """Return the words of a question, unknown ones included, as this program's tokenizer splits them."""
+    tokenizer = tokenizer if _is_ours(tokenizer) else _tokenizer_of([])
     normal = tokenizer.normalizer.normalize_str(question)
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
@@ -63,32 +78,58 @@ def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, 
     A question without any word becomes one unknown word, since the LSTM needs one. "<pad>" in a question is text.
     """
     tokenizer.encode_special_tokens = True  # as text; tokenizer.json cannot hold this option
+    if not _is_ours(tokenizer):  # one by one: together they would be padded
+        ids_of = {text: tokenizer.encode(text).ids or [UNKNOWN_ID] for text in dict.fromkeys(questions)}
+        return _joined([ids_of[text] for text in questions])
     # No word holds a blank, so that each distinct piece between blanks is encoded once (a third of the time).
     pieces = list(dict.fromkeys(piece for question in questions for piece in question.split(" ")))
     ids_of = {piece: encoding.ids for piece, encoding in zip(pieces, tokenizer.encode_batch(pieces), strict=True)}
     encoded = [
         [id_ for piece in question.split(" ") for id_ in ids_of[piece]] or [UNKNOWN_ID] for question in questions
     ]
+    return _joined(encoded)
+
+
+def _joined(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
     return np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum()), lengths
+
+
+def special_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that stand for no word: padding, unknown words, and what a text encoder puts around a question."""
+    return [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json`, and the file with which `transformers` loads it."""
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "unk_token": UNKNOWN,
-        "split_special_tokens": True,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **transformers_options(tokenizer)}
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder. Raises InputError if it is missing, and as `read_tokenizer`."""
+def transformers_options(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what `PreTrainedTokenizerFast` needs in addition to `tokenizer.json`."""
+    if _is_ours(tokenizer):
+        return {"pad_token": PAD, "unk_token": UNKNOWN, "split_special_tokens": True}
+    longest, pad = tokenizer.truncation["max_length"], tokenizer.padding["pad_token"]
+    return {"pad_token": pad, "model_max_length": longest, "split_special_tokens": True}
+
+
+def load_tokenizer(folder: Path, *, ours: bool = True) -> Tokenizer:
+    """Load the tokenizer of a folder; one that is not `ours` may be of any kind.
+
+    Raises:
+        InputError: it is missing, and as `read_tokenizer`.
+    """
     file = folder / "tokenizer.json"
-    return read_tokenizer(read_text(file), file)
+    return read_tokenizer(read_text(file), file) if ours else _parsed(read_text(file), file)
+
+
+def _parsed(text: str, file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # `tokenizers` raises plain Exception on malformed files
+        raise InputError(f"{file}: cannot be read as a tokenizer: {error!s:.120}") from None
 
 
 def read_tokenizer(text: str, file: Path) -> Tokenizer:
@@ -98,10 +139,7 @@ def read_tokenizer(text: str, file: Path) -> Tokenizer:
         InputError: it cannot be read, its words are not numbered as ours, or it splits words in another way: `encode`
             relies on ours, and a foreign regular expression may take forever.
     """
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # `tokenizers` raises plain Exception on malformed files
-        raise InputError(f"{file}: cannot be read as a tokenizer: {error!s:.120}") from None
+    tokenizer = _parsed(text, file)
     ids = tokenizer.get_vocab()
     if sorted(ids.values()) != list(range(len(ids))) or (ids.get(PAD), ids.get(UNKNOWN)) != (PAD_ID, UNKNOWN_ID):
         raise InputError(f"{file}: words must be numbered from 0 without gaps, first {PAD} and {UNKNOWN}")

@@ -23,6 +23,7 @@ from vqa.settings.recipes import load_settings
         (["train.loss=bce", "train.optimiser=adamw", "train.weight_decay=0.1"], (2,)),
         (["train.optimiser=adamax", "train.schedule=cosine", "train.warm_up=0.6"], (3,)),
         (["train.schedule=steps", "train.warm_up=0.2", "train.decay_at=[0.4, 0.7]", "train.augment=crop_flip"], (5,)),
+        (["cbn.condition=image", "cbn.normaliser=adaptive", "backbone.statistics=reestimated"], (2,)),
     ],
 )
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):

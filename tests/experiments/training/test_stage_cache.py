@@ -47,7 +47,14 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    "words", [["cbn.stages=[]"], ["cbn.stages=[4]"], ["cbn.stages=[]", "backbone.train=stage4"], []]
+    "words",
+    [
+        ["cbn.stages=[]"],
+        ["cbn.stages=[4]"],
+        ["cbn.stages=[]", "backbone.train=stage4"],
+        [],
+        ["cbn.condition=image", "cbn.stages=[3, 4]"],
+    ],
 )
 def test_training_from_stored_maps_is_training_from_images(tiny, tmp_path, words):
     words = [*words, f"data.h5={tmp_path}/world.h5", "train.epochs=2"]

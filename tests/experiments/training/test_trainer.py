@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from data.h5_file import _digest_of
+from data.h5_file import H5Images, _digest_of
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
@@ -60,6 +60,22 @@ def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
     after = weights(train(settings, runs=tmp_path).path)
     for name, value in before.items():
         assert torch.equal(after[f"resnet.{name}"], value), name
+
+
+def test_statistics_are_re_estimated_on_training_images_before_training(tiny, tmp_path):
+    settings = load_settings(tiny, ["name=new", "backbone.statistics=reestimated", "train.learning_rate=0.01"])
+    run = train(settings, runs=tmp_path).path
+    task = VQATask(settings)
+    pixels = np.stack([H5Images(task.store.path)[row] for row in np.unique(task.training.images)])
+    network = task.new_model(fresh=False, say=print).resnet.network
+    network.load_state_dict(
+        {key.removeprefix("resnet.network."): value for key, value in weights(run).items() if "resnet" in key}
+    )
+    values = network.conv1(task.preprocessing.normalise(torch.from_numpy(pixels))).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(network.bn1.running_mean, values.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(network.bn1.running_var, values.var(1), rtol=1e-3, atol=1e-4)
+    assert not load_model(run).model.resnet.norm("bn1").training  # the statistics stay as they are
+    assert torch.equal(load_model(run).model.resnet.norm("bn1").running_mean, network.bn1.running_mean)
 
 
 def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):

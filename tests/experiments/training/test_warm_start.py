@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named_and_a_resnet_is_taken_whole_or_not_at_all(ti
     assert not torch.equal(plain["fusion.visual.weight"], warm["fusion.visual.weight"])
 
 
-@pytest.mark.parametrize("condition", ["mean_question", "kind"])
+@pytest.mark.parametrize("condition", ["mean_question", "kind", "image"])
 def test_what_is_made_of_the_data_is_made_with_the_weights_that_were_taken(tiny, trained, tmp_path, condition):
     saved = load_model(trained)
     _, warm, task, _ = begun(settings := load_settings(tiny, [f"cbn.condition={condition}"]), saved)

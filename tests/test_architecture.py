@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data", "experiments"}}
 # The model, and what it may import of the library.
-MODEL = ("attention", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet")
+MODEL = ("attention", "blocks", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet")
 OF_MODEL = (*(f"vqa.{name}" for name in MODEL), "vqa.backbone", "vqa.kernels")
 ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.io", "vqa.text")}
 # A room is entered by these modules (or what its `__init__` holds) only; the others are its own.

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from tests.resnets import pair, pretrained, random_modulation, stage4_map
 from vqa import resnet
+from vqa.blocks import LAYERS
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
 from vqa.resnet import ModulatedResNet
@@ -73,7 +74,7 @@ def test_a_block_of_another_kind_is_refused_by_name(monkeypatch):
 
 def timms(name, **changed):
     """A network as timm writes it: blocks of that module with further layers that do nothing, a head of its own."""
-    kinds = {kind: type(kind.__name__, (kind,), {"__module__": "timm.models.resnet"}) for kind in resnet.LAYERS}
+    kinds = {kind: type(kind.__name__, (kind,), {"__module__": "timm.models.resnet"}) for kind in LAYERS}
     network = copy.deepcopy(pretrained(name))
     network.act1, network.global_pool = network.relu, network.avgpool
     del network.relu, network.avgpool

@@ -45,7 +45,7 @@ def pretrain_backbone(
 ) -> float:
     """Trains torchvision's network on single objects and writes its weights; resumes where it was interrupted.
 
-    On a CPU it uses one thread: another number rounds differently and gives another network, with which a baseline is
+    On a CPU it uses one thread: another number rounds differently and makes another network, with which a baseline is
     two points better or worse.
 
     Args:
@@ -94,7 +94,7 @@ def pretrain_on_images(
     """Trains torchvision's network to name the classes of labelled images, which are shifted and mirrored at random.
 
     Args:
-        file: a .safetensors file, by torchvision's names; a checkpoint lies beside it until it is finished.
+        file: a .safetensors file, by torchvision's names; a checkpoint is kept beside it until it is finished.
         name: the ResNet.
         source: what `LabelledImages` reads.
         seed: of the initial weights, the order, the shifts.
@@ -257,7 +257,7 @@ def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def header_of(file: Path) -> dict[str, Any]:
-    """What the header of a pretrained file says of how it was made. Raises InputError if it is none."""
+    """The arguments and results in the header of a pretrained file. Raises InputError if it is not one."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = {**json.loads((opened.metadata() or {})["pretrained"])}
@@ -269,7 +269,7 @@ def header_of(file: Path) -> dict[str, Any]:
 
 
 def identity_of(images: LabelledImages) -> str:
-    """What a header says of the images."""
+    """The identity of the images, as in a header."""
     return f"{len(images.names)} (checksum {images.digest[:12]})"
 
 

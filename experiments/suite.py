@@ -34,7 +34,7 @@ from vqa.settings.schema import FileName, Role, Settings, SplitName, different_k
 _Column = Literal["overall", "yes/no", "number", "other"]
 COLUMNS = get_args(_Column)
 
-# Names stand in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
+# Names appear in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
 _NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
 _Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
 _TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
@@ -210,7 +210,7 @@ def _slug(text: str) -> str:
 
 
 def _directory(settings: Settings, recipe: Settings) -> str:
-    """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks.
+    """A name that shows how settings differ from the recipe; the same for the same settings in every suite.
 
     Its digest is of the differences from `base.yaml`, so that a key that is added there later does not change it.
     """

@@ -1,4 +1,4 @@
-"""Imports run one way: main → experiments → data → vqa. The model knows neither files nor settings."""
+"""Imports run one way: main → experiments → data → vqa. The model uses neither files nor settings."""
 
 import ast
 import subprocess

@@ -64,7 +64,7 @@ def _published_weights(name: str, weights: str) -> Path:
             known[weights].get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as error:  # no network, or another file in its place: a login page
             raise ValueError(
-                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and give the "
+                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and name the "
                 "file"
             ) from None
     return file

@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
     def __init__(
         self, encoder: nn.Module, state_size: int, hidden_size: int, *, pooling: Literal["last", "mean"], frozen: bool
     ) -> None:
-        """`encoder` takes `input_ids` and `attention_mask` [B, T] and gives a `last_hidden_state` [B, T, state_size].
+        """`encoder` takes `input_ids` and `attention_mask` [B, T] and returns a `last_hidden_state` [B, T, state_size].
 
         With `frozen` it is not trained and always in evaluation mode, without dropout.
         """

@@ -30,7 +30,7 @@ def compare_features(
     """Write `neighbours.json` and `.csv`, `points.csv`, and `answer_type.png`, `question_type.png`, `colour.png`.
 
     Args:
-        folders: run directories, or `model/` directories (`networks_of` says which networks of them are compared).
+        folders: run directories, or `model/` directories (`networks_of` chooses the networks).
         split: a split of the data, with annotations.
         out: the directory of the files.
         overrides: `key=value` words over the models' settings: where the data are, and the device.

@@ -85,7 +85,7 @@ def publish(suite: Suite, runs: Path) -> str:
         InputError: the suite is changed by words, or nothing of it is finished where results are published already.
     """
     if suite.words:
-        raise InputError("--publish: a suite is published as its file says it; give no KEY=VALUE")
+        raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
     if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
         raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
     if missing := missing_jobs(suite, runs):

@@ -85,7 +85,7 @@ class Task(ABC):
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
-        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not know
+        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not use
             self.training = self.training.encoded_with(self.tokenizer)
             self.validation = self.validation and self.validation.encoded_with(self.tokenizer)
             of_questions = json.dumps([self.identity, self.tokenizer.to_str(), self.text_encoder])

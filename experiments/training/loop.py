@@ -89,7 +89,7 @@ def predict_classes(
 ) -> np.ndarray:
     """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
 
-    `settings` give the batch size, precision and workers; `what` names the work in its progress and errors.
+    `settings` has the batch size, precision and workers; `what` names the work in its progress and errors.
 
     Raises:
         InputError: the model's scores of a question's answers are not finite, or an image cannot be read.

@@ -56,7 +56,7 @@ class ImageSource:
 
 
 def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
-    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
+    """The maps of the last fixed stage, from a file by the h5 file that the main process makes if it is missing; or
     the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
     cannot be written.
 

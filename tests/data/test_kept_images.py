@@ -1,4 +1,4 @@
-"""Other words, other answer classes, more splits, repaired images: the tables are made anew, stored images are kept."""
+"""Other words, other answer classes, more splits, repaired images: new tables, stored images are kept."""
 
 import os
 import shutil

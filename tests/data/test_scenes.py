@@ -137,7 +137,7 @@ def test_kinds_and_their_answer_types(asked):
     assert min(types.values()) > 0.2 * len(asked)
     assert all(question.text.startswith(question.question_type + " ") for _, question in asked)
     first = Counter(question.question_type for _, question in asked[::4])
-    assert min(first.values()) > 0.2 * len(asked) / 4  # the order says nothing about the kind
+    assert min(first.values()) > 0.2 * len(asked) / 4  # the order does not depend on the kind
 
 
 def test_most_scenes_are_asked_one_question_of_each_kind(asked):

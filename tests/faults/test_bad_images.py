@@ -1,4 +1,4 @@
-"""Missing and unreadable images: one policy in preprocessing and evaluation, and their number is said everywhere."""
+"""Missing and unreadable images: one policy in preprocessing and evaluation, and their number is always reported."""
 
 import json
 import shutil

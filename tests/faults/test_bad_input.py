@@ -158,7 +158,7 @@ CASES = [
 
 @pytest.fixture
 def words(tiny, trained, image, tmp_path):
-    """The words of a command, the files they name in braces made in a folder of their own."""
+    """The words of a command, the files they name in braces made in their own folder."""
     folder = tmp_path / "given"
     folder.mkdir()
     named = re.compile(r"\{((?:image|recipe|suite|data|model|h5|glove):[\w.]+|tiny|trained|good)\}")

@@ -15,7 +15,7 @@ from vqa.resnet import ModulatedResNet
 
 @pytest.fixture(scope="module")
 def state():
-    """The weights of a small ResNet, with statistics of its own."""
+    """The weights of a small ResNet, with random statistics."""
     torch.manual_seed(0)
     weights = build_resnet("resnet10").state_dict()
     return {key: torch.rand_like(value) if "running" in key else value for key, value in weights.items()}
@@ -162,7 +162,7 @@ def test_a_login_page_in_place_of_published_weights_is_not_kept(cached, monkeypa
     (tmp_path / "page").write_text("<!DOCTYPE html><html>Please log in</html>")
     opened = torch.hub.urlopen
     monkeypatch.setattr(torch.hub, "urlopen", lambda _: opened((tmp_path / "page").as_uri()))
-    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*give the file"):
+    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*name the file"):
         ModulatedResNet("resnet18", "IMAGENET1K_V1")
     assert not cached.exists()
 

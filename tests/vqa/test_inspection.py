@@ -53,7 +53,7 @@ def test_answers_with_and_without_modulation(tmp_path):
     assert "red 91.3 %" in shown
     assert "blue < 0.1 %" in shown
     assert "no idea 60.0 %" in shown
-    assert "the same model says no idea" in shown
+    assert "the same model answers no idea" in shown
     assert "zxqy" in shown
 
 

@@ -172,19 +172,17 @@ def _experiment_options(added: argparse.ArgumentParser) -> None:
     instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="submit them to a cluster, as an array")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a positive number below a thousand million")
+def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from {least} to {most}")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    return _positive(text, 0, 2**32 - 1)
 
 
 def _minutes(text: str) -> float:
     if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of minutes")
     return float(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from 0 to {2**32 - 1}")
-    return int(text)

@@ -256,7 +256,7 @@ def test_another_seed_shows_other_pairs(trained):
     [
         (["--split", "vall"], "no split 'vall'; it holds train, val"),
         (["--pairs", "19"], "at least 20 are needed"),
-        (["--pairs", "0"], "not a positive number"),
+        (["--pairs", "0"], "not a number from 1 to 1000000000"),
         (["--seed", "-1"], "not a number from 0"),
         (["--seed", "4294967296"], "not a number from 0"),
         (["--run", "nowhere"], "nowhere: no model here"),

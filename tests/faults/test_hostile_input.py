@@ -230,7 +230,7 @@ def test_questions_answers_and_names_stay_text_in_the_inspection(command, finish
 
 
 def test_questions_and_answers_stay_text_in_the_demos_report(tmp_path):
-    from experiments.demo_page import write_demo
+    from experiments.demo import write_demo
 
     seen = reading(SCRIPT, [("layer1.0.bn1", 1, 8)])
     seen |= {"words": [SCRIPT], "unknown_words": [SCRIPT], "answers": [{"answer": SCRIPT, "probability": 1.0}]}

@@ -26,7 +26,7 @@ from vqa.io.progress import progress
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
 PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
-GAMES = "games"  # and one of GuessWhat?! games about scenes, which are drawn half as large again as their crops
+GAMES = "games"  # and one of GuessWhat?! games about scenes, which are drawn twice as large as their crops
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
 WORLDS: dict[str, ModuleType] = {"small": small, "large": large}
 
@@ -138,7 +138,7 @@ def _write_image(
         scene = world.sample_scene(rng)
         asked = world.ask(scene, rng, made["questions_per_image"])
         if world is games:
-            size = 3 * size // 2
+            size *= 2
             asked = games.official(scene, asked, first_id + index, file.name, size)
         pixels = draw_scene(scene, size, drawing, LOOKS[made["look"]])
     else:

@@ -152,12 +152,12 @@ def test_files_are_official(folder):
         for game in games:
             picture = game["picture"]
             assert game["status"] == "success"
-            assert (picture["width"], picture["height"]) == (96, 96)
-            assert decode_image(folder / split / picture["file_name"], 96).shape == (96, 96, 3)
+            assert (picture["width"], picture["height"]) == (128, 128)  # twice the crop's side
+            assert decode_image(folder / split / picture["file_name"], 128).shape == (128, 128, 3)
             for object_id, entry in game["objects"].items():
                 assert int(object_id) == entry["object_id"]
                 assert entry["category"] == SHAPES[entry["category_id"] - 1]
-                check_box(tuple(entry["bbox"]), 96, 96)
+                check_box(tuple(entry["bbox"]), 128, 128)
             places[list(game["objects"]).index(str(game["object_id"]))] += 1
             assert len(game["qas"]) == 4
             assert {qa["a"] for qa in game["qas"]} <= {"Yes", "No", "N/A"}

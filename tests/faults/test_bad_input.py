@@ -57,6 +57,8 @@ CASES = [
     ("demo --config {recipe:laughs}", "laughs.yaml: "),
     ("demo name=../../elsewhere", "command line: name: "),
     ("demo scenes.images={../x:1}", "command line: scenes.images.../x"),
+    ("demo scenes.world=games", "command line: scenes.world: games belongs to the task guesswhat"),
+    ("demo --config config/guesswhat/games.yaml", "scenes: the demo is about VQA on its own scenes"),
     ("preprocess --config {recipe:split}", "split.yaml: data.splits"),
     ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id.__class__}", "must hold {image_id}"),
     (

@@ -244,9 +244,7 @@ class Settings(_Section):
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):
-            raise ValueError(
-                f"scenes.world: {self.scenes.world} is of another task than {self.task}; games is guesswhat's"
-            )
+            raise ValueError("scenes.world: games belongs to the task guesswhat, which has no other")
         return self
 
     @model_validator(mode="after")

@@ -38,10 +38,13 @@ def demo(config: Path, settings: list[str]) -> None:
 def preprocess(config: Path, settings: list[str]) -> None:
     """Raw questions, annotations and images to one h5 file; run again, it resumes where it stopped."""
     from data.preprocess import preprocess as run
-    from experiments.prepare import preprocessing_of
+    from experiments.prepare import prepare_scenes, preprocessing_of
     from vqa.settings.recipes import load_settings
 
-    run(**preprocessing_of(load_settings(config, settings)))
+    loaded = load_settings(config, settings)
+    if loaded.task == "guesswhat":  # `demo` draws the scenes of VQA
+        prepare_scenes(loaded)
+    run(**preprocessing_of(loaded))
 
 
 def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:

@@ -8,7 +8,7 @@ from data.guesswhat.source import GuessWhatSource
 from data.h5_file import read_provenance
 from data.preprocess import preprocess
 from data.scenes.photos import changed_at_random
-from data.scenes.write import PHOTOS, write_world
+from data.scenes.write import GAMES, PHOTOS, write_world
 from data.sources import Source
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
@@ -50,7 +50,7 @@ def prepare_backbone(settings: Settings) -> float:
     return pretrain_backbone(
         Path(settings.backbone.weights),
         settings.backbone.name,
-        world=scenes.world,
+        world="small" if scenes.world == GAMES else scenes.world,  # the games' objects are those of the small scenes
         seed=scenes.seed,
         image_size=scenes.pretrain_size,
         images=scenes.pretrain_images,
@@ -60,16 +60,21 @@ def prepare_backbone(settings: Settings) -> float:
     )
 
 
+def prepare_scenes(settings: Settings) -> None:
+    """Draws the scenes of a recipe and pretrains their backbone, if it has any."""
+    if settings.scenes is not None:
+        prepare_world(settings)
+        if settings.backbone.weights != "none":
+            prepare_backbone(settings)
+
+
 def prepare(settings: Settings) -> None:
     """Makes everything that the training of a recipe reads, as far as it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.
     """
-    if settings.scenes is not None:
-        prepare_world(settings)
-        if settings.backbone.weights != "none":
-            prepare_backbone(settings)
+    prepare_scenes(settings)
     if settings.data.splits:
         preprocess(**preprocessing_of(settings))
 

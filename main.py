@@ -1,4 +1,4 @@
-"""The commands, one function each; heavy imports stand inside, so that `--help` answers at once."""
+"""The commands, one function each; heavy imports are inside the functions, so that `--help` is fast."""
 
 import errno
 import io
@@ -18,17 +18,11 @@ from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
-RESUMABLE = (
-    "demo",
-    "preprocess",
-    "pretrain",
-    "train",
-    "experiment",
-)  # started again, they keep what was done
+RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep finished work
 
 
 def demo(config: Path, settings: list[str]) -> None:
-    """Generated scenes, baseline and MODERN compared, one question inspected: a few minutes, no download."""
+    """Draws scenes, compares baseline and MODERN on them, inspects one question: a few minutes, no download."""
     from experiments.demo import run_demo
     from vqa.settings.recipes import load_settings
 
@@ -36,7 +30,7 @@ def demo(config: Path, settings: list[str]) -> None:
 
 
 def preprocess(config: Path, settings: list[str]) -> None:
-    """Raw questions, annotations and images to one h5 file; run again, it resumes where it stopped."""
+    """Converts raw questions, annotations and images to one h5 file; resumes where it stopped."""
     from data.preprocess import preprocess as run
     from experiments.prepare import prepare_scenes, preprocessing_of
     from vqa.settings.recipes import load_settings
@@ -48,7 +42,7 @@ def preprocess(config: Path, settings: list[str]) -> None:
 
 
 def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:
-    """Pretrains a ResNet, for `backbone.weights`, on labelled images, a folder a class; run again, it resumes."""
+    """Pretrains a ResNet for `backbone.weights` on labelled images, one folder per class; resumes where it stopped."""
     from experiments.pretrain import pretrain_on_images
     from vqa.devices import choose_device
 
@@ -137,7 +131,7 @@ def experiment(
     cluster: str | None,
     resources: str,
 ) -> None:
-    """Runs what is missing of a suite of runs and prints its table beside the paper's numbers."""
+    """Runs the missing runs of a suite and prints its table with the paper's numbers."""
     from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
@@ -163,7 +157,7 @@ def experiment(
 
 
 def bench(as_json: bool, **options: Any) -> None:
-    """Speed and memory beside what they replace: steps, memory, sharing, stored maps, loading, scale."""
+    """Compares time and memory of each fast path with what it replaces."""
     from experiments.bench.bench import bench as run
 
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -186,7 +180,7 @@ def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
 def recalibrate(
     run: Path, config: Path | None, split: str, batches: int, out: Path | None, settings: list[str]
 ) -> None:
-    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes the model anew."""
+    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes a new model."""
     from experiments.recalibrate import recalibrate as estimate
 
     if config is not None:

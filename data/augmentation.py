@@ -23,7 +23,7 @@ class Augmentation:
     may_flip: np.ndarray  # bool [N], for each question of the table
 
     def augment(self, image: np.ndarray, epoch: int, row: int) -> np.ndarray:
-        """Return what question `row` sees of its image, uint8 [S, S, 3], in an epoch."""
+        """Return the image of question `row` in an epoch, uint8 [S, S, 3]."""
         area, left, top, flip = np.random.default_rng([self.seed, epoch, row]).random(4)
         size = len(image)
         side = size * (LEAST_AREA + (1 - LEAST_AREA) * area) ** 0.5
@@ -42,7 +42,7 @@ def augmentation(kind: str, seed: int, table: QuestionTable) -> Augmentation | N
 
 
 def _has_side(table: QuestionTable) -> np.ndarray:
-    """Whether a question, or an answer that was given to it, says left or right, bool [N]."""
+    """Whether a question, or one of its answers, contains left or right, bool [N]."""
     side = re.compile(rf"\b({'|'.join(SIDES)})", re.IGNORECASE)
     asked, spelt = ([side.search(text) is not None for text in texts] for texts in (table.texts, table.spellings))
     return np.array(asked) | np.array([*spelt, False])[table.given].any(1)  # the last one is NO_ANSWER's

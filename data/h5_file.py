@@ -10,7 +10,7 @@
     /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names (`extras` is a group, where
                      there are any); attribute: digest of them
 
-The file is `NAME.h5.partial` once its tables are written, and gets its final name when every row is filled. A complete
+The file is `NAME.h5.partial` once its tables are written, and is renamed when every row is filled. A complete
 file is never written to: a new one replaces it, in which its images keep their rows, so that a reader of the old file
 can continue with the new one. A row is marked in `filled` only after it is on the disk, so a killed run loses at most
 the rows of one flush.
@@ -127,7 +127,7 @@ def opened_for_writing(partial: Path) -> h5py.File:
 
 
 def finish(partial: Path, path: Path) -> None:
-    """Complete a partial file and give it its final name. Raises RuntimeError if a row was never filled."""
+    """Complete a partial file and rename it to its final name. Raises RuntimeError if a row was never filled."""
     with naming_write_errors(partial), structured(partial, "r+") as file:
         if not file["images/filled"][:].all():
             raise RuntimeError(f"{partial}: not every image is filled")
@@ -228,7 +228,7 @@ class H5Images(H5Rows):
 
 def _opened(path: Path) -> h5py.File:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; `preprocess` makes it")
+        raise InputError(f"{path}: no such file; run `preprocess` to make it")
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:

@@ -1,8 +1,8 @@
 """An array in an h5 file whose rows are written and read one by one, each with a checksum.
 
     ARRAY   [N, …], contiguous: one row is one read
-    crc32   uint32 [N], beside it
-    filled  bool [N], beside it: which rows are written
+    crc32   uint32 [N], in the same group
+    filled  bool [N], in the same group: which rows are written
 
 HDF5 makes the file once, with a fixed place for each array. Rows are then written to their places by plain writes, so
 that HDF5 buffers nothing that a kill or a full disk would leave half-written; a row is marked in `filled` only after

@@ -20,7 +20,7 @@ from vqa.io.files import read_bytes
 from vqa.io.images import FORMATS, decode_image
 from vqa.io.progress import progress
 
-GROUPS = "classes.csv"  # beside the class folders, or above them
+GROUPS = "classes.csv"  # in the folder of the class folders, or above it
 _MOST_BYTES = 2**28  # of an image file
 _NAMED = 5  # bad images that an error names
 
@@ -30,7 +30,7 @@ class LabelledImages:
 
     Held out are the images below a folder `val`; where there is none, a tenth of each class, chosen by a checksum of
     their names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
-    `class` and `group` gives every class its group. Files that do not end as images do, and hidden ones, are skipped.
+    `class` and `group` assigns a group to every class. Files without an image ending, and hidden ones, are skipped.
 
     Attributes:
         names: of the images, the held-out ones last.
@@ -64,7 +64,7 @@ class LabelledImages:
         if len(self.classes) < 2 or not held_out:
             raise InputError(
                 f"{source}: found {len(self.classes)} classes and {len(self.names)} images ({', '.join(FORMATS)}); "
-                "needs two folders or more, one a class, with two images or more each"
+                "needs two folders or more, one per class, with two images or more each"
             )
         if untrained := {class_of[name] for name in held_out} - set(self.classes):
             raise InputError(f"{source}: class {min(untrained)!r} has images below val, and none to train on")
@@ -99,7 +99,7 @@ class LabelledImages:
             first, *others = bad
             named = ", ".join(others[: _NAMED - 1]) + (", …" if len(others) >= _NAMED else "")
             more = f"; neither can {len(others)} more: {named}" if others else ""
-            raise InputError(f"{bad[first]}{more}; mend or remove what cannot be read")
+            raise InputError(f"{bad[first]}{more}; repair or remove what cannot be read")
 
     def decode(self, name: str, size: int) -> np.ndarray:
         """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""

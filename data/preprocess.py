@@ -37,7 +37,7 @@ from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 _IMAGES_A_FLUSH = 256
 _FILES_A_TASK = 8  # of a thread
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
-_BYTES_A_QUESTION = 230  # about, that the file needs for a question beside its text
+_BYTES_A_QUESTION = 230  # approximate size in the file of a question, without its text
 
 
 def preprocess(
@@ -52,7 +52,7 @@ def preprocess(
     vocabulary_from: Sequence[str] = (TRAINING_SPLIT,),
     source: Source | None = None,
 ) -> None:
-    """Make the h5 file `path`; a second run resumes where the first stopped, or says that there is nothing to do.
+    """Make the h5 file `path`; a second run resumes where the first stopped, or prints that there is nothing to do.
 
     Args:
         splits: raw files by split; one must be called `train`.

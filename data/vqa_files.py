@@ -133,7 +133,7 @@ def with_annotations(asked: Sequence[Question], questions: Path, annotations: Pa
 
 
 def remarks(questions: Sequence[Question]) -> Iterator[str]:
-    """Yield a line for each property of the questions that the user should know of."""
+    """Yield a line for each property of the questions that may surprise the user."""
     if few := sum(0 < len(question.answers) < 4 for question in questions):
         yield (
             f"{few} question(s) have fewer than 4 answers: by the official metric a right answer to them scores less "

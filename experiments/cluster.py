@@ -69,7 +69,7 @@ def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str
         The tasks' ids.
 
     Raises:
-        InputError: submitit or the cluster's commands are missing, or do not know a resource.
+        InputError: submitit or the cluster's commands are missing, or a resource is unknown to them.
     """
     try:
         import submitit
@@ -110,7 +110,7 @@ def _parameters(resources: str) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
-            raise InputError(f"--resources: {word!r} is no NAME=VALUE")
+            raise InputError(f"--resources: {word!r} is not NAME=VALUE")
         given[name] = int(value) if value.isdecimal() else value
     given["slurm_setup"] = [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     return given | {"slurm_additional_parameters": {"requeue": True}}
@@ -125,5 +125,5 @@ def _still_queued(record: Path) -> dict[str, str]:
     try:
         said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"--submit: squeue does not say what is queued already ({first_line(error)})") from None
+        raise InputError(f"--submit: squeue does not list what is queued already ({first_line(error)})") from None
     return {command: task for command, task in submitted.items() if task in said}

@@ -1,4 +1,4 @@
-"""The options of every command. Nothing heavy is imported, so that `--help` answers at once."""
+"""The options of every command. Nothing heavy is imported, so that `--help` is fast."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)  # the default action
 
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
-        """As usual, but settings may also stand after options that follow a positional argument."""
+        """As in the base class, but settings may also follow options that come after a positional argument."""
         arguments, rest = self.parse_known_args(words, namespace)
         vars(arguments).pop("given", None)
         if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
@@ -46,8 +46,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.ArgumentParser:
-    """The parser of all commands. It gives the `command` and the arguments of that command's function, whose docstring
-    is the command's help.
+    """Build the parser of all commands. It returns the name of the `command` and the arguments of its function, whose
+    docstring is the command's help.
 
     Raises:
         InputError: when it parses wrong arguments.
@@ -74,13 +74,13 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     train = command("train", recipe, settings)
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
-    init = "a run or model whose weights the new run starts from, where name and shape fit"
+    init = "a run or model that provides the initial weights, where name and shape match"
     train.add_argument("--init-from", type=Path, metavar="DIR", help=init)
 
     evaluate = command("eval", run, settings)
     evaluate.add_argument("--split", default="val")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="where files are written; by default DIR of --run")
-    evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, marked so")
+    evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, and mark it")
 
     ask = command("ask", run, question)
     ask.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
@@ -91,9 +91,9 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     inspect.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
 
     recalibrate = command("recalibrate", run, settings)
-    recalibrate.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are taken")
-    recalibrate.add_argument("--split", default="train", help="the split whose images are taken (train)")
-    recalibrate.add_argument("--batches", type=_positive, default=200, metavar="N", help="batches at most (200)")
+    recalibrate.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are used")
+    recalibrate.add_argument("--split", default="train", help="the split whose images are used (train)")
+    recalibrate.add_argument("--batches", type=_positive, default=200, metavar="N", help="use at most N batches (200)")
     recalibrate.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
 
     export = command("export", run)
@@ -116,7 +116,7 @@ def _question_options(added: argparse.ArgumentParser) -> None:
 
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="a sub-folder a class")
+    added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
     added.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
@@ -133,29 +133,29 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
     added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
-    added.add_argument("--tiny", action="store_true", help="a small network and few images: whether it runs")
+    added.add_argument("--tiny", action="store_true", help="a small network and few images, to test that it runs")
     added.add_argument("--json", action="store_true", dest="as_json")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file a step, and gpu-check.zip of all")
-    added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="after which all is ended (9)")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="for a file per step, and gpu-check.zip")
+    added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
     added.add_argument(
-        "--step", dest="steps", action="append", default=[], metavar="STEP", help="only this one; as often as wanted"
+        "--step", dest="steps", action="append", default=[], metavar="STEP", help="only this one; can be repeated"
     )
     suites = added.add_mutually_exclusive_group()
     suites.add_argument(
-        "--suite", dest="suites", action="append", metavar="NAME", help="of experiments/suites; instead of the usual"
+        "--suite", dest="suites", action="append", metavar="NAME", help="of experiments/suites, instead of the default"
     )
     suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="the steps alone")
-    added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="trainings of a suite at once (8)")
+    added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")
-    added.add_argument("--tiny", action="store_true", help="small sizes: whether it runs, not how fast it is")
+    added.add_argument("--tiny", action="store_true", help="small sizes, to test that it runs")
 
 
 def _features_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="as often as wanted")
+    added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="can be repeated")
     added.add_argument("--split", default="val")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")
@@ -164,24 +164,24 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("file", type=Path, metavar="SUITE.yaml")
-    at_once = "runs at the same time; by default one a GPU, or a core"
+    at_once = "parallel runs; by default one per GPU, or one per core"
     added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N")
     added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
     instead = added.add_mutually_exclusive_group()
     for name, does in (
-        ("report", "run nothing: the table of what is there"),
-        ("publish", "the same, into experiments/results, with the evidence"),
-        ("list", "the commands of the runs that are missing"),
+        ("report", "run nothing; print the table of the finished runs"),
+        ("publish", "the same, written into experiments/results with the evidence"),
+        ("list", "print the commands of the missing runs"),
     ):
         instead.add_argument(f"--{name}", dest="does", action="store_const", const=name, default="run", help=does)
     instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
-    instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="hand them to a cluster as an array job")
+    instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="submit them to a cluster, as an array")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no positive number below a thousand million")
+def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from {least} to {most}")
     return int(text)
 
 
@@ -191,13 +191,11 @@ def _box(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
 
 
+def _natural(text: str) -> int:
+    return _positive(text, 0, 2**32 - 1)
+
+
 def _minutes(text: str) -> float:
     if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of minutes")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of minutes")
     return float(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number from 0 to {2**32 - 1}")
-    return int(text)

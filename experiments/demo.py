@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from data.h5_file import Store
 from data.preprocess import preprocess
 from data.question_table import QuestionTable
 from data.vqa_files import read_asked
-from experiments.demo_page import NAMES, write_demo
 from experiments.evaluate import evaluate
 from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
 from experiments.report.tables import aligned
 from experiments.tasks.vqa import VQATask, score
 from experiments.training.trainer import train
+from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 from vqa.inspect.inspection import inspect, write_inspection
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json
@@ -36,6 +37,11 @@ from vqa.saved_model import load_model
 from vqa.settings.schema import Settings
 
 MODELS = ("baseline", "modern")
+NAMES = {  # name in summary.json: name on the page, what it is
+    "blind": ("blind", "the most common answer to the question, without the image"),
+    "baseline": ("baseline", "frozen ResNet"),
+    "modern": ("MODERN", "the same ResNet with CBN in all stages"),
+}
 EXAMPLES = 12
 EXAMPLE = "example.png"  # the image of the inspected question
 
@@ -124,8 +130,29 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     return summary
 
 
+def write_demo(path: Path, demo: dict[str, Any], inspection: dict[str, Any], image: Image.Image) -> None:
+    """Write the page.
+
+    Args:
+        path: the file.
+        demo: the content of `summary.json`, `questions` (their number), `curves` (percent per epoch, by model),
+            `settings`, `commands` and `examples` (`image`, `question`, `truth`, and the answers of each model).
+        inspection: the content of `modulation.json`.
+        image: the image of the inspection.
+    """
+    write_page(
+        path,
+        "demo.html",
+        [Path(__file__).parent / "templates"],
+        demo=demo | {"examples": [each | {"image": inline_image(each["image"])} for each in demo["examples"]]},
+        models=NAMES,
+        gap=signed(demo["modern"]["overall"] - demo["baseline"]["overall"], 1),
+        view=inspection_view(inspection, image),
+    )
+
+
 def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[str]:
-    """For each question the most common training answer to the same text, or, where there is none, to its type.
+    """For each question the most common training answer to the same text, or to its type if no text is the same.
 
     With enough training questions no model without the image does better.
     """
@@ -159,8 +186,8 @@ def _image_files(settings: Settings, table: QuestionTable) -> list[Path]:
 
 
 def _telling_rows(answers: dict[str, list[str]], table: QuestionTable) -> list[int]:
-    """The row of a question that MODERN answers right and the baseline wrong, about a colour if there is one (any
-    question where there is none), and of another question about the same image.
+    """The row of a question that MODERN answers right and the baseline wrong, about a colour if possible
+    (any question if there is no such question), and of another question about the same image.
     """
     right = {model: [accuracy == 1 for accuracy in VQATask.accuracies(answers[model], table)] for model in MODELS}
     telling = [right["modern"][row] - right["baseline"][row] for row in range(len(table))]

@@ -161,7 +161,7 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
 
 
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
-    """Warns of questions without a known word, and of answers none of which is a class."""
+    """Warns of questions without a known word, and of questions without an answer in the vocabulary."""
     of_words = ~np.isin(table.tokens, special_ids(saved.tokenizer))
     known = np.logical_or.reduceat(of_words, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):

@@ -50,11 +50,11 @@ def _scores(run: Path, model: Path) -> list[dict[str, Any]]:
     scores, wanted = [], {"split": str, "questions": int, "overall": float}
     for file in sorted(run.glob("metrics_*.json")):
         if file.stat().st_mtime < (model / WEIGHTS).stat().st_mtime:
-            print(f"{file}: older than the model, so not in its card; `eval` measures it anew")
+            print(f"{file}: older than the model, so not in its card; `eval` measures it again")
             continue
         content = read_json(file)
         try:
             scores.append({name: kind(content[name]) for name, kind in wanted.items()} | {"file": file.name})
         except (TypeError, KeyError, ValueError):
-            raise InputError(f"{file}: not the metrics of a split; `eval` writes them anew") from None
+            raise InputError(f"{file}: not the metrics of a split; `eval` writes them again") from None
     return scores

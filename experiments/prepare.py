@@ -69,7 +69,7 @@ def prepare_scenes(settings: Settings) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """Makes everything that the training of a recipe reads, as far as it can be made.
+    """Makes everything that the training of a recipe reads, if it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.

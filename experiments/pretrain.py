@@ -27,7 +27,7 @@ from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
 from vqa.preprocessing import MAX_SIZE, Preprocessing
 
-BATCH = 64  # images a step
+BATCH = 64  # images per step
 CHECKPOINT_EVERY = 200  # steps
 
 
@@ -45,7 +45,7 @@ def pretrain_backbone(
 ) -> float:
     """Trains torchvision's network on single objects and writes its weights; resumes where it was interrupted.
 
-    On a CPU it uses one thread: another number rounds differently and gives another network, with which a baseline is
+    On a CPU it uses one thread: another number rounds differently and makes another network, with which a baseline is
     two points better or worse.
 
     Args:
@@ -94,14 +94,14 @@ def pretrain_on_images(
     """Trains torchvision's network to name the classes of labelled images, which are shifted and mirrored at random.
 
     Args:
-        file: a .safetensors file, by torchvision's names; a checkpoint lies beside it until it is finished.
+        file: a .safetensors file, by torchvision's names; a checkpoint is kept beside it until it is finished.
         name: the ResNet.
         source: what `LabelledImages` reads.
         seed: of the initial weights, the order, the shifts.
         image_size: side S in pixels, at least 32.
         epochs: passes over the images.
         device: where it is trained.
-        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name stands in the header.
+        change: what else is done to images to train on, uint8 [B, S, S, 3]; its name is in the header.
 
     Returns:
         The file's header: the arguments, `classes`, `held_out_images`, `held_out_accuracy`: how many of these are given
@@ -154,7 +154,7 @@ def _train(
     """Trains on the first `images` of `count` images; resumes from a checkpoint of the same arguments `made`.
 
     `fill` writes all images into an array, uint8 [count, S, S, 3], and returns their classes, int64 [count]. `change`
-    makes of a batch, uint8 [B, S, S, 3], what is trained on.
+    transforms each training batch, uint8 [B, S, S, 3].
 
     Returns:
         The network in evaluation mode, and for the other images the classes it predicts and the true ones.
@@ -246,7 +246,7 @@ def _write(file: Path, resnet: ResNet, header: Mapping[str, Any]) -> None:
 
 
 def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The header of a file that was made with these arguments; None if there is no file."""
+    """The header of a file that was made with these arguments; None if there is not a file."""
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: must be a .safetensors file")
     if not file.exists():
@@ -257,7 +257,7 @@ def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def header_of(file: Path) -> dict[str, Any]:
-    """What the header of a pretrained file says of how it was made. Raises InputError if it is none."""
+    """The arguments and results in the header of a pretrained file. Raises InputError if it is not one."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = {**json.loads((opened.metadata() or {})["pretrained"])}
@@ -269,7 +269,7 @@ def header_of(file: Path) -> dict[str, Any]:
 
 
 def identity_of(images: LabelledImages) -> str:
-    """What a header says of the images."""
+    """The identity of the images, as in a header."""
     return f"{len(images.names)} (checksum {images.digest[:12]})"
 
 

@@ -24,7 +24,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         out: where the new model is written.
         split: the split whose images and questions are used, in random order.
         overrides: `key=value` words over the model's settings: where the data are, the device, the batch size.
-        batches: number of batches at most.
+        batches: the greatest number of batches.
 
     Returns:
         The number of questions that were used.

@@ -1,4 +1,4 @@
-"""Runs what is missing of a suite: each run and seed in a process of its own, one a GPU, or one a core."""
+"""Runs what is missing of a suite: each run and seed in its own process, one per GPU, or one per core."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from vqa.settings.recipes import load_saved, load_settings
 from vqa.settings.schema import Role, Settings, difference, role_of
 
 MAIN = ROOT / "main.py"
-# glibc gives large arrays back to the system at each step, and each page of them is a fault when it is used again
+# glibc returns large arrays to the system at each step, and every page of them faults when it is used again
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name that messages give it."""
+        """Its name in messages."""
         return f"{self.run.name}, seed {self.seed}"
 
     @property
@@ -98,7 +98,7 @@ def command_of(suite: Suite, job: Job) -> list[str]:
 
 
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
-    """Trains and tests one run with one seed in this process, as far as that is not done.
+    """Trains and tests one run with one seed in this process, except for what is done already.
 
     A finished job is skipped, also where only its results are there (published evidence). The data and the backbone
     that it needs, which other runs may share, are made first.
@@ -144,7 +144,7 @@ def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | Non
     Args:
         suite: what to run.
         runs: where run directories are.
-        at_once: trainings at the same time; by default one a GPU. Recipes that name the CPU get a thread each, so that
+        at_once: parallel trainings; by default one per GPU. Recipes that name the CPU get a thread each, so that
             their numbers do not depend on the number of cores, and by default as many at once as there are cores (and
             2 GiB of memory a run).
 

@@ -35,7 +35,7 @@ from vqa.settings.schema import FileName, Role, Settings, SplitName, different_k
 COLUMNS = {"vqa": ("overall", "yes/no", "number", "other"), "guesswhat": ("overall", "error", "yes", "no", "n/a")}
 _Column = Literal["overall", "error", "yes/no", "number", "other", "yes", "no", "n/a"]
 
-# Names stand in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
+# Names appear in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
 _NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
 _Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
 _TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
@@ -194,7 +194,7 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     for run in suite.runs:
         other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
-            yield f"{other!r} and {run.name!r} come to the same settings"
+            yield f"{other!r} and {run.name!r} have the same settings"
         if (split := suite.tests[0].split) in run.settings.train.splits:
             yield f"{run.name}: trains on {split}, which it is tested on"
     for name, numbers in ({run.name: run.paper for run in suite.runs} | suite.not_run).items():
@@ -219,7 +219,7 @@ def _slug(text: str) -> str:
 
 
 def _directory(settings: Settings, recipe: Settings) -> str:
-    """A name that says how settings differ from the recipe; the same for the same settings, whatever suite asks.
+    """A name that shows how settings differ from the recipe; the same for the same settings in every suite.
 
     Its digest is of the differences from `base.yaml`, so that a key that is added there later does not change it.
     """

@@ -46,7 +46,7 @@ IMAGES = {
 
 
 def image(folder: Path, name: str) -> Path:
-    """A file that is no usable image."""
+    """A file that is not a usable image."""
     file = folder / name
     if name in IMAGES:
         file.write_bytes(IMAGES[name]())
@@ -82,7 +82,7 @@ RECIPES = {
 
 
 def recipe(folder: Path, name: str) -> Path:
-    """A recipe that is none."""
+    """A file that is not a recipe."""
     file = folder / f"{name}.yaml"
     if name == "pipe":
         os.mkfifo(file)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from experiments.demo_page import write_demo
+from experiments.demo import write_demo
 from vqa.inspect.html import inspection_view, write_page
 
 DEMO_LAYERS = [(f"layer{s}.0.bn{n}", s, 32 * 2**s) for s in (1, 2, 3, 4) for n in (1, 2)]

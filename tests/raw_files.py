@@ -51,7 +51,7 @@ def change(file: Path, edit):
     file.write_text(json.dumps(content))
 
 
-ASKED = {  # of each image, by split: questions with the answers that their annotators gave
+ASKED = {  # of each image, by split: questions with the answers of their annotators
     "train2014": [("Is this a cat?", "yes"), ("How many cats are there?", "2"), ("What is the cat doing?", "sleeping")],
     "val2014": [("Is the zebra a cat?", "no"), ("What color is the zebra?", "lilac")],
     "test2015": [("Is it a zebra?", ""), ("What is this?", "")],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def saved_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> tuple[int, Any]:
-    """Bytes of all different memory that is kept, `besides` some that is there anyway; and what the function gives."""
+    """Bytes of all different memory that is kept, except that of `besides`; and the result of the function."""
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Imports run one way: main → experiments → data → vqa. The model knows neither files nor settings."""
+"""Imports run one way: main → experiments → data → vqa. The model uses neither files nor settings."""
 
 import ast
 import subprocess
@@ -11,7 +11,10 @@ from tests.conftest import ROOT
 
 BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data", "experiments"}}
 # The model, and what it may import of the library.
-MODEL = ("attention", "cbn", "foreign", "model", "norm_family", "norms", "question", "resnet", "tasks.guesswhat")
+MODEL = (
+    *("attention", "blocks", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet"),
+    "tasks.guesswhat",
+)
 OF_MODEL = (*(f"vqa.{name}" for name in MODEL), "vqa.backbone", "vqa.kernels")
 ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.io", "vqa.text")}
 # A room is entered by these modules (or what its `__init__` holds) only; the others are its own.

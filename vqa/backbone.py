@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from vqa.io.weight_files import load_tensors, read_safetensors
 
-ENDINGS = (".safetensors", ".pth", ".pt")  # of names that are files even if there is none; others must exist
+ENDINGS = (".safetensors", ".pth", ".pt")  # such names are always files; others only if they exist
 
 
 def build_resnet(name: str, weights: str | Path | None = None, classes: int = 1000) -> ResNet:
@@ -32,7 +32,7 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
         resnet = torchvision.models.get_model(name, num_classes=classes)
     else:
         raise ValueError(
-            f"{name!r} is no ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
+            f"{name!r} is not a ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
         )
     if weights is None:
         return resnet
@@ -53,10 +53,10 @@ def _published_weights(name: str, weights: str) -> Path:
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
-        raise ValueError(f"{name} has no published weights and {weights!r} is no file; give a file, or none") from None
+        raise ValueError(f"{name} has no published weights and {weights!r} is not a file (name one, or none)") from None
     if weights not in known.__members__:
         names = ", ".join(known.__members__)
-        raise ValueError(f"{weights!r} is no file and none of the weights of {name}: {names} (or a file, or none)")
+        raise ValueError(f"{weights!r} is not a file and none of the weights of {name}: {names} (or a file, or none)")
     url = known[weights].url
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.exists():
@@ -64,7 +64,7 @@ def _published_weights(name: str, weights: str) -> Path:
             known[weights].get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as error:  # no network, or another file in its place: a login page
             raise ValueError(
-                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and give the "
+                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and name the "
                 "file"
             ) from None
     return file

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from vqa.attention import ATTENTIONS
-from vqa.cbn import CategoricalPredictor, ModulationPredictor
 from vqa.io.errors import InputError
 from vqa.model import ConditionedModel, Fusion, VQAModel
+from vqa.predictor import CategoricalPredictor, ModulationPredictor
 from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings

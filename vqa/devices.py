@@ -16,7 +16,7 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         world_size: number of processes of the run.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,9 +29,9 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
     except RuntimeError:
         raise InputError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); try device=cpu")
+        raise InputError(f"device: {name} is not available ({torch.cuda.device_count()} GPUs found); try device=cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device: mps is not there; try device=cpu")
+        raise InputError("device: mps is not available; try device=cpu")
     return device
 
 

@@ -5,7 +5,7 @@
         y = network(images)
 
 The condition is the context's, not a module's: threads and asynchronous tasks each have their own, and outside the
-`with` block there is none. Everything else in this package passes the modulation as an argument.
+`with` block no condition exists. Everything else in this package passes the modulation as an argument.
 """
 
 from collections.abc import Callable, Iterator

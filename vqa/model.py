@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqa.attention import Normalisation, attend, normalise_features
-from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
+from vqa.norms import Modulation
+from vqa.predictor import CategoricalPredictor, ModulationPredictor
 from vqa.question import QuestionEncoder, QuestionKinds, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa.cbn import INITIAL_DEVIATION, ConditionalBatchNorm2d
+from vqa.cbn import ConditionalBatchNorm2d
 from vqa.kernels.modulate import modulate
 from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, check_map, checked, scale_and_shift
+from vqa.predictor import INITIAL_DEVIATION
 
 
 class ConditionalAdaptiveNorm2d(ConditionalBatchNorm2d, ModulatedAdaptiveNorm2d):
-    """y = a · x + b · ((γ + Δγ) · x̂ + β + Δβ), with a learnt a and b a layer; see `ModulatedAdaptiveNorm2d`."""
+    """y = a · x + b · ((γ + Δγ) · x̂ + β + Δβ), with a learnt a and b per layer; see `ModulatedAdaptiveNorm2d`."""
 
 
 class ConditionalSwitchableNorm2d(ConditionalBatchNorm2d):

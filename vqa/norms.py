@@ -1,6 +1,6 @@
-"""Batch, instance, group and layer normalisation whose γ and β take a delta a sample, in one formula.
+"""Batch, instance, group and layer normalisation whose γ and β take a delta per sample, in one formula.
 
-    y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) a sample and channel
+    y = (γ + Δγ) · (x − mean) / sqrt(var + ε) + (β + Δβ)             one pair (Δγ, Δβ) per sample and channel
 
 They differ only in the values that mean and variance are taken over. Each is computed as y = scale · x + shift, in one
 pass over the map together with the residual add and the ReLU that follow a norm in a ResNet (`vqa.kernels.modulate`).
@@ -84,7 +84,7 @@ class Pooled:
         self.mean = self.var = 0.0  # [C] after the first batch; the variance is the biased one
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Add the mean and biased variance [C] of `count` values a channel."""
+        """Add the mean and biased variance [C] of `count` values per channel."""
         mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
         self.batches += 1
         self.count += count
@@ -94,7 +94,7 @@ class Pooled:
 
 
 class ModulatedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`, with the same names of parameters and buffers, whose γ and β take a delta a sample.
+    """`nn.BatchNorm2d`, with the same names of parameters and buffers, whose γ and β take a delta per sample.
 
     As there, training mode normalises with the statistics of the batch, which also move the running ones, and
     evaluation mode with the running statistics.
@@ -111,7 +111,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """x [B, C, H, W] → [B, C, H, W], act(norm(x) (+ residual)); without a delta the norm is `nn.BatchNorm2d`.
 
         Raises:
-            ValueError: x is not [B, C, H, W], a delta is not [B, C], or there is one value a channel in training mode.
+            ValueError: x is not [B, C, H, W], a delta is not [B, C], or training mode has one value per channel.
         """
         check_map(x, self.num_features)
         delta = checked(delta, x)
@@ -140,7 +140,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
         if count < 2:
-            raise ValueError("batch statistics need more than one value a channel")
+            raise ValueError("batch statistics need more than one value per channel")
         if self.pooled:
             self.pooled.add(mean, var, count)
             return
@@ -174,7 +174,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """Return the same norm, sharing its parameters and buffers, that takes deltas.
 
         `sizes` and `options` are the arguments of the constructor besides `num_features`, `eps` and `momentum`, which
-        `norm` gives.
+        are those of `norm`.
 
         Raises:
             ValueError: `norm` has no γ and β, or no running statistics.
@@ -258,7 +258,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class ModulatedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` whose γ and β take a delta a sample: instance norm with as many groups as channels, layer norm
+    """`nn.GroupNorm` whose γ and β take a delta per sample: instance norm with as many groups as channels, layer norm
     (over channels, height and width) with one. The statistics are the sample's own, in training and evaluation.
     """
 

@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
     def __init__(
         self, encoder: nn.Module, state_size: int, hidden_size: int, *, pooling: Literal["last", "mean"], frozen: bool
     ) -> None:
-        """`encoder` takes `input_ids` and `attention_mask` [B, T] and gives a `last_hidden_state` [B, T, state_size].
+        """`encoder` takes `input_ids` and `attention_mask` [B, T] and returns a `last_hidden_state` [B, T, state_size].
 
         With `frozen` it is not trained and always in evaluation mode, without dropout.
         """
@@ -129,7 +129,7 @@ class QuestionKinds(nn.Module):
         self.first_words.fill_(PAD_ID)[: len(chosen)] = chosen
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS stands for all other first words."""
+        """Word ids [B, T] → kinds int64 [B], 0 to KINDS; KINDS for all other first words."""
         first = F.pad(tokens[:, :KIND_WORDS], (0, max(KIND_WORDS - tokens.shape[1], 0)), value=PAD_ID)
         same = (first[:, None] == self.first_words).all(2)  # [B, KINDS]
         return torch.where(same.any(1), same.int().argmax(1), KINDS)

@@ -6,7 +6,7 @@ deltas and performs the residual add and the ReLU that follow it. No module keep
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from vqa.backbone import build_resnet
+from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
 from vqa.norms import (
@@ -49,71 +49,9 @@ class ConditionedNorm(NamedTuple):
     channels: int
 
 
-Deltas = Mapping[str, Modulation]  # by the names of the conditioned norms
-
-
 def stage_of(name: str) -> int:
     """Return the stage of a layer by its name in torchvision's network; 0 is the stem."""
     return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
-
-
-LAYERS = {  # of torchvision's blocks, in the order of the forward pass: saved optimiser states refer to this order
-    BasicBlock: ("conv1", "bn1", "conv2", "downsample", "bn2"),
-    Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "downsample", "bn3"),
-}
-
-
-FORM = (  # the layers of a ResNet of torchvision's form, by name; timm's blocks have further ones that may do nothing
-    (r"conv\d|downsample\.0", nn.Conv2d),
-    (r"bn\d|downsample\.1", nn.BatchNorm2d),
-    (r"relu|act\d", nn.ReLU),
-    (r"maxpool", nn.MaxPool2d),
-    (r"downsample|layer\d", nn.Sequential),
-    (r".*", nn.Identity),
-)
-HEAD = ("avgpool", "global_pool", "fc")  # of torchvision and timm; the network ends before it
-
-
-def check_form(layers: Iterable[tuple[str, nn.Module]], within: str = "") -> None:
-    """Raise ValueError if a layer is not of the kind that `FORM` gives its name."""
-    for name, layer in layers:
-        kind = next(kind for pattern, kind in FORM if re.fullmatch(pattern, name))
-        if type(layer) is not kind:
-            raise ValueError(f"{within}{name} must be {kind.__name__} of torch, not {type(layer).__name__}")
-
-
-class ModulatedBlock(nn.Module):
-    """A residual block of torchvision, with the same layers and names, whose norms take deltas."""
-
-    def __init__(self, name: str, block: nn.Module) -> None:
-        """`name` is the name of the block in torchvision's network.
-
-        Raises:
-            ValueError: the block is neither a `BasicBlock` nor a `Bottleneck` of torchvision (or timm), or has other
-                layers, naming the block or the layer.
-        """
-        super().__init__()
-        kind, timms = type(block), {made.__name__: made for made in LAYERS}
-        if kind.__module__ == "timm.models.resnet":
-            kind = timms.get(kind.__name__)
-        if kind not in LAYERS:
-            raise ValueError(f"{name} must be a BasicBlock or a Bottleneck of torchvision, not {type(block).__name__}")
-        check_form(list(block.named_modules())[1:], f"{name}.")
-        self.name, self.last_norm = name, LAYERS[kind][-1]
-        for layer in LAYERS[kind]:
-            setattr(self, layer, getattr(block, layer))
-
-    def forward(self, x: Tensor, deltas: Deltas) -> Tensor:
-        """x [B, C, H, W] → [B, C', H', W']."""
-
-        def norm(name: str, y: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-            return self.get_submodule(name)(y, deltas.get(f"{self.name}.{name}"), residual, relu)
-
-        y = self.conv2(norm("bn1", self.conv1(x)))
-        if self.last_norm == "bn3":
-            y = self.conv3(norm("bn2", y))
-        shortcut = x if self.downsample is None else norm("downsample.1", self.downsample[0](x), relu=False)
-        return norm(self.last_norm, y, shortcut)
 
 
 def _modulated(norm: nn.BatchNorm2d, normaliser: Normaliser) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
@@ -128,7 +66,7 @@ class ModulatedResNet(nn.Module):
     The statistics policy chooses the mean and variance that its batch norms normalise with:
     `population`: always the pretrained running ones; the network starts as exactly the pretrained one.
     `batch`: those of the batch (of all processes) in training, moving averages of decay 0.99 in evaluation; the
-    averages start anew.
+    averages are reset.
     """
 
     def __init__(
@@ -172,7 +110,7 @@ class ModulatedResNet(nn.Module):
         if unknown := set(stages) - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
         if isinstance(name, nn.Module) and weights is not None:
-            raise ValueError("a network has its own weights; give no others")
+            raise ValueError("a network has its own weights; `weights` must be None")
         resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
         parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [part for part in parts if not hasattr(resnet, part)]:
@@ -226,7 +164,7 @@ class ModulatedResNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, ModulatedBatchNorm2d)]
 
     def least_batch(self, image_size: int) -> int:
-        """Return the smallest batch whose own statistics can normalise it: two values a channel."""
+        """Return the smallest batch whose own statistics can normalise it: two values per channel."""
         names = (name for name, module in self.network.named_modules() if isinstance(module, ModulatedBatchNorm2d))
         return 2 if image_size <= 32 and any(stage_of(name) == 4 for name in names) else 1  # one position in stage 4
 

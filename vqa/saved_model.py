@@ -42,7 +42,7 @@ HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
 class Training(BaseModel):
-    """How a model was trained, as the metadata of its weights say it; each entry may be missing."""
+    """How a model was trained, from the metadata of its weights; each entry may be missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -91,7 +91,7 @@ class SavedModel:
             image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
                 width), or a list of these.
             question: a question or a list of questions. Of two lists each image has its own question; one image or
-                question beside a list belongs to all of it. The questions of a list are answered one by one.
+                question is combined with every entry of a list. The questions of a list are answered one by one.
             top: number of answers.
             box: of the object, (x, y, width, height) in pixels from the top left, where the model takes one; of a list
                 all are about the same.
@@ -193,7 +193,7 @@ def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question:
     images = image if several[0] else [read_image(image)] * len(question)
     questions = question if several[1] else [question] * len(image)
     if len(images) != len(questions):
-        raise InputError(f"{len(images)} images for {len(questions)} questions; give as many, or one of either")
+        raise InputError(f"{len(images)} images for {len(questions)} questions; give equal numbers, or one of either")
     return [function(*pair) for pair in zip(images, questions, strict=True)]
 
 
@@ -226,10 +226,10 @@ def save_weights(folder: Path, model: ConditionedModel, training: dict[str, Any]
 
 
 def find_model(run: Path) -> Path:
-    """Find the model directory of a run directory; a model directory is its own.
+    """Find the model directory of a run directory; a model directory is returned as it is.
 
     Raises:
-        InputError: there is none, or its settings are not those of the run directory.
+        InputError: the model is missing, or its settings are not those of the run directory.
     """
     for folder in (run / "model", run):
         if (folder / WEIGHTS).is_file():
@@ -288,7 +288,7 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
             encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
             model = build_model(settings, tokenizer.get_vocab_size(), **sizes, pretrained=False, text_encoder=encoder)
     except (RuntimeError, OverflowError) as error:
-        raise InputError(f"{made}: no model can be built of it ({error!s:.100})") from None
+        raise InputError(f"{made}: no model can be built from it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
     return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder, categories)
@@ -340,4 +340,4 @@ def load_weights(model: ConditionedModel, file: Path) -> dict[str, Any]:
     try:
         return Training.model_validate_json(metadata.get("training", "{}")).model_dump(exclude_unset=True)
     except ValueError:
-        raise InputError(f"{file}: its header does not say how the model was trained") from None
+        raise InputError(f"{file}: its header does not record how the model was trained") from None

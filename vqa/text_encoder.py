@@ -25,7 +25,7 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
         name: a folder, or a model's name on the Hub, which is downloaded once.
 
     Raises:
-        InputError: there is none, or it has no tokenizer that `tokenizers` runs.
+        InputError: it is missing, or it has no tokenizer that `tokenizers` runs.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -71,7 +71,7 @@ def load_encoder(name: str) -> "nn.Module":
     """The text encoder of a folder or name with its weights, in float32; `config.hidden_size` is the size of a state.
 
     Raises:
-        InputError: there is none, weights are missing, or it does not take token ids alone.
+        InputError: it or its weights are missing, or it does not take token ids alone.
     """
     import torch
     from transformers import AutoConfig, AutoModel
@@ -92,7 +92,7 @@ def load_encoder(name: str) -> "nn.Module":
 
 
 def empty_encoder(configuration: Mapping[str, Any], where: str) -> "nn.Module":
-    """The encoder of a configuration, with random weights. Raises InputError, which names `where`, if it is none."""
+    """The encoder of a configuration, with random weights. Raises InputError, which names `where`, if it is invalid."""
     import torch
     from transformers import AutoModel
 

@@ -56,7 +56,7 @@ def _shuffled(candidates: Candidates, rng: np.random.Generator) -> Iterator[tupl
 def mixtures(pairs: Sequence[Pair]) -> set[Pair]:
     """Return the new pairs that exchanging the shapes of two of `pairs` would make, where both are new.
 
-    Shapes alone, or colours alone, do not tell that they are absent.
+    Neither shapes alone nor colours alone show that they are absent.
     """
     return {
         (shape, colour)
@@ -84,7 +84,7 @@ def pair_kinds(pairs: Sequence[Pair], shapes: Iterable[str], colours: Iterable[s
 def existence(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
     """Return yes/no candidates, both answers equally likely, and so are all kinds of absent subjects.
 
-    There are none where only one answer would be possible.
+    Return none where only one answer would be possible.
     """
     kinds = [kind for kind in absent if kind]
     if not there or not kinds:

@@ -1,7 +1,7 @@
 """Mosaics of labelled photographs: four in a 2 x 2 grid, of which some are tinted, grey, dark or upside down.
 
-What is asked needs the change beside the group (or class) that a network pretrained on such photographs names. Every
-photograph is mirrored at random, which no question is about.
+A question needs the change of a photograph and its group (or class), which a network pretrained on such photographs
+names. Every photograph is mirrored at random, which no question is about.
 """
 
 from collections import Counter

@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -151,11 +152,11 @@ def _write_image(
 
 def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequence[SceneQuestion]]) -> None:
     """Write the two official files of a split of scenes; the ten answers to a question are equal."""
-    questions = [
+    questions = (
         Question(MAX_QUESTIONS * image_id + index, image_id, text, question_type, answer_type, (answer,) * 10)
         for image_id, of_image in enumerate(asked, start=first_id)
         for index, (question_type, answer_type, text, answer) in enumerate(of_image)
-    ]
+    )
     header = {
         "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
         "data_type": "scenes",
@@ -167,40 +168,29 @@ def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequen
 
 
 def write_questions(
-    files: tuple[Path, Path], questions: Sequence[Question], header: Mapping[str, Any], task: Mapping[str, str]
+    files: tuple[Path, Path], questions: Iterable[Question], header: Mapping[str, Any], task: Mapping[str, str]
 ) -> None:
     """Write the official files of a split: questions and annotations, both behind `header`, `task` only in the first.
 
     One entry is written at a time: all of them as Python objects would take gigabytes for data of VQA's size.
     """
-    asked = (
-        {"image_id": question.image_id, "question_id": question.question_id, "question": question.text}
-        for question in questions
-    )
-    annotated = (
-        {
-            "image_id": question.image_id,
-            "question_id": question.question_id,
-            "question_type": question.question_type,
-            "answer_type": question.answer_type,
-            "multiple_choice_answer": Counter(question.answers).most_common(1)[0][0],
-            "answers": [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": number}
-                for number, answer in enumerate(question.answers, 1)
-            ],
-        }
-        for question in questions
-    )
-    for file, before, key, entries in (
-        (files[0], {**header, **task}, "questions", asked),
-        (files[1], header, "annotations", annotated),
-    ):
-        with written_whole(file) as aside, aside.open("w", encoding="utf-8") as opened:
-            opened.write(json.dumps({**before, key: []}).removesuffix("]}"))
-            opened.writelines(
-                (", " if row else "") + json.dumps(entry, ensure_ascii=False) for row, entry in enumerate(entries)
-            )
-            opened.write("]}\n")
+    with ExitStack() as stack:
+        asked, annotated = (
+            stack.enter_context(stack.enter_context(written_whole(file)).open("w", encoding="utf-8")) for file in files
+        )
+        asked.write(json.dumps({**header, **task, "questions": []}).removesuffix("]}"))
+        annotated.write(json.dumps({**header, "annotations": []}).removesuffix("]}"))
+        for row, question in enumerate(questions):
+            entry = {"image_id": question.image_id, "question_id": question.question_id}
+            types = {"question_type": question.question_type, "answer_type": question.answer_type}
+            most_common = Counter(question.answers).most_common(1)[0][0]
+            given = enumerate(question.answers, 1)
+            answers = [{"answer": text, "answer_confidence": "yes", "answer_id": number} for number, text in given]
+            types |= {"multiple_choice_answer": most_common, "answers": answers}
+            for file, more in ((asked, {"question": question.text}), (annotated, types)):
+                file.write((", " if row else "") + json.dumps(entry | more, ensure_ascii=False))
+        asked.write("]}\n")
+        annotated.write("]}\n")
 
 
 def _write_games(folder: Path, split: str, games_played: Iterable[dict[str, Any]]) -> None:

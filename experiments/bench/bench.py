@@ -1,7 +1,7 @@
-"""`main.py bench`: measure each fast path beside what it replaces, in the same run.
+"""`main.py bench`: compare each fast path with what it replaces, in the same run.
 
-Each part is a table with a row a measurement; what is compared takes turns, and medians are given. Ratios can be
-compared between machines of a kind, milliseconds cannot.
+Each part is a table with a row for each measurement. Alternatives are timed in turns, and medians are reported. Ratios
+can be compared between similar machines, milliseconds cannot.
 """
 
 import io
@@ -40,7 +40,7 @@ def bench(
         parts: names of PARTS; none for all.
         repeats: turns of each measurement.
         device: as the setting; what needs no GPU is measured on the CPU.
-        tiny: a small network and few images, to show that it runs.
+        tiny: a small network and few images, to test that it runs.
         out: a folder; None writes nothing.
         images: number of images of the part `scale`, at least 8.
 
@@ -48,7 +48,7 @@ def bench(
         `machine`, `repeats` and `parts`: each part's rows.
 
     Raises:
-        InputError: there is no such part or device, or `out` is a file.
+        InputError: the part or device is unknown, or `out` is a file.
     """
     if unknown := set(parts) - set(PARTS):
         raise InputError(f"bench: no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
@@ -63,7 +63,7 @@ def bench(
         for part in parts or PARTS:
             measured, most = PARTS[part]
             turns = min(repeats, most)
-            with redirect_stdout(io.StringIO()):  # what training and preprocessing say
+            with redirect_stdout(io.StringIO()):  # of training and preprocessing
                 results[part] = list(measured(Setup(chosen, tiny, Path(folder) / part, turns, images)))
             print(f"\n{part}\n{table_of(results[part])}", flush=True)
             if out is not None:
@@ -72,7 +72,7 @@ def bench(
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Align rows as text; rows of other columns get headings of their own."""
+    """Align rows as text; rows with other columns get their own headings."""
     kinds: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
         cells = ["" if value is None else str(value) for value in row.values()]

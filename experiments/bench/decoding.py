@@ -1,4 +1,4 @@
-"""Decoding and resizing alone: what `preprocess` is compared with. Its processes import nothing else."""
+"""Decode and resize images without storing them, to compare `preprocess` with. The processes import nothing else."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +10,7 @@ from vqa.io.processes import WorkerContext
 
 
 def decode_alone(files: Sequence[Path], size: int, processes: int) -> int:
-    """Decodes and resizes images in so many processes, which keep nothing and hand nothing over; how many."""
+    """Decode and resize images in `processes` processes and discard them; return the number of images."""
     with ProcessPoolExecutor(processes, mp_context=WorkerContext()) as pool:
         return sum(pool.map(partial(_decode_and_drop, size=size), files, chunksize=32))
 

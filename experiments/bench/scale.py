@@ -1,4 +1,4 @@
-"""Time and memory of jobs on generated data of VQA's size: each job runs in a process of its own.
+"""Time and memory of jobs on generated data of VQA's size: each job runs in its own process.
 
 Every job has all questions; two numbers of images show what grows with them.
 """
@@ -74,11 +74,11 @@ def scale_rows(setup: Setup) -> Rows:
 
 
 def measured(job: Callable[..., int], *arguments: Any) -> dict[str, Any]:
-    """Run a job in a process of its own.
+    """Run a job in its own process.
 
     Returns:
-        `done` as the job says, `seconds` and `done_a_second` without the start of the process, `cpu_seconds` with it,
-        and `peak_mib`: the memory of the process and its children (what some of them share counts once).
+        `done`: the number that the job returns; `seconds` and `done_a_second` without the start of the process;
+        `cpu_seconds` with it; `peak_mib`: the memory of the process and its children (what they share counts once).
     """
     peak = 0
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -15,7 +15,7 @@ class Setup(NamedTuple):
 
     device: "torch.device"
     tiny: bool  # small sizes, to show on a CPU in minutes that it runs
-    folder: Path  # for data and runs of its own
+    folder: Path  # for its own data and runs
     repeats: int = 7  # turns of each measurement
     images: int = 4_000  # of the part `scale`
 

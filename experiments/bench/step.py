@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from experiments.bench.setup import Rows, Setup
 from vqa.backbone import build_resnet
-from vqa.cbn import ModulationPredictor
 from vqa.devices import autocast
 from vqa.norms import ModulatedBatchNorm2d, Modulation
+from vqa.predictor import ModulationPredictor
 from vqa.resnet import ModulatedResNet, StageMap
 
 GIB = 2**30

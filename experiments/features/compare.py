@@ -1,7 +1,7 @@
 """Compare the features of networks stage by stage (figures 4 to 7 of the paper): accuracies, points and figures.
 
-The accuracies say where the question reaches the features, not how well it is answered: in a modulated network the
-question itself moves them apart.
+The accuracies show at which stage the features depend on the question, not how well it is answered: in a modulated
+network the question itself separates them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +12,7 @@ import numpy as np
 
 from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
-from experiments.features.neighbours import (
-    FOLDS,
-    labellings,
-    main_answers,
-    neighbour_accuracy,
-    project,
-)
+from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
 from vqa.io.errors import InputError
 from vqa.io.files import as_cell, write_csv, write_json
@@ -36,12 +30,12 @@ def compare_features(
     """Write `neighbours.json` and `.csv`, `points.csv`, and `answer_type.png`, `question_type.png`, `colour.png`.
 
     Args:
-        folders: run directories, or `model/` directories (`networks_of` says which networks of them are compared).
+        folders: run directories, or `model/` directories (`networks_of` chooses the networks).
         split: a split of the data, with annotations.
         out: the directory of the files.
         overrides: `key=value` words over the models' settings: where the data are, and the device.
         pairs: number of random pairs of an image and a question, the same for all networks; at most the whole split.
-        seed: of the pairs, the folds and t-SNE. On one machine the same seed gives the same files.
+        seed: of the pairs, the folds and t-SNE. On one machine the same seed makes the same files.
 
     Returns:
         The content of `neighbours.json`; its `accuracies` (percent) have an entry per labelling, network and stage.

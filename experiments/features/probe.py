@@ -1,4 +1,4 @@
-"""What can be read linearly from a pretrained backbone: a linear probe of its features, stage by stage.
+"""Linear probes of the features of a pretrained backbone, stage by stage.
 
 A photograph's features are the map after a stage, averaged over positions and standardised. A logistic regression on
 them is trained with photographs that the backbone was trained on, and tested with held-out ones. Read are
@@ -8,7 +8,7 @@ them is trained with photographs that the backbone was trained on, and tested wi
 - grey, dark, upside down: changed so or not, both mirrored at random;
 - mirrored: mirrored or as it is.
 
-In the last four each photograph is there both ways, so that chance is 50 %; else chance is the share of the most common
+In the last four each photograph occurs both ways, so that chance is 50 %; else chance is the share of the most common
 class, group or tint in what is tested.
 """
 
@@ -52,7 +52,7 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
         was fitted), and `tested`, the number of features that were tested.
 
     Raises:
-        InputError: `file` is no such backbone, or one of other images, or an image cannot be read.
+        InputError: `file` is not such a backbone, or one of other images, or an image cannot be read.
     """
     header, images = header_of(file), LabelledImages(source)
     if (made := header.get("images")) != (given := identity_of(images)):
@@ -123,7 +123,7 @@ def _labelled(
 
 
 def table_of(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The results as cells: a line a stage, a column a target, and a line of chance."""
+    """The results as cells: one line per stage, one column per target, and a line of chance."""
     targets = list(dict.fromkeys(row["target"] for row in found))
     value = {(row["stage"], row["target"]): row["accuracy"] for row in found}
     value |= {("chance", row["target"]): row["chance"] for row in found}

@@ -1,8 +1,8 @@
-"""`main.py gpu-check`: correctness, speed and the first experiments on a GPU, in order of worth, in a bounded time.
+"""`main.py gpu-check`: correctness, speed and the first experiments on a GPU within a time limit, most important first.
 
-Each step runs in a process of its own, since a fault on a GPU spoils the process it happens in; one that takes too
-long is ended. A step writes `DIR/STEP.json` anew with each of its rows, and after each step all files are packed into
-`DIR/gpu-check.zip`, so that the check can be cut off anywhere. A step that passed, as its file says, is not run again.
+Each step runs in its own process, because a GPU fault corrupts the process; a step that exceeds its time is killed. A
+step rewrites `DIR/STEP.json` after each of its rows, and after each step all files are packed into `DIR/gpu-check.zip`,
+so that the check can be interrupted at any time. A step whose file records that it passed is not run again.
 """
 
 import multiprocessing
@@ -71,11 +71,11 @@ def gpu_check(
     suites: Sequence[str] = SUITES,
     at_once: int = 8,
 ) -> list[str]:
-    """Run the steps and then the suites, as far as the time allows.
+    """Run the steps and then the suites within the time limit.
 
     Args:
         out: where the files are written.
-        minutes: after which everything is ended.
+        minutes: the time limit; everything is ended then.
         device: as the setting.
         tiny: small sizes, to show on a CPU that it runs.
         steps: names of STEPS; none for all.
@@ -86,7 +86,7 @@ def gpu_check(
         The names of the steps that failed.
 
     Raises:
-        InputError: an unknown step or suite, a device that is not there, or `out` is a file.
+        InputError: an unknown step or suite, an unavailable device, or `out` is a file.
     """
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
@@ -123,7 +123,7 @@ def gpu_check(
 
 
 def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str, Any] | None:
-    """Run the step of a file in a process of its own; return what the file then holds, or None if no time is left."""
+    """Run the step of a file in its own process; return the content of the file, or None if no time is left."""
     rows, seconds = STEPS[file.stem]
     seconds = min(_START + (5 if tiny else 1) * seconds, deadline - time.monotonic())  # tiny: on a busy CPU
     if seconds <= 0:
@@ -146,7 +146,7 @@ def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str,
 
 
 def _write_rows(file: Path, rows: Measurement, device: str, tiny: bool) -> None:
-    """Write a step's file anew with each row; everything printed goes to the log."""
+    """Rewrite a step's file after each row; redirect everything that is printed to the log."""
     with file.with_name("log.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

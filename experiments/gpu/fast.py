@@ -37,7 +37,7 @@ def ceilings_rows(setup: Setup) -> Rows:
 
 def operation_rows(setup: Setup) -> Rows:
     """The operation alone, forward and backward with a residual and a ReLU: fused, composed, composed and compiled; and
-    the share of the copy speed that the bytes it must move come to. Maps are so large that launching costs nothing.
+    the achieved share of the copy speed, from the bytes that must be moved. Maps are so large that launches are free.
     """
     copy = next(ceilings_rows(setup))["value"] * 1e9
     composed = partial(modulate, relu=True, fused=False)
@@ -49,7 +49,7 @@ def operation_rows(setup: Setup) -> Rows:
     runs = setup.pick(1, 10)
 
     def run(way: Callable[..., Tensor], parts: list[Tensor], gradient: Tensor) -> None:
-        for _ in range(runs):  # in a row, so that launching hides behind work
+        for _ in range(runs):  # without a pause, so that launches overlap with work
             torch.autograd.grad(way(*parts), parts, gradient)
 
     for shape in setup.pick([(2, 16, 8, 8)], [(256, 256, 56, 56), (1024, 1024, 14, 14), (2048, 2048, 7, 7)]):
@@ -59,7 +59,7 @@ def operation_rows(setup: Setup) -> Rows:
         parts = [part.requires_grad_() for part in (x, scale, shift, residual)]
         jobs = {name: partial(run, way, parts, gradient) for name, way in ways.items()}
         seconds = {name: s / runs for name, s in interleaved(jobs, setup.repeats, setup.device).items()}
-        # forward x, residual, y; backward gradient, x, and the gradients of x and residual; a bit an element twice
+        # forward x, residual, y; backward gradient, x, and the gradients of x and residual; one bit per element, twice
         moved = 7 * x.numel() * x.element_size() + x.numel() / 4
         yield {
             "shape": "x".join(map(str, shape)),

@@ -27,9 +27,9 @@ from experiments.features.compare import compare_features
 from experiments.recalibrate import recalibrate
 from experiments.training.trainer import train
 from vqa.build import build_model
-from vqa.cbn import DeltaMLPs
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation
+from vqa.predictor import DeltaMLPs
 from vqa.resnet import ModulatedResNet
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
@@ -82,7 +82,7 @@ def _errors_of_modulate(
         parts["residual"] = torch.randn(shape).to(kind)
     exact = [part.double().requires_grad_() for part in parts.values()]
     y = modulate(*exact, relu=relu, fused=False)
-    # where the rounded sum is on the other side of 0, the gradient may pass or not: such elements get none
+    # no gradient for elements near 0: rounding may move their sum to the other side of the ReLU
     weights = torch.randn(shape).to(kind) * (y.detach().abs() > 0.05 if relu else 1)
     expected = [y, *torch.autograd.grad(y, exact, weights.double())]
 
@@ -96,7 +96,7 @@ def _errors_of_modulate(
 
 
 def deltas_rows(setup: Setup) -> Rows:
-    """The deltas of all norms in one batched product and in one product a norm, against float64."""
+    """The deltas of all norms in one batched product and in one product per norm, against float64."""
     network, size, hidden = setup.pick(("resnet10", 32, 16), ("resnet50", 1024, 512))
     layers = ModulatedResNet(network).layers
     mlps = DeltaMLPs(size, [layer.name for layer in layers], [layer.channels for layer in layers], hidden)
@@ -169,7 +169,7 @@ def _small_settings(setup: Setup, *words: str) -> Settings:
 
 def commands_rows(setup: Setup) -> Rows:
     """Train in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the CPU in
-    float32 `eval` must give nearly the same answers.
+    float32 `eval` must find nearly the same answers.
     """
     run, on_cpu = train(_small_settings(setup), runs=setup.folder / "runs").path, setup.folder / "on_cpu"
     scores = evaluate(run, "val")

@@ -12,7 +12,7 @@ from experiments.report.results import Line
 from vqa.io.files import written_whole
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e6ea"
-ACCENT = "#0f766e"  # beside grey it differs in lightness too, so that colour carries nothing alone
+ACCENT = "#0f766e"  # differs from the grey in lightness too, so that no information is in the hue alone
 
 
 def write_figure(file: Path, title: str, lines: Sequence[Line], baseline: str) -> None:

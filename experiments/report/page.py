@@ -41,8 +41,8 @@ In points: the mean of the differences seed by seed, with its 95 % interval over
 def write_report(suite: Suite, runs: Path, out: Path) -> str:
     """Report the finished runs of a suite.
 
-    Writes `SUITE.csv` (a line a row) and `SUITE.md`, and, where anything is finished, `SUITE_runs.csv` (a line a row
-    and seed), `SUITE.png` and, for a suite with contrasts, `SUITE_contrasts.csv` (a line a contrast and question type).
+    Writes `SUITE.csv` (a line per row), `SUITE.md`. If anything is finished, also `SUITE_runs.csv` (one line per row
+    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type).
 
     Args:
         suite: what was run.
@@ -85,7 +85,7 @@ def publish(suite: Suite, runs: Path) -> str:
         InputError: the suite is changed by words, or nothing of it is finished where results are published already.
     """
     if suite.words:
-        raise InputError("--publish: a suite is published as its file says it; leave KEY=VALUE away")
+        raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
     if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
         raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
     if missing := missing_jobs(suite, runs):

@@ -273,5 +273,5 @@ def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
     if not contents:
         return
     with written_whole(file) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(contents):  # without times: the same runs give the same file
+        for name in sorted(contents):  # without times: the same runs make the same file
             archive.writestr(zipfile.ZipInfo(name), contents[name], zipfile.ZIP_DEFLATED)

@@ -88,7 +88,7 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of `values` [N].
 
     How often each of the K distinct values is drawn when N values are drawn with replacement is multinomial: the same
-    bootstrap, in K numbers a resample instead of N. The official metric gives accuracies of 0, 0.3, 0.6, 0.9 and 1, so
+    bootstrap, in K numbers per resample instead of N. The official metric has the values 0, 0.3, 0.6, 0.9 and 1, so
     that means of five seeds differ by one of 101 values, however many questions there are.
     """
     # rounded, so that sums of the same accuracies in another order are the same value

@@ -1,7 +1,5 @@
 """Write CSV files; format the lines of a suite's CSV file as tables for Markdown and for the terminal."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -10,7 +8,7 @@ from typing import Any
 
 from experiments.report.results import KIND, Line
 from vqa.io.errors import printable
-from vqa.io.files import write_text
+from vqa.io.files import write_csv
 
 NOT_RUN, TOO_FEW = "not run", "too few seeds"
 WHOLE = ("overall", "error")  # columns of all questions
@@ -19,22 +17,19 @@ _Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
 
 def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Write lines as CSV; their keys are the columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(file, text.getvalue())
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    write_csv(file, columns, ([line.get(column) for column in columns] for line in lines), end="\n")
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
-    """Markdown: accuracies beside the paper's, the difference to the baseline, time and memory of training."""
+    """Markdown: accuracies with the paper's, the difference to the baseline, time and memory of training."""
     return markdown(_cells(lines, _columns(lines, brief=False)))
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
     """Aligned text, narrower than the Markdown: the paper's numbers and deviations only for all questions.
 
-    The differences to the baseline are a table of their own, below.
+    The differences to the baseline are in a second table, below.
     """
     parts = [aligned(_cells(lines, _columns(lines, brief=True)))]
     if compared := [line for line in lines if line["difference"] is not None]:

@@ -1,4 +1,4 @@
-"""The tasks that a model can be trained for and scored on, by the name that `Settings.task` gives."""
+"""The tasks that a model can be trained for and scored on, by their name in `Settings.task`."""
 
 from experiments.tasks.guesswhat import GuessWhatTask
 from experiments.tasks.task import Task

@@ -1,6 +1,6 @@
 """What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
 
-A trainer knows of its task nothing but the public members of `Task`; a task adds its loss and its score.
+A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class Task(ABC):
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
         self.stand_ins, self.identity = store.stand_ins(splits), store.identity(splits)
-        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not know
+        if self.text_encoder is not None:  # the h5 file has words, which a text encoder does not use
             self.training = self.training.encoded_with(self.tokenizer)
             self.validation = self.validation and self.validation.encoded_with(self.tokenizer)
             of_questions = json.dumps([self.identity, self.tokenizer.to_str(), self.text_encoder])
@@ -206,7 +206,7 @@ class Task(ABC):
         return self.summary(self.accuracies(predictions, self.validation), self.validation, self.store.categories)
 
     def save_companions(self, folder: Path) -> None:
-        """Writes what a model needs beside its weights."""
+        """Writes what a model needs in addition to its weights."""
         store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
         companions = (self.preprocessing, self.text_encoder, store.categories)
         saved_model.save_companions(folder, self.settings, *about_texts, *companions)

@@ -16,7 +16,7 @@ from vqa.settings.schema import TrainSettings
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """The progress of a run."""
 
     epoch: int = 1  # being trained, from 1
     step: int = 0  # steps done in this epoch
@@ -48,7 +48,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Raises:
-        InputError: it is not one, or it is damaged: not one flipped byte is trained on.
+        InputError: it is not a checkpoint, or damaged: a single flipped byte is detected.
     """
     try:
         return load_tensors(file)
@@ -60,7 +60,7 @@ def save_checkpoint(file: Path, saved: dict[str, Any]) -> None:
     """Writes what `load_checkpoint` reads, whole or not at all.
 
     Raises:
-        InputError: the disk is full, or fails; the checkpoint before this one is kept.
+        InputError: the disk is full, or fails; the previous checkpoint is kept.
     """
     with written_whole(file) as aside, aside.open("wb") as opened:
         try:
@@ -83,7 +83,7 @@ class TrainingState:
         """Writes a checkpoint of all processes; `data` is the identity of the data.
 
         Raises:
-            InputError: the disk is full, or fails; the checkpoint before this one is kept.
+            InputError: the disk is full, or fails; the previous checkpoint is kept.
         """
         random = {"cpu": torch.get_rng_state()}  # what dropout draws from
         if self.device.type == "cuda":

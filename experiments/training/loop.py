@@ -1,4 +1,4 @@
-"""The loops: training steps, and the answers to all questions of a table. They know neither task nor command line."""
+"""The loops: training steps, and the answers to all questions of a table. They need no task and no command line."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -89,7 +89,7 @@ def predict_classes(
 ) -> np.ndarray:
     """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
 
-    `settings` give the batch size, precision and workers; `what` names the work in its progress and errors.
+    `settings` has the batch size, precision and workers; `what` names the work in its progress and errors.
 
     Raises:
         InputError: the model's scores of a question's answers are not finite, or an image cannot be read.

@@ -17,7 +17,7 @@ def trained_parameters(model: ConditionedModel) -> list[nn.Parameter]:
 
 
 def build_optimiser(settings: TrainSettings, model: ConditionedModel) -> torch.optim.Optimizer:
-    """The optimiser over what training changes; the MLPs that predict the deltas may have a learning rate of their own.
+    """The optimiser over what training changes; the MLPs that predict the deltas may have their own learning rate.
 
     Weight decay shrinks the weights themselves with AdamW and is a part of the gradient with Adam and Adamax, as in
     torch; biases, γ and β have none.
@@ -50,7 +50,7 @@ def build_schedule(
 def rate_factor(settings: TrainSettings, step: int, steps: int) -> float:
     """Share of the largest learning rate at a step (from 0): a linear rise, then a cosine to 0, or constant steps.
 
-    `one_cycle` (Smith and Topin 2018) is `cosine` (Loshchilov and Hutter 2017) with a warm-up of its own.
+    `one_cycle` (Smith and Topin 2018) is `cosine` (Loshchilov and Hutter 2017) with its own warm-up.
     """
     warm = math.ceil((WARM_UP if settings.schedule == "one_cycle" else settings.warm_up) * steps)
     if step < warm:

@@ -21,7 +21,7 @@ from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, different_keys
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
-# may change when a run is resumed; the checkpoint knows which data it needs
+# may change when a run is resumed; the checkpoint records which data it needs
 _RESUMABLE = (Role.COMPUTING, Role.SPEED, Role.DATA, Role.SKIPPING)
 
 
@@ -30,17 +30,17 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = path.with_name(f".{path.name}.lock")  # beside it: a run that is refused makes no directory
+        self.lock = path.with_name(f".{path.name}.lock")  # outside of it: a run that is refused makes no directory
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
 
     def holds_training(self) -> bool:
-        """Whether a run got as far as a checkpoint here; one that ended earlier does not block its name."""
+        """Whether a run wrote a checkpoint here; a run that ended earlier does not block its name."""
         return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
     def check(self, settings: Settings, resume: bool) -> None:
-        """Refuses to overwrite a run, or to resume one with other settings; only its end may be later.
+        """Refuses to overwrite a run, or to resume one with other settings; only more epochs or patience are allowed.
 
         Raises:
             InputError: the directory holds a run, and `resume` is false or its settings are others.
@@ -73,7 +73,7 @@ class RunDirectory:
         trained_parameters: int,
         init_from: Path | None = None,
     ) -> None:
-        """Writes what explains the run; `init_from` is the file of weights that it starts from."""
+        """Writes config.yaml and environment.json; `init_from` is the file of weights that it starts from."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         environment = {
@@ -93,7 +93,7 @@ class RunDirectory:
         write_json(file, environment)
 
     def write_metrics(self, history: Sequence[dict[str, Any]]) -> None:
-        """Writes metrics.jsonl, a line an epoch."""
+        """Writes metrics.jsonl, one line per epoch."""
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
     def write_tensorboard(self, line: dict[str, Any]) -> None:

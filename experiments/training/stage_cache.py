@@ -1,7 +1,7 @@
 """Cache of the fixed stages' feature maps on disk, which training reads in place of the images.
 
-Up to the first stage that is conditioned or trained, a ResNet under `population` statistics gives the same map for the
-same image in every epoch. With no stage conditioned (the baseline) that is all of it. The file:
+Up to the first stage that is conditioned or trained, a ResNet under `population` statistics computes the same map of an
+image in every epoch. With no stage conditioned (the baseline) that is the whole network. The file:
 
     /       attribute: identity (JSON: of what images, by what network, after which stage)
     maps    float16 [N, H, W, C], channels last as convolutions read them
@@ -45,7 +45,7 @@ class ImageSource:
     images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
     preprocessing: Preprocessing
     channels_last: bool  # memory layout of the input
-    stage: int | None = None  # after which the maps are; None: images
+    stage: int | None = None  # of the maps; None: images
 
     def prepare(self, batch: Tensor) -> Tensor | StageMap:
         """The network's input for a batch of images or maps."""
@@ -70,8 +70,8 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
         return pixels
     if (kind := settings.train.augment) != "none":
         processes.say(
-            f"train.augment: {kind} gives each question an image of its own in every epoch: without stored feature "
-            "maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
+            f"train.augment: {kind} shows each question another version of its image in every epoch: without stored "
+            "feature maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
         )
         return pixels
     stage = resnet.fixed_stage()

@@ -32,7 +32,7 @@ from vqa.settings.schema import Settings
 def train(
     settings: Settings, *, resume: bool = False, runs: Path = Path("runs"), init_from: Path | None = None
 ) -> RunDirectory:
-    """Trains a recipe into `runs/NAME`; a finished run is left as it is.
+    """Trains a recipe into `runs/NAME`; a finished run is not changed.
 
     Args:
         settings: the recipe; its h5 file must exist.
@@ -56,7 +56,7 @@ def train(
             run.check(settings, resume)
             return run.checkpoint.exists()
 
-        # every process decides from what all of them see, and none writes before all have looked
+        # all processes decide from the same facts, and none writes before all have read them
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
             raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
@@ -107,7 +107,7 @@ def prepare(
     model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
     sampler = task.sampler(processes, epoch=1)
     _check_batch_statistics(settings, model.resnet, sampler)
-    torch.manual_seed(settings.seed + processes.rank)  # but dropout of its own
+    torch.manual_seed(settings.seed + processes.rank)  # but its own dropout masks
 
     optimiser = build_optimiser(train, model)
     schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _check_batch_statistics(settings: Settings, resnet: ModulatedResNet, sampler: EpochSampler) -> None:
-    """Raises InputError where a step would take the statistics of one value a channel."""
+    """Raises InputError where a step would take the statistics of one value per channel."""
     if not settings.views or resnet.statistics != "batch":
         return
     train, size = settings.train, settings.data.image_size
@@ -287,14 +287,14 @@ class Trainer:
         return f"{where}: {error} {listed(self.task.training.ids[error.rows])}"
 
     def _stop_if_asked(self, save: bool = False) -> None:
-        """Ends the run where a signal came to any process; `save` says that the last step is not saved yet."""
+        """Ends the run if any process received a signal; `save`: the last step is not saved yet."""
         if any(self.processes.gather(self.stop.made)):
             if save:
                 self._save_checkpoint()
             self.stop.obey()
 
     def _stop_waiting_if_asked(self) -> None:
-        """Ends the run where a signal came to this process, while a batch does not."""
+        """Ends the run if this process received a signal while it waits for a batch."""
         if self.stop.made:
             self._save_if_alone()
             self.stop.obey()

@@ -24,7 +24,7 @@ def dataset(tiny):
 
 
 def test_a_batch_is_its_questions(dataset):
-    batch = dataset[[5, 4, 17]]  # four questions an image: the first two share theirs
+    batch = dataset[[5, 4, 17]]  # four questions per image: the first two share theirs
     assert batch.images.shape == (2, 64, 64, 3)
     assert batch.places.tolist() == [0, 0, 1]
     assert batch.images.dtype == torch.uint8
@@ -118,7 +118,7 @@ def test_worker_processes_open_the_file_themselves(dataset, workers):
 
 
 class Failing(QuestionDataset):
-    """Its worker gives one batch and fails at the second."""
+    """Its worker returns one batch and fails at the second."""
 
     def __init__(self, dataset, fail):
         self.__dict__ = dataset.__dict__ | {"asked": itertools.count(), "fail": fail}

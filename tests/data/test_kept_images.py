@@ -1,4 +1,4 @@
-"""Other words, other answer classes, more splits, repaired images: the tables are made anew, stored images are kept."""
+"""Other words, other answer classes, more splits, repaired images: new tables, stored images are kept."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def test_other_words_or_answers_decode_nothing(raw, made, tmp_path, decoded, cap
     before = made.read_bytes()
     for file in raw.values():
         for image in (1, 2, 3):
-            file.image(image).unlink(missing_ok=True)  # nobody needs them any more
+            file.image(image).unlink(missing_ok=True)  # they are not needed any more
     capsys.readouterr()
     make(raw, made, **changed)
     assert f"{made}: its 3 images are kept" in capsys.readouterr().out

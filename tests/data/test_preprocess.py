@@ -1,4 +1,4 @@
-"""The h5 file: what it holds, which vocabularies, which images, and what is said and refused."""
+"""The h5 file: what it holds, which vocabularies, which images, and what is reported and refused."""
 
 import hashlib
 import warnings

@@ -137,7 +137,7 @@ def test_kinds_and_their_answer_types(asked):
     assert min(types.values()) > 0.2 * len(asked)
     assert all(question.text.startswith(question.question_type + " ") for _, question in asked)
     first = Counter(question.question_type for _, question in asked[::4])
-    assert min(first.values()) > 0.2 * len(asked) / 4  # the order says nothing about the kind
+    assert min(first.values()) > 0.2 * len(asked) / 4  # the order does not depend on the kind
 
 
 def test_most_scenes_are_asked_one_question_of_each_kind(asked):
@@ -214,9 +214,9 @@ def test_the_small_world_is_what_it_always_was(world):
     asked = [(world / f"{split}_{part}.json").read_bytes() for split in IMAGES for part in ("questions", "annotations")]
     digest = "a452aa5bca5da12d84ed81d66a47affa3dde309bd60507a7252f3b16c2af425a"
     assert hashlib.sha256(b"".join(asked)).hexdigest() == digest
-    pictures = np.stack([decode_image(path, 64) for path in sorted(world.glob("*/*.png"))]).astype(float)
-    assert pictures.mean((0, 1, 2)) == pytest.approx([117.678, 116.710, 114.993], abs=0.01)
-    cells = pictures[0].reshape(4, 16, 4, 16, 3).mean((1, 3, 4))
+    drawn = np.stack([decode_image(path, 64) for path in sorted(world.glob("*/*.png"))]).astype(float)
+    assert drawn.mean((0, 1, 2)) == pytest.approx([117.678, 116.710, 114.993], abs=0.01)
+    cells = drawn[0].reshape(4, 16, 4, 16, 3).mean((1, 3, 4))
     expected = [
         [114.7, 116.2, 119.0, 112.3],
         [111.5, 112.8, 116.5, 108.5],
@@ -234,8 +234,8 @@ def test_one_process_writes_what_two_write(world, tmp_path):
 
 def test_seeds_splits_and_images_all_differ(world, tmp_path):
     write_world(tmp_path, seed=4, images={"train": 20, "val": 20}, processes=1)
-    pictures = [path.read_bytes() for folder in (world, tmp_path) for path in folder.glob("*/*.png")]
-    assert len(set(pictures)) == len(pictures) == 120
+    drawn = [path.read_bytes() for folder in (world, tmp_path) for path in folder.glob("*/*.png")]
+    assert len(set(drawn)) == len(drawn) == 120
 
 
 def test_files_are_official(world):

@@ -1,4 +1,4 @@
-"""`main.py bench`: every part runs, compares what it says, and writes its CSV."""
+"""`main.py bench`: every part runs, its comparisons hold, and it writes its CSV."""
 
 import csv
 import json

@@ -59,7 +59,7 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     script = (slurm / "script_0").read_text()
     for line in ("array=0-2%3", "time=240", "partition=gpu", "signal=USR2@90", "requeue", "job-name=two"):
         assert f"#SBATCH --{line}\n" in script
-    assert "squeue does not say what is queued" in refused(*words, "", *TINY)
+    assert "squeue does not list what is queued" in refused(*words, "", *TINY)
     (slurm / "queue").write_text("7_0\n7_2\n")  # the second has failed
     told = command(*words, "", *TINY).out
     assert "2 runs are queued already and not submitted again" in told
@@ -68,7 +68,7 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     (slurm / "queue").write_text("7_0\n7_2\n8\n")
     assert "0 runs submitted" in command(*words, "", *TINY).out
     (slurm / "queue").write_text("")
-    assert "'much' is no NAME=VALUE" in refused(*words, "much")
+    assert "'much' is not NAME=VALUE" in refused(*words, "much")
     assert "no closing quotation" in refused(*words, "'")
     assert "patrition" in refused(*words, "patrition=gpu")
     assert "timeout_min" in refused(*words, "timeout_min=long")

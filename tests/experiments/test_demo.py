@@ -52,7 +52,7 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
         write_json(run / "results_val.json", json.loads((run / "results_val.json").read_text())[::-1])
         return scores
 
-    # run again, it is made anew, and the same in whatever order the results are written
+    # run again, it is made again, and the same in whatever order the results are written
     monkeypatch.setattr("experiments.demo.evaluate", evaluate_and_reverse)
     again = run_demo(settings, runs=tmp_path / "runs")
     assert (out / "inspect" / "modulation.json").read_bytes() == inspected

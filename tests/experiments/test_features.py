@@ -182,7 +182,7 @@ def test_no_colours(answer):
     assert not is_colour(answer)
 
 
-# ---- the picture
+# ---- the figure
 
 
 def test_the_most_common_classes_have_a_colour_each():
@@ -196,9 +196,9 @@ def test_a_image_of_many_classes_and_any_name(tmp_path):
     points |= {("c", stage): np.zeros((30, 2)) for stage in (1, 2)}
     notes = {("c", 2): "9 %"}
     write_scatter(tmp_path / "a.png", points, [f"kind {n % 12}" for n in range(30)], "title", notes)
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 700
+    with Image.open(tmp_path / "a.png") as figure:
+        assert figure.format == "PNG"
+        assert figure.width > 700
 
 
 # ---- the command
@@ -256,9 +256,9 @@ def test_another_seed_shows_other_pairs(trained):
     [
         (["--split", "vall"], "no split 'vall'; it holds train, val"),
         (["--pairs", "19"], "at least 20 are needed"),
-        (["--pairs", "0"], "no positive number"),
-        (["--seed", "-1"], "no number from 0"),
-        (["--seed", "4294967296"], "no number from 0"),
+        (["--pairs", "0"], "not a number from 1 to 1000000000"),
+        (["--seed", "-1"], "not a number from 0"),
+        (["--seed", "4294967296"], "not a number from 0"),
         (["--run", "nowhere"], "nowhere: no model here"),
         (["cbn.stages=[4]"], "taken as it is"),
     ],

@@ -1,4 +1,4 @@
-"""A finished run is taken only for the settings it was made with, whatever base.yaml says today."""
+"""A finished run is used only for the settings it was made with, whatever base.yaml has today."""
 
 import json
 import shutil

@@ -110,7 +110,7 @@ def test_what_cannot_be_probed_is_refused(refused, photos, tmp_path):
 
 def test_killed_it_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
     made = {"seed": 3, "image_size": 32, "epochs": 2, "device": "cpu"}
-    monkeypatch.setattr(pretrain, "BATCH", 27)  # two steps an epoch
+    monkeypatch.setattr(pretrain, "BATCH", 27)  # two steps per epoch
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     pretrain.pretrain_on_images(whole, "resnet10", photos, **made)
@@ -237,7 +237,7 @@ def test_wrong_sources_are_one_line(refused, photos, tmp_path):
     assert "found 0 classes and 0 images" in line(photos / "red")
     assert "must be a .safetensors file" in line(photos, file=tmp_path / "one.pth")
     vgg = ("pretrain", "--images", photos, "--out", out, "--backbone", "vgg16")
-    assert "error: backbone: 'vgg16' is no ResNet of torchvision" in refused(*vgg)
+    assert "error: backbone: 'vgg16' is not a ResNet of torchvision" in refused(*vgg)
     small = ("pretrain", "--images", photos, "--out", out, "--image-size", "16")
     assert "the image size must be 32 to 2048, not 16" in refused(*small)
     text = tmp_path / "text.zip"
@@ -272,5 +272,5 @@ def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):
     for images, others in ((photos, "1 more: red/04.png"), (archive, "2 more: green/05.png, red/04.png")):
         line = refused("pretrain", "--images", images, "--out", tmp_path / "b.safetensors", *OPTIONS)
         assert line.startswith(f"error: {images}/blue/03.png: cannot be read as an image")
-        assert line.endswith(f"; neither can {others}; mend or remove what cannot be read")
+        assert line.endswith(f"; neither can {others}; repair or remove what cannot be read")
     assert not (tmp_path / "b.safetensors").exists()

@@ -39,7 +39,7 @@ def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, 
         (["--split", "tset"], "no split 'tset'"),
         (["cbn.stages=[]"], "cbn.stages=[]: a trained model is taken as it is"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["--batches", "0"], "'0' is no positive number"),
+        (["--batches", "0"], "'0' is not a number from 1 to 1000000000"),
     ],
 )
 def test_wrong_input_is_one_line(refused, trained, tmp_path, words, says):

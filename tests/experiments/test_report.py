@@ -1,4 +1,4 @@
-"""The report of a suite, from run directories that nobody trained."""
+"""The report of a suite, from made-up run directories."""
 
 import csv
 import json

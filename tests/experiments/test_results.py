@@ -1,4 +1,4 @@
-"""Published reports are what their published evidence gives."""
+"""Published reports follow from their published evidence."""
 
 import csv
 import zipfile

@@ -86,7 +86,7 @@ def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     assert bool(compiled) == on
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, which is missing here")
 def test_the_compiled_resnet_has_no_graph_break_and_the_same_gradients(tiny):
     settings = load_settings(tiny, ["cbn.stages=[4]"])
     torch.manual_seed(0)

@@ -125,7 +125,7 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "a: no column 'error'; columns are overall, yes/no",
         ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {settings: trian.epochs=2}}\n", "did you mean train"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is no setting"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is not a setting"),
         (
             "seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n",
             "runs.a.paper.overal.*should be 'overall'",
@@ -134,7 +134,7 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ("seeds: [1]\nbaseline: a\ncontrasts: {a: [b]}\nruns: {a: {}}\n", "no row 'b'"),
         ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
         ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "come to the same settings"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "have the same settings"),
         (
             "seeds: [1]\nbaseline: a\nruns: {a: {settings: 'train.splits=[val] train.validate_on='}}\n",
             "trains on val",

@@ -1,4 +1,4 @@
-"""Missing and unreadable images: one policy in preprocessing and evaluation, and their number is said everywhere."""
+"""Missing and unreadable images: one policy in preprocessing and evaluation, and their number is always reported."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from vqa.settings.recipes import load_settings
 
 @pytest.fixture
 def bad(tiny, tmp_path):
-    """A world of which the first image of `val` is missing and the second is none, and the first of `train` is none."""
+    """Scenes of which the first image of `val` is missing, and its second and the first of `train` are not images."""
     world = tmp_path / "world"
     shutil.copytree(tiny.parent / "world", world)
     missing, none, *_ = sorted((world / "val").iterdir())

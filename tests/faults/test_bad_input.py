@@ -150,7 +150,7 @@ CASES = [
     ("experiment {recipe:pipe}", "pipe.yaml: not a regular file"),
     ("bench nonsense", "no part nonsense"),
     ("bench step --tiny --device nonsense", "unknown device 'nonsense'; use auto, cpu, cuda"),
-    ("bench step --tiny --device cuda:99", "device: cuda:99 is not there"),
+    ("bench step --tiny --device cuda:99", "device: cuda:99 is not available"),
     ("bench step --tiny --repeats 0", "positive number"),
     ("bench step --tiny --out {h5:text}", "text.h5: must be a directory"),
 ]
@@ -158,7 +158,7 @@ CASES = [
 
 @pytest.fixture
 def words(tiny, trained, image, tmp_path):
-    """The words of a command, the files they name in braces made in a folder of their own."""
+    """The words of a command, the files they name in braces made in their own folder."""
     folder = tmp_path / "given"
     folder.mkdir()
     named = re.compile(r"\{((?:image|recipe|suite|data|model|h5|glove):[\w.]+|tiny|trained|good)\}")

@@ -243,13 +243,13 @@ def test_a_flipped_bit_of_stored_maps_is_refused_or_changes_nothing(tmp_path, fi
 def test_a_image_that_was_mended_after_a_kill_counts_again(tmp_path):
     entries = [(n, n, "what is it", ["yes"] * 10) for n in range(3)]
     splits, path = {"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5"
-    picture = splits["train"].image(1)
-    whole = picture.read_bytes()
-    picture.write_bytes(b"no image")
+    damaged = splits["train"].image(1)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"no image")
     with pytest.raises(InputError, match="1 image"):
         make(splits, path)
     with h5_file.opened_for_writing(partial_path(path)) as file:  # killed before the row was marked as filled
         h5_file.set_rows(file, "images/usable", [1], [False])
-    picture.write_bytes(whole)
+    damaged.write_bytes(whole)
     make(splits, path)
     assert Store(path).usable.all()

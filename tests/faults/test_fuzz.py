@@ -37,7 +37,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def result_or_refusal(read, *arguments):
-    """What a reader gives, or None where it refuses as it should."""
+    """What a reader returns, or None where it refuses as it should."""
     try:
         return read(*arguments)
     except InputError as error:
@@ -59,7 +59,7 @@ def damage(draw, content: bytes) -> bytes:
 
 @st.composite
 def replaced(draw, content):
-    """A JSON value with some part of it in the place of another value, or left out."""
+    """A JSON value with a part that replaces another value, or is removed."""
     place = draw(st.integers(0, 6))
     if place and isinstance(content, list) and content:
         at = draw(st.integers(0, len(content) - 1))
@@ -80,7 +80,7 @@ def files(tmp_path_factory):
     exif = Image.Exif()
     exif[0x112] = 6
     for kind in FORMATS:
-        image.save(folder / f"picture.{kind}", kind, **({"exif": exif} if kind not in ("GIF", "BMP", "PPM") else {}))
+        image.save(folder / f"image.{kind}", kind, **({"exif": exif} if kind not in ("GIF", "BMP", "PPM") else {}))
     (folder / "glove.txt").write_text("the 1 2 3\ncat 4 5 6\n")
     with zipfile.ZipFile(folder / "glove.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("glove.txt", "the 1 2 3\ncat 4 5 6\n")
@@ -117,7 +117,7 @@ def test_preprocessing_files(tmp_path, content):
 @given(data=st.data())
 def test_images(files, tmp_path, kind, data):
     bad = tmp_path / "bad.jpg"
-    bad.write_bytes(data.draw(damage((files[0] / f"picture.{kind}").read_bytes())))
+    bad.write_bytes(data.draw(damage((files[0] / f"image.{kind}").read_bytes())))
     pixels = result_or_refusal(decode_image, bad, 8)
     assert pixels is None or (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
 

@@ -1,4 +1,4 @@
-"""Files made to do harm: nothing in them is executed, and nothing of them leaves the place it belongs to."""
+"""Malicious files: nothing in them is executed, and nothing is written outside its place."""
 
 import ast
 import csv
@@ -186,7 +186,7 @@ def test_an_image_id_cannot_leave_its_folder():
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its elements, and its text."""
+    """The elements and the text of a page as a browser parses them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -219,10 +219,10 @@ def with_answers(model, text):
 
 
 def test_questions_answers_and_names_stay_text_in_the_inspection(command, finished, image, tmp_path):
-    picture = Path(shutil.copy(image, tmp_path / "<script>alert(3)<'\">.png"))
+    hostile = Path(shutil.copy(image, tmp_path / "<script>alert(3)<'\">.png"))
     model = with_answers(finished / "model", SCRIPT)
     asked = ("--question", f"={SCRIPT}", "--versus", SCRIPT)
-    ended = command("inspect", "--run", model, "--image", picture, *asked, "--out", tmp_path / "out")
+    ended = command("inspect", "--run", model, "--image", hostile, *asked, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     _check_harmless((tmp_path / "out" / "report.html").read_text())
     with (tmp_path / "out" / "modulation.csv").open(newline="") as file:
@@ -230,7 +230,7 @@ def test_questions_answers_and_names_stay_text_in_the_inspection(command, finish
 
 
 def test_questions_and_answers_stay_text_in_the_demos_report(tmp_path):
-    from experiments.demo_page import write_demo
+    from experiments.demo import write_demo
 
     seen = reading(SCRIPT, [("layer1.0.bn1", 1, 8)])
     seen |= {"words": [SCRIPT], "unknown_words": [SCRIPT], "answers": [{"answer": SCRIPT, "probability": 1.0}]}

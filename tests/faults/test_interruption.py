@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and a cluster's SIGUSR2: what was done is saved, one line says how to go on, and nothing is torn."""
+"""SIGTERM, Ctrl-C and a cluster's SIGUSR2: what was done is saved, one line says how to resume, no torn files."""
 
 import os
 import shlex
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("listening")
 
 
 def ask(number):
-    """The signal, as from outside, and time to hear it."""
+    """Send the signal as from outside, and wait for its handler."""
     os.kill(os.getpid(), number)
     time.sleep(0)
 

@@ -1,4 +1,4 @@
-"""What worker processes share has limits: where they cannot deliver, one line says why, and a signal ends any wait."""
+"""Limits of what worker processes share: one line names the limit, and a signal ends any wait."""
 
 import itertools
 import os
@@ -35,7 +35,7 @@ LIMITS = {
 
 
 def run_under(limit, *words, **options):
-    """Runs a Python program in a mount namespace of its own, after the shell's `limit`."""
+    """Runs a Python program in its own mount namespace, after the shell's `limit`."""
     namespace = ["unshare", "--mount", "--map-root-user"]
     possible = [*namespace, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     if not shutil.which("unshare") or subprocess.run(possible, capture_output=True, check=False).returncode:
@@ -75,7 +75,7 @@ def test_a_pool_that_cannot_begin_is_an_input_error():
 
 
 class Stopping(QuestionDataset):
-    """Its worker gives one batch; when that has arrived it is stopped, as by a debugger or a frozen container."""
+    """Its worker returns one batch and is then stopped, as by a debugger or a frozen container."""
 
     asked = itertools.count()
 
@@ -91,7 +91,7 @@ class Stopping(QuestionDataset):
 
 
 def after_the_first_step(arrived, what):
-    """The function of a step's end, which after the first one says so and does `what` a little later, in a thread."""
+    """The function that ends a step; after the first step it prints so and does `what` a little later, in a thread."""
     real = trainer.Trainer._stop_if_asked
 
     def function(self, save=False):
@@ -114,7 +114,7 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
         patched.setattr(trainer.Trainer, "_stop_if_asked", asking)
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == 143
-    last = ended.err.splitlines()[-1]  # where this takes long, progress is said before
+    last = ended.err.splitlines()[-1]  # if this takes long, progress is printed before
     assert last == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume"
     progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)

@@ -51,7 +51,7 @@ _VARYING = {"seconds", "peak_memory_mib"}  # of a line of metrics.jsonl or a rep
 
 @dataclass(frozen=True)
 class Case:
-    """A command, run in a folder of its own."""
+    """A command, run in its own folder."""
 
     name: str
     prepare: Callable[[Path], None]  # makes the command's input in the parent folder

@@ -6,7 +6,7 @@ Makes tiny data and runs the command once undisturbed. Then starts it again and 
 workers and the runs it started) after a random time since it began to work, at most as long as the undisturbed run
 worked. After each kill, every file under its final name must be complete, and no saved work may be lost. Each time the
 command ends by itself, its output must be that of the undisturbed run: weights and checkpoints bit for bit, h5 files by
-content, metrics line for line (except times and memory). Then it begins anew.
+content, metrics line for line (except times and memory). Then it starts again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Killed at random moments, commands end with what an undisturbed run makes; `tests.kill.harness` tells where not."""
+"""Killed at random moments, commands end with what an undisturbed run makes; `tests.kill.harness` reports where not."""
 
 import pytest
 

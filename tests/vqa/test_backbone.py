@@ -15,7 +15,7 @@ from vqa.resnet import ModulatedResNet
 
 @pytest.fixture(scope="module")
 def state():
-    """The weights of a small ResNet, with statistics of its own."""
+    """The weights of a small ResNet, with random statistics."""
     torch.manual_seed(0)
     weights = build_resnet("resnet10").state_dict()
     return {key: torch.rand_like(value) if "running" in key else value for key, value in weights.items()}
@@ -112,9 +112,9 @@ def test_weights_in_another_form_are_named(tmp_path, state, message):
 
 def test_what_is_no_file_and_no_name_of_weights_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"'w.bin' is no file and none of the weights of resnet18: IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match=r"'w.bin' is not a file and none of the weights of resnet18: IMAGENET1K_V1"):
         build_resnet("resnet18", "w.bin")
-    with pytest.raises(ValueError, match=r"resnet10 has no published weights and 'w.bin' is no file"):
+    with pytest.raises(ValueError, match=r"resnet10 has no published weights and 'w.bin' is not a file"):
         build_resnet("resnet10", "w.bin")
     with pytest.raises(ValueError, match=r"w.pth: no such file"):
         build_resnet("resnet18", "w.pth")
@@ -162,7 +162,7 @@ def test_a_login_page_in_place_of_published_weights_is_not_kept(cached, monkeypa
     (tmp_path / "page").write_text("<!DOCTYPE html><html>Please log in</html>")
     opened = torch.hub.urlopen
     monkeypatch.setattr(torch.hub, "urlopen", lambda _: opened((tmp_path / "page").as_uri()))
-    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*give the file"):
+    with pytest.raises(ValueError, match="IMAGENET1K_V1 of resnet18 could not be downloaded .*name the file"):
         ModulatedResNet("resnet18", "IMAGENET1K_V1")
     assert not cached.exists()
 

@@ -41,7 +41,7 @@ def by_hand(net, x, condition):
 
 
 class ByHand(nn.Module):
-    """A network whose forward pass takes the condition, and gives it to its layers as an argument."""
+    """A network whose forward pass takes the condition and passes it to its layers as an argument."""
 
     def __init__(self, net):
         super().__init__()
@@ -130,7 +130,7 @@ def test_two_threads_have_two_conditions():
                 found[name, turn] = net(X)
 
     threads = [threading.Thread(target=one, args=item) for item in (("a", A), ("b", B))]
-    with conditioned(B[:1]):  # not heard by other threads
+    with conditioned(B[:1]):  # not visible to other threads
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -16,17 +16,17 @@ from vqa.preprocessing import Preprocessing
 
 
 def test_images_are_plainly_resized_rgb(tmp_path):
-    picture = Image.new("RGB", (90, 30))
-    picture.paste((255, 0, 0), (0, 0, 45, 30))
-    picture.paste((0, 0, 255), (45, 0, 90, 30))
-    picture.save(tmp_path / "wide.png")
+    image = Image.new("RGB", (90, 30))
+    image.paste((255, 0, 0), (0, 0, 45, 30))
+    image.paste((0, 0, 255), (45, 0, 90, 30))
+    image.save(tmp_path / "wide.png")
     pixels = decode_image(tmp_path / "wide.png", 32)
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
     assert pixels[16, 4].tolist() == [255, 0, 0]
     assert pixels[16, 28].tolist() == [0, 0, 255]
     for mode in ("L", "CMYK", "P"):
-        picture.convert(mode).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+        image.convert(mode).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
         assert decode_image(next(tmp_path.glob(f"{mode}.*")), 16).shape == (16, 16, 3)
 
 
@@ -61,12 +61,12 @@ def test_normalisation_is_torchvisions(tmp_path):
 
 
 def corners(mode=None):
-    """A picture whose corners are red, green, blue and white, clockwise from the top left."""
-    picture = Image.new("RGB", (64, 48), (0, 255, 0))
-    picture.paste((255, 0, 0), (0, 0, 32, 24))
-    picture.paste((255, 255, 255), (0, 24, 32, 48))
-    picture.paste((0, 0, 255), (32, 24, 64, 48))
-    return picture.convert(mode) if mode else picture
+    """An image whose corners are red, green, blue and white, clockwise from the top left."""
+    image = Image.new("RGB", (64, 48), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 32, 24))
+    image.paste((255, 255, 255), (0, 24, 32, 48))
+    image.paste((0, 0, 255), (32, 24, 64, 48))
+    return image.convert(mode) if mode else image
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
@@ -83,12 +83,12 @@ def seen(file) -> np.ndarray:
 def test_images_stand_upright(tmp_path, orientation, kind):
     """Stored turned, as cameras do, with the EXIF entry that says so."""
     turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose: what EXIF 2 to 8 take back
-    picture = corners()
+    image = corners()
     if orientation > 1:
-        picture = picture.transpose(Image.Transpose(turned[orientation]))
+        image = image.transpose(Image.Transpose(turned[orientation]))
     exif = Image.Exif()
     exif[0x112] = orientation
-    picture.save(tmp_path / f"a.{kind}", exif=exif)
+    image.save(tmp_path / f"a.{kind}", exif=exif)
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
 
 
@@ -189,9 +189,9 @@ def test_every_kind_of_image_has_its_colours(tmp_path, mode, name, given):
 
 
 def test_what_lies_under_transparency_is_seen(tmp_path):
-    picture = corners("RGBA")
-    picture.putalpha(0)
-    picture.save(tmp_path / "a.png")
+    image = corners("RGBA")
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
     assert np.abs(seen(tmp_path / "a.png") - COLOURS).max() < 10
 
 

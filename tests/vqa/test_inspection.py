@@ -53,7 +53,7 @@ def test_answers_with_and_without_modulation(tmp_path):
     assert "red 91.3 %" in shown
     assert "blue < 0.1 %" in shown
     assert "no idea 60.0 %" in shown
-    assert "the same model says no idea" in shown
+    assert "the same model answers no idea" in shown
     assert "zxqy" in shown
 
 
@@ -166,10 +166,10 @@ def test_attention_lies_over_the_image(tmp_path, shape, size):
     maps = [a for tag, a in Page(text).tags if tag == "img" and a.get("alt", "").startswith("Attention")]
     assert len(maps) == shape[0]
     for drawn in maps:
-        picture = Image.open(io.BytesIO(base64.b64decode(drawn["src"].split(",")[1]))).convert("L")
-        assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.02)
-        assert picture.getpixel((picture.width - 1, picture.height - 1)) > 220
-        assert picture.getpixel((0, 0)) < 120
+        opened = Image.open(io.BytesIO(base64.b64decode(drawn["src"].split(",")[1]))).convert("L")
+        assert opened.width / opened.height == pytest.approx(size[0] / size[1], rel=0.02)
+        assert opened.getpixel((opened.width - 1, opened.height - 1)) > 220
+        assert opened.getpixel((0, 0)) < 120
     highest, mean = percent(weights[0].max()), percent(weights[0].mean())
     shown = contents(text)
     assert f"holds {highest} of the weight; the average is {mean}".replace("\u00a0", " ") in shown

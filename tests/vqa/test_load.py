@@ -103,7 +103,7 @@ def test_an_inspection_is_plain_data_of_every_channel(model, images):
         ),
         (np.zeros((2, 4, 4, 3), np.uint8), "what?", "not uint8 2 x 4 x 4 x 3"),
         (np.zeros((0, 4), np.uint8), "what?", "not uint8 0 x 4"),
-        (Image.new("F", (4, 4)), "what?", "32 bits a pixel"),
+        (Image.new("F", (4, 4)), "what?", "32 bits per pixel"),
         (None, "what?", "image: must be a path, bytes, a PIL image or a NumPy array, not NoneType"),
         (Image.new("RGB", (4, 4)), "", "question: '' holds no word"),
         (Image.new("RGB", (4, 4)), None, "question: must be a text, not NoneType"),
@@ -124,7 +124,7 @@ def test_what_cannot_be_loaded_is_an_input_error(model, images, trained, tmp_pat
     for folder, device, says in (
         (tmp_path, "cpu", "no model here"),
         (trained, "tpu", "unknown device 'tpu'"),
-        (trained, "cuda:99", "cuda:99 is not there"),
+        (trained, "cuda:99", "cuda:99 is not available"),
     ):
         with pytest.raises(InputError, match=says):
             vqa.load(folder, device)

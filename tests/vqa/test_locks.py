@@ -1,4 +1,4 @@
-"""Locks: who holds one is told, nobody else writes, and none outlives its process."""
+"""Locks: the holder is named, no other process writes, and no lock outlives its process."""
 
 import errno
 import json

@@ -59,7 +59,7 @@ def switchable(layer, x, condition):
 
 
 def spatial(layer, x, condition):
-    """Each value of the map from the position of the condition that nearest resizing gives it."""
+    """Each value of the map from the position of the condition that nearest resizing assigns to it."""
     rows, columns = (torch.arange(size) * small // size for size, small in zip(x.shape[2:], (2, 1), strict=True))
     resized = condition[:, :, rows][:, :, :, columns]
     hidden = nn.functional.conv2d(resized, layer.hidden[0].weight, layer.hidden[0].bias, padding=1).clamp(min=0)

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from tests.resnets import pair, pretrained, random_modulation, stage4_map
 from vqa import resnet
+from vqa.blocks import LAYERS
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
 from vqa.resnet import ModulatedResNet
@@ -73,7 +74,7 @@ def test_a_block_of_another_kind_is_refused_by_name(monkeypatch):
 
 def timms(name, **changed):
     """A network as timm writes it: blocks of that module with further layers that do nothing, a head of its own."""
-    kinds = {kind: type(kind.__name__, (kind,), {"__module__": "timm.models.resnet"}) for kind in resnet.LAYERS}
+    kinds = {kind: type(kind.__name__, (kind,), {"__module__": "timm.models.resnet"}) for kind in LAYERS}
     network = copy.deepcopy(pretrained(name))
     network.act1, network.global_pool = network.relu, network.avgpool
     del network.relu, network.avgpool
@@ -227,7 +228,7 @@ def test_a_modulation_of_another_width_is_refused(shape):
 def test_unknown_stages_and_networks_are_refused():
     with pytest.raises(ValueError, match="stages are 1, 2, 3 and 4, got 5"):
         ModulatedResNet("resnet18", stages=(4, 5))
-    with pytest.raises(ValueError, match="no ResNet"):
+    with pytest.raises(ValueError, match="not a ResNet"):
         ModulatedResNet("vgg16")
     with pytest.raises(ValueError, match="IMAGENET1K_V1"):
         ModulatedResNet("resnet18", "IMAGENET1K_V7")

@@ -22,7 +22,7 @@ def equal_to_rounding(one, other):
 
 
 def in_float64(name, **options):
-    """A network and deltas that want gradients."""
+    """A network and deltas that require gradients."""
     torch.manual_seed(1)
     net = pair(name, **options)[1].double()
     return net, Modulation(*(part.double().requires_grad_() for part in random_modulation(net, 3)))

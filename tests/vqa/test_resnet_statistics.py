@@ -45,7 +45,7 @@ def test_the_least_batch_whose_statistics_can_be_taken(size, where, least):
     assert net.least_batch(size) == least
     net(torch.randn(least, 3, size, size))
     if least > 1:
-        with pytest.raises(ValueError, match="more than one value a channel"):
+        with pytest.raises(ValueError, match="more than one value per channel"):
             net(torch.randn(least - 1, 3, size, size))
 
 

@@ -154,7 +154,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("train.milestones=[5]", "did you mean train.decay_at?"),
         ("data.vocabulary_from=[train, val, train]", "data.vocabulary_from: .*a split is named twice"),
         ("data.vocabulary_from=[]", "data.vocabulary_from: .*at least 1"),
-        ("train.epochs", "no setting; write key.sub=value"),
+        ("train.epochs", "is not a setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),
         ("train=5", "train: "),
     ],
@@ -180,9 +180,9 @@ def test_wrong_words_are_one_clear_line(base, word, message):
         ("? [a]\n: 1", "wrong.yaml"),
         (
             "data:\n  images: {image_id}.jpg\n",
-            "line 2: .*; a text with braces must stand in quotes, as '{image_id}.jpg'",
+            "line 2: .*; a text with braces must be in quotes, as '{image_id}.jpg'",
         ),
-        ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must stand in quotes"),
+        ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must be in quotes"),
     ],
 )
 def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, message):

@@ -204,7 +204,7 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
         (["question.text_encoder=x"], "question.text_encoder: only encoder transformers has it, lstm must have null"),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "question.glove=y.txt"],
-            "question.glove: encoder transformers has word vectors of its own, it must be null",
+            "question.glove: encoder transformers has its own word vectors; it must be null",
         ),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"],

@@ -1,6 +1,6 @@
-"""`VQAModel` as a `PreTrainedModel`. The wrapper computes nothing of its own.
+"""`VQAModel` as a `PreTrainedModel`. The wrapper adds no computation.
 
-`PreTrainedModel` would initialise all modules anew. Its loader sets one attribute a weight, which the predicting MLPs,
+`PreTrainedModel` would initialise all modules again. Its loader sets one attribute a weight, which the predicting MLPs,
 saved by norm, do not have; it loses `requires_grad=False`, keeps whatever dtype a file has and leaves missing weights
 uninitialised. So weights are loaded as those of `model/` are.
 """
@@ -39,15 +39,15 @@ class ModernConfig(PreTrainedConfig):
         pad_token_id: int = PAD_ID,
         **others: Any,
     ) -> None:
-        """`settings` is what `Settings.model_dump` gives, `question_encoder` the configuration of a text encoder, where
-        there is one; `others` are the arguments of `PreTrainedConfig`.
+        """`settings` is the result of `Settings.model_dump`, `question_encoder` the configuration of a text encoder, if
+        any; `others` are the arguments of `PreTrainedConfig`.
         """
         super().__init__(**others)
         self.settings, self.vocab_size = settings, vocab_size
         self.question_encoder, self.pad_token_id = question_encoder, pad_token_id
 
     def to_settings(self) -> Settings:
-        """The settings. Raises InputError if they are none."""
+        """The settings. Raises InputError if they are invalid."""
         return saved_settings(self.settings, Path("config.json"))
 
 
@@ -116,14 +116,14 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
         modulate: bool = True,
         return_dict: bool | None = None,
     ) -> ModernOutput | tuple[Tensor, ...]:
-        """What `ModernProcessor` gives → logits and what led to them.
+        """The result of `ModernProcessor` → logits with attention and modulation.
 
         Args:
             pixel_values: normalised images [B, 3, S, S].
             input_ids: word ids [B, T], padded on the right.
             attention_mask: [B, T], 1 for words; by default whatever is not padding.
             modulate: False leaves the ResNet as it was pretrained.
-            return_dict: False gives a tuple.
+            return_dict: False returns a tuple.
 
         Raises:
             ValueError: a question holds no word or is padded on the left.

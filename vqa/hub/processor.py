@@ -65,7 +65,7 @@ class ModernProcessor(ProcessorMixin):
         questions = [text] if isinstance(text, str) else list(text)
         inputs = self.image_processor(images, return_tensors=return_tensors)
         if len(inputs["pixel_values"]) != len(questions):
-            raise InputError(f"{len(inputs['pixel_values'])} images for {len(questions)} questions; give as many")
+            raise InputError(f"{len(inputs['pixel_values'])} images for {len(questions)} questions; give equal numbers")
         words = self.tokenizer(
             questions,
             padding=True,

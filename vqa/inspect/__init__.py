@@ -1,1 +1,1 @@
-"""What a trained model says of one question: answers, attention, the modulation of every channel."""
+"""The effect of a question on a trained model: answers, attention, the modulation of every channel."""

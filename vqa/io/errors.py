@@ -7,7 +7,7 @@ _JOINERS = "\u200c\u200d"  # part of words in some scripts, and of emoji
 
 
 class InputError(ValueError):
-    """The user's input is wrong: the message is one line that names the file or key and says what would be right.
+    """The user's input is wrong: the message is one line that names the file or key and what would be right.
 
     `main.py` prints it as `error: MESSAGE` and exits with 2.
     """
@@ -22,7 +22,7 @@ class NotWrittenError(InputError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if there is none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

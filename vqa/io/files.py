@@ -70,10 +70,10 @@ def as_cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows as CSV, whole or not at all."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\r\n") -> None:
+    """Write rows as CSV, each with this line `end`, whole or not at all."""
     with written_whole(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator=end)
         writer.writerow(columns)
         writer.writerows(rows)
 
@@ -127,7 +127,7 @@ def read_json(path: Path) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def check_room(file: Path, size: int, otherwise: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vqa.io.errors import InputError
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
-# Pillow knows more, some of which run other programs (EPS runs Ghostscript).
+# Pillow reads more formats, some with other programs (EPS with Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -29,14 +29,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """Read an image as RGB and upright; `docs/input.md` says what becomes of each kind of file.
+    """Read an image as RGB and upright; `docs/input.md` lists how each kind of file is read.
 
     Args:
         source: a path, the bytes of an image file, a PIL image, or an array (uint8, height x width x 3 or height x
             width).
 
     Raises:
-        InputError: the file is missing, is no image of one of FORMATS, is damaged, or holds more than MOST_PIXELS; an
+        InputError: the file is missing, damaged, not an image of one of FORMATS, or holds more than MOST_PIXELS; an
             array has another shape or type.
     """
     name = source if isinstance(source, str | Path) else "image"
@@ -52,7 +52,7 @@ def read_image(source: ImageSource) -> Image.Image:
             shown, beside = _without_ancillary_blocks(file)
             with Image.open(shown, formats=FORMATS) as opened:
                 opened.info |= beside
-                if opened.width * opened.height > MOST_PIXELS:  # said by its header, before anything is decoded
+                if opened.width * opened.height > MOST_PIXELS:  # from the header, before anything is decoded
                     size = f"{opened.width} x {opened.height}"
                     raise InputError(f"{name}: too large an image: {size}, more than {MOST_PIXELS} pixels")
                 return _upright_rgb(opened)
@@ -94,7 +94,7 @@ def _opened(source: str | Path | bytes) -> BinaryIO:
 
 
 def _without_ancillary_blocks(file: BinaryIO) -> tuple[BinaryIO, dict[str, Any]]:
-    """What Pillow is to open, and what `Image.info` would hold of the blocks that it is not shown."""
+    """The file for Pillow, and the part of `Image.info` from the blocks that it does not see."""
     header = file.read(24)  # up to width and height
     size = file.seek(0, os.SEEK_END)
     png_signature = header.startswith(SIGNATURE) and len(header) == 24
@@ -113,7 +113,7 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB, turned as the EXIF orientation says, as viewers show it; a damaged EXIF block says nothing."""
+    """RGB, turned by the EXIF orientation as viewers do; a damaged EXIF block is ignored."""
     image = _of_eight_bits(image)
     image = image if image.mode == "RGB" else image.convert("RGB")
     with suppress(Exception):
@@ -128,7 +128,7 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
-        raise ValueError("32 bits a pixel, of which nobody knows where white is; save it with 8 or 16")
+        raise ValueError("32 bits per pixel, with no defined white level; save it with 8 or 16")
     made = Image.fromarray((pixels // 256).astype(np.uint8))
     made.info = image.info  # the orientation is in it
     return made
@@ -157,7 +157,7 @@ def without_ancillary(file: BinaryIO, size: int) -> tuple[io.BytesIO, dict[str, 
 
 
 def _orienting(name: bytes, block: bytes) -> dict[str, Any]:
-    """What a text block says, if its keyword is one of _ORIENTING."""
+    """The content of a text block as in `Image.info`, if its keyword is one of _ORIENTING."""
     keyword, _, text = block.partition(b"\0")
     if keyword not in _ORIENTING:
         return {}

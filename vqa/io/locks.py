@@ -35,7 +35,7 @@ def held(lock: Path, what: object, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the disk fails: the block's own error says more
+        with suppress(OSError):  # the disk fails: the block's own error is more specific
             lock.unlink(missing_ok=True)  # while it is locked: a waiting process notices and makes a new one
         file.close()
 

@@ -99,7 +99,7 @@ class StopRequest:
 
 @contextmanager
 def calling(function: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call a function every so many seconds in the main thread; an exception of it ends a wait in the block."""
+    """Call a function periodically in the main thread; an exception that it raises interrupts a wait in the block."""
     before = signal.signal(signal.SIGALRM, lambda *_: function())
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:

@@ -19,7 +19,7 @@ _CHECKSUM = "sha256"  # in the header of a .safetensors file; the format itself 
 def as_safetensors(weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
     """The content of a .safetensors file, with a checksum in its metadata.
 
-    Equal weights and metadata give equal bytes: results name a backbone by the checksum of its file.
+    Equal weights and metadata make equal bytes: results name a backbone by the checksum of its file.
     """
     from safetensors.torch import save
 

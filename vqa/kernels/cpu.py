@@ -2,7 +2,7 @@
 
 `cpu.cpp` is compiled for this machine's CPU at first use, by `c++` or the compiler that CXX names, and cached
 in `~/.cache/modern-vqa` (XDG_CACHE_HOME moves it). It is not linked with an OpenMP library, so that it uses the one
-that torch has loaded: a second one would have threads of its own, which spin while those of the first work.
+that torch has loaded: a second one would have its own threads, which spin while those of the first work.
 
 Legend: B samples, C channels, H and W map size; a map is contiguous or channels-last.
 """
@@ -29,7 +29,7 @@ _SERIAL = 2**15  # elements of a map up to which waking other threads takes long
 def can(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether the kernels take these tensors; x must not be empty. The first call compiles the kernels."""
     parts = [x, *(part for part in others if part is not None)]
-    # a subclass may have no memory of its own
+    # a subclass may have no storage
     fit = all(type(part) is Tensor and part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)
     return fit and _library() is not None
 

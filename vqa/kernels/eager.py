@@ -33,7 +33,7 @@ def backward(
     relu: bool,
     wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are wanted of x, scale, shift and residual; None stands for the others.
+    """Compute the requested gradients of x, scale, shift and residual; None for the others.
 
     `x`, `scale`, `shift` and `bits` are None where this needs them not: [y > 0] is unpacked or computed again.
     """
@@ -58,7 +58,7 @@ def _as_map(values: Tensor) -> Tensor:
 def _packed(y: Tensor) -> Tensor:
     """Pack whether each element of a map without negative values is above 0 or NaN, a bit each: uint8 [B, ⌈CHW / 8⌉].
 
-    Bit i of a sample's bytes tells of the i-th eighth of its elements, in the order of memory.
+    Bit i of a sample's bytes belongs to the i-th eighth of its elements, in the order of memory.
     """
     positive = y.as_strided([len(y), y[0].numel()], [y[0].numel(), 1]).to(torch.bool).view(torch.uint8)
     eighths = F.pad(positive, (0, -positive.shape[1] % 8)).view(len(y), 8, -1)

@@ -3,7 +3,7 @@
 The gradient of the input needs the weight alone, ∂x = wᵀ ⋆ ∂y, but torch's convolution saves x too. In a frozen network
 x is every second map.
 
-On a CPU oneDNN convolves with weights in an order of its own. torch reorders them at every step, forward and backward,
+On a CPU oneDNN convolves with weights in its own order. torch reorders them at every step, forward and backward,
 which takes a tenth of the time of a convolution at small batches. A frozen weight is reordered once.
 """
 
@@ -52,18 +52,9 @@ class Convolution(nn.Conv2d):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "Convolution":
         """Return the same convolution, sharing its parameters."""
-        made = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",
-        )
+        geometry = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        options = {name: getattr(conv, name) for name in geometry} | {"bias": conv.bias is not None, "device": "meta"}
+        made = cls(conv.in_channels, conv.out_channels, **options)
         made.weight, made.bias = conv.weight, conv.bias
         return made
 
@@ -89,20 +80,11 @@ class _FrozenConvolution(torch.autograd.Function):
             return ctx.ordered.convolve_adjoint(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
         layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
-        of_x, _, _ = torch.ops.aten.convolution_backward(
-            gradient,
-            # only the shape and the layout of the input are read: uninitialised memory replaces it
-            torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout),
-            weight.to(gradient.dtype, memory_format=layout),  # autocast casts it in the forward pass too
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [True, False, False],
-        )
+        # only the shape and the layout of the input are read: uninitialised memory replaces it
+        x = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
+        weight = weight.to(gradient.dtype, memory_format=layout)  # autocast casts it in the forward pass too
+        options = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        of_x, _, _ = torch.ops.aten.convolution_backward(gradient, x, weight, *options)
         return of_x, None, None, None
 
 
@@ -127,7 +109,7 @@ class _Ordered:
         self._adjoint: Tensor | None = None
 
     def is_of(self, weight: Tensor) -> bool:
-        """Return whether it was made of this weight, which has not changed since as far as the sample shows."""
+        """Return whether it was made from this weight, and the sample shows no change since."""
         same = self._source.data_ptr() == weight.data_ptr() and self._version == weight._version
         return same and torch.equal(self._sample, _sample(weight))
 

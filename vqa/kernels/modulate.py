@@ -1,13 +1,13 @@
 """One operation for what follows a convolution in a modulated ResNet, with a backward pass that saves the least.
 
-    y = act(scale · x + shift (+ residual))               one scale and shift a sample and channel; act: ReLU or nothing
+    y = act(scale · x + shift (+ residual))             one scale and shift per sample and channel; act: ReLU or nothing
 
 Autograd would keep x, the sums and the result. The gradients need less:
 
     g = ∂y · [y > 0],   ∂residual = g,   ∂x = g · scale,   ∂shift = Σ_hw g,   ∂scale = Σ_hw g · x
 
 x is saved once, and only where the gradient of scale is wanted. [y > 0] is computed again from x, scale and shift, or
-stored, a bit an element, where there is a residual or no x.
+stored, one bit per element, where there is a residual or no x.
 
 Legend: B samples, C channels, H and W map size.
 """

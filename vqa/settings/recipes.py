@@ -33,7 +33,7 @@ _BEFORE: dict[str, Any] = {
         "augment": "none",
     },
 }
-_QUOTES = "; a text with braces must stand in quotes, as '{image_id}.jpg'"
+_QUOTES = "; a text with braces must be in quotes, as '{image_id}.jpg'"
 _OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours
     "train.learning_rate": "lr base_lr",
     "train.batch_size": "bs batch",
@@ -115,7 +115,7 @@ def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], 
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
-            raise InputError(f"{where}: {override!r} is no setting; write key.sub=value")
+            raise InputError(f"{where}: {override!r} is not a setting; write key.sub=value")
         value = _parse(text, f"{where}: {key}")
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -130,8 +130,8 @@ def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], 
 def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
     """Reads the `config.yaml` of a run or a model, or the settings in the `config.json` of a model for `transformers`.
 
-    A key that is newer than the file gets the value that stands for what the code did before, which may differ from
-    today's default; a key of `speed`, which changes no result, gets the default.
+    A key that is newer than the file gets the value that reproduces the earlier code, which may differ from today's
+    default; a key of `speed`, which changes no result, gets the default.
 
     Raises:
         InputError: as `load_settings`.

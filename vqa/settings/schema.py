@@ -115,7 +115,7 @@ class QuestionSettings(_Section):
         if self.encoder == "transformers" and self.text_encoder is None:
             raise ValueError("text_encoder: encoder transformers needs a model's name or folder")
         if self.encoder == "transformers" and self.glove is not None:
-            raise ValueError("glove: encoder transformers has word vectors of its own, it must be null")
+            raise ValueError("glove: encoder transformers has its own word vectors; it must be null")
         return self
 
 

@@ -1,1 +1,1 @@
-"""What each task beside answering questions about whole images adds to the library."""
+"""What each task other than VQA adds to the library."""

@@ -5,8 +5,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from vqa.cbn import CategoricalPredictor, Modulation, ModulationPredictor
 from vqa.model import Condition, ConditionedModel, Output, answer_layers
+from vqa.predictor import CategoricalPredictor, Modulation, ModulationPredictor
 from vqa.question import QuestionEncoder, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 

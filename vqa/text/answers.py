@@ -1,4 +1,4 @@
-"""The official normal form of answers, and the vocabulary of answers that a model can give."""
+"""The official normal form of answers, and the vocabulary of answers that a model predicts."""
 
 import json
 import re

@@ -22,7 +22,7 @@ PAD, UNKNOWN = "<pad>", "<unk>"
 PAD_ID, UNKNOWN_ID = 0, 1
 LONGEST = 10_000  # characters of a text: a batch is as wide as its longest question
 # A word is letters and digits with their combining marks (\p{M}), joiners (U+200C, U+200D) and inner apostrophes
-# ("what's"). Any other character that is not white space is a word of its own, with its combining marks.
+# ("what's"). Any other character that is not white space is a word by itself, with its combining marks.
 _LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\x{200C}\x{200D}]*"
 _WORD = rf"{_LETTERS}(?:['’]{_LETTERS})*|[^\s\p{{L}}\p{{N}}]\p{{M}}*"
 # The pattern of older files and models, which keep it: it cuts words at combining marks.
@@ -96,7 +96,7 @@ def _joined(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that stand for no word: padding, unknown words, and what a text encoder puts around a question."""
+    """Return the ids that are not words: padding, unknown words, and what a text encoder puts around a question."""
     return [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
@@ -108,7 +108,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def transformers_options(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what `PreTrainedTokenizerFast` needs to know beside `tokenizer.json`."""
+    """Return what `PreTrainedTokenizerFast` needs in addition to `tokenizer.json`."""
     if _is_ours(tokenizer):
         return {"pad_token": PAD, "unk_token": UNKNOWN, "split_special_tokens": True}
     longest, pad = tokenizer.truncation["max_length"], tokenizer.padding["pad_token"]
@@ -119,7 +119,7 @@ def load_tokenizer(folder: Path, *, ours: bool = True) -> Tokenizer:
     """Load the tokenizer of a folder; one that is not `ours` may be of any kind.
 
     Raises:
-        InputError: there is none, and as `read_tokenizer`.
+        InputError: it is missing, and as `read_tokenizer`.
     """
     file = folder / "tokenizer.json"
     return read_tokenizer(read_text(file), file) if ours else _parsed(read_text(file), file)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("listening")
 
 
 def spoil(monkeypatch, at):
-    """The question encoder gives NaN for the second question of a batch, in the calls of training `at` (from 0)."""
+    """The question encoder returns NaN for the second question of a batch, in the calls of training `at` (from 0)."""
     forward, calls = QuestionEncoder.forward, []
 
     def spoilt(self, tokens, lengths):

@@ -1,4 +1,4 @@
-"""Optimisers and schedules are those of torch, with a learning rate of their own for the predicting MLPs."""
+"""Optimisers and schedules are those of torch, with another learning rate for the predicting MLPs."""
 
 import pytest
 import torch

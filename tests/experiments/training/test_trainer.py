@@ -107,7 +107,7 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
         assert trainer.validation.share
         assert trainer.validation.augmentation is None
         told = capsys.readouterr().out
-        assert ("train.augment: crop gives each question an image of its own" in told) == (kind == "crop")
+        assert ("train.augment: crop shows each question another version of its image" in told) == (kind == "crop")
     rows = next(iter(trainer.task.sampler(Processes(), 1)))
     first, again, second = (next(trainer.batches(epoch)) for epoch in (1, 1, 2))
     assert len(first.images) == len(rows)
@@ -180,17 +180,17 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.h5=nowhere.h5"], "nowhere.h5: no such file; `preprocess` makes it"),
+        (["data.h5=nowhere.h5"], "nowhere.h5: no such file; run `preprocess` to make it"),
         (["data.image_size=128"], "made with image_size 64, but data.image_size is 128"),
         (["data.answers=3"], "made with answers 20, but data.answers is 3"),
         (["data.vocabulary_from=[train, val]"], r"made with vocabulary_from \['train'\], but data.vocabulary_from is"),
         (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),
         (["train.splits=[dev]"], "no split 'dev'"),
         (["train.validate_on=dev"], "no split 'dev'; it holds train, val; train.validate_on=null trains without"),
-        (["backbone.name=resnet19"], "backbone: 'resnet19' is no ResNet"),
+        (["backbone.name=resnet19"], "backbone: 'resnet19' is not a ResNet"),
         (["backbone.weights=nowhere.pth"], "backbone: nowhere.pth: no such file"),
         (["question.glove=nowhere.txt"], "nowhere.txt: no such file"),
-        (["device=cuda:7"], "device: cuda:7 is not there"),
+        (["device=cuda:7"], "device: cuda:7 is not available"),
     ],
 )
 def test_what_is_missing_is_said_before_the_first_step(tiny, tmp_path, words, message):

@@ -149,7 +149,7 @@ def test_wrong_shapes_are_refused():
 
 
 def results_of(implementation, shape, kind, layout, residual, relu, wants_scale):
-    """What an implementation gives forward and backward."""
+    """The results of an implementation, forward and backward."""
     x, scale, shift, other = (None if p is None else p.detach() for p in inputs(shape, layout, residual, kind))
     keeps_bits = relu and (residual or not wants_scale)
     y, bits = implementation.forward(x, scale, shift, other, relu, keeps_bits)

@@ -131,9 +131,9 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     h5, size = Path(settings.data.h5), saved.preprocessing.size
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
+        table = TASKS[settings.task].table(store, settings, split)
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
-        table = TASKS[settings.task].table(store, settings, split)
         if store.categories != saved.categories:
             raise InputError(f"{h5}: its categories of objects are not those of the model")
         if store.tokenizer.to_str() != saved.tokenizer.to_str():

@@ -259,7 +259,7 @@ def test_odd_questions_are_answered(command, copied, image, question):
         ),
         (["eval", "--run", "absent"], "absent: no model here"),
         (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
-        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model is taken as it is"),
+        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
         (
             ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
             "b/val_questions.json: no such file, and no a.h5",

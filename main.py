@@ -32,10 +32,13 @@ def demo(config: Path, settings: list[str]) -> None:
 def preprocess(config: Path, settings: list[str]) -> None:
     """Converts raw questions, annotations and images to one h5 file; resumes where it stopped."""
     from data.preprocess import preprocess as run
-    from experiments.prepare import preprocessing_of
+    from experiments.prepare import prepare_scenes, preprocessing_of
     from vqa.settings.recipes import load_settings
 
-    run(**preprocessing_of(load_settings(config, settings)))
+    loaded = load_settings(config, settings)
+    if loaded.task == "guesswhat":  # `demo` draws the scenes of VQA
+        prepare_scenes(loaded)
+    run(**preprocessing_of(loaded))
 
 
 def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:
@@ -79,10 +82,10 @@ def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow
         print(f"{split}: {scores['questions']} questions\n{table_of(scores)}")
 
 
-def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
-    """The answers to one question about any image, most probable first."""
+def ask(run: Path, image: Path, question: str, top: int, as_json: bool, **of_object: Any) -> None:
+    """The answers to one question about any image, or an object of it, most probable first."""
     model = vqa.load(run)
-    answers = model.ask(image, question, top)
+    answers = model.ask(image, question, top, **of_object)
     if unknown := model.unknown_words(question):
         print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
     if as_json:
@@ -92,7 +95,7 @@ def ask(run: Path, image: Path, question: str, top: int, as_json: bool) -> None:
         print(f"{100 * entry['probability']:6.2f} %  {printable(entry['answer'])}")
 
 
-def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path | None) -> None:
+def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path | None, **of_object: Any) -> None:
     """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
     from vqa.inspect.inspection import inspect as inspection_of
     from vqa.inspect.inspection import summary, write_inspection
@@ -101,7 +104,7 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     questions = [question] if versus is None else [question, versus]
-    inspection = inspection_of(vqa.load(run), image, questions)
+    inspection = inspection_of(vqa.load(run), image, questions, **of_object)
     write_inspection(inspection, out, image)
     print(f"{summary(inspection)}\n{out / 'report.html'}")
 

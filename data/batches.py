@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.augmentation import Augmentation
 from data.bad_images import settle_bad_images, stand_in
 from data.question_table import QuestionTable
+from data.sources import NeededImage, decode
 from vqa.io.errors import InputError
 from vqa.io.files import shown
-from vqa.io.images import decode_image
 from vqa.io.processes import SHARED_MEMORY, WorkerContext, calling, naming_worker_limits, require_files
 from vqa.text.tokenizer import PAD_ID
 
@@ -78,26 +78,37 @@ class FileImages:
     One that is missing or unreadable is replaced by a stand-in and marked in `bad`; call `settle` after reading.
     """
 
-    def __init__(self, files: Sequence[Path], ids: Sequence[int], size: int) -> None:
-        self.files, self.ids, self.size = files, ids, size
-        self.bad = torch.zeros(len(files), dtype=torch.bool)  # [N], a tensor because worker processes share its memory
+    def __init__(self, images: Sequence[NeededImage], size: int) -> None:
+        self.images, self.size = images, size
+        self.bad = torch.zeros(len(images), dtype=torch.bool)  # [N], a tensor because worker processes share its memory
 
     def __getitem__(self, row: int) -> np.ndarray:
         try:
-            return decode_image(self.files[row], self.size)
+            return self._decode(row)
         except InputError:
             self.bad[row] = True
             return stand_in(self.size)
 
     def settle(self, skip: bool) -> None:
         """List the bad images so far. Raises InputError if there are some and `skip` is False."""
-        found: list[tuple[int, str]] = []
+        found: dict[tuple[int, str], None] = {}  # once for all crops of an image
         for row in self.bad.nonzero().flatten().tolist():
             try:
-                decode_image(self.files[row], self.size)
+                self._decode(row)
             except InputError as error:
-                found.append((self.ids[row], str(error)))
-        settle_bad_images(found, skip)
+                found[self.images[row].id, str(error)] = None
+        settle_bad_images(list(found), skip)
+
+    def _decode(self, row: int) -> np.ndarray:
+        image = self.images[row]
+        return decode(Path(image.file), [image.crop], self.size)[0]
+
+
+class NoImages:
+    """In the place of images that the model does not take: nothing is read."""
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return np.zeros((1, 1, 3), np.uint8)
 
 
 def padded_words(table: QuestionTable, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

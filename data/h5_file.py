@@ -3,7 +3,9 @@
     /                attributes: format, version, complete, provenance (JSON), image_size, digest
     /tokenizer       text (JSON)
     /images          pixels uint8 [N, S, S, 3], crc32 uint32 [N], filled bool [N], usable bool [N], id int64 [N],
-                     file text [N]
+                     file text [N]; where questions are about objects also crop int32 [N, 6]: left, top, right, bottom
+                     of the part that is stored, width and height of the whole image
+    /categories      text [K]: of objects, where there are any
     /answers         vocabulary text [A]: the answer classes, most common first
     /splits/NAME     the arrays of a `data.question_table.QuestionTable`, by the same names (`extras` is a group, where
                      there are any); attribute: digest of them
@@ -37,6 +39,7 @@ from data.h5_rows import (
     write_rows,
 )
 from data.question_table import QuestionTable
+from data.sources import NeededImage
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, written_whole
 from vqa.text.tokenizer import read_tokenizer
@@ -58,31 +61,35 @@ def begin(
     partial: Path,
     *,
     image_size: int,
-    image_ids: Sequence[int],
-    image_files: Sequence[str],
+    images: Sequence[NeededImage],
     provenance: Mapping[str, Any],
     tokenizer: Tokenizer,
     vocabulary: Sequence[str],
     splits: Mapping[str, QuestionTable],
+    categories: Sequence[str] = (),
 ) -> None:
     """Write a file that holds everything but its pixels; it appears as `partial` once it is whole.
 
     Raises:
         NotWrittenError: the disk is full, or fails.
     """
-    count = len(image_ids)
+    count = len(images)
     with written_whole(partial) as aside, structured(aside, "w") as file:
         file.attrs.update(format=FORMAT, version=VERSION, complete=False, image_size=image_size)
         file.attrs["digest"] = np.bytes_(_NO_DIGEST)
-        images = file.create_group("images")
-        images.create_dataset("id", data=np.array(image_ids, np.int64))
-        images.create_dataset("file", data=list(image_files), dtype=_TEXT)
-        images.create_dataset("usable", data=np.ones(count, bool))
-        reserve_rows(images, "pixels", (count, image_size, image_size, 3), np.uint8)
+        group = file.create_group("images")
+        group.create_dataset("id", data=np.array([image.id for image in images], np.int64))
+        group.create_dataset("file", data=[image.file for image in images], dtype=_TEXT)
+        group.create_dataset("usable", data=np.ones(count, bool))
+        if any(image.crop for image in images):
+            group.create_dataset("crop", data=np.array([image.crop for image in images], np.int32))
+        reserve_rows(group, "pixels", (count, image_size, image_size, 3), np.uint8)
         file.attrs["provenance"] = json.dumps(provenance)
         # over 64 KiB does not fit into an attribute
         file.create_dataset("tokenizer", data=tokenizer.to_str(), dtype=_TEXT)
         file.create_dataset("answers/vocabulary", data=list(vocabulary), dtype=_TEXT)
+        if categories:
+            file.create_dataset("categories", data=list(categories), dtype=_TEXT)
         for name, table in splits.items():
             group = file.create_group(f"splits/{name}")
             for array in _ARRAYS:
@@ -156,6 +163,7 @@ class Store:
             self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
             self.tokenizer = read_tokenizer(file["tokenizer"].asstr()[()], path)
             self.vocabulary: list[str] = list(file["answers/vocabulary"].asstr()[:])
+            self.categories = _categories(file)
             self.usable: np.ndarray = file["images/usable"][:]
             self.image_ids: np.ndarray = file["images/id"][:]
             self.checksums: np.ndarray = file["images/crc32"][:]
@@ -174,6 +182,8 @@ class Store:
         """A digest of everything in some splits that a model learns from."""
         sources = {name: source for name, source in self.provenance["sources"].items() if name in splits}
         parts: list[Any] = [self.provenance | {"sources": sources}, self.tokenizer.to_str(), self.vocabulary]
+        if self.categories:
+            parts.append(self.categories)
         if stand_ins := self.stand_ins(splits):
             parts.append(stand_ins)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -233,11 +243,17 @@ def _opened(path: Path) -> h5py.File:
     return file
 
 
+def _categories(file: h5py.File) -> list[str]:
+    return list(file["categories"].asstr()[:]) if "categories" in file else []
+
+
 def _digest_of(file: h5py.File) -> str:
     """SHA-256 of all that a model learns from; pixels enter by their checksums, tables by their digests."""
     digest = hashlib.sha256()
     digest.update(f"{file.attrs['image_size']} {file.attrs['provenance']}".encode())
     digest.update(json.dumps([file["tokenizer"].asstr()[()], *file["answers/vocabulary"].asstr()[:]]).encode())
+    if categories := _categories(file):
+        digest.update(json.dumps(categories).encode())
     for name in ("crc32", "usable", "filled"):
         digest.update(file[f"images/{name}"][:].tobytes())
     for name in sorted(file["splits"]):

@@ -14,7 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
 from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
-from data.question_table import NO_ANSWER, question_table
-from data.vqa_files import Question, SplitFiles, read_questions, remarks
+from data.question_table import NO_ANSWER
+from data.sources import Crop, NeededImage, Source, decode, number_images
+from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
-from vqa.io.images import decode_image
 from vqa.io.locks import held
 from vqa.io.progress import progress
-from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 
 _IMAGES_A_FLUSH = 256
-_IMAGES_A_TASK = 8  # of a thread
+_FILES_A_TASK = 8  # of a thread
 _OTHER_DISK = "name another data.h5 or a smaller data.image_size"
 _BYTES_A_QUESTION = 230  # approximate size in the file of a question, without its text
 
@@ -51,6 +50,7 @@ def preprocess(
     skip_bad_images: bool,
     threads: int,
     vocabulary_from: Sequence[str] = (TRAINING_SPLIT,),
+    source: Source | None = None,
 ) -> None:
     """Make the h5 file `path`; a second run resumes where the first stopped, or prints that there is nothing to do.
 
@@ -59,18 +59,20 @@ def preprocess(
         path: the file to make.
         image_size: side S of the stored images, in pixels.
         min_word_count: how often the questions of `vocabulary_from` must hold a word of the vocabulary.
-        answers: number of answer classes.
+        answers: number of answer classes of VQA.
         skip_bad_images: continue without images that are missing or unreadable: training skips their questions,
             evaluation answers them from an image of the mean colour. False decodes those of a finished file again.
         threads: images that are decoded at the same time.
-        vocabulary_from: splits, with annotations, whose questions determine the words and the answer classes.
+        vocabulary_from: splits, with annotations, whose questions give the words and the answer classes.
+        source: how the raw files are read; None: as those of VQA.
 
     Raises:
         InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images
             are bad and not skipped, or the disk is full.
     """
-    _check_splits(splits, vocabulary_from)
-    settings = {"image_size": image_size, "min_word_count": min_word_count, "answers": answers}
+    source = source or Source(answers)
+    _check_splits(splits, vocabulary_from, source)
+    settings = {"image_size": image_size, "min_word_count": min_word_count, **source.settings}
     wanted = provenance_of(splits, settings, vocabulary_from)
     if is_made(path, wanted, skip_bad_images):
         return
@@ -83,7 +85,7 @@ def preprocess(
             check_same(partial, h5_file.read_provenance(partial), wanted)
             check_room(partial, partial.stat().st_size, _OTHER_DISK)
         else:
-            _begin(partial, splits, wanted, finished)
+            _begin(partial, splits, wanted, finished, source)
         with h5_file.opened_for_writing(partial) as file:
             if finished is not None:
                 _copy_images(finished, file)
@@ -91,22 +93,23 @@ def preprocess(
             if bad and not skip_bad_images:
                 print(f"{partial}: keeps the other images")
             ids = file["images/id"][:]
-            settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip_bad_images)
+            named = dict.fromkeys((ids[row], reason) for row, reason in bad.items())  # once for all crops of an image
+            settle_bad_images(list(named), skip_bad_images)
             h5_file.fill_unusable(file, list(bad), stand_in(image_size))
         h5_file.finish(partial, path)
     print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
 
 
-def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[str]) -> None:
+def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[str], source: Source) -> None:
     """Raise InputError if a split or a file of questions or annotations is missing."""
     if TRAINING_SPLIT not in splits:
         raise InputError(f"data.splits: one split must be called {TRAINING_SPLIT!r}, got {', '.join(splits) or 'none'}")
-    if splits[TRAINING_SPLIT].annotations is None:
+    if not source.has_answers(splits[TRAINING_SPLIT]):
         raise InputError(f"data.splits.{TRAINING_SPLIT}.annotations: the training split needs annotations")
     for name in vocabulary_from:
         if name not in splits:
             raise InputError(f"data.vocabulary_from: no split {name!r}; data.splits has {', '.join(splits)}")
-        if splits[name].annotations is None:
+        if not source.has_answers(splits[name]):
             raise InputError(f"data.vocabulary_from: split {name!r} has no annotations, and so no answers")
     for name, files in splits.items():
         for file in filter(None, (files.questions, files.annotations)):
@@ -115,53 +118,68 @@ def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[st
 
 
 def _begin(
-    partial: Path, splits: Mapping[str, SplitFiles], wanted: Mapping[str, Any], finished: h5_file.Store | None
+    partial: Path,
+    splits: Mapping[str, SplitFiles],
+    wanted: Mapping[str, Any],
+    finished: h5_file.Store | None,
+    source: Source,
 ) -> None:
     """Write the file without its pixels; the images of a finished one are its first."""
     stored = [] if finished is None else list(finished.provenance["sources"])
     splits = {name: splits[name] for name in [*stored, *splits]}
-    questions = {name: read_questions(files.questions, files.annotations) for name, files in splits.items()}
-    files, ids, rows = _number_images(splits, questions)
+    questions = {name: source.read(files) for name, files in splits.items()}
+    numbers: dict[NeededImage, int] = {}
+    rows: dict[str, np.ndarray] = {}
+    about: dict[str, list[str]] = {}  # the image files of each split
+    for name, asked in questions.items():
+        needed = source.images(splits[name], asked)
+        rows[name] = number_images(needed, numbers)
+        about[name] = list(dict.fromkeys(image.file for image in chain.from_iterable(needed)))
+    images = list(numbers)
     for name in splits:
         if name not in stored:
-            check_any_exists((splits[name].image(image_id) for image_id in rows[name]), name)
+            check_any_exists(map(Path, about[name]), name)
     if finished is not None:
         if finished.provenance == wanted:
-            _check_any_is_mended(finished, ids, files)
+            _check_any_is_mended(finished, images)
         print(f"{finished.path}: its {finished.usable.sum()} images are kept")
     for name, asked in questions.items():
-        print(f"{name}: {len(asked)} questions about {len(rows[name])} images")
+        print(f"{name}: {len(asked)} questions about {len(about[name])} images")
     settings = settings_of(wanted)
-    pixels = 3 * settings["image_size"] ** 2 * len(ids)
-    words = sum(46 + len(file) for file in files)
+    pixels = 3 * settings["image_size"] ** 2 * len(images)
+    words = sum(46 + len(image.file) for image in images)
     words += sum(_BYTES_A_QUESTION + len(question.text) for asked in questions.values() for question in asked)
-    print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(ids)} images")
+    print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(images)} images")
     check_room(partial, pixels + words, _OTHER_DISK)
     h5_file.begin(
         partial,
         image_size=settings["image_size"],
-        image_ids=ids,
-        image_files=files,
+        images=images,
+        categories=source.categories,
         provenance=wanted | {"sources": {name: wanted["sources"][name] for name in splits}},
-        **_tables(questions, rows, settings),
+        **_tables(source, questions, rows, settings),
     )
 
 
-def _check_any_is_mended(finished: h5_file.Store, ids: Sequence[int], files: Sequence[str]) -> None:
+def _check_any_is_mended(finished: h5_file.Store, images: Sequence[NeededImage]) -> None:
     """Refuse to make a file again while all images that were bad still are."""
-    bad = []
+    bad = {}
     for row in np.flatnonzero(~finished.usable):
+        image = images[row]
         try:
-            decode_image(Path(files[row]), finished.image_size)
+            decode(Path(image.file), [image.crop], finished.image_size)
         except InputError as error:
-            bad.append((ids[row], str(error)))
+            bad[image.id, str(error)] = None
         else:
             return
-    settle_bad_images(bad, skip=False)
+    settle_bad_images(list(bad), skip=False)
 
 
 def _tables(
-    questions: Mapping[str, Sequence[Question]], rows: Mapping[str, Mapping[int, int]], settings: Mapping[str, Any]
+    source: Source,
+    questions: Mapping[str, Sequence[Question]],
+    rows: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The tokenizer, the answer classes and the table of each split, as `h5_file.begin` takes them."""
     named = settings["vocabulary_from"]
@@ -172,34 +190,16 @@ def _tables(
             f"data.min_word_count: no word occurs {settings['min_word_count']} times in the questions of "
             f"{' and '.join(named)}"
         )
-    for remark in remarks(list(chain.from_iterable(questions.values()))):
+    for remark in source.remarks(list(chain.from_iterable(questions.values()))):
         print(remark)
     given = chain.from_iterable(question.answers for question in known)
-    vocabulary = answer_vocabulary(given, settings["answers"])
+    vocabulary = source.vocabulary(given)
     print(f"{tokenizer.get_vocab_size()} words and {len(vocabulary)} answers from {' and '.join(named)}")
-    tables = {name: question_table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
+    tables = {name: source.table(asked, rows[name], tokenizer, vocabulary) for name, asked in questions.items()}
     for name, table in tables.items():
         if (labels := table.labels()[table.given != NO_ANSWER]).size:
             print(f"{name}: {100 * (labels != NO_ANSWER).mean():.1f} % of the given answers are classes")
     return {"tokenizer": tokenizer, "vocabulary": vocabulary, "splits": tables}
-
-
-def _number_images(
-    splits: Mapping[str, SplitFiles], questions: Mapping[str, Sequence[Question]]
-) -> tuple[list[str], list[int], dict[str, dict[int, int]]]:
-    """The files and ids of all images, once each in order of first use; a split's row of each image id."""
-    places: dict[str, int] = {}
-    ids: list[int] = []
-    rows: dict[str, dict[int, int]] = {}
-    for name, asked in questions.items():
-        rows[name] = {}
-        for image_id in dict.fromkeys(question.image_id for question in asked):
-            file = str(splits[name].image(image_id))
-            if file not in places:
-                places[file] = len(places)
-                ids.append(image_id)
-            rows[name][image_id] = places[file]
-    return list(places), ids, rows
 
 
 def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
@@ -210,7 +210,8 @@ def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
         return  # begun before the finished file came here: its images have other rows
     images, writer = h5_file.H5Images(finished.path), RowWriter(file, "images/pixels")
     pending = np.flatnonzero(finished.usable & ~file["images/filled"][:count]).tolist()
-    if damaged := _fill(file, (_write_image(writer, row, images.__getitem__) for row in pending)):
+    written = (_write_images(writer, [row], lambda rows: [images[rows[0]]]) for row in pending)
+    if damaged := _fill(file, chain.from_iterable(written)):
         print(f"{finished.path}: {len(damaged)} image(s) are damaged and decoded again")
 
 
@@ -223,15 +224,18 @@ def _decode_images(file: h5py.File, threads: int) -> dict[int, str]:
     set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # their images may have been repaired
     pending = np.flatnonzero(~file["images/filled"][:]).tolist()
     names, writer = file["images/file"].asstr()[:], RowWriter(file, "images/pixels")
+    stored = file["images"].get("crop")
+    crops = [None] * len(names) if stored is None else [Crop(*crop) for crop in stored[:].tolist()]
 
-    def decode(row: int) -> np.ndarray:
-        return decode_image(Path(names[row]), writer.shape[1])
+    def read(rows: Sequence[int]) -> list[np.ndarray]:
+        return decode(Path(names[rows[0]]), [crops[row] for row in rows], writer.shape[1])
 
-    def decode_some(rows: Sequence[int]) -> list[tuple[int, int | str]]:
-        return [_write_image(writer, row, decode) for row in rows]
+    def decode_some(files: Iterable[Sequence[int]]) -> list[tuple[int, int | str]]:
+        return [done for rows in files for done in _write_images(writer, rows, read)]
 
-    tasks = [pending[start : start + _IMAGES_A_TASK] for start in range(0, len(pending), _IMAGES_A_TASK)]
-    # `decode_image` ignores warnings as well, but among threads it may restore the filters of another one
+    files = [list(rows) for _, rows in groupby(pending, names.__getitem__)]  # each is decoded once
+    tasks = [files[start : start + _FILES_A_TASK] for start in range(0, len(files), _FILES_A_TASK)]
+    # `decode` ignores warnings as well, but among threads it may restore the filters of another one
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:
         try:
             return _fill(file, chain.from_iterable(pool.map(decode_some, tasks)))
@@ -239,17 +243,19 @@ def _decode_images(file: h5py.File, threads: int) -> dict[int, str]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write_image(writer: RowWriter, row: int, read: Callable[[int], np.ndarray]) -> tuple[int, int | str]:
-    """Write an image; returns its row with its checksum, or with what is wrong with the image."""
+def _write_images(
+    writer: RowWriter, rows: Sequence[int], read: Callable[[Sequence[int]], list[np.ndarray]]
+) -> list[tuple[int, int | str]]:
+    """Write the images of some rows; returns each row with its checksum, or with what is wrong with the images."""
     try:
-        image = read(row)
+        images = read(rows)
     except InputError as error:
-        return row, str(error)
-    return row, writer.write(row, image)
+        return [(row, str(error)) for row in rows]
+    return [(row, writer.write(row, image)) for row, image in zip(rows, images, strict=True)]
 
 
 def _fill(file: h5py.File, images: Iterable[tuple[int, int | str]]) -> dict[int, str]:
-    """Mark the rows of images that `_write_image` wrote; returns what is wrong with the others, by row."""
+    """Mark the rows of images that `_write_images` wrote; returns what is wrong with the others, by row."""
     filled = file["images/filled"][:]
     bad: dict[int, str] = {}
     written: list[tuple[int, int]] = []

@@ -14,6 +14,7 @@ from data.vqa_files import SplitFiles
 from vqa.io.errors import InputError
 
 TRAINING_SPLIT = "train"
+_OF_TABLES = ("min_word_count", "answers", "vocabulary_from")  # settings that change no image
 
 
 def provenance_of(
@@ -79,9 +80,12 @@ def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any
 
 def _check_images(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise InputError if a file, finished or partial, holds other images or other questions about them."""
-    size, now = made["settings"].get("image_size"), wanted["settings"]["image_size"]
-    if size != now:
-        raise InputError(f"{path}: made with image_size {size}, now {now}; name another data.h5 or remove it")
+    before, now = made["settings"], wanted["settings"]
+    for key in before | now:
+        if key not in _OF_TABLES and before.get(key) != now.get(key):
+            raise InputError(
+                f"{path}: made with {key} {before.get(key)}, now {now.get(key)}; name another data.h5 or remove it"
+            )
     for name, source in made["sources"].items():
         if name not in wanted["sources"]:
             raise InputError(

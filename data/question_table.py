@@ -1,6 +1,6 @@
 """The questions of one or more splits as arrays, as the h5 file stores them and batches use them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -72,9 +72,9 @@ class QuestionTable:
 
 
 def question_table(
-    questions: Sequence[Question], image_rows: Mapping[int, int], tokenizer: Tokenizer, vocabulary: Sequence[str]
+    questions: Sequence[Question], images: np.ndarray, tokenizer: Tokenizer, vocabulary: Sequence[str]
 ) -> QuestionTable:
-    """Make the table of questions; `image_rows` are the rows of image ids, `vocabulary` the answers by class."""
+    """Make the table of questions; `images` are the rows of their images, `vocabulary` the answers by class."""
     tokens, lengths = encode(tokenizer, [question.text for question in questions])
     counts = np.array([len(question.answers) for question in questions], np.int64)
     listed = [answer for question in questions for answer in question.answers]
@@ -84,7 +84,7 @@ def question_table(
     class_of = {normalise_answer(answer): class_ for class_, answer in enumerate(vocabulary)}
     return QuestionTable(
         ids=np.array([question.question_id for question in questions], np.int64),
-        images=np.array([image_rows[question.image_id] for question in questions], np.int64),
+        images=images,
         texts=[question.text for question in questions],
         tokens=tokens,
         lengths=lengths,

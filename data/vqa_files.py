@@ -74,25 +74,29 @@ _File = TypeVar("_File", _QuestionFile, _AnnotationFile)
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The raw files of a split; `images` is a pattern such as `train2014/COCO_train2014_{image_id:012d}.jpg`."""
+    """The raw files of a split; `images` is a pattern such as `train2014/COCO_train2014_{image_id:012d}.jpg`.
+
+    Where a dataset names its images, it may hold `{file_name}` instead.
+    """
 
     questions: Path
     annotations: Path | None
     images: str
 
-    def image(self, image_id: int) -> Path:
-        """Return the file of an image. Raises InputError if the pattern does not hold `{image_id}`."""
-        _check_pattern(self.images)
-        return Path(self.images.format(image_id=image_id))
+    def image(self, image_id: int, file_name: str | None = None) -> Path:
+        """Return the file of an image. Raises InputError if the pattern holds nothing that names the image."""
+        _check_pattern(self.images, file_name is not None)
+        return Path(self.images.format(image_id=image_id, file_name=file_name))
 
 
 @cache
-def _check_pattern(images: str) -> None:
-    """Allow only the number with a width of two digits: `str.format` accepts attributes, items and any width."""
+def _check_pattern(images: str, named: bool) -> None:
+    """Allow only the number with a width of two digits: `str.format` knows attributes, items and any width."""
     without_escapes = re.sub(r"\{\{|\}\}", "", images)
-    rest = re.sub(r"\{image_id(:0?\d{0,2}d?)?\}", "", without_escapes)
+    rest = re.sub(r"\{image_id(:0?\d{0,2}d?)?\}" + r"|\{file_name\}" * named, "", without_escapes)
     if rest == without_escapes or "{" in rest or "}" in rest:
-        raise InputError(f"data.splits: images {images!r} must hold {{image_id}}, for example {{image_id:012d}}")
+        example = "{file_name}, or {image_id}" if named else "{image_id}"
+        raise InputError(f"data.splits: images {images!r} must hold {example}, for example {{image_id:012d}}")
 
 
 def read_questions(questions: Path, annotations: Path | None) -> list[Question]:

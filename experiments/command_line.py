@@ -59,8 +59,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
     recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
     run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
-    question.add_argument("--image", type=Path, required=True, metavar="FILE")
-    question.add_argument("--question", required=True, metavar="TEXT")
+    _question_options(question)
 
     def command(name: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
         about = functions[name].__doc__
@@ -106,6 +105,14 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     _features_options(command("features", settings))
     _experiment_options(command("experiment", settings))
     return parser
+
+
+def _question_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--image", type=Path, required=True, metavar="FILE")
+    added.add_argument("--question", required=True, metavar="TEXT")
+    box = "of the object that it is about, in pixels from the top left (GuessWhat?!)"
+    added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
+    added.add_argument("--category", metavar="NAME", help="of that object (GuessWhat?!)")
 
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
@@ -176,6 +183,12 @@ def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from {least} to {most}")
     return int(text)
+
+
+def _box(text: str) -> tuple[float, ...]:
+    if not re.fullmatch(r"-?\d{1,6}(\.\d{1,6})?(,-?\d{1,6}(\.\d{1,6})?){3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no box; write X,Y,W,H in pixels, as 10,20,64,48")
+    return tuple(map(float, text.split(",")))
 
 
 def _natural(text: str) -> int:

@@ -55,7 +55,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     Raises:
         InputError: the settings describe no synthetic scenes, or a file of another run is in the way.
     """
-    if settings.scenes is None:
+    if settings.scenes is None or settings.task != "vqa":
         raise InputError("scenes: the demo draws its own scenes; use config/demo.yaml or a file over it")
     started = time.monotonic()
     out = runs / settings.name

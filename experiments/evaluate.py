@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from data.bad_images import check_any_exists
-from data.batches import FileImages, QuestionDataset
+from data.batches import FileImages, NoImages, QuestionDataset
 from data.h5_file import H5Images, Store
-from data.question_table import QuestionTable, question_table
-from data.vqa_files import read_questions
-from experiments.prepare import split_files
+from data.question_table import QuestionTable
+from data.sources import number_images
+from experiments.prepare import source_of, split_files
 from experiments.process_group import this_process, together
-from experiments.tasks import TASKS, Task
+from experiments.tasks import TASKS
 from experiments.training.loop import predict_classes
 from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
@@ -84,32 +84,24 @@ def evaluate(
         prepare_images, what = saved.preprocessing.normalise, f"{folder}: answering"
         classes = predict_classes(saved.model, data, settings, processes, prepare_images=prepare_images, what=what)
         answers = [saved.answers[class_] for class_ in classes]
-        task = TASKS[settings.task]
-        return processes.on_main(
-            lambda: _write_scores(out, split, task, data.table, answers, saved.training, per_question)
-        )
+        return processes.on_main(lambda: _write_scores(out, split, saved, data.table, answers, per_question))
 
 
 def _write_scores(
-    out: Path,
-    split: str,
-    task: type[Task],
-    table: QuestionTable,
-    answers: Sequence[str],
-    training: dict[str, Any],
-    per_question: bool,
+    out: Path, split: str, saved: SavedModel, table: QuestionTable, answers: Sequence[str], per_question: bool
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
     results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
     write_json(out / f"results_{split}.json", results, indent=None)
     if not table.given.size:
         return None
+    task, training = TASKS[saved.settings.task], saved.training
     of_questions = task.accuracies(answers, table)
     if per_question:
         order = np.argsort(table.ids)
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
-    scores = task.summary(of_questions, table)
+    scores = task.summary(of_questions, table, saved.categories)
     trained_on = training.get("trained_on", [])
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if per_question:
@@ -141,12 +133,14 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     if store is not None and (split in store.splits or split not in settings.data.splits):
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
-        table = store.table(split)
+        table = TASKS[settings.task].table(store, settings, split)
+        if store.categories != saved.categories:
+            raise InputError(f"{h5}: its categories of objects are not those of the model")
         if store.tokenizer.to_str() != saved.tokenizer.to_str():
             table = table.encoded_with(saved.tokenizer)
         if stand_ins := store.stand_ins([split]):
             print(f"{h5}: {stand_ins} image(s) of split {split!r} were missing or unreadable: stand-ins are used")
-        return QuestionDataset(table, H5Images(h5))
+        return QuestionDataset(table, H5Images(h5) if settings.views else NoImages())
     if split not in settings.data.splits:
         raise InputError(
             f"{saved.folder}: its settings have no split {split!r}, but {', '.join(settings.data.splits) or 'none'}"
@@ -156,13 +150,14 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
         raise InputError(
             f"{files.questions}: no such file, and no {h5}; say where the data are with data.h5=… or data.folder=…"
         )
-    questions = read_questions(files.questions, files.annotations)
-    image_ids = list(dict.fromkeys(question.image_id for question in questions))
-    paths = [files.image(image_id) for image_id in image_ids]
-    check_any_exists(paths, split)
-    rows = {image_id: row for row, image_id in enumerate(image_ids)}
-    table = question_table(questions, rows, saved.tokenizer, saved.answers)
-    return QuestionDataset(table, FileImages(paths, image_ids, size))
+    source = source_of(settings, settings.views or ["crop"], saved.categories)
+    questions, rows = source.read(files), {}
+    images = number_images(source.images(files, questions), rows)
+    table = source.table(questions, images, saved.tokenizer, saved.answers)
+    if not settings.views:
+        return QuestionDataset(table, NoImages())
+    check_any_exists((Path(image.file) for image in rows), split)
+    return QuestionDataset(table, FileImages(list(rows), size))
 
 
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
@@ -178,6 +173,8 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
 def table_of(scores: Scores) -> str:
     """The scores as a small table for a terminal; question types only where they are few."""
     rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
+    if "error" in scores:
+        rows.insert(1, ("error", scores["error"]))
     if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
         rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
     width = max(len(name) for name, _ in rows)

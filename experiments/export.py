@@ -18,13 +18,15 @@ def export(run: Path, to: Path, form: str) -> None:
         form: `hub`, for `transformers`, or `onnx`.
 
     Raises:
-        InputError: no model, `to` is not empty or cannot be written, a `metrics_SPLIT.json` of `run` is malformed, or
-            a package is missing.
+        InputError: no model, or one of another task than VQA, `to` is not empty or cannot be written, a
+            `metrics_SPLIT.json` of `run` is malformed, or a package is missing.
     """
     to = to.absolute()
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise InputError(f"{to}: must be a new folder or an empty one")
     saved = load_model(run)
+    if (task := saved.settings.task) != "vqa":
+        raise InputError(f"{saved.folder}: a model of the task {task} cannot be exported; vqa.load reads it as it is")
     check_room(to, (saved.folder / WEIGHTS).stat().st_size, "name another folder")
     with written_whole(to) as aside:
         shutil.rmtree(aside, ignore_errors=True)  # of a killed export

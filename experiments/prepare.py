@@ -1,11 +1,15 @@
 """Prepare what training reads: draw synthetic scenes, pretrain their backbone, make the h5 file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.guesswhat.source import GuessWhatSource
+from data.h5_file import read_provenance
 from data.preprocess import preprocess
 from data.scenes.photos import changed_at_random
-from data.scenes.write import PHOTOS, write_world
+from data.scenes.write import GAMES, PHOTOS, write_world
+from data.sources import Source
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
 from vqa.devices import choose_device
@@ -46,7 +50,7 @@ def prepare_backbone(settings: Settings) -> float:
     return pretrain_backbone(
         Path(settings.backbone.weights),
         settings.backbone.name,
-        world=scenes.world,
+        world="small" if scenes.world == GAMES else scenes.world,  # the games' objects are those of the small scenes
         seed=scenes.seed,
         image_size=scenes.pretrain_size,
         images=scenes.pretrain_images,
@@ -56,16 +60,21 @@ def prepare_backbone(settings: Settings) -> float:
     )
 
 
+def prepare_scenes(settings: Settings) -> None:
+    """Draws the scenes of a recipe and pretrains their backbone, if it has any."""
+    if settings.scenes is not None:
+        prepare_world(settings)
+        if settings.backbone.weights != "none":
+            prepare_backbone(settings)
+
+
 def prepare(settings: Settings) -> None:
     """Makes everything that the training of a recipe reads, if it can be made.
 
     Raises:
         InputError: raw files are missing, or something of other settings is in the way.
     """
-    if settings.scenes is not None:
-        prepare_world(settings)
-        if settings.backbone.weights != "none":
-            prepare_backbone(settings)
+    prepare_scenes(settings)
     if settings.data.splits:
         preprocess(**preprocessing_of(settings))
 
@@ -75,7 +84,20 @@ def preprocessing_of(settings: Settings) -> dict[str, Any]:
     data = settings.data
     names = ("image_size", "min_word_count", "answers", "vocabulary_from", "skip_bad_images")
     named = {name: getattr(data, name) for name in names}
-    return {"splits": split_files(settings), "path": Path(data.h5), "threads": data.processes, **named}
+    path, views = Path(data.h5), ["crop", *({"image"} & set(settings.inputs))]
+    if settings.guesswhat is not None and path.exists():  # whole images that it holds are no reason to make it again
+        stored = read_provenance(path)["settings"].get("guesswhat.images", views)
+        views = stored if set(views) <= set(stored) else views
+    named |= {"source": source_of(settings, views)}
+    return {"splits": split_files(settings), "path": path, "threads": data.processes, **named}
+
+
+def source_of(settings: Settings, views: Sequence[str], categories: Sequence[str] | None = None) -> Source:
+    """The reader of a recipe's raw files; views and categories of GuessWhat?! as `GuessWhatSource` takes them."""
+    games = settings.guesswhat
+    if games is None:
+        return Source(settings.data.answers)
+    return GuessWhatSource(games.status, games.crop_factor, views, categories)
 
 
 def split_files(settings: Settings) -> dict[str, SplitFiles]:

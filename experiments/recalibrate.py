@@ -41,7 +41,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         raise InputError(f"{out}: holds a trained model; --out must name another directory")
     device = choose_device(settings.device)
     saved = load_model(folder, device)
-    if "image" not in settings.inputs or not saved.model.resnet.batch_norms():
+    if not settings.views or not saved.model.resnet.batch_norms():
         raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
     if saved.model.image is not None:
         raise InputError(f"{folder}: cbn.condition=image passes each image through the norms twice, modulated and not")
@@ -56,17 +56,19 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     bad, questions = torch.as_tensor(data.images.bad), 0
     with torch.inference_mode(), model.resnet.estimating_statistics():
         for batch in read_batches(data, rows, settings, device, "re-estimating"):
-            good = ~bad[data.table.images[batch.rows]]  # stand-ins are not used
+            good = ~bad[data.table.images[batch.rows]].reshape(len(batch.rows), -1).any(1)  # stand-ins are not used
             if good.sum() < needed:
                 continue
             questions += int(good.sum())
             moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
             with autocast(device, settings.precision):
-                images = saved.preprocessing.normalise(moved.images)[moved.places]  # as many as in training
-                model(images, moved.tokens, moved.lengths)
+                # as many as in training
+                images = saved.preprocessing.normalise(moved.images)[moved.places.flatten()]
+                model(images, moved.tokens, moved.lengths, **moved.extras)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    companions = (saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)
+    about_texts = (saved.tokenizer, saved.answers)
+    companions = (saved.settings, *about_texts, saved.preprocessing, saved.text_encoder, saved.categories)
     save_companions(out / "model", *companions)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

@@ -133,6 +133,14 @@ def image(tiny) -> Path:
     return next((tiny.parent / "world" / "val").glob("*.png"))
 
 
+@pytest.fixture(scope="session")
+def games(tmp_path_factory) -> Path:
+    """GuessWhat?! in miniature: `guesswhat.{train,valid,test}.jsonl.gz` and `images/`, in the official format."""
+    from tests.fabricated_games import write_games
+
+    return write_games(tmp_path_factory.mktemp("games") / "official")
+
+
 @pytest.fixture
 def raw(tmp_path):
     """Raw files of a split `train` (3 questions, 2 images) and a split `val` (2 questions, 1 image)."""

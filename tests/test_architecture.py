@@ -11,7 +11,10 @@ from tests.conftest import ROOT
 
 BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data", "experiments"}}
 # The model, and what it may import of the library.
-MODEL = ("attention", "blocks", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet")
+MODEL = (
+    *("attention", "blocks", "cbn", "foreign", "model", "norm_family", "norms", "predictor", "question", "resnet"),
+    "tasks.guesswhat",
+)
 OF_MODEL = (*(f"vqa.{name}" for name in MODEL), "vqa.backbone", "vqa.kernels")
 ROOMS = {"io": ("vqa.io",), "kernels": ("vqa.io", "vqa.kernels"), "text": ("vqa.io", "vqa.text")}
 # A room is entered by these modules (or what its `__init__` holds) only; the others are its own.
@@ -19,7 +22,7 @@ DOORS = {
     "vqa.kernels": ("vqa.kernels.modulate", "vqa.kernels.frozen_conv"),
     "vqa.hub": ("vqa.hub.folder", "vqa.hub.onnx"),
     "vqa.inspect": ("vqa.inspect.inspection", "vqa.inspect.html"),
-    "vqa.tasks": ("vqa.tasks.guesswhat", "vqa.tasks.objects"),
+    "vqa.tasks": ("vqa.tasks.asked", "vqa.tasks.guesswhat", "vqa.tasks.objects"),
     "experiments.tasks": ("experiments.tasks.TASKS", "experiments.tasks.Task", "experiments.tasks.vqa"),
 }
 
@@ -52,7 +55,7 @@ def test_imports_run_one_way(folder):
 
 def test_the_model_knows_neither_files_nor_settings():
     for module in MODEL:
-        for name in imported(ROOT / "vqa" / f"{module}.py"):
+        for name in imported(ROOT / "vqa" / f"{module.replace('.', '/')}.py"):
             assert not name.startswith("vqa.") or within(name, OF_MODEL), (module, name)
 
 

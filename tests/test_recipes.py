@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from experiments.bench.bench import PARTS
 from experiments.command_line import build_parser
 from experiments.prepare import split_files
 from tests.conftest import ROOT
+from tests.fabricated_games import write_games
 from tests.kill.cases import CASES
 from vqa.io.errors import InputError
 from vqa.resnet import Modulation
@@ -58,7 +60,10 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for recipe in RECIPES:
         settings = load_settings(recipe)
-        if settings.scenes is None:
+        if settings.task == "guesswhat":
+            if settings.scenes is None and not Path(settings.data.folder).exists():
+                write_games(Path(settings.data.folder))
+        elif settings.scenes is None:
             for first, (name, files) in enumerate(split_files(settings).items()):
                 write_split(files, range(10 * first, 10 * first + (6 if name == "train" else 3)))
         if settings.question.glove:
@@ -99,12 +104,13 @@ def write_split(files, ids):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains(command, project, recipe):
     settings = load_settings(recipe)
-    if settings.scenes is not None:
+    drawn = settings.scenes is not None
+    if drawn and settings.task == "vqa":
         ended = command("demo", "--config", recipe, *SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD)
         assert ended.code == 0, ended.err
         return
     for words in (["preprocess"], ["train"]):
-        ended = command(*words, "--config", recipe, *SMALL_MODEL)
+        ended = command(*words, "--config", recipe, *SMALL_MODEL, *(SMALL_WORLD if drawn else ()))
         assert ended.code == 0, ended.err
     assert (project / "runs" / settings.name / "model" / "model.safetensors").exists()
 
@@ -147,6 +153,8 @@ def test_every_command_of_the_pages(command):
             assert set(getattr(asked, "parts", [])) <= set(PARTS)
             continue
         small = ON_TINY_DATA.get(name, [])
+        if "config/guesswhat/games.yaml" in options:  # its scenes are drawn by `preprocess`
+            small = [*SMALL_MODEL, *SMALL_WORLD]
         if name == "experiment" and "--report" not in options:  # test_runner.py and test_suites.py run suites
             small = ["--list"]
         ended = command(name, *options, *small)

@@ -7,11 +7,12 @@ from torch import nn
 
 from vqa.attention import ATTENTIONS
 from vqa.io.errors import InputError
-from vqa.model import Fusion, VQAModel
+from vqa.model import ConditionedModel, Fusion, VQAModel
 from vqa.predictor import CategoricalPredictor, ModulationPredictor
 from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
+from vqa.tasks.guesswhat import OracleModel
 
 
 def build_model(
@@ -21,7 +22,8 @@ def build_model(
     *,
     pretrained: bool,
     text_encoder: nn.Module | None = None,
-) -> VQAModel:
+    categories: int = 0,
+) -> ConditionedModel:
     """The model of a recipe, with only the parameters it names trainable.
 
     Args:
@@ -30,12 +32,13 @@ def build_model(
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
         text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
+        categories: number of categories of objects, of the task guesswhat.
 
     Raises:
         InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
     """
     weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
-    cbn, asked, attention, answer = settings.cbn, settings.question, settings.attention, settings.answer
+    cbn, asked, answer = settings.cbn, settings.question, settings.answer
     try:
         resnet = ModulatedResNet(
             settings.backbone.name,
@@ -66,7 +69,39 @@ def build_model(
             layers=asked.layers,
             fixed_size=asked.glove_size if asked.glove else 0,
         )
-    model = VQAModel(
+    if settings.guesswhat is not None:
+        model = OracleModel(
+            question,
+            resnet,
+            predictor,
+            condition=cbn.condition,
+            question_size=asked.hidden_size,
+            inputs=settings.inputs,
+            categories=categories,
+            category_size=settings.guesswhat.category_size,
+            hidden_size=answer.hidden_size,
+            answers=answers,
+            dropout=answer.dropout,
+        )
+    else:
+        model = _vqa_model(settings, question, resnet, predictor, answers)
+    if settings.backbone.train != "none" and not settings.views and settings.task == "guesswhat":
+        raise InputError("backbone.train: a model without crop and image does not use its ResNet; it must be none")
+    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
+    for parameter in resnet.trainable(settings.backbone.train):
+        parameter.requires_grad_(True)
+    return model
+
+
+def _vqa_model(
+    settings: Settings,
+    question: QuestionEncoder | TextEncoder | None,
+    resnet: ModulatedResNet,
+    predictor: ModulationPredictor | CategoricalPredictor | None,
+    answers: int,
+) -> VQAModel:
+    asked, attention, answer = settings.question, settings.attention, settings.answer
+    return VQAModel(
         question,
         resnet,
         predictor,
@@ -79,15 +114,11 @@ def build_model(
             answers,
             dropout=answer.dropout,
         ),
-        condition=cbn.condition,
+        condition=settings.cbn.condition,
         normalise=attention.normalise,
         scale=attention.scale,
         sees_image="image" in settings.inputs,
     )
-    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
-    for parameter in resnet.trainable(settings.backbone.train):
-        parameter.requires_grad_(True)
-    return model
 
 
 def _build_predictor(
@@ -98,8 +129,9 @@ def _build_predictor(
         return None
     if cbn.normaliser == "instance" and settings.data.image_size <= 32 and any(layer.stage == 4 for layer in layers):
         raise InputError("cbn.normaliser: stage 4 has one position at 32 px, which instance norm cannot normalise")
-    if set(settings.inputs) != {"image", "question"}:
-        raise InputError(f"inputs: a model of {settings.inputs[0]}s alone has nothing to condition; set cbn.stages=[]")
+    if "question" not in settings.inputs or not settings.views:
+        inputs = " and ".join(settings.inputs)
+        raise InputError(f"inputs: a model of {inputs} alone has nothing to condition; set cbn.stages=[]")
     if not (cbn.gamma or cbn.beta):
         raise InputError("cbn: gamma and beta are both false; set cbn.stages=[] to condition nothing")
     if cbn.condition == "image" and settings.backbone.statistics == "batch":

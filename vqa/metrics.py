@@ -8,7 +8,7 @@ import numpy as np
 
 from vqa.text.answers import NO_ANSWER, normalise_answer, strip_answer
 
-__all__ = ["Scores", "accuracies", "normalise_answer", "question_accuracy", "summary"]
+__all__ = ["Scores", "accuracies", "by_kind", "normalise_answer", "question_accuracy", "summary"]
 
 
 class Scores(TypedDict):
@@ -69,14 +69,15 @@ def summary(accuracies: Sequence[float], answer_types: Sequence[str], question_t
     return {
         "questions": len(accuracies),
         "overall": _percent(accuracies),
-        "per_answer_type": _by(answer_types, accuracies),
-        "per_question_type": _by(question_types, accuracies),
+        "per_answer_type": by_kind(answer_types, accuracies),
+        "per_question_type": by_kind(question_types, accuracies),
     }
 
 
-def _by(types: Sequence[str], accuracies: Sequence[float]) -> dict[str, float]:
+def by_kind(kinds: Sequence[str], accuracies: Sequence[float]) -> dict[str, float]:
+    """The mean of the accuracies (0 to 1) of each kind of questions, in percent."""
     groups: dict[str, list[float]] = defaultdict(list)
-    for kind, accuracy in zip(types, accuracies, strict=True):
+    for kind, accuracy in zip(kinds, accuracies, strict=True):
         groups[kind].append(accuracy)
     return {kind: _percent(group) for kind, group in sorted(groups.items())}
 

@@ -17,11 +17,19 @@ Condition = Literal["question", "kind", "image", "constant", "mean_question", "s
 
 
 class Output(NamedTuple):
-    """The output of `VQAModel` for a batch."""
+    """The output of a model for a batch."""
 
     logits: Tensor  # [B, A], before the softmax, or sigmoid with `bce`
-    attention: Tensor  # [B, G, H, W], each glimpse sums to 1
+    attention: Tensor | None  # [B, G, H, W], each glimpse sums to 1; None of a model without attention
     modulation: Modulation | None  # [B, sum of C] each; None if no norm is conditioned
+
+
+def answer_layers(size: int, hidden_size: int, answers: int, dropout: float) -> nn.Sequential:
+    """[B, size] → logits [B, A] through a hidden layer (none if `hidden_size` is 0); `dropout` is the probability of
+    dropping a unit, before each layer.
+    """
+    hidden = [nn.Linear(size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
+    return nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or size, answers))
 
 
 class Fusion(nn.Module):
@@ -30,12 +38,11 @@ class Fusion(nn.Module):
     def __init__(
         self, question_size: int, visual_size: int, fusion_size: int, hidden_size: int, answers: int, *, dropout: float
     ) -> None:
-        """`hidden_size` 0 means no hidden layer; `dropout` is the probability of dropping a unit."""
+        """`hidden_size` and `dropout` as in `answer_layers`."""
         super().__init__()
         self.question = nn.Linear(question_size, fusion_size, bias=False)
         self.visual = nn.Linear(visual_size, fusion_size, bias=False)
-        hidden = [nn.Linear(fusion_size, hidden_size), nn.ReLU(), nn.Dropout(dropout)] if hidden_size else []
-        self.answer = nn.Sequential(nn.Dropout(dropout), *hidden, nn.Linear(hidden_size or fusion_size, answers))
+        self.answer = answer_layers(fusion_size, hidden_size, answers, dropout)
 
     def forward(self, question: Tensor, visual: Tensor) -> Tensor:
         """e_q [B, D], e_v [B, G * C] → logits [B, A]."""
@@ -56,7 +63,7 @@ class ImageCondition(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))  # over images, see `VQAModel.set_image_statistics`
+        self.register_buffer("mean", torch.zeros(channels))  # over images, see `ConditionedModel.set_image_statistics`
         self.register_buffer("var", torch.ones(channels))
         self.linear = nn.Linear(channels, size)
         nn.init.normal_(self.linear.weight, std=self.DEVIATION / channels**0.5)
@@ -67,47 +74,41 @@ class ImageCondition(nn.Module):
         return self.linear(F.batch_norm(averages, self.mean, self.var))
 
 
-class VQAModel(nn.Module):
-    """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
+class ConditionedModel(nn.Module):
+    """A question encoder, a ResNet and what predicts the ResNet's deltas; each task's model adds the way to answers."""
 
     def __init__(
         self,
         question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
         predictor: ModulationPredictor | CategoricalPredictor | None,
-        attention: nn.Module,
-        fusion: Fusion,
-        *,
         condition: Condition,
-        normalise: Normalisation,
-        scale: float,
-        sees_image: bool = True,
+        question_size: int,
+        **parts: nn.Module | None,
     ) -> None:
         """
         Args:
             question: question → e_q; None for the control without the question, where e_q is ones.
             resnet: images → F.
             predictor: condition → deltas; the condition is an embedding [B, D] or, for `kind`, a class [B].
-            attention: F, e_q → scores of positions.
-            fusion: e_q, e_v → answers.
             condition: input of the predictor: the `question`, its `kind`, or for controls the `image` (see
                 `ImageCondition`), a `constant` (ones), the `mean_question` (one fixed vector, see `set_mean_question`)
                 or another question of the batch (`shuffled`; ones where there is no other).
-            normalise, scale: how `normalise_features` treats F before attention.
-            sees_image: False for the control without the image, where F is ones.
+            question_size: D.
+            parts: modules of the task's own, by name.
         """
         super().__init__()
         self.question, self.resnet, self.predictor = question, resnet, predictor
-        self.attention, self.fusion = attention, fusion
-        self.condition, self.normalise, self.scale = condition, normalise, scale
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.condition, self.question_size = condition, question_size
         self.kinds = QuestionKinds() if condition == "kind" else None
         self.image = None
         if condition == "image" and predictor is not None:
             first = max(resnet.layers[0].stage, 1)
-            self.image = ImageCondition(sum(resnet.stage_channels[first - 1 :]), fusion.question.in_features)
-        self.sees_image = sees_image
+            self.image = ImageCondition(sum(resnet.stage_channels[first - 1 :]), question_size)
         if condition == "mean_question":
-            self.register_buffer("mean_question", torch.ones(fusion.question.in_features))
+            self.register_buffer("mean_question", torch.ones(question_size))
 
     @torch.no_grad()
     def set_mean_question(self, tokens: Tensor, lengths: Tensor) -> None:
@@ -134,6 +135,72 @@ class VQAModel(nn.Module):
         averages = [map_.mean((2, 3)) for map_ in self.resnet.stage_maps(images)[first - 5 :]]
         return torch.cat(averages, dim=1).to(self.image.mean.dtype)
 
+    def encode(
+        self,
+        images: Tensor | StageMap,
+        tokens: Tensor,
+        lengths: Tensor,
+        places: Tensor | None = None,
+        modulate: bool = True,
+    ) -> tuple[Tensor, Modulation | None]:
+        """Arguments as of `forward` → e_q [B, D] and the ResNet's modulation, None with `modulate` False.
+
+        Under the condition `image` a question about V images has V modulations, one after the other.
+        """
+        if self.question is not None:
+            question = self.question(tokens, lengths)
+        else:
+            question = torch.ones(len(tokens), self.question_size, device=tokens.device)
+        if self.predictor is None or not modulate:
+            return question, None
+        return question, self.predictor(self._condition_of(question, tokens, images, places))
+
+    def _condition_of(
+        self, question: Tensor, tokens: Tensor, images: Tensor | StageMap, places: Tensor | None
+    ) -> Tensor:
+        if self.image is not None:
+            seen = self.image(self._averages(images))
+            return seen if places is None else seen[places.flatten()]
+        if self.kinds is not None:
+            return self.kinds(tokens)
+        if self.condition == "mean_question":
+            return self.mean_question.expand_as(question)
+        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
+            return torch.ones_like(question)
+        if self.condition == "shuffled":
+            # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
+            return question.roll(len(question) // 2, dims=0)
+        return question
+
+
+class VQAModel(ConditionedModel):
+    """MODERN; with `predictor` None, the paper's baseline, whose ResNet is not modulated."""
+
+    def __init__(
+        self,
+        question: QuestionEncoder | TextEncoder | None,
+        resnet: ModulatedResNet,
+        predictor: ModulationPredictor | CategoricalPredictor | None,
+        attention: nn.Module,
+        fusion: Fusion,
+        *,
+        condition: Condition,
+        normalise: Normalisation,
+        scale: float,
+        sees_image: bool = True,
+    ) -> None:
+        """
+        Args:
+            question, resnet, predictor, condition: as in `ConditionedModel`.
+            attention: F, e_q → scores of positions.
+            fusion: e_q, e_v → answers.
+            normalise, scale: how `normalise_features` treats F before attention.
+            sees_image: False for the control without the image, where F is ones.
+        """
+        size = fusion.question.in_features
+        super().__init__(question, resnet, predictor, condition, size, attention=attention, fusion=fusion)
+        self.normalise, self.scale, self.sees_image = normalise, scale, sees_image
+
     def forward(
         self,
         images: Tensor | StageMap,
@@ -149,13 +216,7 @@ class VQAModel(nn.Module):
         Question i is about image places[i], or without `places` about image i. With `modulate` False the ResNet is not
         modulated.
         """
-        if self.question is not None:
-            question = self.question(tokens, lengths)  # [B, D]
-        else:
-            question = self.fusion.question.weight.new_ones(len(tokens), self.fusion.question.in_features)
-        modulation = None
-        if self.predictor is not None and modulate:
-            modulation = self.predictor(self._condition_of(question, tokens, images, places))
+        question, modulation = self.encode(images, tokens, lengths, places, modulate)
         if self.sees_image:
             features = self.resnet(images, modulation, places)  # [B, C, H, W]
         else:
@@ -163,20 +224,3 @@ class VQAModel(nn.Module):
         features = normalise_features(features, self.normalise, self.scale)
         seen, weights = attend(features, self.attention(features, question))
         return Output(self.fusion(question, seen), weights, modulation)
-
-    def _condition_of(
-        self, question: Tensor, tokens: Tensor, images: Tensor | StageMap, places: Tensor | None
-    ) -> Tensor:
-        if self.image is not None:
-            seen = self.image(self._averages(images))
-            return seen if places is None else seen[places]
-        if self.kinds is not None:
-            return self.kinds(tokens)
-        if self.condition == "mean_question":
-            return self.mean_question.expand_as(question)
-        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
-            return torch.ones_like(question)
-        if self.condition == "shuffled":
-            # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
-            return question.roll(len(question) // 2, dims=0)
-        return question

@@ -4,6 +4,7 @@ model.safetensors    all weights, the frozen ResNet's included, and in the metad
 config.yaml          the settings
 tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
 answers.json         the answer vocabulary, in order of the classes
+categories.json      the names of the categories of objects, of a model of the task guesswhat
 preprocessing.json   the preprocessing of images
 question_encoder.json  the configuration of a text encoder of `transformers`, where there is one
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -24,14 +26,17 @@ from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.images import ImageSource, read_image
 from vqa.io.weight_files import as_safetensors, read_safetensors
-from vqa.model import Output, VQAModel
+from vqa.model import ConditionedModel, Output
 from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
+from vqa.tasks.asked import inputs_of
+from vqa.tasks.objects import Box
 from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, unusable, words
 from vqa.text_encoder import CONFIGURATION, check_tokenizer, empty_encoder
 
 WEIGHTS = "model.safetensors"
+CATEGORIES = "categories.json"
 HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
@@ -52,24 +57,35 @@ class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 
     folder: Path
-    model: VQAModel = field(repr=False)
+    model: ConditionedModel = field(repr=False)
     settings: Settings = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     answers: list[str] = field(repr=False)
     preprocessing: Preprocessing
     training: dict[str, Any]  # entries of `Training`
     text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
-
-    @overload
-    def ask(self, image: ImageSource, question: str, top: int = 5) -> list[dict[str, Any]]: ...
+    categories: list[str] = field(default_factory=list, repr=False)  # of objects
 
     @overload
     def ask(
-        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str], top: int = 5
+        self, image: ImageSource, question: str, top: int = 5, *, box: Box | None = None, category: str | None = None
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def ask(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        question: str | Sequence[str],
+        top: int = 5,
+        *,
+        box: Box | None = None,
+        category: str | None = None,
     ) -> list[list[dict[str, Any]]]: ...
 
-    def ask(self, image: Any, question: Any, top: int = 5) -> list[Any]:
-        """Answer a question about an image.
+    def ask(
+        self, image: Any, question: Any, top: int = 5, *, box: Box | None = None, category: str | None = None
+    ) -> list[Any]:
+        """Answer a question about an image, or about an object of it.
 
         Args:
             image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
@@ -77,36 +93,60 @@ class SavedModel:
             question: a question or a list of questions. Of two lists each image has its own question; one image or
                 question is combined with every entry of a list. The questions of a list are answered one by one.
             top: number of answers.
+            box: of the object, (x, y, width, height) in pixels from the top left, where the model takes one; of a list
+                all are about the same.
+            category: of the object, likewise.
 
         Returns:
             The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.
 
         Raises:
-            InputError: an image cannot be read, a question holds no word, or the model's scores are not finite.
+            InputError: an image cannot be read, a question holds no word, box or category are missing, superfluous or
+                wrong, or the model's scores are not finite.
         """
-        return _for_each(lambda image, question: self.top_answers(self.run(image, question), top), image, question)
 
-    @overload
-    def inspect(self, image: ImageSource, question: str) -> dict[str, Any]: ...
+        def answer(image: ImageSource, question: str) -> list[dict[str, Any]]:
+            return self.top_answers(self.run(image, question, box=box, category=category), top)
+
+        return _for_each(answer, image, question)
 
     @overload
     def inspect(
-        self, image: ImageSource | Sequence[ImageSource], question: str | Sequence[str]
+        self, image: ImageSource, question: str, *, box: Box | None = None, category: str | None = None
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def inspect(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        question: str | Sequence[str],
+        *,
+        box: Box | None = None,
+        category: str | None = None,
     ) -> list[dict[str, Any]]: ...
 
-    def inspect(self, image: Any, question: Any) -> Any:
+    def inspect(self, image: Any, question: Any, *, box: Box | None = None, category: str | None = None) -> Any:
         """Show what a question does to the network; arguments and errors as for `ask`.
 
         Returns:
-            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W], and
-            `layers`: the conditioned norms in order of depth, with values for each channel (`describe_channels`).
+            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W] (where
+            the model has attention), and `layers`: the conditioned norms in order of depth, with values for each
+            channel (`describe_channels`).
         """
         from vqa.inspect.inspection import read
 
-        return _for_each(lambda image, question: read(self, image, question), image, question)
+        return _for_each(lambda image, question: read(self, image, question, box, category), image, question)
 
     @torch.inference_mode()
-    def run(self, image: ImageSource, question: str, *, modulate: bool = True) -> Output:
+    def run(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        modulate: bool = True,
+        box: Box | None = None,
+        category: str | None = None,
+    ) -> Output:
         """The model's output for one question (B = 1). Raises InputError as `ask`."""
         if not isinstance(question, str):
             raise InputError(f"question: must be a text, not {type(question).__name__}")
@@ -116,8 +156,11 @@ class SavedModel:
             raise InputError(f"question: {question!r} holds no word")
         device = next(self.model.parameters()).device
         tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(self.tokenizer, [question]))
-        pixels = torch.from_numpy(self.preprocessing.decode(image).copy())[None].to(device)
-        output = self.model(self.preprocessing.normalise(pixels), tokens[None], lengths, modulate=modulate)
+        views, others = inputs_of(self.settings, self.categories, read_image(image), box, category)
+        pixels = np.array([self.preprocessing.decode(view) for view in views], np.uint8)  # [V, S, S, 3]
+        extras = {name: torch.from_numpy(value).to(device) for name, value in others.items()}
+        images = self.preprocessing.normalise(torch.from_numpy(pixels).to(device)) if views else None
+        output = self.model(images, tokens[None], lengths, modulate=modulate, **extras)
         if not output.logits.isfinite().all():
             damaged = "the model's scores of the answers are not finite; its weights are damaged"
             raise InputError(f"{self.folder}: {damaged}")
@@ -161,18 +204,21 @@ def save_companions(
     answers: list[str],
     preprocessing: Preprocessing,
     text_encoder: dict[str, Any] | None,
+    categories: Sequence[str] = (),
 ) -> None:
     """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / "config.yaml")
     save_tokenizer(tokenizer, folder)
     write_json(folder / "answers.json", answers)
+    if categories:
+        write_json(folder / CATEGORIES, list(categories))
     preprocessing.save(folder / "preprocessing.json")
     if text_encoder is not None:
         write_json(folder / CONFIGURATION, text_encoder)
 
 
-def save_weights(folder: Path, model: VQAModel, training: dict[str, Any], prefix: str = "") -> None:
+def save_weights(folder: Path, model: ConditionedModel, training: dict[str, Any], prefix: str = "") -> None:
     """Write the weights, their names after `prefix`, whole or not at all."""
     weights = {prefix + name: value for name, value in model.state_dict().items()}
     with written_whole(folder / WEIGHTS) as aside:
@@ -226,24 +272,26 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
     if made.suffix == ".json":
         answers, preprocessing = _hub_answers(made), _hub_preprocessing(folder / "processor_config.json")
     else:
-        answers = _checked_answers(read_json(folder / "answers.json"), folder / "answers.json")
+        answers = _checked_texts(read_json(folder / "answers.json"), folder / "answers.json", "answer")
         preprocessing = Preprocessing.load(folder / "preprocessing.json")
     described = made if made.suffix == ".json" else folder / CONFIGURATION
     if of_transformers:
         content = read_json(described)
         text_encoder = content.get(HUB_CONFIGURATION) if described == made else content
         check_tokenizer(tokenizer, text_encoder, str(described))
+    categories = []
+    if settings.guesswhat is not None:
+        categories = _checked_texts(read_json(folder / CATEGORIES), folder / CATEGORIES, "category")
     try:
         with torch.device("meta"):  # allocates nothing, whatever sizes config.yaml names
+            sizes = {"answers": len(answers), "categories": len(categories)}
             encoder = empty_encoder(text_encoder, str(described)) if of_transformers else None
-            model = build_model(
-                settings, tokenizer.get_vocab_size(), len(answers), pretrained=False, text_encoder=encoder
-            )
+            model = build_model(settings, tokenizer.get_vocab_size(), **sizes, pretrained=False, text_encoder=encoder)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built from it ({error!s:.100})") from None
     training = load_weights(model, folder / WEIGHTS)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
-    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder)
+    return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder, categories)
 
 
 def _hub_answers(file: Path) -> list[str]:
@@ -252,7 +300,7 @@ def _hub_answers(file: Path) -> list[str]:
     places = list(map(str, range(len(names)))) if isinstance(names, dict) else []
     if not isinstance(names, dict) or names.keys() != set(places):
         raise InputError(f"{file}: id2label must name the answers from 0 on without gaps")
-    return _checked_answers([names[place] for place in places], file)
+    return _checked_texts([names[place] for place in places], file, "answer")
 
 
 def _hub_preprocessing(file: Path) -> Preprocessing:
@@ -265,16 +313,16 @@ def _hub_preprocessing(file: Path) -> Preprocessing:
     return Preprocessing.of(content | {"resize": "bilinear"}, file)
 
 
-def _checked_answers(answers: Any, file: Path) -> list[str]:
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+def _checked_texts(texts: Any, file: Path, what: str) -> list[str]:
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{file}: must be a list of texts")
-    for place, answer in enumerate(answers):
-        if reason := unusable(answer) or ("" if answer.strip() else "empty"):
-            raise InputError(f"{file}: answer {place} is {reason}")
-    return answers
+    for place, text in enumerate(texts):
+        if reason := unusable(text) or ("" if text.strip() else "empty"):
+            raise InputError(f"{file}: {what} {place} is {reason}")
+    return texts
 
 
-def load_weights(model: VQAModel, file: Path) -> dict[str, Any]:
+def load_weights(model: ConditionedModel, file: Path) -> dict[str, Any]:
     """Load the weights into a model on the meta device; returns how it was trained."""
     try:
         weights, metadata = read_safetensors(file)

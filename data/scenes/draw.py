@@ -88,17 +88,22 @@ def jittered(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def coverage(item: SceneObject, size: int) -> np.ndarray:
+    """Return how much of each pixel an object covers, [size, size] (height, width), 0 to 1."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # [S], centres of the pixels
+    right = (axis[None, :] - item.centre[0]) / item.radius
+    down = (axis[:, None] - item.centre[1]) / item.radius
+    x = cos(item.tilt) * right + sin(item.tilt) * down  # [S, S], in the object's own axes
+    y = cos(item.tilt) * down - sin(item.tilt) * right
+    distance = _OUTLINES[item.shape](x, y) * item.radius * size  # [S, S], in pixels
+    return np.clip(0.5 - distance, 0, 1)  # smooths the edge over one pixel
+
+
 def draw_scene(scene: Scene, size: int, rng: np.random.Generator, look: Look = LOOKS["plain"]) -> np.ndarray:
     """Draw a scene as uint8 [size, size, 3] (height, width, RGB); `rng` samples the background and the noise."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size  # [S], centres of the pixels
     noise = rng.random((3, size, size), dtype=np.float32) - 0.5
     image = rng.uniform(*look.background) + look.noise * noise  # [3, S, S]
     for item in scene:
-        right = (axis[None, :] - item.centre[0]) / item.radius
-        down = (axis[:, None] - item.centre[1]) / item.radius
-        x = cos(item.tilt) * right + sin(item.tilt) * down  # [S, S], in the object's own axes
-        y = cos(item.tilt) * down - sin(item.tilt) * right
-        distance = _OUTLINES[item.shape](x, y) * item.radius * size  # [S, S], in pixels
-        coverage = np.clip(0.5 - distance, 0, 1)  # smooths the edge over one pixel
-        image += coverage * (np.float32(item.rgb)[:, None, None] + look.noise_on_objects * noise - image)
+        covered = coverage(item, size)
+        image += covered * (np.float32(item.rgb)[:, None, None] + look.noise_on_objects * noise - image)
     return np.clip(look.light * image, 0, 255).transpose(1, 2, 0).astype(np.uint8, order="C")

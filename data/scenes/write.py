@@ -1,5 +1,6 @@
-"""Write synthetic scenes as files: images, and questions in the VQA v1 format."""
+"""Write synthetic scenes as files: images, and questions in the VQA v1 or the GuessWhat?! format."""
 
+import gzip
 import json
 import zlib
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.scenes import large, photos, small
+from data.scenes import games, large, photos, small
 from data.scenes.asking import MAX_QUESTIONS, SceneQuestion
 from data.scenes.draw import LOOKS, draw_scene
 from data.vqa_files import Question
@@ -23,8 +24,9 @@ from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.processes import WorkerContext, naming_worker_limits
 from vqa.io.progress import progress
 
-WORLD_VERSION = 2  # increase it when the same arguments make other files
-PHOTOS = "photos"  # a further world: mosaics of the labelled images of a source
+WORLD_VERSION = 2  # raise it when the same arguments give other files
+PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
+GAMES = "games"  # and one of GuessWhat?! games about scenes, which are drawn half as large again as their crops
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
 WORLDS: dict[str, ModuleType] = {"small": small, "large": large}
 
@@ -41,7 +43,8 @@ def write_world(
     processes: int = 2,
     source: str | None = None,
 ) -> None:
-    """Write `SPLIT_questions.json`, `SPLIT_annotations.json` and `SPLIT/%012d.png` (by image id) for each split.
+    """Write `SPLIT_questions.json`, `SPLIT_annotations.json` and `SPLIT/%012d.png` (by image id) for each split;
+    of GAMES `guesswhat.SPLIT.jsonl.gz` (where `val` is called `valid`) instead of the first two.
 
     `world.json` is written last and holds the arguments; a folder that has it already is left as it is. The files do
     not depend on `processes`, scenes and questions depend neither on `size` nor on `look`.
@@ -50,8 +53,8 @@ def write_world(
         folder: where to write.
         seed: of everything.
         images: number of images of each split.
-        world: one of WORLDS, or PHOTOS.
-        size: side of the images in pixels.
+        world: one of WORLDS, PHOTOS or GAMES.
+        size: side of the images in pixels; of GAMES, of the crops of an object.
         look: one of LOOKS.
         questions_per_image: 1 to MAX_QUESTIONS.
         processes: that draw.
@@ -98,19 +101,10 @@ def write_world(
             count,
             f"{split} scenes",
         )
-        questions = (
-            Question(MAX_QUESTIONS * image_id + index, image_id, text, question_type, answer_type, (answer,) * 10)
-            for image_id, of_image in enumerate(asked, start=first_id)
-            for index, (question_type, answer_type, text, answer) in enumerate(of_image)
-        )
-        header = {
-            "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
-            "data_type": "scenes",
-            "data_subtype": split,
-            "license": {"url": "", "name": ""},
-        }
-        files = folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
-        write_questions(files, questions, header, {"task_type": "Open-Ended"})
+        if world == GAMES:
+            _write_games(folder, split, asked)
+        else:
+            _write_asked(folder, split, first_id, asked)
         first_id += count
     write_json(file, made)
 
@@ -132,23 +126,45 @@ def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -
 
 def _write_image(
     made: Mapping[str, Any], source: str | None, folder: Path, split: str, first_id: int, index: int
-) -> list[SceneQuestion]:
-    """Write one image of a split and return its questions; each image has its own random streams."""
+) -> Any:
+    """Write one image of a split; return its questions or, of GAMES, its game. Each image has random streams of its
+    own.
+    """
     seeds = made["seed"], zlib.crc32(split.encode()), index  # hash() of a text differs from run to run
     rng, drawing = (np.random.default_rng([*seeds, stream]) for stream in range(2))
+    file = folder / split / f"{first_id + index:012d}.png"
     if source is None:
-        world = WORLDS[made["world"]]
+        world, size = WORLDS.get(made["world"], games), made["size"]
         scene = world.sample_scene(rng)
-        pixels = draw_scene(scene, made["size"], drawing, LOOKS[made["look"]])
         asked = world.ask(scene, rng, made["questions_per_image"])
+        if world is games:
+            size = 3 * size // 2
+            asked = games.official(scene, asked, first_id + index, file.name, size)
+        pixels = draw_scene(scene, size, drawing, LOOKS[made["look"]])
     else:
         images = photos.photographs(source)
         mosaic = photos.sample_mosaic(rng, images, held_out=split != "train")
         pixels = photos.draw_mosaic(mosaic, images, made["size"], drawing)
         asked = photos.ask(mosaic, images, rng, made["questions_per_image"])
-    file = folder / split / f"{first_id + index:012d}.png"
     Image.fromarray(pixels).save(file, compress_level=0)  # noise hardly compresses
     return asked
+
+
+def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequence[SceneQuestion]]) -> None:
+    """Write the two official files of a split of scenes; the ten answers to a question are equal."""
+    questions = (
+        Question(MAX_QUESTIONS * image_id + index, image_id, text, question_type, answer_type, (answer,) * 10)
+        for image_id, of_image in enumerate(asked, start=first_id)
+        for index, (question_type, answer_type, text, answer) in enumerate(of_image)
+    )
+    header = {
+        "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
+        "data_type": "scenes",
+        "data_subtype": split,
+        "license": {"url": "", "name": ""},
+    }
+    files = folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
+    write_questions(files, questions, header, {"task_type": "Open-Ended"})
 
 
 def write_questions(
@@ -175,6 +191,14 @@ def write_questions(
                 file.write((", " if row else "") + json.dumps(entry | more, ensure_ascii=False))
         asked.write("]}\n")
         annotated.write("]}\n")
+
+
+def _write_games(folder: Path, split: str, games_played: Iterable[dict[str, Any]]) -> None:
+    """Write the official file of a split, a game a line."""
+    text = "".join(f"{json.dumps(game)}\n" for game in games_played)
+    name = "valid" if split == "val" else split
+    with written_whole(folder / f"guesswhat.{name}.jsonl.gz") as aside:
+        aside.write_bytes(gzip.compress(text.encode(), mtime=0))  # without the time: the same games, the same file
 
 
 def draw_single_objects(world: ModuleType, seed: int, images: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from data.h5_file import Store
@@ -119,7 +120,7 @@ def _read(splits: Mapping[str, SplitFiles]) -> int:
     tokenizer = train_tokenizer((question.text for question in asked["train"]), 2)
     vocabulary = answer_vocabulary((answer for question in asked["train"] for answer in question.answers), 2000)
     for questions in asked.values():
-        question_table(questions, {question.image_id: 0 for question in questions}, tokenizer, vocabulary)
+        question_table(questions, np.zeros(len(questions), np.int64), tokenizer, vocabulary)
     return sum(map(len, asked.values()))
 
 

@@ -65,7 +65,7 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
     runs = []
     for name, folder in zip(shown_names(folders), map(find_model, folders), strict=True):
         settings = load_saved(settings_file(folder), overrides)
-        if "image" not in settings.inputs:
+        if not settings.views:
             raise InputError(f"{folder}: a model without image input has no features to show")
         saved = load_model(folder, choose_device(settings.device))
         runs.append(Run(name, saved, settings, split_data(saved, settings, split)))
@@ -153,10 +153,11 @@ def stage_features(network: Network) -> list[np.ndarray]:
     in_order = batches_by_image(data.table, settings.train.batch_size)
     for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
         moved = batch.to(device)
-        images, modulation = saved.preprocessing.normalise(moved.images)[moved.places], None
+        first = moved.places.reshape(len(moved.rows), -1)[:, 0]  # of a question about several images
+        images, modulation = saved.preprocessing.normalise(moved.images)[first], None
         with autocast(device, settings.precision):
             if network.modulate:
-                modulation = saved.model(images, moved.tokens, moved.lengths).modulation
+                _, modulation = saved.model.encode(images, moved.tokens, moved.lengths)
             stages = saved.model.resnet.stage_maps(images, modulation)
         maps.append([of_stage.float().mean((2, 3)).cpu().numpy() for of_stage in stages])
         rows.append(batch.rows.numpy().copy())  # a view would keep the worker's shared memory

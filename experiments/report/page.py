@@ -58,7 +58,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     ends = (".csv", ".md", "_runs.csv", ".png", "_contrasts.csv")
     table, page, trainings, figure, contrasted = (out / f"{suite.report_name}{end}" for end in ends)
     results = collect(suite, runs)
-    lines, seeds, contrasts = row_lines(suite, results), run_lines(results), contrast_lines(suite, results)
+    lines, seeds, contrasts = row_lines(suite, results), run_lines(suite, results), contrast_lines(suite, results)
     write_lines(table, lines)
     if results:
         from experiments.report.figure import write_figure  # matplotlib

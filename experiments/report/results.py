@@ -14,7 +14,7 @@ import numpy as np
 from experiments.evaluate import MOST_TYPES_SHOWN
 from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation, seed_interval
 from experiments.runner import Job, jobs_of
-from experiments.suite import COLUMNS, Row, Suite
+from experiments.suite import Row, Suite
 from vqa.io.errors import InputError
 from vqa.io.files import read_bytes, written_whole
 
@@ -111,7 +111,8 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
-    return Result(row, job.seed, {"overall": metrics.overall} | metrics.per_answer_type | kinds, facts, answered)
+    scores = {"overall": metrics.overall, "error": 100 - metrics.overall} | metrics.per_answer_type | kinds
+    return Result(row, job.seed, scores, facts, answered)
 
 
 def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
@@ -132,9 +133,9 @@ def _answered(file: Path) -> Answered:
         raise InputError(f"{file}: missing or damaged; remove the metrics beside it and run again") from None
 
 
-def run_lines(results: Sequence[Result]) -> list[Line]:
+def run_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
-    columns = [*COLUMNS, *_kinds(results)]
+    columns = [*suite.columns, *_kinds(results)]
     return [
         _line(result.row, seed=result.seed, **{column: result.scores.get(column) for column in columns}, **result.facts)
         for result in results
@@ -156,12 +157,12 @@ def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
             settings=shlex.join(row.run.words),
             seeds=" ".join(str(result.seed) for result in own),
             questions=own[0].facts["questions"] if own else None,
-            **_means(own, kinds),
+            **_means(own, suite.columns, kinds),
             baseline=suite.baseline,
             **_interval(compared),
             difference_std=compared and compared.deviation,
             compared=compared and compared.questions,
-            **_paper(row.run.paper if row.test.label == "plain" else {}),
+            **_paper(suite, row.run.paper if row.test.label == "plain" else {}),
             seconds=_mean(own, "seconds"),
             peak_memory_mib=_mean(own, "peak_memory_mib"),
             trained_parameters=own[0].facts["trained_parameters"] if own else None,
@@ -169,7 +170,8 @@ def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
             **_claim(_compared(own, by_row.get(following, []))),
         )
         lines.append(line)
-    return lines + [dict.fromkeys(lines[0]) | {"row": name} | _paper(paper) for name, paper in suite.not_run.items()]
+    only_paper = ({"row": name} | _paper(suite, numbers) for name, numbers in suite.not_run.items())
+    return lines + [dict.fromkeys(lines[0]) | line for line in only_paper]
 
 
 def contrast_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
@@ -199,13 +201,13 @@ def _kinds(results: Sequence[Result]) -> list[str]:
     return kinds if len(kinds) <= MOST_TYPES_SHOWN else []
 
 
-def _means(results: Sequence[Result], kinds: Sequence[str]) -> Line:
+def _means(results: Sequence[Result], columns: Sequence[str], kinds: Sequence[str]) -> Line:
     """Means over seeds, and standard deviations but for question types."""
     line: Line = {}
-    for column in [*COLUMNS, *kinds]:
+    for column in [*columns, *kinds]:
         scores = [result.scores[column] for result in results if column in result.scores]
         mean, deviation = mean_and_deviation(scores) if scores else (None, None)
-        line |= {f"{column}_mean": mean, f"{column}_std": deviation} if column in COLUMNS else {column: mean}
+        line |= {f"{column}_mean": mean, f"{column}_std": deviation} if column in columns else {column: mean}
     return line
 
 
@@ -237,8 +239,8 @@ def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | 
     return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
 
 
-def _paper(numbers: Mapping[str, float]) -> Line:
-    return {f"paper_{column}": numbers.get(column) for column in COLUMNS}
+def _paper(suite: Suite, numbers: Mapping[str, float]) -> Line:
+    return {f"paper_{column}": numbers.get(column) for column in suite.columns}
 
 
 def _mean(results: Sequence[Result], key: str) -> float | None:

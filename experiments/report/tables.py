@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.results import KIND, Line
-from experiments.suite import COLUMNS
 from vqa.io.errors import printable
 from vqa.io.files import write_csv
 
 NOT_RUN, TOO_FEW = "not run", "too few seeds"
+WHOLE = ("overall", "error")  # columns of all questions
 _Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
 
 
@@ -27,7 +27,7 @@ def markdown_table(lines: Sequence[Line]) -> str:
 
 
 def terminal_table(lines: Sequence[Line]) -> str:
-    """Aligned text, narrower than the Markdown: the paper's numbers and deviations for the overall accuracy only.
+    """Aligned text, narrower than the Markdown: the paper's numbers and deviations only for all questions.
 
     The differences to the baseline are in a second table, below.
     """
@@ -40,8 +40,8 @@ def terminal_table(lines: Sequence[Line]) -> str:
 
 def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
     columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
-    for column in COLUMNS:
-        if brief and column != "overall":
+    for column in [key.removesuffix("_mean") for key in lines[0] if key.endswith("_mean")]:
+        if brief and column not in WHOLE:
             columns.append((column, partial(_mean, f"{column}_mean")))
         else:
             columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
@@ -128,7 +128,7 @@ def _interval(line: Line, name: str) -> str:
 def _spread(column: str, line: Line) -> str:
     """The mean ± standard deviation over seeds."""
     if not line["seeds"]:
-        return NOT_RUN if column == "overall" else ""
+        return NOT_RUN if column in WHOLE else ""
     deviation = line[f"{column}_std"]
     return _number(line[f"{column}_mean"]) + ("" if deviation is None else f" ± {_number(deviation)}")
 

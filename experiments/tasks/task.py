@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.metrics import Scores, summary
-from vqa.model import VQAModel
+from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
-from vqa.settings.schema import Settings
+from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import PAD_ID
 from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
@@ -64,14 +65,16 @@ class Task(ABC):
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
-        for key, made in settings_of(store.provenance).items():
-            if made != (asked := getattr(settings.data, key)):
-                raise InputError(f"{store.path}: made with {key} {made}, but data.{key} is {asked}")
+        asked = flat(settings)
+        for name, made in settings_of(store.provenance).items():
+            key = name if "." in name else f"data.{name}"
+            if key in asked and made != asked[key]:
+                raise InputError(f"{store.path}: made with {name} {made}, but {key} is {asked[key]}")
         self.tokenizer, self.text_encoder = store.tokenizer, None
         if settings.question.encoder == "transformers":
             self.tokenizer, self.text_encoder = read_pretrained(settings.question.text_encoder)
         splits, split = list(settings.train.splits), settings.train.validate_on
-        self.training = _trainable_questions(store, splits)
+        self.training = self._trainable_questions(splits)
         if settings.train.loss == "bce" and (self.training.given != NO_ANSWER).sum(1).max() == 1:
             why = "train.loss: bce trains towards the official accuracy, which is 0 where one answer is given"
             raise InputError(f"{why}, as to every question of {', '.join(splits)}; use soft or hard")
@@ -80,7 +83,7 @@ class Task(ABC):
             without = "train.validate_on=null trains without validation"
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
-            self.validation = store.table(split)
+            self.validation = self.table(store, settings, split)
             if not self.validation.given.size:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")
             splits.append(split)
@@ -92,6 +95,28 @@ class Task(ABC):
             self.identity = hashlib.sha256(of_questions.encode()).hexdigest()
         self.preprocessing = Preprocessing(store.image_size)
 
+    @classmethod
+    def table(cls, store: Store, settings: Settings, split: str) -> QuestionTable:
+        """Reads the questions of a split. Raises InputError if the h5 file is of another task, or damaged."""
+        sections = {key.partition(".")[0] for key in settings_of(store.provenance) if "." in key}
+        if settings.task not in (sections or {"vqa"}):
+            made_for = ", ".join(sections) or "vqa"
+            raise InputError(f"{store.path}: made for the task {made_for}, not {settings.task}; name another data.h5")
+        return store.table(split)
+
+    def _trainable_questions(self, splits: list[str]) -> QuestionTable:
+        """The questions whose images are there and to which a given answer is a class."""
+        store = self.store
+        tables = [self.table(store, self.settings, split) for split in splits]
+        for split, table in zip(splits, tables, strict=True):
+            if not table.given.size:
+                raise InputError(f"train.splits: split {split!r} has no annotations")
+        table = joined(tables)
+        kept = store.usable[table.images].reshape(len(table), -1).all(1) & (table.labels() >= 0).any(1)
+        if not kept.any():
+            raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
+        return table.select(np.flatnonzero(kept))
+
     def dataset(self, table: QuestionTable, images: Images, *, augmented: bool = False) -> QuestionDataset:
         """Makes the batches of a table's questions with their images, or with feature maps in their place."""
         kind = self.settings.train.augment if augmented else "none"
@@ -101,7 +126,7 @@ class Task(ABC):
     def sampler(self, processes: Processes, epoch: int, start: int = 0) -> EpochSampler:
         """This process's part of the training batches of an epoch, from batch `start` on."""
         return EpochSampler(
-            self.training.images,
+            self.training.images.reshape(len(self.training), -1)[:, 0],
             self.settings.train.batch_size,
             self.settings.seed,
             epoch,
@@ -111,16 +136,18 @@ class Task(ABC):
             start=start,
         )
 
-    def new_model(self, *, fresh: bool, say: Callable[[str], None], init_from: SavedModel | None = None) -> VQAModel:
+    def new_model(
+        self, *, fresh: bool, say: Callable[[str], None], init_from: SavedModel | None = None
+    ) -> ConditionedModel:
         """Builds the model; a `fresh` one gets what it takes from the data and from the model `init_from`, if there is
         one; else a checkpoint sets all weights.
         """
-        settings, vocabulary, encoder = self.settings, self.tokenizer.get_vocab(), None
+        settings, store, vocabulary = self.settings, self.store, self.tokenizer.get_vocab()
+        made: dict[str, Any] = {"answers": len(store.vocabulary), "categories": len(store.categories)}
         if self.text_encoder is not None:
             name = settings.question.text_encoder
-            encoder = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
-        answers = len(self.store.vocabulary)
-        model = build_model(settings, len(vocabulary), answers, pretrained=fresh, text_encoder=encoder)
+            made["text_encoder"] = load_encoder(name) if fresh else empty_encoder(self.text_encoder, name)
+        model = build_model(settings, len(vocabulary), pretrained=fresh, **made)
         if not fresh:
             return model
         if model.question is not None and settings.question.glove:
@@ -137,7 +164,7 @@ class Task(ABC):
                     model.resnet(images)
         taken = set()
         if init_from is not None:
-            taken = take_weights(model, init_from, vocabulary, self.store.vocabulary, say)
+            taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
         if model.condition == "mean_question" and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         if model.image is not None and "image.mean" not in taken:
@@ -169,29 +196,17 @@ class Task(ABC):
         """The accuracy, 0 to 1, of one prediction for each question of the table, in its order."""
 
     @staticmethod
-    def summary(accuracies: Sequence[float], table: QuestionTable) -> Scores:
-        """The scores of a table's questions from the accuracy of each."""
+    def summary(accuracies: Sequence[float], table: QuestionTable, categories: Sequence[str]) -> Scores:  # noqa: ARG004
+        """The scores of a table's questions from the accuracy of each; `categories` are those of objects, if any."""
         return summary(accuracies, table.answer_types, table.question_types)
 
     def score(self, classes: np.ndarray) -> Scores:
         """Scores one answer class for each question of the validation split, in its order."""
         predictions = [self.store.vocabulary[class_] for class_ in classes]
-        return self.summary(self.accuracies(predictions, self.validation), self.validation)
+        return self.summary(self.accuracies(predictions, self.validation), self.validation, self.store.categories)
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs in addition to its weights."""
-        about_texts = (self.tokenizer, self.store.vocabulary)
-        saved_model.save_companions(folder, self.settings, *about_texts, self.preprocessing, self.text_encoder)
-
-
-def _trainable_questions(store: Store, splits: list[str]) -> QuestionTable:
-    """The questions whose images are there and to which a given answer is a class."""
-    tables = [store.table(split) for split in splits]
-    for split, table in zip(splits, tables, strict=True):
-        if not table.given.size:
-            raise InputError(f"train.splits: split {split!r} has no annotations")
-    table = joined(tables)
-    kept = store.usable[table.images].reshape(len(table), -1).all(1) & (table.labels() >= 0).any(1)
-    if not kept.any():
-        raise InputError(f"{store.path}: no question of {', '.join(splits)} has both an image and a known answer")
-    return table.select(np.flatnonzero(kept))
+        store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
+        companions = (self.preprocessing, self.text_encoder, store.categories)
+        saved_model.save_companions(folder, self.settings, *about_texts, *companions)

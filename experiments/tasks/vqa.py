@@ -33,7 +33,7 @@ class VQATask(Task):
 
 def score(predictions: Sequence[str], table: QuestionTable) -> Scores:
     """The official summary of one prediction for each question of the table, in its order."""
-    return VQATask.summary(VQATask.accuracies(predictions, table), table)
+    return VQATask.summary(VQATask.accuracies(predictions, table), table, [])
 
 
 def answer_loss(logits: Tensor, labels: Tensor, kind: str, reduction: str = "mean") -> Tensor:

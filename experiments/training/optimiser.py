@@ -5,18 +5,18 @@ import math
 import torch
 from torch import nn
 
-from vqa.model import VQAModel
+from vqa.model import ConditionedModel
 from vqa.settings.schema import TrainSettings
 
 WARM_UP = 0.1  # share of the steps in which a one-cycle schedule rises
 
 
-def trained_parameters(model: VQAModel) -> list[nn.Parameter]:
+def trained_parameters(model: ConditionedModel) -> list[nn.Parameter]:
     """The parameters that training changes."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def build_optimiser(settings: TrainSettings, model: VQAModel) -> torch.optim.Optimizer:
+def build_optimiser(settings: TrainSettings, model: ConditionedModel) -> torch.optim.Optimizer:
     """The optimiser over what training changes; the MLPs that predict the deltas may have their own learning rate.
 
     Weight decay shrinks the weights themselves with AdamW and is a part of the gradient with Adam and Adamax, as in

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Images
+from data.batches import Images, NoImages
 from data.h5_file import H5Images, partial_path
 from data.h5_rows import H5Rows, damage_named, mark_rows, opened_for_filling, reserve_rows, structured, write_rows
 from experiments.process_group import Processes
@@ -56,15 +56,18 @@ class ImageSource:
 
 
 def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
-    """The maps of the last fixed stage, from a file by the h5 file that the main process makes if it is missing; or
-    the images, where they are augmented or no stage is fixed, or the file would be larger than `data.cache_gib` or
-    cannot be written.
+    """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
+    the images, where they are augmented or not seen or no stage is fixed, or the file would be larger than
+    `data.cache_gib` or cannot be written.
 
     Raises:
         InputError: as `cached_maps`.
     """
     store, settings = task.store, task.settings
-    pixels = ImageSource(H5Images(store.path), task.preprocessing, settings.speed.channels_last)
+    images = H5Images(store.path) if settings.views else NoImages()
+    pixels = ImageSource(images, task.preprocessing, settings.speed.channels_last)
+    if not settings.views:
+        return pixels
     if (kind := settings.train.augment) != "none":
         processes.say(
             f"train.augment: {kind} shows each question another version of its image in every epoch: without stored "

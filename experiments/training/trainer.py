@@ -129,7 +129,7 @@ def prepare(
 
 def _check_batch_statistics(settings: Settings, resnet: ModulatedResNet, sampler: EpochSampler) -> None:
     """Raises InputError where a step would take the statistics of one value per channel."""
-    if "image" not in settings.inputs or resnet.statistics != "batch":
+    if not settings.views or resnet.statistics != "batch":
         return
     train, size = settings.train, settings.data.image_size
     mine = sampler.batch_size // sampler.world_size

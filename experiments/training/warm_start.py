@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from vqa.io.errors import InputError
-from vqa.model import VQAModel
+from vqa.model import ConditionedModel
 from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings
 from vqa.text.answers import normalise_answer
@@ -14,13 +14,19 @@ MOST_NAMED = 20  # parts of the model that were not taken
 
 
 def take_weights(
-    model: VQAModel, saved: SavedModel, words: Mapping[str, int], answers: Sequence[str], say: Callable[[str], None]
+    model: ConditionedModel,
+    saved: SavedModel,
+    words: Mapping[str, int],
+    answers: Sequence[str],
+    categories: Sequence[str],
+    say: Callable[[str], None],
 ) -> set[str]:
-    """Sets the weights of a new model, with the vocabulary `words` and the classes `answers`, to those of a saved one.
+    """Sets the weights of a new model, with the vocabulary `words`, the classes `answers` and the `categories` of
+    objects, to those of a saved one.
 
-    Embeddings of words and scores of answers are matched by text; GloVe's vectors stay those of the new model. The
-    ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say` receives what
-    was taken and what keeps its initial values.
+    Embeddings of words and categories and scores of answers go by their text; GloVe's vectors stay those of the new
+    model. The ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say` is
+    told what was taken and what keeps its initial values.
 
     Returns:
         The names of what was taken.
@@ -30,7 +36,8 @@ def take_weights(
     by_word = _common_rows(words, their_words)
     classes = ({normalise_answer(text): row for row, text in enumerate(of)} for of in (answers, saved.answers))
     by_answer = _common_rows(*classes)
-    rows = {"question.embedding.weight": by_word}
+    by_category = _common_rows(*({name: row for row, name in enumerate(of)} for of in (categories, saved.categories)))
+    rows = {"question.embedding.weight": by_word, "category.weight": by_category}
     rows |= {f"fusion.answer.{layer}.{part}": by_answer for part in ("weight", "bias")}
 
     unfit = ["question.fixed."]

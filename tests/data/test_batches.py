@@ -12,6 +12,7 @@ import torch
 
 from data.batches import EpochSampler, FileImages, QuestionDataset, batches_by_image, make_loader, readable
 from data.h5_file import H5Images, Store
+from data.sources import NeededImage
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.text.tokenizer import PAD_ID
 
@@ -175,4 +176,4 @@ def test_images_from_files_equal_those_of_the_h5(tiny, dataset):
     files = [
         tiny.parent / "world" / "train" / name.name for name in sorted((tiny.parent / "world/train").glob("*.png"))
     ]
-    assert np.array_equal(FileImages(files, range(len(files)), 64)[3], dataset.images[3])
+    assert np.array_equal(FileImages([NeededImage(str(file), 0) for file in files], 64)[3], dataset.images[3])

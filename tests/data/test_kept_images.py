@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-import data.preprocess
+import data.sources
 from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
 from data.vqa_files import SplitFiles
@@ -19,7 +19,7 @@ from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split
 from vqa.io.errors import InputError
-from vqa.io.images import decode_image
+from vqa.io.images import decode_image, read_image
 from vqa.settings.recipes import load_settings
 
 
@@ -35,9 +35,7 @@ def made(raw, tmp_path):
 def decoded(monkeypatch):
     """The files that are decoded from now on."""
     names = []
-    monkeypatch.setattr(
-        data.preprocess, "decode_image", lambda path, size: (names.append(path), decode_image(path, size))[1]
-    )
+    monkeypatch.setattr(data.sources, "read_image", lambda path: (names.append(path), read_image(path))[1])
     return names
 
 

@@ -1,5 +1,6 @@
 """The h5 file: what it holds, which vocabularies, which images, and what is reported and refused."""
 
+import hashlib
 import warnings
 
 import h5py
@@ -9,7 +10,7 @@ import pytest
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.vqa_files import SplitFiles
-from tests.raw_files import VAL, change, make, many, write_split
+from tests.raw_files import TRAIN, VAL, change, make, many, write_split
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
 from vqa.text.answers import NO_ANSWER
@@ -71,6 +72,21 @@ def test_the_default_is_the_file_of_before_the_setting(raw, tmp_path):
     assert (tmp_path / "plain.h5").read_bytes() == (tmp_path / "named.h5").read_bytes()
     made = Store(tmp_path / "plain.h5").provenance["settings"]
     assert made == {"image_size": 32, "min_word_count": 1, "answers": 10}
+
+
+def test_a_file_of_vqa_is_that_of_before_there_were_other_datasets(tmp_path):
+    """Names of all that it holds, provenance, image ids, checksums of the pixels, digests of the tables."""
+    (folder := tmp_path / "vqa").mkdir()
+    make({"train": write_split(folder, "train", TRAIN), "val": write_split(folder, "val", VAL)}, folder / "data.h5")
+    digest, names = hashlib.sha256(), []
+    with h5py.File(folder / "data.h5") as file:
+        file.visit(names.append)
+        digest.update(f"{sorted(names)} {file.attrs['provenance']}".encode())
+        for name in ("id", "crc32"):
+            digest.update(file[f"images/{name}"][:].tobytes())
+        for name in ("train", "val"):
+            digest.update(file[f"splits/{name}"].attrs["digest"])
+    assert digest.hexdigest() == "1fcfaf3730ec2a4ddb10093f8c5660eb02d1a2929588fea42f0dcde7631a543e"
 
 
 def test_splits_without_answers_give_no_vocabulary(raw, tmp_path):

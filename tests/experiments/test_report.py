@@ -95,6 +95,20 @@ def test_means_spreads_and_differences(suite, tmp_path):
     assert (tmp_path / "out/stages.md").read_text().count("| too few seeds |") == 2
 
 
+def test_the_error_of_guesswhat_stands_beside_the_papers(tmp_path):
+    text = (
+        SUITE.replace("overall:", "error:").replace(", number: 36.5", "").replace("demo.yaml", "guesswhat/games.yaml")
+    )
+    suite = suite_of(tmp_path, text)
+    finish(suite, tmp_path, "last", 1, [1.0] * 6 + [0.0] * 2)
+    told = write_report(suite, tmp_path, tmp_path / "out")
+    last = lines_by_row(tmp_path / "out/stages.csv")["last"]
+    assert [float(last[key]) for key in ("overall_mean", "error_mean", "paper_error")] == [75, 25, 57.68]
+    assert not {"number_mean", "paper_overall"} & {key for key in last if last[key]}
+    assert re.search(r"^last +75.00 +25.00 +57.68 ", told, re.MULTILINE)
+    assert re.search(r"^none +not run +not run +56.12", told, re.MULTILINE)
+
+
 def test_intervals_over_seeds_and_contrasts_by_question_type(suite, tmp_path):
     """Reference: t(0.975, 2) = 4.302653; differences of 0, 50 and 100 points have a standard error of 50 / sqrt(3)."""
     for seed, right in ((1, [0, 0] * 4), (2, [0, 1] * 4), (3, [1, 1] * 4)):
@@ -256,7 +270,7 @@ def test_the_image_shows_every_seed(suite, tmp_path):
     for seed, accuracies in ((1, OFTEN_RIGHT), (2, ALWAYS_RIGHT), (3, OFTEN_RIGHT)):
         finish(suite, tmp_path, "all", seed, accuracies)
     write_report(suite, tmp_path, tmp_path / "out")
-    axes = draw("title", run_lines(collect(suite, tmp_path)), "none").axes[0]
+    axes = draw("title", run_lines(suite, collect(suite, tmp_path)), "none").axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all"]
     none, every = (dots.get_offsets() for dots in axes.collections)
     assert none.tolist() == [[0, 0]]

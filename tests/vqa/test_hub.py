@@ -236,9 +236,7 @@ def test_what_is_pushed_to_the_hub_is_equal_again(hub, images, saved, uploaded):
     again = [auto.from_pretrained(there) for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor)]
     assert logits(again, images).equal(logits(hub, images))
     assert vqa.load(there).ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
-    assert (
-        "What it cannot do" not in (there / "README.md").read_text()
-    )  # the page says so: `transformers` writes its own
+    assert "What it cannot do" not in (there / "README.md").read_text()  # `transformers` writes its own
 
 
 def test_weights_laid_out_channels_last_are_saved(folder, tmp_path, images, hub):

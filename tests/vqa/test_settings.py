@@ -79,7 +79,8 @@ def test_names_and_h5_files_of_recipes_do_not_collide():
     assert len({one.name for one in settings}) == len(settings)
     made = {}
     for one in settings:
-        asked = preprocessing_of(one) | {"threads": None}
+        asked = preprocessing_of(one)
+        asked |= {"threads": None, "source": asked["source"].settings}
         assert made.setdefault(one.data.h5, asked) == asked
 
 

@@ -179,12 +179,12 @@ def test_answer_classes_are_normal_forms_in_their_commonest_spelling():
 def test_a_table_keeps_what_was_asked_and_answered(raw):
     tokenizer = train_tokenizer([text for _, _, text, _ in TRAIN], 1)
     train = question_table(
-        read_questions(raw["train"].questions, raw["train"].annotations), {1: 0, 2: 1}, tokenizer, ["2", "yes"]
+        read_questions(raw["train"].questions, raw["train"].annotations), np.array([0, 0, 1]), tokenizer, ["2", "yes"]
     )
     assert train.labels().tolist() == [[NO_ANSWER] * 10, [0] * 10, [1] * 7 + [NO_ANSWER] * 3]
     assert train.answers(1) == ["2"] * 6 + ["two"] * 4
     assert tokenizer.decode(train.words(2).tolist()) == "is it day ?"
-    unanswered = question_table(read_questions(raw["val"].questions, None), {3: 5}, tokenizer, ["2", "yes"])
+    unanswered = question_table(read_questions(raw["val"].questions, None), np.array([5, 5]), tokenizer, ["2", "yes"])
     both = joined([train, unanswered, train])
     assert both.ids.tolist() == [10, 11, 12, 20, 21, 10, 11, 12]
     assert both.images.tolist() == [0, 0, 1, 5, 5, 0, 0, 1]

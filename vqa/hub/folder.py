@@ -45,10 +45,8 @@ def save_hub_folder(saved: SavedModel, folder: Path, scores: Sequence[Mapping[st
 
 def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
     settings, layers = saved.settings, saved.model.resnet.layers
-    template = jinja2.Template(
-        _CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    return template.render(
+    options = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
+    return jinja2.Template(_CARD.read_text(encoding="utf-8"), **options).render(
         Training.model_validate(saved.training).model_dump(),
         name=settings.name,
         backbone=settings.backbone.name,

@@ -63,4 +63,6 @@ def save_onnx_folder(saved: SavedModel, folder: Path) -> None:
         why = f"torch {torch.__version__} exports a recurrent layer for questions of one length only"
         raise InputError(f"--format onnx: {why}; torch 2.15 exports it for all")
     program.save(folder / FILE, external_data=False)
-    save_companions(folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder)
+    save_companions(
+        folder, saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, text_encoder=saved.text_encoder
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from vqa.io.files import write_text
 
@@ -30,6 +30,7 @@ FLIPPED, SHUT, UNDEFINED, PADDING = range(LEVELS, LEVELS + 4)
 CLASS_COLOURS = ("#e11a60", "#1a1a1a", "#b4b4b4", "#ffffff")
 VEIL = "#1a2150"  # darkens the image where the attention is low: blue, as black would not show on dark parts
 VEIL_SHARE = 0.8
+BOX_COLOUR = CLASS_COLOURS[0]  # of the object that a question is about
 
 
 def write_page(path: Path, template: str, folders: Sequence[Path] = (), **content: Any) -> None:
@@ -94,10 +95,12 @@ def inspection_view(inspection: dict[str, Any], image: Image.Image) -> dict[str,
         layer["gain_strip"] = _strip(_gain_levels(layer["gain"], gain_span), GAIN_COLOURS)
         layer["shift_strip"] = _strip(_levels(layer["delta_beta"], shift_span), SHIFT_COLOURS)
     sizes = [[np.abs(layer["delta_gamma"]) for layer in layers] for layers in zip(*depth, strict=True)]
-    return inspection | {
-        "photo": inline_image(image),
+    return {"box": None, "category": None, **inspection} | {
+        "photo": inline_image(_with_box(image, inspection.get("box"))),
+        "crop": inline_image(image.crop(inspection["crop"])) if "crop" in inspection else None,
         "readings": [
-            reading | {"letter": letter, "glimpses": [_glimpse(image, np.array(a)) for a in reading["attention"]]}
+            reading
+            | {"letter": letter, "glimpses": [_glimpse(image, np.array(a)) for a in reading.get("attention", [])]}
             for letter, reading in zip("AB", readings, strict=False)
         ],
         "depth": depth,
@@ -215,6 +218,17 @@ def _strip(levels: np.ndarray, anchors: tuple[str, ...]) -> str:
     classes = [ImageColor.getrgb(colour) for colour in CLASS_COLOURS]
     strip.putpalette(np.concatenate([ramp, classes]).astype(np.uint8).tobytes())
     return _data_uri(strip, "png", transparency=PADDING)
+
+
+def _with_box(image: Image.Image, box: Sequence[float] | None) -> Image.Image:
+    """The image with the box of the object that is asked about, if there is one."""
+    if box is None:
+        return image
+    marked, (x, y, width, height) = image.copy(), box
+    line = 1 + max(image.size) // 200  # outside of the box
+    around = (x - line, y - line, x + width - 1 + line, y + height - 1 + line)
+    ImageDraw.Draw(marked).rectangle(around, outline=BOX_COLOUR, width=line)
+    return marked
 
 
 def inline_image(image: Image.Image) -> dict[str, Any]:

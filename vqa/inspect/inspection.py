@@ -13,17 +13,28 @@ from vqa.io.errors import printable
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.images import ImageSource, read_image
 from vqa.saved_model import SavedModel
+from vqa.tasks.objects import Box, crop_region
 from vqa.text.tokenizer import words
 
 _VALUES = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")  # of each channel
 
 
-def inspect(saved: SavedModel, image: Path, questions: Sequence[str]) -> dict[str, Any]:
+def inspect(
+    saved: SavedModel, image: Path, questions: Sequence[str], box: Box | None = None, category: str | None = None
+) -> dict[str, Any]:
     """The content of `modulation.json`: the model, and a reading of each question (one, or two to compare).
+
+    A model that is asked about an object names its `box` and `category`, and the `crop` that it sees.
 
     Raises:
         InputError: as `SavedModel.ask`.
     """
+    readings = [read(saved, image, question, box, category) for question in questions]
+    asked_about: dict[str, Any] = {}
+    if (made := saved.settings.guesswhat) is not None:
+        asked_about = {"box": None if box is None else list(map(float, box)), "category": category}
+        if "crop" in saved.settings.inputs:
+            asked_about["crop"] = crop_region(box, *read_image(image).size, made.crop_factor)
     return {
         "image": image.name.encode("utf-8", "replace").decode(),  # a file name may hold any bytes
         "model": {
@@ -32,21 +43,27 @@ def inspect(saved: SavedModel, image: Path, questions: Sequence[str]) -> dict[st
             "image_size": saved.preprocessing.size,
             **{"trained_on": [], "epoch": None, "val_overall": None, **saved.training},
         },
-        "readings": [read(saved, image, question) for question in questions],
+        **asked_about,
+        "readings": readings,
     }
 
 
-def read(saved: SavedModel, image: ImageSource, question: str) -> dict[str, Any]:
-    """Inspect one question; returns what `SavedModel.inspect` describes."""
+def read(
+    saved: SavedModel, image: ImageSource, question: str, box: Box | None = None, category: str | None = None
+) -> dict[str, Any]:
+    """Inspect one question; `SavedModel.inspect` says what is returned."""
     image = read_image(image)
-    modulated, plain = (saved.run(image, question, modulate=modulate) for modulate in (True, False))
+    modulated, plain = (
+        saved.run(image, question, modulate=modulate, box=box, category=category) for modulate in (True, False)
+    )
+    attention = modulated.attention
     return {
         "question": question,
         "words": words(saved.tokenizer, question),
         "unknown_words": saved.unknown_words(question),
         "answers": saved.top_answers(modulated),
         "answers_without_modulation": saved.top_answers(plain),
-        "attention": modulated.attention[0].float().tolist(),
+        **({} if attention is None else {"attention": attention[0].float().tolist()}),
         "layers": _layers(saved, modulated.modulation) if modulated.modulation else [],
     }
 

@@ -76,7 +76,12 @@ def decode_image(source: ImageSource, size: int) -> np.ndarray:
     Raises:
         InputError: as `read_image`.
     """
-    return np.asarray(read_image(source).resize((size, size), Image.Resampling.BILINEAR))
+    return resize(read_image(source), size)
+
+
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """Resize an image to uint8 [S, S, 3] as `decode_image`."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _opened(source: str | Path | bytes) -> BinaryIO:

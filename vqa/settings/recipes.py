@@ -183,7 +183,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        braces = _QUOTES if mark and "{image_id" in text.splitlines()[mark.line] else ""
+        braces = _QUOTES if mark and re.search(r"\{(image_id|file_name)", text.splitlines()[mark.line]) else ""
         raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}{braces}") from None
     except Exception:  # PyYAML raises errors of every kind on values that do not fit their tag (`!!bool x`)
         raise InputError(f"{where}: malformed YAML") from None

@@ -191,7 +191,7 @@ class SpeedSettings(_Section):
 class ScenesSettings(_Section):
     """Synthetic scenes and the backbone pretrained on them."""
 
-    world: Literal["small", "large", "photos"]
+    world: Literal["small", "large", "photos", "games"]
     look: Literal["plain", "dark", "noisy", "bright"]
     seed: int = Field(ge=0, lt=2**63)
     images: dict[SplitName, Annotated[int, Field(ge=1, le=10**7)]]
@@ -234,10 +234,19 @@ class Settings(_Section):
         """The task: the one whose section is there, else answering questions about images."""
         return "vqa" if self.guesswhat is None else "guesswhat"
 
+    @property
+    def views(self) -> list[str]:
+        """The inputs that are images, in the order in which a question has them."""
+        return [name for name in ("crop", "image") if name in self.inputs]
+
     @model_validator(mode="after")
     def _inputs_of_the_task(self) -> "Settings":
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
+        if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):
+            raise ValueError(
+                f"scenes.world: {self.scenes.world} is of another task than {self.task}; games is guesswhat's"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -92,12 +93,10 @@ def test_the_exported_folder_answers_as_the_model_does(moved, image, command, tm
 
 
 def test_an_onnx_file_answers_as_the_model_does(moved, image, command, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
     ended = command("export", "--run", moved, "--to", tmp_path / "onnx", "--format", "onnx")
     assert ended.code == 0, ended
     saved = vqa.load(moved)
-    session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for question in QUESTIONS:
         tokens = encode(saved.tokenizer, [question])[0].astype(np.int64)[None]
         given = session.run(["logits"], {"image": saved.preprocessing.decode(image)[None], "tokens": tokens})[0]

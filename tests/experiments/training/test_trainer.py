@@ -79,13 +79,13 @@ def test_statistics_are_re_estimated_on_training_images_before_training(tiny, tm
 
 
 def test_bce_is_refused_where_every_questions_score_is_0(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.tasks.task._trainable_questions", one_answer_each)
+    monkeypatch.setattr(VQATask, "_trainable_questions", one_answer_each)
     with pytest.raises(InputError, match=r"train.loss: bce .* every question of train; use soft or hard"):
         train(load_settings(tiny, ["name=one", "train.loss=bce"]), runs=tmp_path)
 
 
-def one_answer_each(store, splits):
-    table = store.table(splits[0])
+def one_answer_each(task, splits):
+    table = task.store.table(splits[0])
     return dataclasses.replace(table, given=table.given[:, :1])
 
 

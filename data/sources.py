@@ -38,7 +38,7 @@ class Source:
     """A dataset: VQA in its official format, about whole images; `data.guesswhat` has another.
 
     Attributes:
-        settings: what decides, beside the size of images and the words, what an h5 file holds.
+        settings: what determines the content of an h5 file, except the size of images and the words.
         categories: of objects, in the order of their numbers, as far as files are read.
     """
 
@@ -67,7 +67,7 @@ class Source:
         return answer_vocabulary(given, self.settings["answers"])
 
     def remarks(self, asked: Sequence[Question]) -> Iterable[str]:
-        """What the user should know of the questions."""
+        """Remarks on the questions for the user."""
         return remarks(asked)
 
     def table(

@@ -72,7 +72,7 @@ def evaluate(
             saved = load_model(folder, device)
             if split in saved.training.get("trained_on", []) and not allow_trained:
                 raise InputError(
-                    f"{run}: was trained on split {split!r}; --allow-trained scores it all the same, and marks it so"
+                    f"{run}: was trained on split {split!r}; --allow-trained scores it nevertheless, and marks it"
                 )
             data = split_data(saved, settings, split)
             if processes.is_main:
@@ -117,7 +117,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for word in overrides:
         if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
             raise InputError(
-                f"command line: {word}: a trained model is taken as it is; only where the data are, "
+                f"command line: {word}: a trained model cannot be changed; only where the data are, "
                 "data.skip_bad_images, device, precision, workers and train.batch_size can be given"
             )
 
@@ -131,9 +131,9 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     h5, size = Path(settings.data.h5), saved.preprocessing.size
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
+        table = TASKS[settings.task].table(store, settings, split)
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
-        table = TASKS[settings.task].table(store, settings, split)
         if store.categories != saved.categories:
             raise InputError(f"{h5}: its categories of objects are not those of the model")
         if store.tokenizer.to_str() != saved.tokenizer.to_str():

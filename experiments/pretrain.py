@@ -246,7 +246,7 @@ def _write(file: Path, resnet: ResNet, header: Mapping[str, Any]) -> None:
 
 
 def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The header of a file that was made with these arguments; None if there is not a file."""
+    """The header of a file that was made with these arguments; None if there is no file."""
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: must be a .safetensors file")
     if not file.exists():

@@ -150,7 +150,7 @@ class ConditionedModel(nn.Module):
         if self.question is not None:
             question = self.question(tokens, lengths)
         else:
-            question = torch.ones(len(tokens), self.question_size, device=tokens.device)
+            question = next(self.resnet.parameters()).new_ones(len(tokens), self.question_size)
         if self.predictor is None or not modulate:
             return question, None
         return question, self.predictor(self._condition_of(question, tokens, images, places))

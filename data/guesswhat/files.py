@@ -149,7 +149,7 @@ def _decoded(line: bytes) -> Game:
 
 
 def _check(game: Game) -> None:
-    """Raise ValueError as `read_games` says."""
+    """Raise ValueError if a game is wrong (see `read_games`)."""
     if game.object_id not in game.objects:
         raise ValueError(f"object_id {game.object_id} is not among its objects")
     name = game.picture.file_name

@@ -74,7 +74,7 @@ class GuessWhatSource(Source):
                 or ids.
         """
         if files.annotations is not None:
-            raise InputError(f"{files.annotations}: a game's answers stand in its own file: name no annotations")
+            raise InputError(f"{files.annotations}: a game's answers are in its own file: name no annotations")
         questions: list[Question] = []
         seen: set[int] = set()
         words: dict[str, str] = {}  # equal texts are kept once

@@ -1,7 +1,7 @@
 """GuessWhat?! games about synthetic scenes: short questions, as players type them, about one object of a scene.
 
 The objects have the shapes and colours of the small scenes, so that its backbone names them; a category is a shape. The
-first word of a question tells its kind. Neither the words of a question nor the category alone tell its answer.
+first word of a question is its kind. Neither the words of a question nor the category alone determine its answer.
 """
 
 from collections import Counter
@@ -159,7 +159,7 @@ def official(
     """Return a game as a line of the official files has it; `size` is the side of the image in pixels.
 
     Boxes hold every pixel of which an object covers 1/255 or more; `area` is the sum of the parts, `segment` the box's
-    outline. The objects stand in the order of their places, from left to right.
+    outline. The objects are listed in the order of their places, from left to right.
     """
     objects, object_id = {}, 0
     for number, item in enumerate(sorted(scene, key=lambda item: item.centre), start=10 * picture_id):

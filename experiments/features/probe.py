@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,6 +27,7 @@ from torch import Tensor
 from data.labelled_images import LabelledImages
 from data.scenes.photos import PLAIN, TINTS, changed
 from experiments.pretrain import header_of, identity_of
+from experiments.training.run_directory import surroundings
 from vqa.io.errors import InputError
 from vqa.io.files import write_json
 from vqa.io.progress import progress
@@ -55,8 +57,8 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
         InputError: `file` is not such a backbone, or one of other images, or an image cannot be read.
     """
     header, images = header_of(file), LabelledImages(source)
-    if (made := header.get("images")) != (given := identity_of(images)):
-        raise InputError(f"{file}: pretrained on images {made}, but {source} has {given}")
+    if (theirs := header.get("images")) != (ours := identity_of(images)):
+        raise InputError(f"{file}: pretrained on images {theirs}, but {source} has {ours}")
     try:
         resnet = ModulatedResNet(header["name"], file, stages=()).to(device)
     except ValueError as error:
@@ -89,8 +91,14 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
             shares |= {"fitted": regression.score(ours, labels)}
             shares = {name: 100 * float(share) for name, share in shares.items()}
             found.append({"stage": stage, "target": target, **shares, "tested": len(true)})
-    trained = {"photographs": [len(rows) for rows in chosen], "C": STRENGTH, "seed": SEED}
-    write_json(file.with_name(f"{file.name}.probe.json"), {"backbone": header, "probe": trained, "rows": found})
+    made = {
+        "photographs": [len(rows) for rows in chosen],
+        "C": STRENGTH,
+        "seed": SEED,
+        "scikit_learn": sklearn.__version__,
+    }
+    made |= {"machine": surroundings(device)}
+    write_json(file.with_name(f"{file.name}.probe.json"), {"backbone": header, "probe": made, "rows": found})
     return found
 
 

@@ -165,7 +165,7 @@ def test_files_are_official(folder):
             questions += [qa["id"] for qa in game["qas"]]
     assert len(set(dialogues)) == len(dialogues) == 21
     assert len(set(questions)) == len(questions) == 84
-    assert len(places) > 2  # the order of the objects does not tell the target
+    assert len(places) > 2  # the order of the objects does not reveal the target
 
 
 def test_one_process_writes_what_two_write_and_finished_games_are_kept(folder, tmp_path):

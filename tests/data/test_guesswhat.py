@@ -268,7 +268,7 @@ def test_any_other_bytes_are_games_or_one_line(games, tmp_path, drawn):
 
 def test_annotations_and_patterns_that_name_no_image_are_refused(games):
     files = split_files(games)["train"]
-    with pytest.raises(InputError, match="a.json: a game's answers stand in its own file"):
+    with pytest.raises(InputError, match="a.json: a game's answers are in its own file"):
         source().read(SplitFiles(files.questions, Path("a.json"), files.images))
     for pattern in ("images/one.jpg", "{file_name.x}", "{file_name!r}", "{file_name:>999999}"):
         with pytest.raises(InputError, match="must hold {file_name}, or {image_id}"):

@@ -260,7 +260,7 @@ def test_another_seed_shows_other_pairs(trained):
         (["--seed", "-1"], "not a number from 0"),
         (["--seed", "4294967296"], "not a number from 0"),
         (["--run", "nowhere"], "nowhere: no model here"),
-        (["cbn.stages=[4]"], "taken as it is"),
+        (["cbn.stages=[4]"], "a trained model cannot be changed"),
     ],
 )
 def test_wrong_input_is_refused(refused, trained, tmp_path, words, said):

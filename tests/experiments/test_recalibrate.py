@@ -37,7 +37,7 @@ def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, 
     ("words", "says"),
     [
         (["--split", "tset"], "no split 'tset'"),
-        (["cbn.stages=[]"], "cbn.stages=[]: a trained model is taken as it is"),
+        (["cbn.stages=[]"], "cbn.stages=[]: a trained model cannot be changed"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--batches", "0"], "'0' is not a number from 1 to 1000000000"),
     ],

@@ -29,7 +29,7 @@ CASES = [
     # questions
     ("ask --run {trained} --image {good} --question " + "x" * 10_001, "question: longer than 10000"),
     ("inspect --run {trained} --image {good} --question ... --versus \u3000 --out out", "holds no word"),
-    ("ask --run {trained} --image {good} --question a --top 99999999999", "positive number"),
+    ("ask --run {trained} --image {good} --question a --top 99999999999", "a number from 1 to 1000000000"),
     # recipes
     *[
         (f"train --config {{recipe:{name}}}", says)
@@ -134,7 +134,7 @@ CASES = [
     ("recalibrate --run {trained} --split ../x --out out", "no split '../x'"),
     ("recalibrate --run {trained} --config {recipe:laughs} --out out", "laughs.yaml: "),
     ("features --run {model:cut} --out out", "model.safetensors: cannot be read"),
-    ("features --run {trained} --out out --pairs 0", "positive number"),
+    ("features --run {trained} --out out --pairs 0", "a number from 1 to 1000000000"),
     # suites
     *[
         (f"experiment {{suite:{name}}} --list", says)
@@ -153,7 +153,7 @@ CASES = [
     ("bench nonsense", "no part nonsense"),
     ("bench step --tiny --device nonsense", "unknown device 'nonsense'; use auto, cpu, cuda"),
     ("bench step --tiny --device cuda:99", "device: cuda:99 is not available"),
-    ("bench step --tiny --repeats 0", "positive number"),
+    ("bench step --tiny --repeats 0", "a number from 1 to 1000000000"),
     ("bench step --tiny --out {h5:text}", "text.h5: must be a directory"),
 ]
 

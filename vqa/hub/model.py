@@ -1,6 +1,6 @@
 """`VQAModel` as a `PreTrainedModel`. The wrapper adds no computation.
 
-`PreTrainedModel` would initialise all modules again. Its loader sets one attribute a weight, which the predicting MLPs,
+`PreTrainedModel` reinitialises all modules. Its loader sets one attribute per weight, which the predicting MLPs,
 saved by norm, do not have; it loses `requires_grad=False`, keeps whatever dtype a file has and leaves missing weights
 uninitialised. So weights are loaded as those of `model/` are.
 """

@@ -28,7 +28,7 @@ def inputs_of(
         category: of the object.
 
     Raises:
-        InputError: the model needs a box or a category that is not given, it knows no objects, the box is malformed or
+        InputError: the model needs a box or a category that is not given, it takes no objects, the box is malformed or
             not within the image, or the category is unknown.
     """
     needed, extras = settings.inputs, {}
@@ -48,7 +48,7 @@ def inputs_of(
 
 
 def _checked_box(box: Any, image: Image.Image) -> Box:
-    """The box as four numbers. Raises InputError if it is none of an object of the image."""
+    """The box as four numbers. Raises InputError if it is not a box within the image."""
     if box is None:
         raise InputError("box: this model needs the object's box: --box X,Y,W,H, in pixels from the top left")
     if not isinstance(box, Sequence | np.ndarray) or len(box) != 4 or not all(isinstance(one, Real) for one in box):

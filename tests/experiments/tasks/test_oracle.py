@@ -10,7 +10,7 @@ from PIL import Image
 
 import vqa
 from data.preprocess import preprocess
-from experiments.evaluate import split_data
+from experiments.evaluate import evaluate, split_data
 from experiments.features.networks import networks_of, open_runs, stage_features
 from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
@@ -257,3 +257,45 @@ def test_what_cannot_be_trained_is_refused(recipe, tmp_path, words, says):
     with pytest.raises(InputError, match=says):
         train(load_settings(recipe, words), runs=tmp_path)
     assert not list(tmp_path.iterdir()) or not list(tmp_path.glob("*/config.yaml"))
+
+
+def test_data_of_another_task_or_other_categories_are_refused(recipe, oracle, tiny, trained, tmp_path):
+    games, scenes = load_settings(recipe).data.h5, load_settings(tiny).data.h5
+    with pytest.raises(InputError, match="games.h5: made for the task guesswhat, not vqa; name another data.h5"):
+        evaluate(trained, "val", tmp_path, [f"data.h5={games}"])
+    with pytest.raises(InputError, match="world.h5: made for the task vqa, not guesswhat"):
+        evaluate(oracle, "val", tmp_path, [f"data.h5={scenes}"])
+    with pytest.raises(InputError, match="world.h5: made with image_size 64"):
+        train(load_settings(recipe, [f"data.h5={scenes}"]), runs=tmp_path)
+    saved = load_model(oracle)
+    saved.categories.reverse()
+    with pytest.raises(InputError, match=r"games.h5: its categories of objects are not those of the model"):
+        split_data(saved, saved.settings, "val")
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "categories.json: no such file"),
+        ("[]", "categories.json: must be a list of texts"),
+        ('["a", "", "c", "d", "e"]', "categories.json: category 1 is empty"),
+        ('["a", "b"]', "category.weight is (5, 6), not (2, 6)"),
+    ],
+)
+def test_a_model_without_its_categories_is_named(oracle, tmp_path, refused, asked, content, says):
+    for file in (oracle / "model").iterdir():
+        if file.name != "categories.json":
+            (tmp_path / file.name).symlink_to(file)
+    if content is not None:
+        (tmp_path / "categories.json").write_text(content)
+    assert says in refused("ask", "--run", tmp_path, *words_of(asked))
+
+
+def test_a_box_on_the_command_line_is_four_numbers(oracle, trained, refused, asked):
+    words = words_of(asked)[:4]
+    for box in ("1,2,3", "1,2,3,nan", "1 2 3 4", "a", "1,2,3,4,5", "1e9,2,3,4"):
+        assert "is no box; write X,Y,W,H" in refused("ask", "--run", oracle, *words, f"--box={box}")
+    for command in ("ask", "inspect"):
+        assert "box: this model needs" in refused(command, "--run", oracle, *words)
+        assert "box: a model of the task vqa" in refused(command, "--run", trained, *words, "--box", "1,2,3,4")

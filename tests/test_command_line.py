@@ -27,7 +27,7 @@ def options_with_a_value():
 @pytest.mark.parametrize("option", [option for option in options_with_a_value() if option not in SEVERAL])
 def test_an_option_given_twice_is_refused(option):
     command, name = option.split()
-    value = {"--submit": "slurm", "--format": "hub"}.get(name, "1")
+    value = {"--submit": "slurm", "--format": "hub", "--box": "1,2,3,4"}.get(name, "1")
     with pytest.raises(InputError, match=rf"{name}\S* is given twice \(see main.py {command} --help\)"):
         build_parser(main.COMMANDS).parse_args([command, "suite.yaml", name, value, f"{name}={value}"])
 

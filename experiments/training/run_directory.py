@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -133,6 +132,8 @@ def peak_memory_mib(device: torch.device) -> float:
     # on Linux getrusage starts with the peak of the process that started this one
     if peaks := _values_in(Path("/proc/self/status"), "VmHWM"):
         return int(peaks[0].split()[0]) / 2**10
+    import resource  # not on Windows, where other imports say so in one line
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 

@@ -5,31 +5,19 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.labelled_images import LabelledImages
 from data.scenes import photos
 from data.scenes.asking import MAX_QUESTIONS
 from data.scenes.write import write_world
 from data.vqa_files import read_questions
+from tests.photographs import GROUP_OF, GROUPS, photographs
 from vqa.io.errors import InputError
-
-GROUPS = {"big_cat": ("lion", "tiger"), "insect": ("ant", "bee"), "car": ("taxi", "jeep"), "tree": ("oak", "elm")}
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    rng = np.random.default_rng(0)
-    for name in GROUP_OF:
-        (folder / name).mkdir()
-        for number in range(4):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    table = "".join(f"{name},{group}\n" for name, group in GROUP_OF.items())
-    (folder / "classes.csv").write_text("class,group\n" + table)
-    return folder
+    return photographs(tmp_path_factory.mktemp("source") / "photographs")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from experiments.runner import Job, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.fabricated_games import write_games
+from tests.photographs import photographs
 from tests.test_recipes import write_split
 from tests.tiny_suite import TINY
 from vqa.io.errors import InputError
@@ -52,6 +53,8 @@ def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch)
     words = TINY if drawn else OF_PHOTOGRAPHS + tuple(word for word in TINY if "scenes" not in word)
     if drawn and recipe.data.image_size == 224:
         words += ("data.image_size=64",)
+    if drawn and recipe.scenes.world == "photos":
+        words += (f"data.photographs={photographs(runs / 'photographs')}",)
     suite = load_suite(file, words)
     if recipe.task == "guesswhat" and not drawn and not Path(recipe.data.folder).exists():
         write_games(Path(recipe.data.folder))

@@ -51,11 +51,14 @@ def _checked_box(box: Any, image: Image.Image) -> Box:
     """The box as four numbers. Raises InputError if it is not a box within the image."""
     if box is None:
         raise InputError("box: this model needs the object's box: --box X,Y,W,H, in pixels from the top left")
-    if not isinstance(box, Sequence | np.ndarray) or len(box) != 4 or not all(isinstance(one, Real) for one in box):
+    box = box.tolist() if isinstance(box, np.ndarray) else box
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(one, Real) for one in box):
         raise InputError(f"box: must be four numbers (x, y, width, height), not {box!r:.60}")
-    x, y, width, height = map(float, box)
     try:
+        x, y, width, height = map(float, box)
         check_box((x, y, width, height), *image.size)
+    except OverflowError:
+        raise InputError("box: a number is too large") from None
     except ValueError as error:
         raise InputError(str(error)) from None
     return x, y, width, height

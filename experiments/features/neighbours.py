@@ -57,13 +57,14 @@ def neighbour_accuracy(
     Args:
         features: [N, C].
         labels: the class of each pair; a class with pairs of fewer images than folds is skipped.
-        images: int [N], the image of each pair.
+        images: int [N], the image of each pair, or [N, 2], a crop and the whole image: then the whole one counts.
         seed: of the folds.
 
     Returns:
         `accuracy` and `chance` (the share of the most common class) in percent, and the numbers of `classes`, `pairs`
         (without those of skipped classes) and `neighbours`; None if fewer than two classes remain.
     """
+    images = images.reshape(len(images), -1)[:, -1]
     names, classes = np.unique(np.asarray(labels), return_inverse=True)
     enough = [name for name in range(len(names)) if len(np.unique(images[classes == name])) >= FOLDS]
     if len(enough) < 2:

@@ -145,6 +145,8 @@ def test_a_pair_is_not_told_by_the_other_pairs_of_its_image():
     of_image, labels = rng.normal(size=(100, 4)), rng.choice(["a", "b"], 100)
     found = neighbour_accuracy(of_image[images], labels[images], images, seed=0)
     assert abs(found["accuracy"] - 50) < 20
+    crops = np.stack([np.arange(2000), images], axis=1)  # each of the image in the second column
+    assert neighbour_accuracy(of_image[images], labels[images], crops, seed=0) == found
 
 
 def test_channels_count_alike_whatever_their_scale():

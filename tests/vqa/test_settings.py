@@ -153,6 +153,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path):
         ("train.hflip=true", "did you mean train.augment?"),
         ("train.milestones=[5]", "did you mean train.decay_at?"),
         ("data.vocabulary_from=[train, val, train]", "data.vocabulary_from: .*a split is named twice"),
+        ("inputs=[image, question, image]", "inputs: one is named twice"),
         ("data.vocabulary_from=[]", "data.vocabulary_from: .*at least 1"),
         ("train.epochs", "is not a setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),

@@ -241,6 +241,8 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _inputs_of_the_task(self) -> "Settings":
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError("inputs: one is named twice")
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):

@@ -36,6 +36,9 @@ OF_PHOTOGRAPHS = ("backbone.weights=none", "question.glove=null", "question.laye
 
 def path_of(run, tests):
     """What decides which code a run walks through: not its rates, of its data only the kind."""
+    if run.settings.task == "guesswhat":
+        decides = {"inputs": True, "cbn": {"stages", "condition"}, "backbone": {"train"}}
+        return run.settings.model_dump_json(include=decides), str(tests)
     settings = run.settings.model_dump(mode="json", exclude={"name", "seed", "scenes", "data"})
     settings["scenes"] = run.settings.scenes and run.settings.scenes.world
     for part, names in (("train", ("learning_rate", "predictor_learning_rate")), ("backbone", ("weights",))):

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests import bad_files
+from tests.conftest import ROOT
 from tests.processes import MainProcess
 
 ASK = "--question", "what color is the circle?"
@@ -58,7 +59,7 @@ CASES = [
     ("demo name=../../elsewhere", "command line: name: "),
     ("demo scenes.images={../x:1}", "command line: scenes.images.../x"),
     ("demo scenes.world=games", "command line: scenes.world: games belongs to the task guesswhat"),
-    ("demo --config config/guesswhat/games.yaml", "scenes: the demo is about VQA on its own scenes"),
+    (f"demo --config {ROOT}/config/guesswhat/games.yaml", "scenes: the demo is about VQA on its own scenes"),
     ("preprocess --config {recipe:split}", "split.yaml: data.splits"),
     ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id.__class__}", "must hold {image_id}"),
     (

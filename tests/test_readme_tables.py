@@ -228,6 +228,37 @@ def test_the_papers_tables(suite, header):
         before = line["row"] if suite == "table2" else "baseline"
 
 
+@pytest.mark.parametrize(
+    ("page", "suite", "header"),
+    [
+        (EXPERIMENTS, "photos", "| test, % | overall |"),
+        (
+            (ROOT / "docs/guesswhat.md").read_text(encoding="utf-8"),
+            "guesswhat_games",
+            "| accuracy on test, % | overall |",
+        ),
+    ],
+    ids=["photos", "guesswhat_games"],
+)
+def test_tables_by_question_type(page, suite, header):
+    lines = {line["row"]: line for line in read_lines(RESULTS / f"{suite}.csv")}
+    names = page[page.index(header) :].splitlines()[0].strip("|").split("|")
+    kinds = [name.strip().strip("*") for name in names[2:] if name.strip() != "seeds"]
+    for name, overall, *cells in rows_of(page, header):
+        line = lines[name]
+        if "seeds" in names[-1]:
+            assert cells.pop() == line["seeds"]
+        shares = [float(line["overall_mean"]), *(float(line[f"type: {kind}"]) for kind in kinds)]
+        for cell, share in zip([overall, *cells], shares, strict=True):
+            assert shown(cell, share)
+
+
+def test_the_readme_shows_the_first_rows_on_photographs():
+    means = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "photos.csv")}
+    row = "MODERN has {MODERN:.2f} %, a fixed vector {mean question:.2f} %, the baseline {baseline:.2f} %"
+    assert row.format(**means) in " ".join(README.replace(">", " ").split())
+
+
 ITEMS = re.findall(
     r"^- \[[^\]]+\]\(\.\./experiments/results/(\w+)\.md\):(.*?)(?=\n- |\n\n)", EXPERIMENTS, re.MULTILINE | re.DOTALL
 )

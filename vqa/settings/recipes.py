@@ -4,6 +4,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def saved_settings(content: Any, file: Path, overrides: Iterable[str] = ()) -> S
 
 
 def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    content = read_yaml(file)
+    content = dict(read_yaml(file))
     base = content.pop("base", None)
     if base is None:
         return content
@@ -166,7 +167,7 @@ def _read_with_bases(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; tags construct only YAML's own types.
+    """The keys and values of a YAML file, not to be changed; tags construct only YAML's own types.
 
     Raises:
         InputError: the file is missing, malformed, or not a mapping.
@@ -177,6 +178,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+@lru_cache(maxsize=256)  # base.yaml is read with every recipe and every run
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: tags construct nothing

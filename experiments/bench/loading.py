@@ -177,8 +177,8 @@ def loading_rows(setup: Setup) -> Rows:
     """Images a second: random batches from an h5 file and from the same JPEGs, in one process; `preprocess` and
     decoding alone, with as many processes. And the memory that reading from few and many images takes.
     """
-    (_, size), images, folder = setup.network, setup.pick(128, 3072), setup.folder
-    splits = write_coco_like(folder, {"train": images}, {"train": images})
+    (_, size), images, folder = setup.network, setup.pick(64, 3072), setup.folder
+    splits = write_coco_like(folder, {"train": images}, {"train": images}, setup.pick(1, 2))
     files = sorted((folder / "train2014").iterdir())
     batch = np.random.default_rng(0).permutation(images)[:64]
     h5, processes = folder / "photographs.h5", 2

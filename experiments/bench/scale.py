@@ -49,7 +49,7 @@ def scale_rows(setup: Setup) -> Rows:
         here = folder / str(count)
         raw, h5, run = here / "raw", here / "data.h5", here / "run"
         val = max(1, count // 5)
-        splits = write_coco_like(raw, {"train": count - val, "val": val}, questions)
+        splits = write_coco_like(raw, {"train": count - val, "val": val}, questions, setup.pick(1, 2))
         files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
         words = [f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
         jobs: dict[str, tuple[Callable[..., int], ...]] = {

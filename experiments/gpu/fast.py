@@ -19,6 +19,7 @@ from vqa.kernels.modulate import modulate
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
+SMALL = ("question.hidden_size=32", "cbn.hidden_size=8", "answer.fusion_size=32")
 QUESTIONS_OF_20_EPOCHS = 20 * 248_349  # VQA v1, as long as the paper trains
 
 
@@ -98,7 +99,7 @@ def epoch_rows(setup: Setup) -> Rows:
     )
     for number, (recipe, differences) in enumerate(recipes[:1] if setup.tiny else recipes):
         size = setup.pick(64, 448 if recipe == "modern_448" else 224)
-        images, network = setup.pick((16, "resnet10"), (500 if size == 448 else 1200, "resnet50"))
+        images, network = setup.pick((8, "resnet10"), (500 if size == 448 else 1200, "resnet50"))
         scenes = prepared_scenes(
             setup._replace(folder=setup.folder / str(size)),
             f"data.image_size={size}",
@@ -118,7 +119,7 @@ def epoch_rows(setup: Setup) -> Rows:
             "backbone.weights=none",
             "question.glove=null",
             "train.validate_on=null",
-            *setup.pick(["train.batch_size=8"], []),
+            *setup.pick(["train.batch_size=8", *SMALL], []),
             *differences,
         ]
         settings = load_settings(CONFIG / "vqa_v1" / f"{recipe}.yaml", words)
@@ -141,7 +142,7 @@ def largest_rows(setup: Setup) -> Rows:
     """The largest batch of MODERN-152 at 448 px in bfloat16: estimated from the peak memory of two batches, then tried;
     on a CPU a step is taken and nothing measured.
     """
-    network = setup.pick(["backbone.name=resnet10", "data.image_size=64"], ["backbone.name=resnet152"])
+    network = setup.pick(["backbone.name=resnet10", "data.image_size=64", *SMALL], ["backbone.name=resnet152"])
     words = [
         *network,
         "backbone.weights=none",

@@ -162,7 +162,7 @@ def _map_and_gradients(net: ModulatedResNet, inputs: Sequence[Tensor], device: t
 
 def _small_settings(setup: Setup, *words: str) -> Settings:
     """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
-    batch, images, val = setup.pick((8, 8, 8), (64, 400, 100))
+    batch, images, val = setup.pick((8, 4, 6), (64, 400, 100))
     size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", "precision=bfloat16")
     return prepared_scenes(setup, *size, *words, recipe=CONFIG / "demo.yaml")
 

@@ -29,6 +29,20 @@ fuzzed = functools.partial(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _light():
+    """`resnet10` has a quarter of its channels, and files reach the disk when the system likes.
+
+    What a network computes is tested on other ResNets too; that files are synchronised, where a test looks for it.
+    """
+    from tests.resnets import NarrowResNet
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("vqa.backbone.ResNet", NarrowResNet)
+        patched.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference data beside the checkout."""
@@ -119,6 +133,31 @@ def trained(tiny) -> Path:
     from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """`resnet10` as it is, as in processes that are not forked; not for `trained`."""
+    from torchvision.models import ResNet
+
+    monkeypatch.setattr("vqa.backbone.ResNet", ResNet)
+
+
+@pytest.fixture
+def trained_wide(tiny, wide, tmp_path) -> Path:  # noqa: ARG001
+    """As `trained`, with `resnet10` as it is."""
+    from experiments.training.trainer import train
+    from vqa.settings.recipes import load_settings
+
+    return train(load_settings(tiny, ["name=trained"]), runs=tmp_path / "wide").path
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Worker processes begin at once, as `tests.processes.fork_workers` says."""
+    from tests.processes import fork_workers
+
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture

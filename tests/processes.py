@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
+import vqa.backbone
 from tests.conftest import ROOT, Command
 
 MAIN = ROOT / "main.py"
@@ -27,7 +29,7 @@ PATIENCE = 300.0  # seconds until a process that does not end is an error
 def forking() -> ForkServerContext:
     """Starts the process that the others are forked from, and imports in it what takes long."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.training.trainer", "experiments.runner", "experiments.bench.bench"])
+    context.set_forkserver_preload(["experiments.gpu.check"])
     with contextlib.chdir(ROOT):  # where it finds our modules
         forkserver.ensure_running()
     return context
@@ -57,7 +59,8 @@ class MainProcess:
         self.kept = tempfile.TemporaryDirectory(prefix="main-")
         self.logs = [log or Path(self.kept.name, name) for name in ("out", "err")]
         variables = dict(os.environ) | dict(environment or {})
-        given = (program, list(map(str, words)), folder or Path.cwd(), variables, own_group, self.logs)
+        resnet = vqa.backbone.ResNet  # of few channels, or as it is
+        given = (program, list(map(str, words)), folder or Path.cwd(), variables, own_group, self.logs, resnet)
         self.process = forking().Process(target=_run, args=given)
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
@@ -89,12 +92,14 @@ def _run(
     variables: dict[str, str],
     own_group: bool,
     logs: Sequence[Path],
+    resnet: type[nn.Module],
 ) -> None:
     if own_group:
         os.setpgid(0, 0)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    vqa.backbone.ResNet = resnet
     torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", "1")))
     for number, log in enumerate(logs, start=1):
         with log.open("a") as file:
@@ -116,6 +121,12 @@ def start_ranks(*words: object, folder: Path | None = None) -> list[MainProcess]
     ]
 
 
+def start_two(function: Callable[..., None], *arguments: object) -> None:
+    """Runs `function(rank, *arguments)` in two processes; raises what one of them raises."""
+    forking()
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
 def fork_children(monkeypatch, module: str) -> None:
     """Lets a module start `python main.py …` and `python -m …` as such processes."""
 
@@ -127,3 +138,14 @@ def fork_children(monkeypatch, module: str) -> None:
 
     stand_in = SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(f"{module}.subprocess", stand_in)
+
+
+def fork_workers(monkeypatch) -> None:
+    """Forks worker processes, too, and lets torch look at those of a loader ten times a second.
+
+    They are spawned else, and import for seconds; and torch looks at them every five seconds.
+    """
+    forking()
+    monkeypatch.setattr("vqa.io.processes._Worker._Popen", staticmethod(ForkServerProcess._Popen))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__", (0.1,))

@@ -167,15 +167,15 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
     seen = json.loads((out / "modulation.json").read_text())
     first, second = seen["readings"]
     assert [layer["name"] for layer in first["layers"]] == [f"layer{s}.0.bn{n}" for s in (1, 2, 3, 4) for n in (1, 2)]
-    assert sum(layer["channels"] for layer in first["layers"]) == 1920
+    assert sum(layer["channels"] for layer in first["layers"]) == 480
     assert first["layers"][0]["delta_gamma"] != second["layers"][0]["delta_gamma"]
     assert first["layers"][0]["gamma"] == second["layers"][0]["gamma"]
     for glimpse in first["attention"]:
         assert sum(map(sum, glimpse)) == pytest.approx(1, abs=1e-5)
     with (out / "modulation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 1920
-    row, layer = rows[1920 + 64], second["layers"][1]
+    assert len(rows) == 2 * 480
+    row, layer = rows[480 + 16], second["layers"][1]
     assert (row["question"], row["layer"], row["channel"]) == (second["question"], layer["name"], "0")
     assert float(row["delta_beta"]) == layer["delta_beta"][0]
     page = (out / "report.html").read_text()

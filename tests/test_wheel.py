@@ -84,10 +84,10 @@ def run(site, *words, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(site, trained, tiny, tmp_path):
+def test_a_copied_model_answers_from_it_beside_a_foreign_data_folder(site, trained_wide, tiny, tmp_path):
     work = tmp_path / "work"
-    shutil.copytree(trained / "model", work / "model")
-    export(trained, work / "hub", "hub")
+    shutil.copytree(trained_wide / "model", work / "model")
+    export(trained_wide, work / "hub", "hub")
     shutil.copy(next((tiny.parent / "world" / "val").glob("*.png")), work / "image.png")
     for name in ("data", "experiments", "main"):
         (work / name).mkdir()

@@ -80,6 +80,7 @@ def test_half_of_the_images_are_flipped_but_not_where_question_or_answer_says_le
         assert flipped == 0 if sided else 35 < flipped < 65, (text, answer)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_question_has_its_own_image_in_each_epoch_whatever_else_is_in_the_batch(table, image, workers):
     chosen = made("crop_flip", table)

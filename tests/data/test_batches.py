@@ -16,6 +16,8 @@ from data.sources import NeededImage
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.text.tokenizer import PAD_ID
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 def dataset(tiny):

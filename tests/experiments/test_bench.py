@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments.bench.bench import PARTS, bench, table_of
-from tests.processes import forking
+from tests.processes import fork_workers, forking
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +14,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("experiments.bench.scale.get_context", lambda _: forking())  # spawned, each job imports torch
+        fork_workers(patched)
         return out, bench([], repeats=1, device="cpu", tiny=True, out=out)
 
 

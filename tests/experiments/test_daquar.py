@@ -30,7 +30,8 @@ def test_daquar_is_preprocessed_trained_evaluated_asked_and_inspected(command, s
         assert train.ids[row] == official[row]["question_id"]
         assert train.answers(row) == [given["answer"] for given in official[row]["answers"]]
 
-    small = ["train.epochs=1", "train.validate_on=null", "cbn.stages=[4]", "cbn.hidden_size=32"]
+    small = ["train.epochs=1", "train.validate_on=null"]
+    small += ["cbn.stages=[4]", "cbn.hidden_size=32", "question.hidden_size=64"]
     ended = command("train", "--config", config, *words, *small)
     assert ended.code == 0, ended.err
     assert command("eval", "--run", "runs/daquar").code == 0

@@ -113,7 +113,7 @@ def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
         "## What it cannot do",
         "## Licence",
         "pipeline_tag: visual-question-answering",
-        "8 norms, 1920 channels",
+        "8 norms, 480 channels",
     ):
         assert part in card
     os.utime(finished / "metrics_val.json", (0, 0))

@@ -69,7 +69,7 @@ def test_features_are_the_averaged_maps_of_each_pair(trained):
     for network in found.values():
         features = stage_features(network)
         _, saved, _, data = network.run
-        assert [of_stage.shape for of_stage in features] == [(24, width) for width in (64, 128, 256, 512)]
+        assert [of_stage.shape for of_stage in features] == [(24, width) for width in (16, 32, 64, 128)]
         for row in (0, 17):
             batch = data[[row]]
             images = saved.preprocessing.normalise(batch.images)

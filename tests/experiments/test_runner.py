@@ -32,11 +32,12 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, monkeypa
     assert [file.stat().st_mtime_ns for file in finished] == made  # nothing finished was trained again
 
 
+@pytest.mark.usefixtures("wide")  # a run is started by a process that is not forked
 def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path, monkeypatch, command):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
-    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=20"]
+    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=10"]
     runs = tmp_path / "runs"
-    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
+    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=10"))
     first, second = jobs_of(suite)
     run_job(first, suite, runs)
     begun = MainProcess("experiment", *words, own_group=True)

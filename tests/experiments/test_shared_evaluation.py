@@ -25,14 +25,14 @@ def check_as_one(trained, tmp_path, command, start, batch):
     assert {path.name for path in (tmp_path / "two").iterdir()} == set(FILES)
 
 
-def test_torchrun_evaluates_as_one_process(trained, tmp_path, command):
+def test_torchrun_evaluates_as_one_process(trained_wide, tmp_path, command):
     def start(*words):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", MAIN]
         two = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, check=False)
         assert two.returncode == 0, two.stderr[-3000:]
         return two.stdout
 
-    check_as_one(trained, tmp_path, command, start, batch=4)
+    check_as_one(trained_wide, tmp_path, command, start, batch=4)
 
 
 def test_one_batch_is_evaluated_by_two_processes(trained, tmp_path, command):

@@ -93,7 +93,7 @@ def test_the_compiled_resnet_has_no_graph_break_and_the_same_gradients(tiny):
     net = build_model(settings, 20, 10, pretrained=False).resnet
     width = sum(layer.channels for layer in net.layers)
     deltas = [0.1 * torch.randn(2, width, requires_grad=True) for _ in "γβ"]
-    map_ = StageMap(3, torch.randn(2, 256, 4, 4))
+    map_ = StageMap(3, torch.randn(2, 64, 4, 4))
     net.compile(fullgraph=True)
     compiled, net._compiled_call_impl = net._compiled_call_impl, None
     expected = torch.autograd.grad(net(map_, Modulation(*deltas)).square().sum(), deltas)

@@ -35,6 +35,7 @@ def skipped(tiny, bad, tmp_path, command):
     return h5
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_from_raw_files_lists_all_bad_images(command, trained, bad, tmp_path, workers):
     words = ("eval", "--run", trained, "--out", tmp_path / "out", "data.h5=absent.h5", f"data.folder={bad}")
@@ -48,6 +49,7 @@ def test_evaluation_from_raw_files_lists_all_bad_images(command, trained, bad, t
     assert not list((tmp_path / "out").glob("*.json"))
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skipped_in_evaluation_they_are_what_they_are_in_the_h5(command, trained, bad, skipped, tmp_path, workers):
     said = {"raw": "2 image(s) missing or unreadable:", "h5": "2 image(s) of split 'val' were missing or unreadable"}

@@ -74,6 +74,7 @@ def test_a_damaged_image_is_named(small):
         images[1]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_on_a_damaged_image_is_one_line(tiny, tmp_path, refused, monkeypatch, workers):
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT
+from tests.processes import MainProcess
 from tests.raw_files import make, write_split
 from tests.runs import lines, same_weights
 from tests.tiny_suite import SUITE, TINY
@@ -182,24 +183,38 @@ def test_training_goes_on_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
     assert lines(whole) == lines(Path("runs/full"))
 
 
+PRINTING = """
+import sys
+import main
+from vqa.io.errors import InputError
+def preprocess(config, settings):
+    print("nothing to do")
+    if not config.exists():
+        raise InputError(f"{config}: no such file")
+main.COMMANDS["preprocess"] = preprocess
+sys.exit(main.main())
+"""
+
+
 def test_a_full_disk_is_one_line_of_the_process(mounted, tiny):
     mounted.fill(space=0, length=0)
-    arguments = [sys.executable, str(ROOT / "main.py"), "preprocess", "--config", str(tiny)]
-    ended = subprocess.run(
-        [*arguments, f"data.h5={mounted.folder}/data.h5"], capture_output=True, text=True, check=False
-    )
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert ended.stderr.startswith(f"error: {mounted.folder}/")
-    for buffered in (None, "1"):  # and so is a full disk under the log, whether or not lines wait in memory
+    ended = MainProcess("preprocess", "--config", tiny, f"data.h5={mounted.folder}/data.h5").end()
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith(f"error: {mounted.folder}/")
+
+
+def test_a_full_disk_under_the_log_is_one_line_of_the_process(tiny):
+    arguments = [sys.executable, "-c", PRINTING, "preprocess", "--config", str(tiny)]
+    for buffered in (None, "1"):  # whether or not lines wait in memory
         surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         surroundings |= {"PYTHONUNBUFFERED": buffered} if buffered else {}
         with Path("/dev/full").open("w") as full:
             ended = subprocess.run(
-                arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=surroundings
+                arguments, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=surroundings
             )
             assert (ended.returncode, ended.stderr) == (2, "error: standard output: no space left on device\n")
             wrong = [*arguments[:-1], "nowhere.yaml"]
-            ended = subprocess.run(wrong, stdout=full, stderr=full, check=False, env=surroundings)
+            ended = subprocess.run(wrong, cwd=ROOT, stdout=full, stderr=full, check=False, env=surroundings)
             assert ended.returncode == 2
 
 
@@ -254,7 +269,7 @@ def test_maps_that_do_not_fit_are_done_without(tiny, tmp_path, monkeypatch, comm
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(load_settings(tiny).data.h5, "world.h5")
     monkeypatch.setattr("vqa.io.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    ended = command("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[]")
+    ended = command("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[3, 4]")
     assert ended.code == 0, ended.err
     assert (
         "left; make room or set data.cache_gib=0 to do without; training continues without stored feature maps\n"

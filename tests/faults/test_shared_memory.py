@@ -1,6 +1,7 @@
 """Limits of what worker processes share: one line names the limit, and a signal ends any wait."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -24,43 +25,61 @@ pytestmark = pytest.mark.usefixtures("listening")
 
 FULL = "/dev/shm: full; enlarge it (docker: --shm-size=1g), or use fewer worker processes (workers=0: none)"
 READ_ONLY = "/dev/shm: cannot be written, but worker processes share memory there; mount it writable"
-LIMITS = {
-    "full": ("mount -t tmpfs -o size=32k tmpfs /dev/shm", FULL),
-    "read-only": ("mount -t tmpfs -o ro tmpfs /dev/shm", READ_ONLY),
-    "files": (
-        "ulimit -n 40",
-        "too many open files: raise `ulimit -n`, or use fewer worker processes (workers=0: none)",
-    ),
-}
+FILES = "too many open files: raise `ulimit -n`, or use fewer worker processes (workers=0: none)"
+SMALL = "/dev/shm: batches of 1 workers need 0.4 MB, but it has 0.3 MB left; "
+SHM = "mount -t tmpfs -o {} tmpfs /dev/shm"
+
+# Imports once what takes long, then runs each command in a fork under its limit: a mount, or a number of files.
+IN_TURN = """
+import json, os, resource, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import experiments.training.trainer
+import main
+ends = []
+for limit, words in json.loads(sys.argv[2]):
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        if limit.isdigit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), int(limit)))
+        else:
+            subprocess.run(limit.split(), check=True)
+        sys.argv[1:] = words
+        sys.exit(main.main())
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if not limit.isdigit():
+        subprocess.run(["umount", "--lazy", "/dev/shm"], check=True)
+    with open("err") as file:
+        ends.append([code, file.read()])
+print(json.dumps(ends))
+"""
 
 
-def run_under(limit, *words, **options):
-    """Runs a Python program in its own mount namespace, after the shell's `limit`."""
+def run_in_namespace(*words, folder):
+    """Runs a Python program in its own mount namespace."""
     namespace = ["unshare", "--mount", "--map-root-user"]
-    possible = [*namespace, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    possible = [*namespace, *SHM.format("size=1m").split()]
     if not shutil.which("unshare") or subprocess.run(possible, capture_output=True, check=False).returncode:
         pytest.skip("no mount namespace can be made here")
-    shell = ["sh", "-c", f'{limit} && exec "$@"', "sh", sys.executable]
-    return subprocess.run(
-        [*namespace, *shell, *map(str, words)], capture_output=True, text=True, timeout=300, check=False, **options
-    )
+    command = [*namespace, sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-def test_workers_that_cannot_share_end_in_one_line(trained, tmp_path, limit):
-    shell, why = LIMITS[limit]
-    ended = run_under(shell, ROOT / "main.py", "eval", "--run", trained, "--out", tmp_path, "workers=1", "device=cpu")
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert ended.stderr.startswith(f"error: {why}")
-
-
-def test_batches_that_cannot_fit_are_refused_before_the_run_begins(tiny, tmp_path):
-    words = [ROOT / "main.py", "train", "--config", tiny, "name=small", "workers=1", "data.cache_gib=0"]
-    ended = run_under("mount -t tmpfs -o size=256k tmpfs /dev/shm", *words, cwd=tmp_path)
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("error: /dev/shm: batches of 1 workers need 0.4 MB, but it has 0.3 MB left; ")
-    assert ended.stderr.endswith("enlarge it (docker: --shm-size=1g), or set fewer `workers` (0 needs none)\n")
+def test_workers_that_cannot_share_end_in_one_line(trained_wide, tiny, tmp_path):
+    evaluate = ["eval", "--run", trained_wide, "--out", tmp_path, "workers=1", "device=cpu"]
+    train = ["train", "--config", tiny, "name=small", "workers=1", "data.cache_gib=0"]
+    jobs = {
+        FULL: (SHM.format("size=32k"), evaluate),
+        READ_ONLY: (SHM.format("ro"), evaluate),
+        FILES: ("40", evaluate),
+        SMALL: (SHM.format("size=256k"), train),  # refused before the run begins
+    }
+    ended = run_in_namespace("-c", IN_TURN, ROOT, json.dumps([*jobs.values()], default=str), folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for why, (code, said) in zip(jobs, json.loads(ended.stdout.splitlines()[-1]), strict=True):
+        assert (code, said.count("\n")) == (2, 1), said
+        assert said.startswith(f"error: {why}")
+    assert said.endswith("enlarge it (docker: --shm-size=1g), or set fewer `workers` (0 needs none)\n")
     assert not (tmp_path / "runs" / "small").exists()
 
 
@@ -68,7 +87,8 @@ POOL = "import data.scenes.write as w; print(list(w.in_order(str, range(9), 2)))
 
 
 def test_a_pool_that_cannot_begin_is_an_input_error():
-    ended = run_under(LIMITS["read-only"][0], "-c", POOL, cwd=ROOT)
+    mounting = f"import subprocess; subprocess.run({SHM.format('ro').split()}, check=True)\n"
+    ended = run_in_namespace("-c", mounting + POOL, folder=ROOT)
     assert ended.stderr.endswith(
         f"vqa.io.errors.InputError: {READ_ONLY}, or use fewer worker processes (data.processes=1: none)\n"
     )
@@ -103,6 +123,7 @@ def after_the_first_step(arrived, what):
     return function
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
 def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)

@@ -104,7 +104,7 @@ def test_a_condition_on_the_image_adds_one_linear_map_from_the_conditioned_stage
     gated, modern = (build_model(one, 20, 5, pretrained=False) for one in settings)
     count = [sum(value.numel() for value in model.parameters()) for model in (gated, modern)]
     channels, size = sum(gated.resnet.stage_channels[first - 1 :]), settings[0].question.hidden_size
-    assert gated.resnet.stage_channels == [64, 128, 256, 512]
+    assert gated.resnet.stage_channels == [16, 32, 64, 128]
     assert count[0] - count[1] == (channels + 1) * size
     images, tokens, lengths = example()
     stored = gated.resnet.prefix(images, first - 1)

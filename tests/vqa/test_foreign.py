@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tests.processes import start_two
 from vqa.cbn import ConditionalBatchNorm2d
 from vqa.foreign import condition_norms, conditioned
 
@@ -243,7 +244,7 @@ def one_rank(rank, folder):
 
 def test_data_parallel_gradients_are_the_means_of_the_processes(tmp_path):
     torch.save((X, A), tmp_path / "batch")
-    multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    start_two(one_rank, tmp_path)
     net = random_network()
     expected = gradients(net, lambda condition: by_hand(net, X, condition))[1:]
     for rank in range(2):

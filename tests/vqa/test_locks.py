@@ -105,9 +105,9 @@ def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
         run_suite(suite, tmp_path / "runs")
 
 
-WITHOUT_POSIX = """
+IN_TURN = """
 import json, sys
-sys.modules["fcntl"] = sys.modules["resource"] = None
+sys.path.insert(0, sys.argv.pop(1))
 import main
 codes = []
 for words in json.loads(sys.argv[1]):
@@ -117,53 +117,46 @@ print(codes)
 """
 
 
-def test_without_posix_one_line_says_so(tiny, trained, image):
+def run_in_turn(commands, folder, first="", environment=None) -> subprocess.CompletedProcess:
+    """Runs commands in one process, which imports what takes long once and at the end prints their exit codes."""
+    arguments = [sys.executable, "-c", first + IN_TURN, ROOT, json.dumps(commands, default=str)]
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_without_posix_one_line_says_so(tiny, trained_wide, image, tmp_path):
     commands = [
         ["preprocess", "--config", tiny],
         ["train", "--config", tiny],
-        ["recalibrate", "--run", trained],
+        ["recalibrate", "--run", trained_wide],
         ["experiment", "suite.yaml"],
-        ["ask", "--run", trained, "--image", image, "--question", "what color is the circle?"],  # locks nothing
+        ["ask", "--run", trained_wide, "--image", image, "--question", "what color is the circle?"],  # locks nothing
     ]
-    arguments = [sys.executable, "-c", WITHOUT_POSIX, json.dumps(commands, default=str)]
-    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = run_in_turn(commands, tmp_path, 'import sys; sys.modules["fcntl"] = sys.modules["resource"] = None')
     assert ended.stdout.splitlines()[-1] == "[2, 2, 2, 2, 0]", ended.stderr
     lines = ended.stderr.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("error: this command needs a POSIX system") for line in lines)
 
 
-@pytest.fixture
-def without_locks(tmp_path):
-    """Runs a command where flock fails, as on a disk without locks; for HDF5, too."""
+def test_disks_without_locks_are_said_and_worked_on(tiny, tmp_path):
+    """Where flock fails, for HDF5, too."""
     compiler = shutil.which("cc")
     if sys.platform != "linux" or compiler is None:
         pytest.skip("no C compiler for a library that refuses locks")
     (tmp_path / "refuse.c").write_text(NO_LOCKS)
     library = tmp_path / "refuse.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "refuse.c"], check=True)
-
-    def run(*words) -> subprocess.CompletedProcess:
-        arguments = [sys.executable, ROOT / "main.py", *map(str, words)]
-        environment = {**os.environ, "LD_PRELOAD": str(library)}
-        return subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    return run
-
-
-def test_disks_without_locks_are_said_and_worked_on(tiny, tmp_path, without_locks):
     h5 = tmp_path / "new.h5"
-    ended = without_locks("preprocess", "--config", tiny, f"data.h5={h5}")
-    assert ended.returncode == 0, ended.stderr
-    assert (
-        f"{tmp_path}/.new.h5.lock: this disk has no locks; make sure that no other process works on {h5}"
-        in ended.stdout
-    )
     stored = ["data.cache_gib=1", "cbn.stages=[4]", "train.epochs=1"]  # the first stages' maps are stored
-    ended = without_locks("train", "--config", tiny, f"data.h5={h5}", *stored)
-    assert ended.returncode == 0, ended.stderr
+    commands = [[name, "--config", tiny, f"data.h5={h5}"] for name in ("preprocess", "train")]
+    commands[1] += stored
+    ended = run_in_turn(commands, tmp_path, environment={"LD_PRELOAD": str(library)})
+    assert ended.stdout.splitlines()[-1] == "[0, 0]", ended.stderr
+    said = "this disk has no locks; make sure that no other process works on"
+    assert f"{tmp_path}/.new.h5.lock: {said} {h5}\n" in ended.stdout
     assert list(tmp_path.glob("new_stage*.h5"))
-    assert ended.stdout.count("this disk has no locks") == 2
+    assert ended.stdout.count(said) == 3
 
 
 def fail_with(number):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
+from tests.processes import start_two
 from vqa.cbn import (
     CategoricalConditionalBatchNorm2d,
     CategoricalPredictor,
@@ -198,7 +199,7 @@ def one_rank(rank, folder, sizes):
 @pytest.mark.parametrize("sizes", [[3, 3], [4, 2]])
 def test_synchronised_statistics_are_those_of_the_whole_batch(sizes, tmp_path):
     """What `nn.SyncBatchNorm` does on GPUs: `nn.BatchNorm2d` on all processes' values together."""
-    multiprocessing.spawn(one_rank, (tmp_path, sizes), nprocs=2)
+    start_two(one_rank, tmp_path, sizes)
     ours = [
         torch.cat(parts) for parts in zip(*(torch.load(tmp_path / str(rank))[:5] for rank in range(2)), strict=True)
     ]

@@ -108,7 +108,7 @@ def test_a_network_itself_is_copied_with_its_weights(make, name):
 def test_a_network_without_its_classifier_and_only_without_other_weights():
     given = copy.deepcopy(pretrained("resnet10"))
     given.fc = nn.Identity()
-    assert ModulatedResNet(given).channels == 512
+    assert ModulatedResNet(given).channels == 128
     with pytest.raises(ValueError, match="a network has its own weights"):
         ModulatedResNet(given, "IMAGENET1K_V1")
 

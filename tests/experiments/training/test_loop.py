@@ -95,6 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc on this machine")
 def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained):
     saved = load_model(trained / "model", torch.device("cpu"))

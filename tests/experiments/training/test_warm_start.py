@@ -10,6 +10,7 @@ from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
 from experiments.tasks.vqa import VQATask
 from experiments.training.trainer import train
+from tests.resnets import NarrowResNet
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
@@ -58,7 +59,8 @@ def test_words_and_answers_go_by_their_text(tiny, trained, tmp_path):
     assert "not taken" not in told
 
 
-def test_what_does_not_fit_is_named_and_a_resnet_is_taken_whole_or_not_at_all(tiny, trained):
+def test_what_does_not_fit_is_named_and_a_resnet_is_taken_whole_or_not_at_all(tiny, trained, monkeypatch):
+    monkeypatch.setattr("torchvision.models.resnet.ResNet", NarrowResNet)  # resnet18 has the channels of `trained`
     words = ["backbone.name=resnet18", "attention.units=4", "answer.hidden_size=0"]
     plain, warm, _, told = begun(load_settings(tiny, words), load_model(trained))
     left = told.partition("; not taken: ")[2].split(", ")

@@ -134,7 +134,7 @@ def intervals():
     return found
 
 
-SAID = re.compile(r"([−+]?\d+\.\d+)\s+\[([−+]?\d+\.\d+), ([−+]?\d+\.\d+)\]")
+SAID = re.compile(r"([−+]?\d+\.\d+)\s+\[([−+]?\d+\.\d+),\s+([−+]?\d+\.\d+)\]")
 
 
 def published(triple, differences):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
+from data.batches import Batch, EpochSampler
+from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint

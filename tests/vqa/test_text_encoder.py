@@ -12,8 +12,8 @@ from tests.tiny_encoder import SIZE, WORDS, write_encoder
 from vqa.io.errors import InputError
 from vqa.question import TextEncoder
 from vqa.settings.recipes import load_settings
+from vqa.text.encoder import LONGEST, empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, words
-from vqa.text_encoder import LONGEST, empty_encoder, load_encoder, read_pretrained
 
 KINDS = ("bert", "roberta", "gpt2", "t5")
 QUESTIONS = ["what?", "what color is the reds circle?", "How many  are there [SEP] left of the <pad> zebra?", ""]

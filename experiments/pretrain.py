@@ -109,8 +109,8 @@ def pretrain_on_images(
         groups. A file that was made with the same arguments is kept.
 
     Raises:
-        InputError: `file` was not written with these arguments or is locked, `source` is not as it must be, or
-            images in it cannot be read.
+        InputError: `file` was not written with these arguments or is locked, `source` is malformed, or images
+            in it cannot be read.
     """
     if not 32 <= image_size <= MAX_SIZE:
         raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
@@ -265,7 +265,7 @@ def header_of(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; `pretrain` without --probe makes it") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{file}: not pretrained here; name another file") from None
+        raise InputError(f"{file}: not a file that `pretrain` wrote; name another one") from None
 
 
 def identity_of(images: LabelledImages) -> str:

@@ -110,7 +110,7 @@ def test_ask_lists_the_most_probable_answers_first(command, copied, image):
     said = json.loads(ended.out)
     assert sum(entry["probability"] for entry in said["answers"]) == pytest.approx(1, abs=1e-4)
     assert said["question"] == "what zebra?"
-    assert "not met in training: zebra" in ended.err
+    assert "not in the vocabulary: zebra" in ended.err
 
 
 def test_ask_answers_as_eval_does(command, trained, tiny, tmp_path):

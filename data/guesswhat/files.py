@@ -86,10 +86,10 @@ class _Named(msgspec.Struct):
 
 
 def read_games(file: Path, status: Collection[str]) -> Iterator[tuple[str, Game]]:
-    """Yield the games of some status that have a question, each with what messages call it: file, line and game.
+    """Yield the games of some status that have a question, each with its place for messages: file, line and game.
 
-    The object that is asked about is there and its box is within the image, texts can be used, and the file name of
-    the image is a name without a folder.
+    Each game lists the object that it asks about, whose box is within the image; its texts can be used, and the file
+    name of its image names no folder.
 
     Raises:
         InputError: a line is malformed, the file is truncated, or a game of one of these status lacks one of the above.

@@ -78,7 +78,7 @@ def write_world(
     }
     if (world == PHOTOS) != (source is not None):
         raise InputError(
-            f"data.photographs: the world {PHOTOS} needs a folder or zip file of images, and no other does"
+            f"data.photographs: must be a folder or zip file of images for scenes.world={PHOTOS}, else null"
         )
     if source is not None:
         if look != "plain":
@@ -91,7 +91,7 @@ def write_world(
             raise InputError(f"{file}: must be an object; remove the folder")
         differing = [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]
         if differing:
-            raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")
+            raise InputError(f"{folder}: holds scenes made with {'; '.join(differing)}; remove it or name another")
         return
     first_id = 1
     for split, count in sorted(images.items()):

@@ -111,7 +111,7 @@ def test_a_world_that_does_not_say_its_name_is_refused(tmp_path):
     made = json.loads((tmp_path / "world.json").read_text())
     assert made.pop("world") == "small"
     (tmp_path / "world.json").write_text(json.dumps(made))
-    with pytest.raises(InputError, match="world None, not small: remove it or name another folder"):
+    with pytest.raises(InputError, match="world None, not small; remove it or name another"):
         write_world(tmp_path, seed=3, images={"val": 2})
 
 

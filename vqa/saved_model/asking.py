@@ -60,9 +60,9 @@ class SavedModel:
             question: a question or a list of questions. Of two lists each image has its own question; one image or
                 question is combined with every entry of a list. The questions of a list are answered one by one.
             top: number of answers.
-            box: of the object, (x, y, width, height) in pixels from the top left, where the model takes one; of a list
-                all are about the same.
-            category: of the object, likewise.
+            box: (x, y, width, height) of the object that the question is about, in pixels from the top left, for a
+                model that takes one; all questions of a list share it.
+            category: of that object, for a model that takes one.
 
         Returns:
             The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.

@@ -42,7 +42,7 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> None:
-    """Let the tokenizer cut questions that are longer than the encoder takes. Raises InputError if it is another's."""
+    """Make the tokenizer truncate questions to what the encoder takes. Raises InputError if it is another encoder's."""
     known = _configuration_of(configuration, where)
     words, positions = (getattr(known, name, None) for name in ("vocab_size", "max_position_embeddings"))
     if not isinstance(words, int):

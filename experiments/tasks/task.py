@@ -165,7 +165,7 @@ class Task(ABC):
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
-        if model.condition == "mean_question" and "mean_question" not in taken:
+        if model.condition == "mean_question" and model.question is not None and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         if model.image is not None and "image.mean" not in taken:
             model.set_image_statistics(self._some_images())

@@ -28,8 +28,8 @@ _NAMED = 5  # bad images that an error names
 class LabelledImages:
     """The images below a folder, or in a zip file; the class of each is the name of the folder that it lies in.
 
-    Held out are the images below a folder `val`; where there is none, a tenth of each class, chosen by a checksum of
-    their names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
+    The images below a folder `val` are held out; without one, a tenth of each class is, chosen by a checksum of their
+    names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
     `class` and `group` assigns a group to every class. Files without an image ending, and hidden ones, are skipped.
 
     Attributes:
@@ -67,7 +67,7 @@ class LabelledImages:
                 "needs two folders or more, one per class, with two images or more each"
             )
         if untrained := {class_of[name] for name in held_out} - set(self.classes):
-            raise InputError(f"{source}: class {min(untrained)!r} has images below val, and none to train on")
+            raise InputError(f"{source}: class {min(untrained)!r} has images below val but none to train on")
         self.groups = self._read_groups()
         index = {name: number for number, name in enumerate(self.classes)}
         self.labels = np.array([index[class_of[name]] for name in self.names], np.int64)
@@ -98,8 +98,8 @@ class LabelledImages:
         if bad:
             first, *others = bad
             named = ", ".join(others[: _NAMED - 1]) + (", …" if len(others) >= _NAMED else "")
-            more = f"; neither can {len(others)} more: {named}" if others else ""
-            raise InputError(f"{bad[first]}{more}; repair or remove what cannot be read")
+            more = f"; {len(others)} more cannot be read: {named}" if others else ""
+            raise InputError(f"{bad[first]}{more}; repair or remove them")
 
     def decode(self, name: str, size: int) -> np.ndarray:
         """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""
@@ -123,7 +123,7 @@ class LabelledImages:
         except (UnicodeDecodeError, csv.Error, KeyError):
             raise InputError(f"{self._source / name}: must be a UTF-8 table with the columns class and group") from None
         if missing := [one for one in self.classes if not group_of.get(one)]:
-            raise InputError(f"{self._source / name}: has no group of class {missing[0]!r}")
+            raise InputError(f"{self._source / name}: has no group for class {missing[0]!r}")
         return [group_of[one] for one in self.classes]
 
 

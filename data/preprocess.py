@@ -91,7 +91,7 @@ def preprocess(
                 _copy_images(finished, file)
             bad = _decode_images(file, threads)
             if bad and not skip_bad_images:
-                print(f"{partial}: keeps the other images")
+                print(f"{partial}: holds the images that could be read")
             ids = file["images/id"][:]
             named = dict.fromkeys((ids[row], reason) for row, reason in bad.items())  # once for all crops of an image
             settle_bad_images(list(named), skip_bad_images)

@@ -62,7 +62,7 @@ def stand_ins_said(made: h5_file.Store) -> str:
     if made.usable.all():
         return ""
     count = f"; {(~made.usable).sum()} of its {len(made.usable)} images were missing or unreadable: "
-    return count + "stand-ins are in their place until they are repaired and data.skip_bad_images is false"
+    return count + "stand-ins replace them until they are repaired and data.skip_bad_images is false"
 
 
 def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -31,9 +31,7 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
     elif name in torchvision.models.list_models(torchvision.models) and re.match(r"(wide_)?resne(t|xt)", name):
         resnet = torchvision.models.get_model(name, num_classes=classes)
     else:
-        raise ValueError(
-            f"{name!r} is not a ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
-        )
+        raise ValueError(f"{name!r} is not a ResNet of torchvision; use resnet18, 34, 50, 101 or 152, or resnet10")
     if weights is None:
         return resnet
     file = Path(weights)

@@ -31,7 +31,7 @@ def build_model(
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
-        text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
+        text_encoder: of `vqa.text.encoder`, for the encoder `transformers`.
         categories: number of categories of objects, of the task guesswhat.
 
     Raises:

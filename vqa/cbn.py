@@ -67,8 +67,8 @@ class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
     `ConditionalBatchNorm2d.from_batch_norm(pretrained, condition_size, hidden_size)` replaces a pretrained norm and
     shares its parameters and statistics. They have the names of `nn.BatchNorm2d`, so the state of a pretrained norm
     loads with `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To
-    keep the pretrained network as the paper does, freeze γ and β (`norm.weight.requires_grad_(False)`, likewise `bias`)
-    and keep the layer in evaluation mode. `gamma=False` or `beta=False` predicts only the other.
+    keep the pretrained network as the paper does, freeze γ and β (`requires_grad_(False)` on `weight` and `bias`) and
+    keep the layer in evaluation mode. `gamma=False` or `beta=False` predicts only the other.
     """
 
     def __init__(

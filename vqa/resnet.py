@@ -190,8 +190,8 @@ class ModulatedResNet(nn.Module):
         return StageMap(stage, self._run(images, range(stage + 1), {}))
 
     def stage_maps(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; after those
-        that are left where a map is given.
+        """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; for a
+        given map, only those of the later stages.
         """
         map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
         deltas, maps = self._deltas(modulation, len(map_)), []

@@ -32,7 +32,7 @@ class _GameQuestion(Question, frozen=True, kw_only=True):
 
 
 class GuessWhatSource(Source):
-    """The games of some status, a question each; its split files name no annotations, since games hold their answers.
+    """The questions of all games of some status; split files name no annotations, since games hold their answers.
 
     A question's type is its first word and its answer type the answer. Its images are the `views`: the crop of its
     object, the whole image, or both; the table's `images` are [N], or [N, 2] in the order of the views. The table's

@@ -1,6 +1,6 @@
 """The networks whose features are compared, and their features: the maps after each stage, averaged over positions.
 
-Compared are
+The networks are
 
 - the raw ResNet: pretrained, without modulation. It comes from the first run with a frozen ResNet (nothing of it
   trained, population statistics that were not re-estimated, batch norms only), and all such runs must have the same

@@ -33,8 +33,8 @@ from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
 from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
+from vqa.text.encoder import empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import PAD_ID
-from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 STATISTICS_OF = 1024  # training images on which statistics are estimated before training, in batches of up to
@@ -165,7 +165,7 @@ class Task(ABC):
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
-        if model.condition == "mean_question" and "mean_question" not in taken:
+        if model.condition == "mean_question" and model.question is not None and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
         if model.image is not None and "image.mean" not in taken:
             model.set_image_statistics(self._some_images())

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
+from data.batches import Batch, EpochSampler
+from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
@@ -64,7 +65,7 @@ def train(
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
             early = len(saved["progress"]["history"]) < settings.train.epochs
-            why = ", stopped early by train.patience (which may be raised)" if early else ""
+            why = ", stopped early by train.patience (raise it to continue)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
             prepare(task, run, processes, saved, init_from).run_epochs()
@@ -116,7 +117,7 @@ def prepare(
         state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
         if init_from is not None:
-            processes.say(f"--init-from: {init_from} is not read again, the checkpoint has all weights")
+            processes.say(f"--init-from: {init_from} is not read again: the checkpoint holds all weights")
 
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
@@ -204,7 +205,7 @@ class Trainer:
         """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
         progress, taken = self.progress, self.progress.step - self.progress.left_out
         if not taken:
-            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
+            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; lower the learning rate")
         losses = self.processes.gather(progress.loss_sum)
         line: dict[str, Any] = {
             "epoch": progress.epoch,

@@ -210,7 +210,7 @@ def test_the_command_writes_everything(command, tiny, runs, tmp_path):
     given = [word for run in runs for word in ("--run", run)]
     ended = command("features", *given, "--seed", 1, "--out", tmp_path / "a")
     assert ended.code == 0, ended.err
-    assert "split 'val' has no more than these 24 pairs" in ended.out
+    assert "split 'val' has only 24 pairs" in ended.out
     assert "question type (4 classes, chance" in ended.out
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
 

@@ -174,13 +174,13 @@ def test_the_claimed_order(suite, tmp_path):
         finish(suite, tmp_path, "all", seed, ALWAYS_RIGHT if seed == 1 else NEVER_RIGHT)
     told = write_report(suite, tmp_path, tmp_path / "out")
     assert "last above none: reversed, −86.25 points, 95 % interval over questions [−100.00, " in told
-    assert "all above last: not told apart, +33.33 points, 95 % interval over questions [+33.33, +33.33], " in told
+    assert "all above last: inconclusive, +33.33 points, 95 % interval over questions [+33.33, +33.33], " in told
     assert "above in 1 of 3 seeds, 95 % interval over seeds [−110.09, +176.76]" in told
-    assert "- all above last: not told apart" in (tmp_path / "out/stages.md").read_text()
+    assert "- all above last: inconclusive" in (tmp_path / "out/stages.md").read_text()
     for seed in (1, 2, 3):
         finish(suite, tmp_path, "last", seed, OFTEN_RIGHT[::-1])
     told = write_report(suite, tmp_path, tmp_path / "out")
-    assert "last above none: not told apart, 0.00 points" in told
+    assert "last above none: inconclusive, 0.00 points" in told
 
 
 def test_rows_that_were_asked_other_questions(suite, tmp_path):

@@ -85,7 +85,7 @@ def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_pat
         out = ("--out", tmp_path / name, "--split", "val")
         ended = command("recalibrate", "--run", trained, *out, f"data.folder={bad}", "train.batch_size=24", *words)
         assert ended.code == 0, ended.err
-        assert "statistics of 16 questions' images" in ended.out
+        assert "statistics re-estimated on the images of 16 questions" in ended.out
         made.append(load_model(tmp_path / name).model.state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 

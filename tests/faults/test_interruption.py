@@ -198,7 +198,7 @@ def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(tin
     ended = begun.end()
     assert ended.code == 2, ended.err
     last = ended.err.splitlines()[-1]
-    assert last.startswith("error: a worker process was killed, as the system does where memory is short")
+    assert last.startswith("error: a worker process was killed, probably because memory ran out")
     assert last.endswith(f"to resume: {shlex.join(words)} --resume")
     monkeypatch.chdir(tmp_path)
     assert command(*words, "--resume", "workers=0").code == 0

@@ -35,7 +35,7 @@ def inputs_of(
     if settings.guesswhat is None:
         if box is not None or category is not None:
             superfluous = "category" if box is None else "box"
-            raise InputError(f"{superfluous}: a model of the task vqa is asked about the whole image; give none")
+            raise InputError(f"{superfluous}: a model of the task vqa answers about the whole image; remove it")
         return [image], extras
     views = {"image": image}
     if box is not None or "crop" in needed or "spatial" in needed:

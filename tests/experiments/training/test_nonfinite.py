@@ -50,14 +50,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_module_and_question(t
     with pytest.raises(InputError) as caught:
         train(load_settings(tiny, ["name=wild"]), runs=tmp_path)
     said = str(caught.value)
-    assert "wild: epoch 1, step 2: the loss is nan; what is not finite first is the output of question (quest" in said
+    assert "wild: epoch 1, step 2: the loss is nan; first not finite: the output of question (quest" in said
     assert re.search(r"\(questions \d+\);", said)  # the one whose own loss it is
     assert "train.skip_not_finite skips such steps; the last checkpoint is kept" in said
 
 
 def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
     wild = ["name=wild", "train.learning_rate=1e30", "train.clip=1e30", "train.epochs=2", "cbn.stages=[]"]
-    with pytest.raises(InputError, match=r"the loss is (nan|inf); what is not finite first is the (output|weights) "):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf); first not finite: the (output|weights) "):
         train(load_settings(tiny, wild), runs=tmp_path)
 
 
@@ -201,4 +201,4 @@ def test_strange_words_and_answers_are_told_of(command, trained, tmp_path, monke
     ended = command("eval", "--run", trained, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert "all words of 23 of 24 questions are unknown to the model" in ended.out
-    assert "no answer that was given is among the model's" in ended.out
+    assert "none of the given answers is among the model's" in ended.out

@@ -107,7 +107,7 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
         assert trainer.validation.share
         assert trainer.validation.augmentation is None
         told = capsys.readouterr().out
-        assert ("train.augment: crop shows each question another version of its image" in told) == (kind == "crop")
+        assert ("train.augment: crop changes each question's image in every epoch" in told) == (kind == "crop")
     rows = next(iter(trainer.task.sampler(Processes(), 1)))
     first, again, second = (next(trainer.batches(epoch)) for epoch in (1, 1, 2))
     assert len(first.images) == len(rows)

@@ -54,7 +54,7 @@ def test_words_and_answers_go_by_their_text(tiny, trained, tmp_path):
             of = (plain, row) if answer == lost else (theirs, saved.answers.index(answer))
             assert torch.equal(warm[name][row], of[0][name][of[1]]), answer
     common = len(set(task.store.vocabulary) - {lost})
-    assert f"{len(ours)} of {len(ours)} words and {common} of 5 answers are known there" in told
+    assert f"{len(ours)} of {len(ours)} words and {common} of 5 answers match" in told
     assert "not taken" not in told
 
 
@@ -99,7 +99,7 @@ def test_a_warm_run_is_resumed_bit_for_bit(tiny, trained, tmp_path, capsys):
     run("parts", 1, init_from=trained)
     capsys.readouterr()
     parts = run("parts", 2, init_from=trained, resume=True)
-    assert "is not read again, the checkpoint has all weights" in capsys.readouterr().out
+    assert "is not read again: the checkpoint holds all weights" in capsys.readouterr().out
     cold = run("cold", 2)
     ours, theirs, others = (load_file(path / "model" / "model.safetensors") for path in (whole, parts, cold))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

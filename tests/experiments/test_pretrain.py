@@ -166,6 +166,16 @@ def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
     assert np.array_equal(one, other)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
+    plain = LabelledImages(photos)
+    (photos / "red").rename(tmp_path / "elsewhere")
+    (photos / "red").symlink_to(tmp_path / "elsewhere")
+    for link, target in (("again", photos), ("blue/above", photos), ("blue/here", photos / "blue")):
+        (photos / link).symlink_to(target)
+    assert LabelledImages(photos).names == plain.names
+    assert LabelledImages(photos).digest == plain.digest
+
+
 def test_a_tenth_of_each_class_is_held_out_by_name(photos):
     first = LabelledImages(photos)
     held_out = first.names[first.training :]

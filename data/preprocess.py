@@ -26,7 +26,7 @@ from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
 from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
 from data.question_table import NO_ANSWER
-from data.sources import Crop, NeededImage, Source, decode, number_images
+from data.sources import Crop, NeededImage, Source, decode, defect_of, number_images
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
@@ -165,13 +165,9 @@ def _check_any_is_mended(finished: h5_file.Store, images: Sequence[NeededImage])
     """Refuse to make a file again while all images that were bad still are."""
     bad = {}
     for row in np.flatnonzero(~finished.usable):
-        image = images[row]
-        try:
-            decode(Path(image.file), [image.crop], finished.image_size)
-        except InputError as error:
-            bad[image.id, str(error)] = None
-        else:
+        if (defect := defect_of(images[row], finished.image_size)) is None:
             return
+        bad[images[row].id, defect] = None
     settle_bad_images(list(bad), skip=False)
 
 

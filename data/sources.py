@@ -91,6 +91,15 @@ def number_images(needed: Sequence[tuple[NeededImage, ...]], rows: dict[NeededIm
     return numbered[:, 0] if numbered.shape[1] == 1 else numbered
 
 
+def defect_of(image: NeededImage, size: int) -> str | None:
+    """Why an image is missing or cannot be read; None if it can."""
+    try:
+        decode(Path(image.file), [image.crop], size)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def decode(file: Path, crops: Sequence[Crop | None], size: int) -> list[np.ndarray]:
     """Read an image file once and resize these parts of it (None: the whole image), each to uint8 [S, S, 3].
 

@@ -92,7 +92,7 @@ def test_images_stand_upright(tmp_path, orientation, kind):
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
 
 
-def test_a_image_of_sixteen_bits_stands_upright(tmp_path):
+def test_an_image_of_sixteen_bits_stands_upright(tmp_path):
     pixels = np.zeros((20, 40), np.uint16)
     pixels[:, :20] = 60_000
     exif = Image.Exif()
@@ -140,7 +140,7 @@ def packed(text: bytes) -> bytes:
     ],
     ids=lambda value: value[0][0].decode() if isinstance(value, list) else "",
 )
-def test_blocks_beside_the_pixels_of_a_png_are_left_out(tmp_path, blocks, size, behind):
+def test_blocks_beside_the_pixels_of_a_png_are_skipped(tmp_path, blocks, size, behind):
     corners().save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     place = len(whole) - 12 if behind else 33

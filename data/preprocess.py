@@ -24,7 +24,7 @@ import numpy as np
 from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
-from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
+from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_note
 from data.question_table import NO_ANSWER
 from data.sources import Crop, NeededImage, Source, decode, defect_of, number_images
 from data.vqa_files import Question, SplitFiles
@@ -97,7 +97,7 @@ def preprocess(
             settle_bad_images(list(named), skip_bad_images)
             h5_file.fill_unusable(file, list(bad), stand_in(image_size))
         h5_file.finish(partial, path)
-    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
+    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_note(h5_file.Store(path))}")
 
 
 def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[str], source: Source) -> None:

@@ -1,4 +1,4 @@
-"""What `preprocess` and evaluation read of a dataset: its questions, and the images that each of them needs."""
+"""A dataset as `preprocess` and evaluation read it: its questions, and the images that each of them needs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain

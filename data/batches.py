@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from data.augmentation import Augmentation
 from data.bad_images import settle_bad_images, stand_in
 from data.question_table import QuestionTable
-from data.sources import NeededImage, decode
+from data.sources import NeededImage, decode, defect_of
 from vqa.io.errors import InputError
 from vqa.text.tokenizer import PAD_ID
 
@@ -70,25 +70,18 @@ class FileImages:
         self.bad = torch.zeros(len(images), dtype=torch.bool)  # [N], a tensor because worker processes share its memory
 
     def __getitem__(self, row: int) -> np.ndarray:
+        image = self.images[row]
         try:
-            return self._decode(row)
+            return decode(Path(image.file), [image.crop], self.size)[0]
         except InputError:
             self.bad[row] = True
             return stand_in(self.size)
 
     def settle(self, skip: bool) -> None:
         """List the bad images so far. Raises InputError if there are some and `skip` is False."""
-        found: dict[tuple[int, str], None] = {}  # once for all crops of an image
-        for row in self.bad.nonzero().flatten().tolist():
-            try:
-                self._decode(row)
-            except InputError as error:
-                found[self.images[row].id, str(error)] = None
-        settle_bad_images(list(found), skip)
-
-    def _decode(self, row: int) -> np.ndarray:
-        image = self.images[row]
-        return decode(Path(image.file), [image.crop], self.size)[0]
+        bad = [self.images[row] for row in self.bad.nonzero().flatten().tolist()]
+        defects = ((image.id, defect_of(image, self.size)) for image in bad)
+        settle_bad_images([defect for defect in dict.fromkeys(defects) if defect[1]], skip)  # once for all crops
 
 
 class NoImages:

@@ -91,7 +91,7 @@ def prepare(
     init_from: Path | None = None,
 ) -> "Trainer":
     """Builds the task's model, with weights of the model `init_from`, restores a `saved` checkpoint, fills the stage
-    cache, writes what explains the run.
+    cache, writes the settings and the environment of the run.
 
     Raises:
         InputError: as `train`.

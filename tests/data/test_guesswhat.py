@@ -117,7 +117,7 @@ def test_a_truncated_download_is_named(copied, tmp_path):
     assert not list(tmp_path.glob("games.h5*"))
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(games, tmp_path, monkeypatch, decoded):
+def test_a_stopped_run_resumes_where_it_stopped(games, tmp_path, monkeypatch, decoded):
     make(games, tmp_path / "whole.h5", source(whole=True))
     monkeypatch.setattr("data.preprocess._IMAGES_A_FLUSH", 4)
     real, marked = h5_file.mark, []

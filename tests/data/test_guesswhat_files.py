@@ -24,7 +24,7 @@ from vqa.text.tokenizer import train_tokenizer
     [
         (lambda game: game["qas"][0].update(a="Maybe"), "Invalid enum value 'Maybe' - at `$.qas[0].a`"),
         (lambda game: game["qas"][1].update(id="x"), "Expected `int`, got `str` - at `$.qas[1].id`"),
-        (lambda game: game["qas"][0].update(q="a\0b"), "holds a text that is with a null character"),
+        (lambda game: game["qas"][0].update(q="a\0b"), "holds a text that is not usable: it holds a null character"),
         (lambda game: game["qas"][1].update(id=game["qas"][0]["id"]), "question id 10 occurs twice in the file"),
         (lambda game: game.update(object_id=7), "object_id 7 is not among its objects"),
         (lambda game: target(game).update(bbox=[3, 3, 0, 5]), "box [3, 3, 0, 5] is empty"),

@@ -236,7 +236,7 @@ def test_the_page(suite, tmp_path):
     assert terminal_table(lines) in told
 
 
-def test_several_backbones_are_told_of(suite, tmp_path):
+def test_several_backbones_are_reported(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT, backbone="4e467da68ac9")
     finish(suite, tmp_path, "none", 2, NEVER_RIGHT)  # made before it was written down
     write_report(suite, tmp_path, tmp_path / "out")
@@ -249,7 +249,7 @@ def test_several_backbones_are_told_of(suite, tmp_path):
     assert "several backbones" in (tmp_path / "out" / "stages.md").read_text()
 
 
-def test_many_question_types_are_left_away(suite, tmp_path):
+def test_many_question_types_are_skipped(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, [0.5] * 26, kinds=[f"kind {n}" for n in range(13)])
     write_report(suite, tmp_path, tmp_path / "out")
     assert "kind 3" not in (tmp_path / "out/stages.csv").read_text() + (tmp_path / "out/stages.md").read_text()

@@ -190,7 +190,7 @@ def worker_of(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(tiny, tmp_path, monkeypatch, command):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tiny, tmp_path, monkeypatch, command):
     """As by the kernel where memory is short."""
     words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
     begun = MainProcess(*words, folder=tmp_path)

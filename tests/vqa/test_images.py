@@ -108,7 +108,7 @@ def test_an_image_that_was_read_is_not_turned_again(tmp_path, block):
         assert np.array_equal(np.asarray(read_image(again)), np.asarray(image))
 
 
-def test_a_image_of_sixteen_bits_stands_upright(tmp_path):
+def test_an_image_of_sixteen_bits_stands_upright(tmp_path):
     pixels = np.zeros((20, 40), np.uint16)
     pixels[:, :20] = 60_000
     exif = Image.Exif()
@@ -156,7 +156,7 @@ def packed(text: bytes) -> bytes:
     ],
     ids=lambda value: value[0][0].decode() if isinstance(value, list) else "",
 )
-def test_blocks_beside_the_pixels_of_a_png_are_left_out(tmp_path, blocks, size, behind):
+def test_blocks_beside_the_pixels_of_a_png_are_skipped(tmp_path, blocks, size, behind):
     corners().save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     place = len(whole) - 12 if behind else 33

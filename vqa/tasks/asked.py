@@ -1,4 +1,4 @@
-"""What a model is asked about: an image, or an object of it, as the model's inputs; needs no torch."""
+"""The model's inputs for a question about an image, or about an object in it; needs no torch."""
 
 import difflib
 from collections.abc import Sequence

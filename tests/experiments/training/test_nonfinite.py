@@ -98,7 +98,7 @@ def test_one_bad_step_too_many_stops(tiny, tmp_path, monkeypatch):
         train(load_settings(tiny, ["name=wild", "train.skip_not_finite=1"]), runs=tmp_path)
 
 
-def test_a_run_that_stopped_goes_on_without_the_bad_step(tiny, tmp_path, monkeypatch):
+def test_a_run_that_stopped_resumes_without_the_bad_step(tiny, tmp_path, monkeypatch):
     words = ["name=stopped", "train.checkpoint_every=1", "train.schedule=constant"]
     with monkeypatch.context() as patched:
         spoil(patched, at=[1])
@@ -184,7 +184,7 @@ def test_a_constant_image_has_answers(command, trained, tmp_path):
     assert "nan" not in ended.out
 
 
-def test_strange_words_and_answers_are_told_of(command, trained, tmp_path, monkeypatch):
+def test_unknown_words_and_answers_are_reported(command, trained, tmp_path, monkeypatch):
     from experiments import evaluate
 
     split_data = evaluate.split_data

@@ -89,7 +89,7 @@ def one_answer_each(task, splits):
     return dataclasses.replace(table, given=table.given[:, :1])
 
 
-def test_a_model_trained_with_bce_tells_the_expected_accuracy_of_each_answer(tiny, tmp_path):
+def test_a_model_trained_with_bce_returns_the_expected_accuracy_of_each_answer(tiny, tmp_path):
     saved = load_model(train(load_settings(tiny, ["name=bce", "train.loss=bce"]), runs=tmp_path).path)
     image = np.zeros((64, 64, 3), np.uint8)
     logits = saved.run(image, "what color is it?").logits[0]

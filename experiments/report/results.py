@@ -48,6 +48,7 @@ class _Environment(msgspec.Struct):
     trained_parameters: int
     git_commit: str | None = None
     device: str | None = None
+    cpu: str | None = None
     processes: int | None = None
     cpus: int | None = None
     threads: int | None = None
@@ -100,6 +101,10 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
             f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
             "again"
         )
+    made = msgspec.structs.asdict(environment)
+    cpu = made.pop("cpu")
+    if made["device"] == "cpu" and cpu is not None:
+        made["device"] = cpu  # of the machine, as the name of a GPU
     peaks = [epoch.peak_memory_mib for epoch in epochs]
     facts = {
         "questions": metrics.questions,
@@ -107,7 +112,7 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         "best_epoch": best.epoch,
         "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
         "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
-        **msgspec.structs.asdict(environment),
+        **made,
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}

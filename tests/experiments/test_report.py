@@ -56,7 +56,13 @@ def finish(
     tested.mkdir(parents=True, exist_ok=True)
     epochs = [{"epoch": n, "val_overall": value, "peak_memory_mib": 900.0 + n} for n, value in ((1, 40.0), (2, 39.0))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e | {"seconds": seconds / 2}) + "\n" for e in epochs))
-    environment = {"torch": "2.15.0", "python": "3.11.7", "git_commit": "0123456789abcdef-dirty", "device": "cpu"}
+    environment = {
+        "torch": "2.15.0",
+        "python": "3.11.7",
+        "git_commit": "0123456789abcdef-dirty",
+        "device": "cpu",
+        "cpu": "EPYC",
+    }
     environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002, "backbone": backbone}
     (folder / "environment.json").write_text(json.dumps(environment))
     row.run.seeded(seed).save(folder / "config.yaml")
@@ -206,7 +212,7 @@ def test_a_run_in_several_tests(tmp_path):
     assert (lines["none"]["paper_overall"], lines["none, recalibrated"]["paper_overall"]) == ("56.12", "")
     assert float(lines["none, recalibrated"]["difference"]) == pytest.approx(86.25)
     page = (tmp_path / "out/stages.md").read_text()
-    assert "- 1 training on cpu (2 CPU cores, 2 threads), torch 2.15.0" in page
+    assert "- 1 training on EPYC (2 CPU cores, 2 threads), torch 2.15.0" in page
     assert "claimed order" not in page
     assert "above" not in told
 

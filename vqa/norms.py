@@ -20,8 +20,8 @@ from vqa.kernels.modulate import Fused, modulate
 
 
 class Modulation(NamedTuple):
-    """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth, or [1, sum of C] for all samples. None adds nothing.
+    """The deltas that a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of
+    a network in order of depth, or [1, sum of C] for all samples. None adds nothing.
     """
 
     gamma: Tensor | None

@@ -1,4 +1,4 @@
-"""What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
+"""The parts that all tasks share: a run's questions, their order and batches, the model's parts that come from data.
 
 A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
@@ -180,7 +180,7 @@ class Task(ABC):
         rows, images = np.unique(self.training.images), H5Images(self.store.path)
         if len(rows) < least:
             raise InputError(
-                f"backbone.statistics: {len(rows)} training image is too few to re-estimate them; needs {least}"
+                f"backbone.statistics: {len(rows)} training image(s) are too few to re-estimate them; needs {least}"
             )
         rows = rows[:: -(-len(rows) // STATISTICS_OF)]
         for part in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):

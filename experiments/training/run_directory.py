@@ -87,7 +87,7 @@ class RunDirectory:
         if file.exists() and self.holds_training():  # a resumed run keeps the environment that it was started in
             begun = read_json(file)
             if not isinstance(begun, dict) or not isinstance(begun.setdefault("resumed", []), list):
-                raise InputError(f"{file}: not what a run wrote; remove it")
+                raise InputError(f"{file}: not written by a run; remove it")
             environment = begun | {"resumed": [*begun["resumed"], environment]}
         write_json(file, environment)
 

@@ -60,7 +60,7 @@ def train(
         # all processes decide from the same facts, and none writes before all have read them
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
-            raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
+            raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):

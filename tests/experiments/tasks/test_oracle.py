@@ -248,7 +248,7 @@ def test_statistics_features_and_export(oracle, command, refused, tmp_path):
     [
         (["guesswhat.crop_factor=1.5"], "made with guesswhat.crop_factor 1.1, but guesswhat.crop_factor is 1.5"),
         (["guesswhat.status=[failure]"], "made with guesswhat.status"),
-        (["train.augment=crop"], "train.augment: the task guesswhat has none"),
+        (["train.augment=crop"], "train.augment: the task guesswhat supports no augmentation"),
         (["train.loss=bce"], "train.loss: bce"),
         (["inputs=[crop, spatial]"], "inputs: a model of crop and spatial alone has nothing to condition"),
     ],

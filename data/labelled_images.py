@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class LabelledImages:
 def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
     """The sizes of all files by name, and a function that reads one by its name."""
     if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+        files = {path.relative_to(source).as_posix(): path for path in _below(source) if path.is_file()}
         return {name: path.stat().st_size for name, path in files.items()}, lambda name: read_bytes(files[name])
     if not source.is_file() or not zipfile.is_zipfile(source):
         raise InputError(f"{source}: {'neither a folder nor a zip file' if source.exists() else 'no such file'}")
@@ -146,6 +146,15 @@ def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
             raise InputError(f"{source / name}: cannot be read from the zip file ({first_line(error):.100})") from None
 
     return {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}, read
+
+
+def _below(source: Path) -> Iterator[Path]:
+    """The files below a folder, behind links to other folders too."""
+    for name, inner, files in os.walk(source, followlinks=True):
+        folder, here = Path(name), Path(name).resolve()
+        # a link to a folder around it would be followed without end
+        inner[:] = [one for one in inner if not here.is_relative_to((folder / one).resolve())]
+        yield from (folder / file for file in files)
 
 
 def _tenth_of_each_class(class_of: Mapping[str, str]) -> list[str]:

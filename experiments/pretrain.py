@@ -71,12 +71,16 @@ def pretrain_backbone(
     if (found := _results_in(file, made)) is not None:
         return found["held_out_accuracy"]
     count, shapes = images + max(images // 10, 1), len(WORLDS[world].SHAPES)
-    with _one_thread():
-        resnet, right = _train(
-            file, made, lambda pixels: draw_single_objects(WORLDS[world], seed, pixels), images, count, shapes, device
-        )
-    accuracy = _percent(right[0] == right[1])
-    _write(file, resnet, made | {"held_out_accuracy": accuracy})
+
+    def draw(pixels: np.ndarray) -> np.ndarray:
+        return draw_single_objects(WORLDS[world], seed, pixels)
+
+    with held(_lock_of(file), file, wait=True), _one_thread():
+        if (found := _results_in(file, made)) is not None:  # another process has made it since
+            return found["held_out_accuracy"]
+        resnet, right = _train(file, made, draw, images, count, shapes, device)
+        accuracy = _percent(right[0] == right[1])
+        _write(file, resnet, made | {"held_out_accuracy": accuracy})
     return accuracy
 
 
@@ -114,7 +118,7 @@ def pretrain_on_images(
     """
     if not 32 <= image_size <= MAX_SIZE:
         raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
-    with held(file.with_name(f".{file.name}.lock"), file):
+    with held(_lock_of(file), file):
         images = LabelledImages(source)
         made = {"name": name, "seed": seed, "image_size": image_size, "images": identity_of(images), "epochs": epochs}
         made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
@@ -233,6 +237,10 @@ def _one_thread() -> Iterator[None]:
 
 def _percent(right: np.ndarray) -> float:
     return 100 * int(right.sum()) / len(right)
+
+
+def _lock_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
 
 
 def _checkpoint_of(file: Path) -> Path:

@@ -212,6 +212,11 @@ class ModulatedAdaptiveNorm2d(ModulatedBatchNorm2d):
         scale, shift = scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
         return modulate(x, self.a + self.b * scale, self.b * shift, residual, relu=relu, fused=self.fused)
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return γ and β [C] of the batch norm that this one is in evaluation mode; there b · delta is the delta."""
+        deviation = torch.sqrt(self.running_var + self.eps)
+        return self.b * self.weight + self.a * deviation, self.b * self.bias + self.a * self.running_mean
+
 
 _convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
 

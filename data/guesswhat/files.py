@@ -156,6 +156,8 @@ def _check(game: Game) -> None:
     for text in (name, *(found.category for found in game.objects.values()), *(asked.q for asked in game.qas)):
         if wrong := unusable(text):
             raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
+    if not all(found.category.strip() for found in game.objects.values()):
+        raise ValueError("holds an object without the name of its category")
     if name in ("", ".", "..") or "/" in name or "\\" in name or len(name.encode()) > _LONGEST_NAME:
         raise ValueError(f"file_name {reprlib.repr(name)} is not the name of a file without its folder")
     check_box(game.objects[game.object_id].bbox, game.picture.width, game.picture.height)

@@ -158,16 +158,17 @@ class Task(ABC):
         if model.kinds is not None:
             tokens, _ = padded_words(self.training, range(len(self.training)))
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
-        if settings.backbone.statistics == "reestimated":
-            with torch.no_grad(), model.resnet.estimating_statistics():
-                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
-                    model.resnet(images)
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
-        if model.condition == "mean_question" and "mean_question" not in taken:
+        reestimated = settings.backbone.statistics == "reestimated"
+        if reestimated:
+            with torch.no_grad(), model.resnet.estimating_statistics():
+                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
+                    model.resnet(images)
+        if model.condition == "mean_question" and model.question is not None and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
-        if model.image is not None and "image.mean" not in taken:
+        if model.image is not None and (reestimated or "image.mean" not in taken):
             model.set_image_statistics(self._some_images())
         return model
 

@@ -54,7 +54,7 @@ def train(
         def look() -> bool:
             if processes.is_main:
                 stack.enter_context(held(run.lock, run.path))
-            run.check(settings, resume)
+            run.check(settings, resume, init_from)
             return run.checkpoint.exists()
 
         # all processes decide from the same facts, and none writes before all have read them

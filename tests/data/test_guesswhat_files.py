@@ -34,6 +34,7 @@ from vqa.text.tokenizer import train_tokenizer
         ),
         (lambda game: target(game).update(bbox=[3, 3, 5]), "Expected `array` of length 4 - at `$.objects"),
         (lambda game: target(game).update(category="zebra"), "is 'zebra' here, and '"),
+        (lambda game: target(game).update(category=" "), "holds an object without the name of its category"),
         (lambda game: target(game).update(category_id=9), "category_id 9 is '"),
         (lambda game: game["picture"].update(file_name="../x.jpg"), "file_name '../x.jpg' is not the name of a file"),
         (lambda game: game["picture"].update(file_name="a\\x.jpg"), "is not the name of a file"),

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from data.scenes import write
 from data.scenes.asking import MAX_QUESTIONS
 from data.scenes.draw import COLOURS as RGB
 from data.scenes.small import COLOURS
@@ -122,6 +126,24 @@ def test_a_world_that_was_not_finished_is_made_again(tmp_path):
     (tmp_path / "val_questions.json").write_text("{")
     write_world(tmp_path, seed=3, images={"val": 5}, processes=1)
     assert contents(tmp_path) == whole
+
+
+def test_a_world_that_two_processes_need_is_written_once(tmp_path, monkeypatch):
+    real, written, begun = write._write_image, [], threading.Event()
+
+    def slow(*arguments):
+        written.append(arguments[-1])
+        begun.set()
+        time.sleep(0.05)
+        return real(*arguments)
+
+    monkeypatch.setattr(write, "_write_image", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(write_world, tmp_path, seed=3, images={"val": 4}, processes=1)
+        assert begun.wait(10)
+        other = pool.submit(write_world, tmp_path, seed=3, images={"val": 4}, processes=1)
+    assert one.result() is other.result() is None
+    assert written == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

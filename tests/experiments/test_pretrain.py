@@ -2,7 +2,10 @@
 
 import json
 import signal
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -163,6 +166,16 @@ def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
     assert np.array_equal(one, other)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
+    plain = LabelledImages(photos)
+    (photos / "red").rename(tmp_path / "elsewhere")
+    (photos / "red").symlink_to(tmp_path / "elsewhere")
+    for link, target in (("again", photos), ("blue/above", photos), ("blue/here", photos / "blue")):
+        (photos / link).symlink_to(target)
+    assert LabelledImages(photos).names == plain.names
+    assert LabelledImages(photos).digest == plain.digest
+
+
 def test_a_tenth_of_each_class_is_held_out_by_name(photos):
     first = LabelledImages(photos)
     held_out = first.names[first.training :]
@@ -259,6 +272,25 @@ def test_a_second_process_on_the_same_file_is_refused(refused, photos, tmp_path)
     with held(tmp_path / ".b.safetensors.lock", out):
         line = refused("pretrain", "--images", photos, "--out", out, *OPTIONS)
     assert line.startswith(f"error: {out}: locked by process ")
+
+
+def test_a_backbone_of_scenes_that_two_processes_need_is_made_once(tmp_path, monkeypatch):
+    trained, begun = [], threading.Event()
+
+    def slow(*_, **__):
+        trained.append(1)
+        begun.set()
+        time.sleep(0.2)
+        return build_resnet("resnet10", classes=8), (np.array([1, 2]), np.array([1, 0]))
+
+    monkeypatch.setattr(pretrain, "_train", slow)
+    made = {"seed": 1, "image_size": 32, "images": 64, "epochs": 1}
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(pretrain.pretrain_backbone, tmp_path / "b.safetensors", "resnet10", **made)
+        assert begun.wait(10)
+        other = pool.submit(pretrain.pretrain_backbone, tmp_path / "b.safetensors", "resnet10", **made)
+    assert one.result() == other.result() == 50
+    assert trained == [1]
 
 
 def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):

@@ -1,6 +1,7 @@
 """Images: decoded, resized, normalised."""
 
 import json
+import struct
 import warnings
 import zlib
 
@@ -90,6 +91,21 @@ def test_images_stand_upright(tmp_path, orientation, kind):
     exif[0x112] = orientation
     image.save(tmp_path / f"a.{kind}", exif=exif)
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
+
+
+ODD_EXIF = b"Exif\0\0II*\0" + struct.pack(  # a width that is text, which Pillow cannot write again, and orientation 6
+    "<IHHHI4sHHIHHI", 8, 2, 0x100, 2, 4, b"abc", 0x112, 3, 1, 6, 0, 0
+)
+
+
+@pytest.mark.parametrize("block", [{"exif": ODD_EXIF}, {"xmp": b"<tiff:Orientation>6\n</tiff:Orientation>"}], ids=str)
+def test_an_image_that_was_read_is_not_turned_again(tmp_path, block):
+    """`ask` reads the image, takes its views and prepares these as images; preprocessing reads the file once."""
+    corners().save(tmp_path / "a.jpg", **block)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.size == (48, 64)
+    for again in (image, image.crop((0, 0, 48, 64))):
+        assert np.array_equal(np.asarray(read_image(again)), np.asarray(image))
 
 
 def test_an_image_of_sixteen_bits_stands_upright(tmp_path):

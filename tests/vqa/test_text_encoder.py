@@ -12,7 +12,7 @@ from tests.tiny_encoder import SIZE, WORDS, write_encoder
 from vqa.io.errors import InputError
 from vqa.question import TextEncoder
 from vqa.settings.recipes import load_settings
-from vqa.text.encoder import LONGEST, empty_encoder, load_encoder, read_pretrained
+from vqa.text.encoder import LONGEST, check_tokenizer, empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, words
 
 KINDS = ("bert", "roberta", "gpt2", "t5")
@@ -119,6 +119,19 @@ def test_its_tokenizer_is_kept_whole(folders, tmp_path):
         "zebra",
         "?",
     ]
+
+
+def test_padding_of_the_librarys_last_call_makes_no_words(folders, tmp_path):
+    """`transformers` saves a tokenizer with the options that it was called with."""
+    tokenizer, configuration = read_pretrained(folders["bert"])
+    save_tokenizer(tokenizer, tmp_path / "kept")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "kept")
+    theirs(QUESTIONS[0], padding="max_length", max_length=30, truncation=True)
+    theirs.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again", ours=False)
+    check_tokenizer(again, configuration, "test")
+    for ours, others in zip(encode(tokenizer, QUESTIONS), encode(again, QUESTIONS), strict=True):
+        assert np.array_equal(ours, others)
 
 
 def test_what_stands_for_no_word_is_known(folders):

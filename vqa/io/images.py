@@ -118,6 +118,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     image = image if image.mode == "RGB" else image.convert("RGB")
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
+    image.info = {}  # Pillow may have left the orientation there: the image would be turned again when it is read again
     return image
 
 

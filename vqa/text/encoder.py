@@ -51,6 +51,8 @@ def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> Non
         raise InputError(f"{where}: its tokenizer has ids up to {last}, the encoder only {words} tokens")
     if tokenizer.padding is None:
         raise InputError(f"{where}: its tokenizer must name its padding")
+    # `transformers` saves how it was called last: a fixed length would make words of padding
+    tokenizer.enable_padding(**tokenizer.padding | {"length": None, "pad_to_multiple_of": None})
     longest = (tokenizer.truncation or {}).get("max_length", LONGEST)
     if isinstance(positions, int) and positions > 2:
         longest = min(longest, positions - 2)  # RoBERTa's begin at 2

@@ -218,6 +218,12 @@ def test_images_that_no_input_names_are_not_read(recipe, tmp_path, monkeypatch):
     assert len(split_data(saved, saved.settings, "val")[[0, 1]].rows) == 2
 
 
+@pytest.mark.parametrize("condition", ["kind", "image", "constant", "mean_question", "shuffled"])
+def test_a_condition_of_nothing_needs_no_question(recipe, tmp_path, condition):
+    trainer = begun(recipe, tmp_path, "inputs=[spatial, category]", "cbn.stages=[]", f"cbn.condition={condition}")
+    assert next(iter(trainer.steps(trainer.model, trainer.batches(1)))) > 0
+
+
 def test_a_new_oracle_takes_weights_of_another_and_of_a_vqa_model(recipe, oracle, trained):
     task, told = TASKS["guesswhat"](load_settings(recipe)), []
     mine = load_model(oracle)

@@ -23,7 +23,6 @@ from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.process_group import Processes
 from experiments.training.warm_start import take_weights
-from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.metrics import Scores, summary
@@ -31,6 +30,7 @@ from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
+from vqa.saved_model.files import save_companions
 from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
 from vqa.text.encoder import empty_encoder, load_encoder, read_pretrained
@@ -210,4 +210,4 @@ class Task(ABC):
         """Writes what a model needs in addition to its weights."""
         store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
         companions = (self.preprocessing, self.text_encoder, store.categories)
-        saved_model.save_companions(folder, self.settings, *about_texts, *companions)
+        save_companions(folder, self.settings, *about_texts, *companions)

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.fabricated_games import read_lines
 from tests.runs import lines, same_weights
 from vqa.io.errors import InputError
-from vqa.saved_model import load_model, save_weights
+from vqa.saved_model.files import load_model, save_weights
 from vqa.settings.recipes import load_settings
 
 RECIPE = """\

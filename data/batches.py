@@ -85,7 +85,7 @@ class FileImages:
 
 
 class NoImages:
-    """In the place of images that the model does not take: nothing is read."""
+    """A placeholder for images that the model does not use; nothing is read."""
 
     def __getitem__(self, row: int) -> np.ndarray:
         return np.zeros((1, 1, 3), np.uint8)

@@ -149,7 +149,7 @@ def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
 
 
 def _below(source: Path) -> Iterator[Path]:
-    """The files below a folder, behind links to other folders too."""
+    """Yield the files below a folder; links to other folders are followed."""
     for name, inner, files in os.walk(source, followlinks=True):
         folder, here = Path(name), Path(name).resolve()
         # a link to a folder around it would be followed without end

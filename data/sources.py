@@ -30,7 +30,7 @@ class NeededImage(NamedTuple):
     """An image that is asked about: a file, or a part of it."""
 
     file: str
-    id: int  # what messages call it
+    id: int  # its name in messages
     crop: Crop | None = None
 
 

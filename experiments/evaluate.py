@@ -20,7 +20,8 @@ from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
 from vqa.metrics import Scores
-from vqa.saved_model import SavedModel, find_model, load_model, settings_file
+from vqa.saved_model import SavedModel, load_model
+from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
 from vqa.text.tokenizer import special_ids

@@ -10,7 +10,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import find_model, load_model, save_companions, save_weights, settings_file
+from vqa.saved_model.files import find_model, load_model, save_companions, save_weights, settings_file
 from vqa.settings.recipes import load_saved
 
 

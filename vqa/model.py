@@ -50,7 +50,7 @@ class Fusion(nn.Module):
 
 
 class ImageCondition(nn.Module):
-    """What the unmodulated ResNet computes from an image, as a condition: the control of gating without a question.
+    """A condition that the unmodulated ResNet computes from the image: the control of gating without a question.
 
     Squeeze-and-excitation (Hu et al., CVPR 2018), instance enhancement batch normalisation (Liang et al., AAAI 2020)
     and attentive normalisation (Li et al., ECCV 2020) gate each map by its own averages over positions. Here the

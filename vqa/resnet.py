@@ -114,7 +114,7 @@ class ModulatedResNet(nn.Module):
         resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
         parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [part for part in parts if not hasattr(resnet, part)]:
-            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; a ResNet of torchvision's form has")
+            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; it must have the form of a ResNet")
         check_form(part for part in resnet.named_children() if part[0] not in HEAD)
         self.recompute = frozenset(recompute)
         if self.recompute and statistics == "batch":

@@ -127,7 +127,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             while line := stream.readline(_LONGEST_LINE + 1):
                 number += 1
                 if len(line) > _LONGEST_LINE:
-                    raise InputError(f"{file}: line {number}: longer than {_LONGEST_LINE} bytes: not a game a line")
+                    raise InputError(f"{file}: line {number}: longer than {_LONGEST_LINE} bytes; needs a game per line")
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.isspace():

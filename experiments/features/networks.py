@@ -24,7 +24,8 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import SavedModel, find_model, load_model, settings_file
+from vqa.saved_model import SavedModel, load_model
+from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings
 

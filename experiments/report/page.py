@@ -87,7 +87,7 @@ def publish(suite: Suite, runs: Path) -> str:
     if suite.words:
         raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
     if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
-        raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
+        raise InputError(f"--publish: no run of {suite.name} is finished in {runs}, but results are published already")
     if missing := missing_jobs(suite, runs):
         print(f"{len(missing)} runs are not finished; they are published without them")
     keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")

@@ -93,13 +93,13 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         raise InputError(f"{folder / 'metrics.jsonl'}: damaged (no epoch)")
     answered = _answered(answered_in)
     if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
-        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
+        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it and run again")
     validated = [epoch for epoch in epochs if epoch.val_overall is not None]
     best = max(validated, key=lambda epoch: epoch.val_overall) if validated else epochs[-1]  # its model was kept
     if metrics.epoch not in (None, best.epoch):
         raise InputError(
-            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
-            "again"
+            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it and "
+            "run again"
         )
     made = msgspec.structs.asdict(environment)
     cpu = made.pop("cpu")

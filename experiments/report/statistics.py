@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def seeds_above(self) -> int:
-        """In how many seeds the first row is above the second."""
+        """The number of seeds in which the first row is above the second."""
         return sum(points > 0 for points in self.per_seed.values())
 
     @property

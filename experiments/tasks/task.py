@@ -1,4 +1,4 @@
-"""What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
+"""The parts that all tasks share: a run's questions, their order and batches, the model's parts that come from data.
 
 A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
@@ -23,7 +23,6 @@ from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.process_group import Processes
 from experiments.training.warm_start import take_weights
-from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.metrics import Scores, summary
@@ -31,6 +30,7 @@ from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
+from vqa.saved_model.files import save_companions
 from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
 from vqa.text.encoder import empty_encoder, load_encoder, read_pretrained
@@ -181,7 +181,7 @@ class Task(ABC):
         rows, images = np.unique(self.training.images), H5Images(self.store.path)
         if len(rows) < least:
             raise InputError(
-                f"backbone.statistics: {len(rows)} training image is too few to re-estimate them; needs {least}"
+                f"backbone.statistics: {len(rows)} training image(s) are too few to re-estimate them; needs {least}"
             )
         rows = rows[:: -(-len(rows) // STATISTICS_OF)]
         for part in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):
@@ -210,4 +210,4 @@ class Task(ABC):
         """Writes what a model needs in addition to its weights."""
         store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
         companions = (self.preprocessing, self.text_encoder, store.categories)
-        saved_model.save_companions(folder, self.settings, *about_texts, *companions)
+        save_companions(folder, self.settings, *about_texts, *companions)

@@ -49,7 +49,7 @@ class RunDirectory:
             file = self.path / "environment.json"
             begun = read_json(file) if resume and init_from is None and file.exists() else {}
             if isinstance(begun, dict) and begun.get("init_from"):
-                raise InputError(f"{self.path}: has no checkpoint yet; begin it again with the --init-from that it had")
+                raise InputError(f"{self.path}: has no checkpoint yet; start it again with its --init-from")
             return
         if not resume:
             raise InputError(f"{self.path}: already holds a run; resume it with --resume, or choose another `name`")
@@ -92,7 +92,7 @@ class RunDirectory:
         if file.exists() and self.holds_training():  # a resumed run keeps the environment that it was started in
             begun = read_json(file)
             if not isinstance(begun, dict) or not isinstance(begun.setdefault("resumed", []), list):
-                raise InputError(f"{file}: not what a run wrote; remove it")
+                raise InputError(f"{file}: not written by a run; remove it")
             environment = begun | {"resumed": [*begun["resumed"], environment]}
         write_json(file, environment)
 

@@ -20,13 +20,13 @@ from experiments.training.optimiser import build_optimiser, build_schedule, trai
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource, choose_images
 from experiments.training.warm_start import splits_seen
-from vqa import saved_model
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.locks import held
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
 from vqa.resnet import ModulatedResNet
+from vqa.saved_model.files import WEIGHTS, load_model, save_weights
 from vqa.settings.schema import Settings
 
 
@@ -60,7 +60,7 @@ def train(
         # all processes decide from the same facts, and none writes before all have read them
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
-            raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
+            raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
@@ -102,7 +102,7 @@ def prepare(
     device = processes.device(settings.device)
     warm, seen = None, []
     if init_from is not None and saved is None:
-        warm = processes.agreed(lambda: saved_model.load_model(init_from))
+        warm = processes.agreed(lambda: load_model(init_from))
         seen = splits_seen(warm, settings)
     torch.manual_seed(settings.seed)  # the same initial weights in every process
     model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
@@ -122,7 +122,7 @@ def prepare(
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        weights = warm.folder / saved_model.WEIGHTS if warm is not None else None
+        weights = warm.folder / WEIGHTS if warm is not None else None
         run.start(settings, device, size, trainer.trained_count, weights)
         task.save_companions(run.model)
     return trainer
@@ -226,7 +226,7 @@ class Trainer:
                 splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
                 facts = {"trained_on": list(splits)}
                 facts |= {key: line[key] for key in ("epoch", "val_overall")}
-                saved_model.save_weights(self.run.model, self.model, facts)
+                save_weights(self.run.model, self.model, facts)
             self._report(line)
         self._save_checkpoint()
 

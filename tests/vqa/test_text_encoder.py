@@ -214,14 +214,17 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
             ["question.encoder=transformers"],
             "question.text_encoder: encoder transformers needs a model's name or folder",
         ),
-        (["question.text_encoder=x"], "question.text_encoder: only encoder transformers has it, lstm must have null"),
+        (
+            ["question.text_encoder=x"],
+            "question.text_encoder: only encoder transformers uses it; for lstm it must be null",
+        ),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "question.glove=y.txt"],
             "question.glove: encoder transformers has its own word vectors; it must be null",
         ),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"],
-            "cbn.condition: kind needs whole words; question.encoder transformers has parts of words",
+            "cbn.condition: kind needs whole words; question.encoder transformers uses parts of words",
         ),
     ],
     ids=lambda given: given if isinstance(given, str) else " ",

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
 from vqa.build import build_model
-from vqa.saved_model import WEIGHTS, load_weights
+from vqa.saved_model.files import WEIGHTS, load_weights
 from vqa.settings.recipes import saved_settings
 from vqa.settings.schema import Settings
 from vqa.text.encoder import empty_encoder

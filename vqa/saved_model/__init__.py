@@ -10,29 +10,6 @@ question_encoder.json  the configuration of a text encoder of `transformers`, wh
 """
 
 from vqa.saved_model.asking import SavedModel
-from vqa.saved_model.files import (
-    HUB_PREFIX,
-    WEIGHTS,
-    Training,
-    download,
-    find_model,
-    load_model,
-    load_weights,
-    save_companions,
-    save_weights,
-    settings_file,
-)
+from vqa.saved_model.files import load_model
 
-__all__ = [
-    "HUB_PREFIX",
-    "WEIGHTS",
-    "SavedModel",
-    "Training",
-    "download",
-    "find_model",
-    "load_model",
-    "load_weights",
-    "save_companions",
-    "save_weights",
-    "settings_file",
-]
+__all__ = ["SavedModel", "load_model"]

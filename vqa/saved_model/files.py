@@ -24,7 +24,7 @@ from vqa.text.tokenizer import load_tokenizer, save_tokenizer, unusable
 
 WEIGHTS = "model.safetensors"
 CATEGORIES = "categories.json"
-HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
+HUB_CONFIGURATION = "question_encoder"  # the key of a text encoder's configuration in `config.json`
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 

@@ -86,7 +86,7 @@ def load_encoder(name: str) -> "nn.Module":
         with torch.no_grad():
             states = encoder(input_ids=ids, attention_mask=ids).last_hidden_state
         if states.shape != (1, 2, encoder.config.hidden_size):
-            raise ValueError(f"no state for each token, but {tuple(states.shape)}")
+            raise ValueError(f"its output must be one state per token, not {tuple(states.shape)}")
     return encoder
 
 

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.fabricated_games import read_lines
 from tests.runs import lines, same_weights
 from vqa.io.errors import InputError
-from vqa.saved_model import load_model, save_weights
+from vqa.saved_model.files import load_model, save_weights
 from vqa.settings.recipes import load_settings
 
 RECIPE = """\
@@ -254,7 +254,7 @@ def test_statistics_features_and_export(oracle, command, refused, tmp_path):
     [
         (["guesswhat.crop_factor=1.5"], "made with guesswhat.crop_factor 1.1, but guesswhat.crop_factor is 1.5"),
         (["guesswhat.status=[failure]"], "made with guesswhat.status"),
-        (["train.augment=crop"], "train.augment: the task guesswhat has none"),
+        (["train.augment=crop"], "train.augment: the task guesswhat supports no augmentation"),
         (["train.loss=bce"], "train.loss: bce"),
         (["inputs=[crop, spatial]"], "inputs: a model of crop and spatial alone has nothing to condition"),
     ],

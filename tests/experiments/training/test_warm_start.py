@@ -114,7 +114,7 @@ def test_a_warm_run_is_resumed_bit_for_bit(tiny, trained, tmp_path, capsys):
 def test_a_warm_run_without_a_checkpoint_is_not_resumed_cold(tiny, trained, tmp_path):
     settings = load_settings(tiny, ["name=killed"])
     prepare(VQATask(settings), RunDirectory(tmp_path / "killed"), Processes(), init_from=trained)
-    with pytest.raises(InputError, match="killed: has no checkpoint yet; begin it again with the --init-from"):
+    with pytest.raises(InputError, match="killed: has no checkpoint yet; start it again with its --init-from"):
         train(settings, resume=True, runs=tmp_path)
     for how in ({"resume": True, "init_from": trained}, {"resume": False}):
         RunDirectory(tmp_path / "killed").check(settings, **how)

@@ -56,7 +56,7 @@ def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bo
     right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
     if "held_out_group_accuracy" in made:
         right += f", {made['held_out_group_accuracy']:.1f} % by group"
-    print(f"{out}: of {made['held_out_images']} held-out images, {right}")
+    print(f"{out}: accuracy on {made['held_out_images']} held-out images: {right}")
 
 
 def train(config: Path, settings: list[str], resume: bool, init_from: Path | None) -> None:
@@ -68,7 +68,7 @@ def train(config: Path, settings: list[str], resume: bool, init_from: Path | Non
 
 
 def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:
-    """Official accuracy of a trained model; writes metrics_SPLIT.json and results_SPLIT.json."""
+    """Scores a trained model by the official accuracy; writes metrics_SPLIT.json and results_SPLIT.json."""
     from experiments.evaluate import evaluate as score
     from experiments.evaluate import table_of
     from experiments.process_group import this_process
@@ -83,11 +83,11 @@ def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow
 
 
 def ask(run: Path, image: Path, question: str, top: int, as_json: bool, **of_object: Any) -> None:
-    """The answers to one question about any image, or an object of it, most probable first."""
+    """Answers a question about any image, or about an object in it; the most probable answers first."""
     model = vqa.load(run)
     answers = model.ask(image, question, top, **of_object)
     if unknown := model.unknown_words(question):
-        print(printable(f"not met in training: {', '.join(unknown)}"), file=sys.stderr)
+        print(printable(f"not in the vocabulary: {', '.join(unknown)}"), file=sys.stderr)
     if as_json:
         print(json.dumps({"image": str(image), "question": question, "answers": answers}))
         return
@@ -96,7 +96,7 @@ def ask(run: Path, image: Path, question: str, top: int, as_json: bool, **of_obj
 
 
 def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path | None, **of_object: Any) -> None:
-    """What a question (or two) does to every channel: modulation.json, modulation.csv, report.html."""
+    """Shows what one or two questions do to every channel; writes modulation.json, modulation.csv, report.html."""
     from vqa.inspect.inspection import inspect as inspection_of
     from vqa.inspect.inspection import summary, write_inspection
 
@@ -110,14 +110,14 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
 
 
 def features(run: list[Path], split: str, out: Path | None, settings: list[str], pairs: int, seed: int) -> None:
-    """t-SNE figures and nearest neighbours of the stages' features: where networks hold the question."""
+    """t-SNE figures and nearest-neighbour accuracy of the features after each stage."""
     from experiments.features.compare import compare_features, table_of
 
     out = out or run[0] / "features"
     comparison = compare_features(run, split, out, settings, pairs=pairs, seed=seed)
     print(table_of(comparison))
     if comparison["pairs"] < pairs:
-        print(f"split {split!r} has no more than these {comparison['pairs']} pairs")
+        print(f"split {split!r} has only {comparison['pairs']} pairs")
     print(out)
 
 
@@ -157,7 +157,7 @@ def experiment(
 
 
 def bench(as_json: bool, **options: Any) -> None:
-    """Compares time and memory of each fast path with what it replaces."""
+    """Measures time and memory of each fast path and of the code that it replaces."""
     from experiments.bench.bench import bench as run
 
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -167,7 +167,7 @@ def bench(as_json: bool, **options: Any) -> None:
 
 
 def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
-    """Correctness and speed on a GPU, and the first experiments there, in bounded time."""
+    """Checks correctness and speed on a GPU and runs the first experiments there, within a time limit."""
     from experiments.gpu.check import SUITES
     from experiments.gpu.check import gpu_check as run
 
@@ -190,7 +190,7 @@ def recalibrate(
         settings = [f"data.folder={data.folder}", f"data.h5={data.h5}", *settings]
     out = out or run / "recalibrated"
     questions = estimate(run, out, split, settings, batches=batches)
-    print(f"statistics of {questions} questions' images; python main.py eval --run {out}")
+    print(f"statistics re-estimated on the images of {questions} questions; next: python main.py eval --run {out}")
 
 
 def export(run: Path, to: Path, form: str) -> None:
@@ -241,8 +241,8 @@ def main() -> int:
         else:
             why = f"{error.filename or 'standard output'}: {os.strerror(error.errno).lower()}"
     except BrokenExecutor:
-        why = "a worker process was killed, as the system does where memory is short"
-        why = f"{why} (`workers` or `data.processes` can be less); {_how_to_resume()}"
+        why = "a worker process was killed, probably because memory ran out; set fewer `workers` or `data.processes`"
+        why = f"{why}; {_how_to_resume()}"
     except KeyboardInterrupt as interrupted:
         _say_last(f"interrupted; {_how_to_resume()}")
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130

@@ -1,4 +1,4 @@
-"""Augmentation of training images: a random crop, and a horizontal flip where neither question nor answer has a side.
+"""Augmentation of training images: a random crop, and a flip unless question or answer contains left or right.
 
 It depends on seed, epoch and question alone, so that a resumed run, and any number of workers, sees the same images.
 """

@@ -203,7 +203,7 @@ class Store:
             raise InputError(f"{self.path}: no split {split!r}; it holds {', '.join(self.splits)}")
         with _opened(self.path) as file, damage_named(self.path, _REMEDY):
             if file.attrs["digest"].decode() != self._digest:
-                raise InputError(f"{self.path}: was replaced meanwhile; start the command again")
+                raise InputError(f"{self.path}: was replaced while this command ran; run it again")
             group = file[f"splits/{split}"]
             arrays = {name: group[name][:] for name in _ARRAYS}
             texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}

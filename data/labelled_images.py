@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +28,8 @@ _NAMED = 5  # bad images that an error names
 class LabelledImages:
     """The images below a folder, or in a zip file; the class of each is the name of the folder that it lies in.
 
-    Held out are the images below a folder `val`; where there is none, a tenth of each class, chosen by a checksum of
-    their names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
+    The images below a folder `val` are held out; without one, a tenth of each class is, chosen by a checksum of their
+    names. Where there are folders `train`, no others are trained on. A table `classes.csv` with the columns
     `class` and `group` assigns a group to every class. Files without an image ending, and hidden ones, are skipped.
 
     Attributes:
@@ -67,7 +67,7 @@ class LabelledImages:
                 "needs two folders or more, one per class, with two images or more each"
             )
         if untrained := {class_of[name] for name in held_out} - set(self.classes):
-            raise InputError(f"{source}: class {min(untrained)!r} has images below val, and none to train on")
+            raise InputError(f"{source}: class {min(untrained)!r} has images below val but none to train on")
         self.groups = self._read_groups()
         index = {name: number for number, name in enumerate(self.classes)}
         self.labels = np.array([index[class_of[name]] for name in self.names], np.int64)
@@ -98,8 +98,8 @@ class LabelledImages:
         if bad:
             first, *others = bad
             named = ", ".join(others[: _NAMED - 1]) + (", …" if len(others) >= _NAMED else "")
-            more = f"; neither can {len(others)} more: {named}" if others else ""
-            raise InputError(f"{bad[first]}{more}; repair or remove what cannot be read")
+            more = f"; {len(others)} more cannot be read: {named}" if others else ""
+            raise InputError(f"{bad[first]}{more}; repair or remove them")
 
     def decode(self, name: str, size: int) -> np.ndarray:
         """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""
@@ -123,14 +123,14 @@ class LabelledImages:
         except (UnicodeDecodeError, csv.Error, KeyError):
             raise InputError(f"{self._source / name}: must be a UTF-8 table with the columns class and group") from None
         if missing := [one for one in self.classes if not group_of.get(one)]:
-            raise InputError(f"{self._source / name}: has no group of class {missing[0]!r}")
+            raise InputError(f"{self._source / name}: has no group for class {missing[0]!r}")
         return [group_of[one] for one in self.classes]
 
 
 def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
     """The sizes of all files by name, and a function that reads one by its name."""
     if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+        files = {path.relative_to(source).as_posix(): path for path in _below(source) if path.is_file()}
         return {name: path.stat().st_size for name, path in files.items()}, lambda name: read_bytes(files[name])
     if not source.is_file() or not zipfile.is_zipfile(source):
         raise InputError(f"{source}: {'neither a folder nor a zip file' if source.exists() else 'no such file'}")
@@ -146,6 +146,15 @@ def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
             raise InputError(f"{source / name}: cannot be read from the zip file ({first_line(error):.100})") from None
 
     return {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}, read
+
+
+def _below(source: Path) -> Iterator[Path]:
+    """Yield the files below a folder; links to other folders are followed."""
+    for name, inner, files in os.walk(source, followlinks=True):
+        folder, here = Path(name), Path(name).resolve()
+        # a link to a folder around it would be followed without end
+        inner[:] = [one for one in inner if not here.is_relative_to((folder / one).resolve())]
+        yield from (folder / file for file in files)
 
 
 def _tenth_of_each_class(class_of: Mapping[str, str]) -> list[str]:

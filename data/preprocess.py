@@ -24,9 +24,9 @@ import numpy as np
 from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
 from data.h5_rows import RowWriter, set_rows
-from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_said
+from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_note
 from data.question_table import NO_ANSWER
-from data.sources import Crop, NeededImage, Source, decode, number_images
+from data.sources import Crop, NeededImage, Source, decode, defect_of, number_images
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
@@ -91,13 +91,13 @@ def preprocess(
                 _copy_images(finished, file)
             bad = _decode_images(file, threads)
             if bad and not skip_bad_images:
-                print(f"{partial}: keeps the other images")
+                print(f"{partial}: holds the images that could be read")
             ids = file["images/id"][:]
             named = dict.fromkeys((ids[row], reason) for row, reason in bad.items())  # once for all crops of an image
             settle_bad_images(list(named), skip_bad_images)
             h5_file.fill_unusable(file, list(bad), stand_in(image_size))
         h5_file.finish(partial, path)
-    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_said(h5_file.Store(path))}")
+    print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_note(h5_file.Store(path))}")
 
 
 def _check_splits(splits: Mapping[str, SplitFiles], vocabulary_from: Sequence[str], source: Source) -> None:
@@ -165,13 +165,9 @@ def _check_any_is_mended(finished: h5_file.Store, images: Sequence[NeededImage])
     """Refuse to make a file again while all images that were bad still are."""
     bad = {}
     for row in np.flatnonzero(~finished.usable):
-        image = images[row]
-        try:
-            decode(Path(image.file), [image.crop], finished.image_size)
-        except InputError as error:
-            bad[image.id, str(error)] = None
-        else:
+        if (defect := defect_of(images[row], finished.image_size)) is None:
             return
+        bad[images[row].id, defect] = None
     settle_bad_images(list(bad), skip=False)
 
 

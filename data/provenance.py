@@ -53,16 +53,16 @@ def is_made(path: Path, wanted: Mapping[str, Any], skip_bad_images: bool) -> boo
         mending = partial.exists() and h5_file.read_provenance(partial) == wanted
         done = skip_bad_images and not mending
     if done:
-        print(f"{path}: complete, nothing to do{stand_ins_said(made)}")
+        print(f"{path}: complete, nothing to do{stand_ins_note(made)}")
     return done
 
 
-def stand_ins_said(made: h5_file.Store) -> str:
+def stand_ins_note(made: h5_file.Store) -> str:
     """The end of a line about a file: how many of its images are stand-ins."""
     if made.usable.all():
         return ""
     count = f"; {(~made.usable).sum()} of its {len(made.usable)} images were missing or unreadable: "
-    return count + "stand-ins are in their place until they are repaired and data.skip_bad_images is false"
+    return count + "stand-ins replace them until they are repaired and data.skip_bad_images is false"
 
 
 def check_same(partial: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

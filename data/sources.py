@@ -1,4 +1,4 @@
-"""What `preprocess` and evaluation read of a dataset: its questions, and the images that each of them needs."""
+"""A dataset as `preprocess` and evaluation read it: its questions, and the images that each of them needs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -30,7 +30,7 @@ class NeededImage(NamedTuple):
     """An image that is asked about: a file, or a part of it."""
 
     file: str
-    id: int  # what messages call it
+    id: int  # its name in messages
     crop: Crop | None = None
 
 
@@ -89,6 +89,15 @@ def number_images(needed: Sequence[tuple[NeededImage, ...]], rows: dict[NeededIm
         rows[image] = len(rows)
     numbered = np.array([[rows[image] for image in images] for images in needed], np.int64)
     return numbered[:, 0] if numbered.shape[1] == 1 else numbered
+
+
+def defect_of(image: NeededImage, size: int) -> str | None:
+    """Why an image is missing or cannot be read; None if it can."""
+    try:
+        decode(Path(image.file), [image.crop], size)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def decode(file: Path, crops: Sequence[Crop | None], size: int) -> list[np.ndarray]:

@@ -125,5 +125,5 @@ def _still_queued(record: Path) -> dict[str, str]:
     try:
         said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"--submit: squeue does not list what is queued already ({first_line(error)})") from None
+        raise InputError(f"--submit: squeue cannot list the queued tasks ({first_line(error)})") from None
     return {command: task for command, task in submitted.items() if task in said}

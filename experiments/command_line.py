@@ -79,7 +79,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     evaluate = command("eval", run, settings)
     evaluate.add_argument("--split", default="val")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="where files are written; by default DIR of --run")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; by default DIR of --run")
     evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, and mark it")
 
     ask = command("ask", run, question)
@@ -110,9 +110,9 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 def _question_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--image", type=Path, required=True, metavar="FILE")
     added.add_argument("--question", required=True, metavar="TEXT")
-    box = "of the object that it is about, in pixels from the top left (GuessWhat?!)"
+    box = "box of the object that the question is about, in pixels from the top left (GuessWhat?!)"
     added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
-    added.add_argument("--category", metavar="NAME", help="of that object (GuessWhat?!)")
+    added.add_argument("--category", metavar="NAME", help="category of that object (GuessWhat?!)")
 
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
@@ -121,8 +121,8 @@ def _pretrain_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
     added.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
-    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, order and shifts (0)")
-    what = "trains nothing: what can be read linearly from a finished FILE, stage by stage; writes FILE.probe.json"
+    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="seed of weights, order and shifts (0)")
+    what = "train nothing; fit linear probes to the features of a finished FILE and write FILE.probe.json"
     added.add_argument("--probe", action="store_true", dest="only_probe", help=what)
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
 
@@ -132,23 +132,23 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("parts", nargs="*", metavar="PART", help=parts)
     added.add_argument("--repeats", type=_positive, default=7, metavar="N", help="turns of each measurement (7)")
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
-    added.add_argument("--images", type=_positive, default=4000, metavar="N", help="of the part scale (4000)")
+    added.add_argument("--images", type=_positive, default=4000, metavar="N", help="images of the part scale (4000)")
     added.add_argument("--tiny", action="store_true", help="a small network and few images, to test that it runs")
     added.add_argument("--json", action="store_true", dest="as_json")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="for a file per step, and gpu-check.zip")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file per step, and gpu-check.zip")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
     added.add_argument(
-        "--step", dest="steps", action="append", default=[], metavar="STEP", help="only this one; can be repeated"
+        "--step", dest="steps", action="append", default=[], metavar="STEP", help="run only this step; can be repeated"
     )
     suites = added.add_mutually_exclusive_group()
     suites.add_argument(
-        "--suite", dest="suites", action="append", metavar="NAME", help="of experiments/suites, instead of the default"
+        "--suite", dest="suites", action="append", metavar="NAME", help="a suite, instead of the default ones"
     )
-    suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="the steps alone")
+    suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="run no suite")
     added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")
     added.add_argument("--tiny", action="store_true", help="small sizes, to test that it runs")
@@ -158,7 +158,7 @@ def _features_options(added: argparse.ArgumentParser) -> None:
     added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="can be repeated")
     added.add_argument("--split", default="val")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
-    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the pairs, the folds and t-SNE (0)")
+    added.add_argument("--seed", type=_natural, default=0, metavar="N", help="seed of pairs, folds and t-SNE (0)")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
 
 
@@ -167,7 +167,8 @@ def _experiment_options(added: argparse.ArgumentParser) -> None:
     at_once = "parallel runs; by default one per GPU, or one per core"
     added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N")
-    added.add_argument("--resources", default="", metavar="TEXT", help='of a task: "timeout_min=240 gpus_per_node=1"')
+    resources = 'resources of each task: "timeout_min=240 gpus_per_node=1"'
+    added.add_argument("--resources", default="", metavar="TEXT", help=resources)
     instead = added.add_mutually_exclusive_group()
     for name, does in (
         ("report", "run nothing; print the table of the finished runs"),
@@ -175,8 +176,8 @@ def _experiment_options(added: argparse.ArgumentParser) -> None:
         ("list", "print the commands of the missing runs"),
     ):
         instead.add_argument(f"--{name}", dest="does", action="store_const", const=name, default="run", help=does)
-    instead.add_argument("--only", metavar="RUN", help="this run of the suite alone, with --seed")
-    instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="submit them to a cluster, as an array")
+    instead.add_argument("--only", metavar="RUN", help="run only this run of the suite, with --seed")
+    instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="submit the missing runs as an array job")
 
 
 def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
@@ -187,7 +188,7 @@ def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
 
 def _box(text: str) -> tuple[float, ...]:
     if not re.fullmatch(r"-?\d{1,6}(\.\d{1,6})?(,-?\d{1,6}(\.\d{1,6})?){3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no box; write X,Y,W,H in pixels, as 10,20,64,48")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a box; write X,Y,W,H in pixels, as 10,20,64,48")
     return tuple(map(float, text.split(",")))
 
 

@@ -56,7 +56,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         InputError: the settings describe no synthetic scenes, or a file of another run is in the way.
     """
     if settings.scenes is None or settings.task != "vqa":
-        raise InputError("scenes: the demo is about VQA on its own scenes; use config/demo.yaml or a file over it")
+        raise InputError("scenes: the demo needs a VQA recipe with scenes; use config/demo.yaml or a file over it")
     started = time.monotonic()
     out = runs / settings.name
     if (out / "summary.json").exists():
@@ -70,7 +70,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     preprocess(**preprocessing_of(settings))
     print("3/6  pretraining the backbone", flush=True)
     named = prepare_backbone(settings)
-    print(f"{named:.1f} % of the images held out from it are named")
+    print(f"the backbone names {named:.1f} % of its held-out images")
     scores: dict[str, Scores] = {}
     for step, model in enumerate(MODELS, 4):
         print(f"{step}/6  training {model}", flush=True)

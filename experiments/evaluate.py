@@ -20,7 +20,8 @@ from vqa.io.errors import InputError
 from vqa.io.files import write_json, written_whole
 from vqa.io.locks import held
 from vqa.metrics import Scores
-from vqa.saved_model import SavedModel, find_model, load_model, settings_file
+from vqa.saved_model import SavedModel, load_model
+from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, role_of
 from vqa.text.tokenizer import special_ids
@@ -72,7 +73,7 @@ def evaluate(
             saved = load_model(folder, device)
             if split in saved.training.get("trained_on", []) and not allow_trained:
                 raise InputError(
-                    f"{run}: was trained on split {split!r}; --allow-trained scores it nevertheless, and marks it"
+                    f"{run}: was trained on split {split!r}; --allow-trained scores it anyway and marks the metrics"
                 )
             data = split_data(saved, settings, split)
             if processes.is_main:
@@ -167,7 +168,7 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
     if unknown := int((~known).sum()):
         print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
     if table.given.size and (table.labels() < 0).all():
-        print(f"split {split!r}: no answer that was given is among the model's {len(saved.answers)} answers")
+        print(f"split {split!r}: none of the given answers is among the model's {len(saved.answers)} answers")
 
 
 def table_of(scores: Scores) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, read_json, written_whole
-from vqa.saved_model import WEIGHTS, load_model
+from vqa.saved_model.files import WEIGHTS, load_model
 
 
 def export(run: Path, to: Path, form: str) -> None:

@@ -71,12 +71,16 @@ def pretrain_backbone(
     if (found := _results_in(file, made)) is not None:
         return found["held_out_accuracy"]
     count, shapes = images + max(images // 10, 1), len(WORLDS[world].SHAPES)
-    with _one_thread():
-        resnet, right = _train(
-            file, made, lambda pixels: draw_single_objects(WORLDS[world], seed, pixels), images, count, shapes, device
-        )
-    accuracy = _percent(right[0] == right[1])
-    _write(file, resnet, made | {"held_out_accuracy": accuracy})
+
+    def draw(pixels: np.ndarray) -> np.ndarray:
+        return draw_single_objects(WORLDS[world], seed, pixels)
+
+    with held(_lock_of(file), file, wait=True), _one_thread():
+        if (found := _results_in(file, made)) is not None:  # another process has made it since
+            return found["held_out_accuracy"]
+        resnet, right = _train(file, made, draw, images, count, shapes, device)
+        accuracy = _percent(right[0] == right[1])
+        _write(file, resnet, made | {"held_out_accuracy": accuracy})
     return accuracy
 
 
@@ -109,12 +113,12 @@ def pretrain_on_images(
         groups. A file that was made with the same arguments is kept.
 
     Raises:
-        InputError: `file` was not written with these arguments or is locked, `source` is not as it must be, or
-            images in it cannot be read.
+        InputError: `file` was not written with these arguments or is locked, `source` is malformed, or images
+            in it cannot be read.
     """
     if not 32 <= image_size <= MAX_SIZE:
         raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
-    with held(file.with_name(f".{file.name}.lock"), file):
+    with held(_lock_of(file), file):
         images = LabelledImages(source)
         made = {"name": name, "seed": seed, "image_size": image_size, "images": identity_of(images), "epochs": epochs}
         made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
@@ -235,6 +239,10 @@ def _percent(right: np.ndarray) -> float:
     return 100 * int(right.sum()) / len(right)
 
 
+def _lock_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
+
+
 def _checkpoint_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.checkpoint")
 
@@ -265,7 +273,7 @@ def header_of(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; `pretrain` without --probe makes it") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{file}: not pretrained here; name another file") from None
+        raise InputError(f"{file}: not a file that `pretrain` wrote; name another one") from None
 
 
 def identity_of(images: LabelledImages) -> str:

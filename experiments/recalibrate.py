@@ -10,7 +10,7 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import find_model, load_model, save_companions, save_weights, settings_file
+from vqa.saved_model.files import find_model, load_model, save_companions, save_weights, settings_file
 from vqa.settings.recipes import load_saved
 
 
@@ -42,7 +42,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     device = choose_device(settings.device)
     saved = load_model(folder, device)
     if not settings.views or not saved.model.resnet.batch_norms():
-        raise InputError(f"{folder}: this model has no batch norms whose statistics it uses")
+        raise InputError(f"{folder}: this model uses no statistics of batch norms")
     if saved.model.image is not None:
         raise InputError(f"{folder}: cbn.condition=image passes each image through the norms twice, modulated and not")
     data = split_data(saved, settings, split)

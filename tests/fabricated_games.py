@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data.guesswhat.source import GuessWhatSource
+from data.vqa_files import SplitFiles
+
 SIZES = ((64, 48), (48, 64), (50, 37))  # width x height
 MODES = {4: "L", 7: "CMYK"}  # of some of the JPEG files
 CATEGORIES = {1: "person", 3: "car", 17: "cat", 62: "chair", 90: "toothbrush"}
@@ -99,3 +102,32 @@ def _game(number: int, picture: dict, rng) -> dict:
         "objects": picture["objects"],
         "qas": qas,
     }
+
+
+NAMES = {"train": "train", "val": "valid", "test": "test"}
+
+
+def split_files(folder: Path, pattern: str = "{file_name}", ending: str = "jsonl.gz") -> dict[str, SplitFiles]:
+    images = f"{folder}/images/{pattern}"
+    return {name: SplitFiles(folder / f"guesswhat.{file}.{ending}", None, images) for name, file in NAMES.items()}
+
+
+def source(status=("success",), factor=1.1, whole=False, categories=None) -> GuessWhatSource:
+    return GuessWhatSource(status, factor, ["crop", "image"] if whole else ["crop"], categories)
+
+
+def asked_in(games: Path, file: str, status=("success",)):
+    """Each question of the games of some status with its game, in the file's order."""
+    read = read_lines(games / f"guesswhat.{file}.jsonl.gz")
+    return [(game, asked) for game in read if game["status"] in status for asked in game["qas"]]
+
+
+def target(game) -> dict:
+    return game["objects"][str(game["object_id"])]
+
+
+def edited(file: Path, number: int, edit) -> None:
+    """Changes the game in a line, counted from 1."""
+    games = read_lines(file)
+    edit(games[number - 1])
+    write_lines(file, games)

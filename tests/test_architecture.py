@@ -22,6 +22,7 @@ DOORS = {
     "vqa.kernels": ("vqa.kernels.modulate", "vqa.kernels.frozen_conv"),
     "vqa.hub": ("vqa.hub.folder", "vqa.hub.onnx"),
     "vqa.inspect": ("vqa.inspect.inspection", "vqa.inspect.html"),
+    "vqa.saved_model": ("vqa.saved_model.SavedModel", "vqa.saved_model.load_model", "vqa.saved_model.files"),
     "vqa.tasks": ("vqa.tasks.asked", "vqa.tasks.guesswhat", "vqa.tasks.objects"),
     "experiments.tasks": ("experiments.tasks.TASKS", "experiments.tasks.Task", "experiments.tasks.vqa"),
 }
@@ -75,7 +76,7 @@ def test_a_room_is_entered_by_its_door(room):
 
 
 def test_transformers_is_behind_two_doors():
-    inside = {ROOT / "vqa/text_encoder.py", *files("vqa/hub")}
+    inside = {ROOT / "vqa/text/encoder.py", *files("vqa/hub")}
     for path in set(files(*BELOW)) - inside:
         assert not any(within(name, ("transformers",)) for name in imported(path)), path
 

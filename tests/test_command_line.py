@@ -1,6 +1,9 @@
-"""The command line by itself: options given twice, and the version."""
+"""The command line by itself: help, options given twice, the version, and wrong words and files."""
 
 import argparse
+import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -45,3 +48,73 @@ def test_the_version_is_the_packages(command):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ended = command("--version")
     assert (ended.code, ended.out) == (0, f"modern-vqa {version}\n")
+
+
+def test_help_imports_nothing_heavy():
+    heavy = (
+        "torch",
+        "torchvision",
+        "transformers",
+        "h5py",
+        "numpy",
+        "pydantic",
+        "msgspec",
+        "yaml",
+        "sklearn",
+        "matplotlib",
+    )
+    shown = "main.build_parser(main.COMMANDS).format_help()"
+    code = f"import sys, main; {shown}; print([m for m in {heavy} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_help_names_every_command(command):
+    ended = command("--help")
+    assert ended.code == 0
+    for name in main.COMMANDS:
+        assert re.search(rf"^ +{name}\b", ended.out, re.MULTILINE)
+        assert command(name, "--help").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: --config"),
+        (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
+        (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
+        (["train", "--config", "{tiny}", "cbn.stages=[5]"], "cbn.stages"),
+        (["train", "--config", "{tiny}", "train.epochs=many"], "train.epochs"),
+        (
+            ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"],
+            "absent/train_questions.json: no such",
+        ),
+        (["eval", "--run", "absent"], "absent: no model here"),
+        (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
+        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
+        (
+            ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
+            "b/val_questions.json: no such file, and no a.h5",
+        ),
+        (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
+        (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", ""], "holds no word"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "caf\udce9"], "not UTF-8"),
+        (
+            ["inspect", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--out", "{tiny}"],
+            "directory",
+        ),
+        (["eval", "--run", "{trained}", "--out", "{tiny}"], "must be a directory"),
+        (["train", "--config", "{tiny}", "seed=99999999999999999999999"], "seed"),
+        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "number from 1 to"),
+        (["demo", "scenes=null"], "scenes"),
+    ],
+)
+def test_bad_input_is_one_clear_line(refused, tiny, trained, image, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"tiny": tiny, "trained": trained, "image": image}
+    words = [word.format(**names) if word.startswith("{") else word for word in arguments]
+    assert message in refused(*words)
+    assert not [path for path in tmp_path.iterdir() if path.name != "runs"]

@@ -4,15 +4,10 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 
 import pytest
-
-from main import COMMANDS
-from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -21,33 +16,6 @@ def copied(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained / "model", tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def test_help_imports_nothing_heavy():
-    heavy = (
-        "torch",
-        "torchvision",
-        "transformers",
-        "h5py",
-        "numpy",
-        "pydantic",
-        "msgspec",
-        "yaml",
-        "sklearn",
-        "matplotlib",
-    )
-    shown = "main.build_parser(main.COMMANDS).format_help()"
-    code = f"import sys, main; {shown}; print([m for m in {heavy} if m in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"
-
-
-def test_help_names_every_command(command):
-    ended = command("--help")
-    assert ended.code == 0
-    for name in COMMANDS:
-        assert re.search(rf"^ +{name}\b", ended.out, re.MULTILINE)
-        assert command(name, "--help").code == 0
 
 
 # ---- train, eval
@@ -142,7 +110,7 @@ def test_ask_lists_the_most_probable_answers_first(command, copied, image):
     said = json.loads(ended.out)
     assert sum(entry["probability"] for entry in said["answers"]) == pytest.approx(1, abs=1e-4)
     assert said["question"] == "what zebra?"
-    assert "not met in training: zebra" in ended.err
+    assert "not in the vocabulary: zebra" in ended.err
 
 
 def test_ask_answers_as_eval_does(command, trained, tiny, tmp_path):
@@ -241,49 +209,6 @@ def test_odd_questions_are_answered(command, copied, image, question):
 
 
 # ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["train"], "required: --config"),
-        (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
-        (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
-        (["train", "--config", "{tiny}", "cbn.stages=[5]"], "cbn.stages"),
-        (["train", "--config", "{tiny}", "train.epochs=many"], "train.epochs"),
-        (
-            ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"],
-            "absent/train_questions.json: no such",
-        ),
-        (["eval", "--run", "absent"], "absent: no model here"),
-        (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
-        (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
-        (
-            ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
-            "b/val_questions.json: no such file, and no a.h5",
-        ),
-        (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
-        (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),
-        (["ask", "--run", "{trained}", "--image", "{image}", "--question", ""], "holds no word"),
-        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "caf\udce9"], "not UTF-8"),
-        (
-            ["inspect", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--out", "{tiny}"],
-            "directory",
-        ),
-        (["eval", "--run", "{trained}", "--out", "{tiny}"], "must be a directory"),
-        (["train", "--config", "{tiny}", "seed=99999999999999999999999"], "seed"),
-        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "number from 1 to"),
-        (["demo", "scenes=null"], "scenes"),
-    ],
-)
-def test_bad_input_is_one_clear_line(refused, tiny, trained, image, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    names = {"tiny": tiny, "trained": trained, "image": image}
-    words = [word.format(**names) if word.startswith("{") else word for word in arguments]
-    assert message in refused(*words)
-    assert not [path for path in tmp_path.iterdir() if path.name != "runs"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The numbers of the README and of `docs/` are those of the published files."""
 
-import csv
 import json
-import math
 import re
 import zipfile
 from collections import defaultdict
@@ -19,35 +17,10 @@ from experiments.report.results import KIND, collect
 from experiments.report.statistics import compare
 from experiments.suite import load_suite
 from tests.conftest import ROOT
+from tests.published import EXPERIMENTS, README, RESULTS, numbers, read_lines, rows_of, shown
 
-RESULTS = ROOT / "experiments" / "results"
-README, EXPERIMENTS, SPEED = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/experiments.md", "docs/speed.md")
-)
 ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN")  # of the README's table of results
 KINDS = ("how many", "is there", "what color", "what shape")
-
-
-def read_lines(file):
-    with file.open(encoding="utf-8", newline="") as opened:
-        return list(csv.DictReader(opened))
-
-
-def rows_of(text, header):
-    """The cells of the table whose first line begins with `header`, one list a row."""
-    lines = text[text.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def numbers(cell):
-    return [
-        float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(\d)\s(\d{3})\b", r"\1\2", cell.replace("−", "-")))
-    ]
-
-
-def shown(cell, *values, digits=2):
-    """Whether a cell shows these values, rounded."""
-    return numbers(cell) == pytest.approx(values, abs=0.5001 * 10**-digits)
 
 
 @cache
@@ -85,27 +58,18 @@ def test_the_readme_shows_the_controls():
     settled, controls = (
         {line["row"]: line for line in read_lines(RESULTS / f"{name}.csv")} for name in ("settled", "controls")
     )
-    rows = rows_of(README, "| accuracy, % | 16 epochs, test")
+    rows = rows_of(README, "| accuracy, % | 3 epochs, validation")
     assert [row[0].split(":")[0] for row in rows] == [*ROWS]
-    for name, (_, tested, gain, tested_seeds, overall, plus, questions, seeds, trained) in zip(ROWS, rows, strict=True):
-        if name in settled:
-            line = settled[name]
-            deviation = [float(line["overall_std"])] if line["overall_std"] else []
-            assert shown(tested, float(line["overall_mean"]), *deviation)
-            assert int(tested_seeds) == len(line["seeds"].split())
-            assert shown(gain, *(float(line[key]) for key in ("difference", "ci_low", "ci_high") if line[key]))
-        else:
-            assert tested == "not run"
-        if name in controls:
-            line = controls[name]
-            assert shown(overall, float(line["overall_mean"]), float(line["overall_std"]))
-            assert int(trained) == len(line["seeds"].split())
-            if name != "baseline":
-                assert shown(plus, float(line["difference"]))
-                assert shown(questions, float(line["ci_low"]), float(line["ci_high"]))
-                assert shown(seeds, float(line["seeds_low"]), float(line["seeds_high"]))
-        else:
-            assert overall == "not run"
+    for name, (_, trained, gain, seeds, tested, tested_seeds) in zip(ROWS, rows, strict=True):
+        for lines, overall, count in ((controls, trained, seeds), (settled, tested, tested_seeds)):
+            if name not in lines:
+                assert (overall, count) == ("not run", "")
+                continue
+            line = lines[name]
+            assert shown(overall, *(float(line[key]) for key in ("overall_mean", "overall_std") if line[key]))
+            assert int(count) == len(line["seeds"].split())
+        if name in controls and name != "baseline":
+            assert shown(gain, *(float(controls[name][key]) for key in ("difference", "seeds_low", "seeds_high")))
 
 
 def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
@@ -134,17 +98,24 @@ def intervals():
     return found
 
 
-SAID = re.compile(r"([−+]?\d+\.\d)\s\[([−+]?\d+\.\d), ([−+]?\d+\.\d)\]")
+SAID = re.compile(r"([−+]?\d+\.\d+)\s+\[([−+]?\d+\.\d+),\s+([−+]?\d+\.\d+)\]")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md", "experiments/results/README.md"])
+def published(triple, differences):
+    """Whether a difference and its interval, as they are written, are among those published."""
+    digits = len(triple[0].split(".")[1])
+    return np.abs(np.array(differences) - numbers(" ".join(triple))).max(1).min() < 0.501 * 10**-digits
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/experiments.md", "docs/guesswhat.md", "experiments/results/README.md"]
+)
 def test_an_interval_in_a_sentence_is_one_of_a_table(page):
     text = re.sub(r"MODERN is 4\.9 .*?9\.2\s\[.*?\]", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    published = np.array([triple for suite in intervals().values() for triple in suite])
     said = SAID.findall(text.replace("\n>", "\n"))
-    assert len(said) >= 6
+    assert len(said) >= 2
     for triple in said:
-        assert np.abs(published - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+        assert published(triple, [found for suite in intervals().values() for found in suite]), triple
 
 
 CLAIMS = (
@@ -160,9 +131,8 @@ def test_a_claim_names_its_table_and_what_would_have_refuted_it(claim):
     table = RESULTS / re.search(r"^- Table: \[.*?\]\((.*?)\)", claim, re.MULTILINE)[1]
     if section := re.search(r"\*(.*)\*", claim.split("- Table:")[1].splitlines()[0]):
         assert f"\n## {section[1]}\n" in table.read_text(encoding="utf-8")
-    published = intervals()[table.stem] + intervals()[f"{table.stem}_contrasts"]
     for triple in SAID.findall(claim):
-        assert np.abs(np.array(published) - numbers(" ".join(triple))).max(1).min() < 0.0501, triple
+        assert published(triple, intervals()[table.stem] + intervals()[f"{table.stem}_contrasts"]), triple
 
 
 def test_the_features_hold_the_question_in_modern_alone():
@@ -195,7 +165,6 @@ def test_what_the_readme_says_of_validation_is_in_the_epochs():
         run = (line["row"], line["learning_rate"], int(line["seed"]))
         accuracies[run][int(line["epoch"])] = float(line["val_overall"])
     rates = {"baseline": "0.003", "MODERN": "0.001", "mean question": "0.001", "shuffled question": "0.003"}
-    said = " ".join(README.split())
     for control in ("mean question", "shuffled"):
         row = "shuffled question" if control == "shuffled" else control
         differences = [
@@ -203,14 +172,17 @@ def test_what_the_readme_says_of_validation_is_in_the_epochs():
             for seed in range(1, 5)
         ]
         mean, low, high = over_seeds(differences)
-        assert re.search(rf"{mean:.1f} \[{low:.1f}, {high:.1f}\] (points )?above the {control}", said)
+        assert re.search(
+            rf"{mean:.1f} \[{low:.1f}, {high:.1f}\] (points )?above the {control}", " ".join(EXPERIMENTS.split())
+        )
     gained = {}
     for row, rate in rates.items():
         run = accuracies[row, rate, 1]
         gained[row] = max(run.values()) - max(run[epoch] for epoch in range(1, 11))
     assert gained["baseline"] == pytest.approx(1.6, abs=0.05)
     assert gained["shuffled question"] == pytest.approx(1.6, abs=0.05)
-    assert "gained 0.2 points, the mean question 0.9, shuffled and baseline 1.6" in said
+    said = "by 0.2 points for MODERN, 0.9 for the mean question, 1.6 for shuffled and baseline"
+    assert said in " ".join(README.split())
     assert (round(gained["MODERN"], 1), round(gained["mean question"], 1)) == (0.2, 0.9)
 
 
@@ -253,10 +225,34 @@ def test_tables_by_question_type(page, suite, header):
             assert shown(cell, share)
 
 
-def test_the_readme_shows_the_first_rows_on_photographs():
-    means = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "photos.csv")}
-    row = "MODERN has {MODERN:.2f} %, a fixed vector {mean question:.2f} %, the baseline {baseline:.2f} %"
-    assert row.format(**means) in " ".join(README.replace(">", " ").split())
+SENTENCES = [
+    ("README.md", "photos", "MODERN has {MODERN} %, a fixed vector {mean question} %, the baseline {baseline} %"),
+    ("config/photos.yaml", "photos", "on test, seed {seeds}: baseline {baseline} %, MODERN {MODERN} %"),
+    ("README.md", "guesswhat_games", "CBN has {crop, CBN} % error, Ft BN {crop, Ft BN} %, raw {crop, raw} %"),
+    ("config/guesswhat/games.yaml", "guesswhat_games", "raw {crop, raw} %, Ft BN {crop, Ft BN} %, CBN {crop, CBN} %"),
+]
+
+
+@pytest.mark.parametrize(("file", "suite", "sentence"), SENTENCES, ids=[f"{f}, {s}" for f, s, _ in SENTENCES])
+def test_first_lines_and_recipes_name_the_published_numbers(file, suite, sentence):
+    lines = read_lines(RESULTS / f"{suite}.csv")
+    column = "error_mean" if suite == "guesswhat_games" else "overall_mean"
+    means = {line["row"]: f"{float(line[column]):.2f}" for line in lines if line[column]}
+    said = " ".join(re.sub(r"^[>#]", "", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE).split())
+    assert sentence.format(**means, seeds=lines[0]["seeds"]) in said
+
+
+def test_every_machine_and_backbone_of_the_evidence_is_named():
+    said = (RESULTS / "README.md").read_text(encoding="utf-8").split("## About these runs")[1]
+    for file in RESULTS.glob("*_runs.zip"):
+        with zipfile.ZipFile(file) as evidence:
+            runs = [
+                json.loads(evidence.read(name)) for name in evidence.namelist() if name.endswith("environment.json")
+            ]
+        for run in runs:
+            kind = re.search(r"EPYC|Xeon|H\d00", run["cpu"] if run["device"] == "cpu" else run["device"])[0]
+            assert kind in said, (file.stem, kind)
+            assert (run.get("backbone") or "") in said, (file.stem, run["backbone"])
 
 
 ITEMS = re.findall(
@@ -301,86 +297,3 @@ def test_the_probe_of_the_photographs_backbone_is_the_published_one():
 
 def test_seven_suites_have_a_sentence():
     assert len(ITEMS) == 7
-
-
-@pytest.fixture(scope="module")
-def on_a_gpu():
-    rows = json.loads((RESULTS / "gpu" / "compiled.json").read_text())["rows"]
-    return {row["way"]: row for row in rows}
-
-
-@pytest.fixture(scope="module")
-def on_a_cpu():
-    return {
-        line["way"]: line
-        for line in read_lines(RESULTS / "bench_step.csv")
-        if (line["network"], line["pixels"], line["layout"]) == ("resnet50", "224", "channels last")
-    }
-
-
-def test_the_readmes_table_of_speed_and_memory(on_a_cpu, on_a_gpu):
-    rows = rows_of(README, "| ResNet-50, 224 px, all stages |")
-    assert [row[0].split(":")[0] for row in rows] == ["ours", "plain", "usual", "stacked"]
-    for name, training, kept, gpu_training, gpu_kept in rows:
-        way = name.split(":")[0]
-        assert shown(training, float(on_a_cpu[way]["training_ms"]), digits=0)
-        assert shown(kept, float(on_a_cpu[way]["kept_mib_an_image"]), digits=1)
-        ways = {"ours": ["ours, compiled"], "usual": ["usual", "usual, compiled"]}.get(way, [way])
-        assert ("compiled" in gpu_training) == (way in ("ours", "usual"))
-        assert shown(gpu_training, *(on_a_gpu[way]["training_ms"] for way in ways), digits=1)
-        assert shown(gpu_kept, *(on_a_gpu[way]["kept_mib_an_image"] for way in ways), digits=1)
-
-
-def test_the_tables_of_steps(on_a_cpu, on_a_gpu):
-    columns = ("training_ms", "forward_ms", "kept_mib_an_image")
-    for name, *cells in rows_of(SPEED, "| ResNet-50, 224 px, all stages modulated |"):
-        line = on_a_cpu[name.split(":")[0]]
-        for cell, column, ratio in zip(cells, columns, ("ours_training", "ours_forward", "ours_kept"), strict=True):
-            value, *ratios = numbers(cell)
-            assert value == pytest.approx(float(line[column]), abs=0.5)
-            assert ratios == ([] if line["way"] == "ours" else pytest.approx([float(line[ratio])], abs=0.0051))
-    for name, *cells in rows_of(SPEED, "| ResNet-50, 224 px, all stages modulated, on a GPU |"):
-        row = on_a_gpu[name.removesuffix(", not compiled")]
-        for cell, column in zip(cells, columns, strict=True):
-            assert shown(cell, row[column], digits=1)
-
-
-def test_the_estimates_for_vqa_v2_are_of_measured_rates(on_a_cpu, on_a_gpu):
-    page = (ROOT / "docs" / "vqa_v2.md").read_text(encoding="utf-8")
-    gpu, cpu = on_a_gpu["ours, compiled"], on_a_cpu["ours"]
-    epoch = json.loads((RESULTS / "gpu" / "epoch.json").read_text())["rows"][0]
-    seconds = {"training": (1 / epoch["questions_a_second"], float(cpu["training_ms"]) / 8000)}
-    seconds["answering"] = (
-        seconds["training"][0] * gpu["forward_ms"] / gpu["training_ms"],
-        float(cpu["forward_ms"]) / 8000,
-    )
-    assert f"{epoch['questions_a_second']:.0f} questions a second" in page
-    assert f"{gpu['forward_ms']:.1f} of {gpu['training_ms']:.1f} ms on the H200" in page
-    assert f"{float(cpu['forward_ms']):.0f} of {float(cpu['training_ms']):.0f} ms on the CPU" in page
-    for what, questions, hours, days in rows_of(page, "| estimate |"):
-        count = math.prod(numbers(questions))
-        on_gpu, on_cpu = seconds["training" if what.endswith("training") else "answering"]
-        assert shown(hours, count * on_gpu / 3600, digits=1)
-        assert shown(days, count * on_cpu / 86_400, digits=1)
-
-
-def test_the_table_of_other_savings():
-    training, answering, stored, loading = (
-        numbers(row[1])[0] for row in rows_of(SPEED, "| ResNet-50, 224 px, 2 cores")
-    )
-    four = next(line for line in read_lines(RESULTS / "bench_sharing.csv") if line["questions_an_image"] == "4")
-    assert training == pytest.approx(float(four["training_times_faster"]), abs=0.05)
-    assert answering == pytest.approx(float(four["answering_times_faster"]), abs=0.05)
-    assert stored == pytest.approx(float(read_lines(RESULTS / "bench_cache.csv")[0]["times_faster"]), abs=0.05)
-    assert loading == pytest.approx(float(read_lines(RESULTS / "bench_loading.csv")[0]["times_faster"]), abs=0.5)
-
-
-def test_the_table_of_jobs_of_vqas_size():
-    lines = {(line["job"].split(",")[0], line["images"]): line for line in read_lines(RESULTS / "bench_scale.csv")}
-    jobs = ("preprocess", "reading questions", "decoding alone", "train", "eval")
-    for job, row in zip(jobs, rows_of(SPEED, "| job, 2 threads or processes |"), strict=True):
-        seconds, memory, fewer = (re.sub(r"\D", "", cell) for cell in row[1:])
-        line = lines[job, "20000"]
-        assert int(seconds) == round(float(line["seconds"])), job
-        assert memory == line["peak_mib"], job
-        assert not fewer or fewer == lines[job, "5000"]["peak_mib"], job

@@ -28,7 +28,7 @@ def load(folder: str | Path, device: "str | torch.device" = "cpu") -> "SavedMode
             device.
     """
     from vqa.devices import choose_device
-    from vqa.saved_model import download, load_model
+    from vqa.saved_model.files import download, load_model
 
     if isinstance(folder, str) and folder.count("/") == 1 and not Path(folder).exists():
         folder = download(folder)

@@ -31,9 +31,7 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
     elif name in torchvision.models.list_models(torchvision.models) and re.match(r"(wide_)?resne(t|xt)", name):
         resnet = torchvision.models.get_model(name, num_classes=classes)
     else:
-        raise ValueError(
-            f"{name!r} is not a ResNet of torchvision; resnet18, 34, 50, 101 and 152 are, and resnet10 is ours"
-        )
+        raise ValueError(f"{name!r} is not a ResNet of torchvision; use resnet18, 34, 50, 101 or 152, or resnet10")
     if weights is None:
         return resnet
     file = Path(weights)
@@ -44,7 +42,7 @@ def build_resnet(name: str, weights: str | Path | None = None, classes: int = 10
     try:
         _load_exactly(resnet, _read_weights(file), str(file))
     except ValueError as error:
-        raise ValueError(f"{error}; remove it, and it is downloaded again") from None
+        raise ValueError(f"{error}; remove it to download it again") from None
     return resnet
 
 
@@ -53,10 +51,10 @@ def _published_weights(name: str, weights: str) -> Path:
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
-        raise ValueError(f"{name} has no published weights and {weights!r} is not a file (name one, or none)") from None
+        raise ValueError(f"{name} has no published weights and {weights!r} is not a file; use a file or none") from None
     if weights not in known.__members__:
         names = ", ".join(known.__members__)
-        raise ValueError(f"{weights!r} is not a file and none of the weights of {name}: {names} (or a file, or none)")
+        raise ValueError(f"{weights!r} is neither a file nor one of the weights of {name}: {names}; or use none")
     url = known[weights].url
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.exists():
@@ -64,8 +62,8 @@ def _published_weights(name: str, weights: str) -> Path:
             known[weights].get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as error:  # no network, or another file in its place: a login page
             raise ValueError(
-                f"weights {weights} of {name} could not be downloaded ({error}); fetch {url} elsewhere and name the "
-                "file"
+                f"weights {weights} of {name} could not be downloaded ({error}); download {url} "
+                "on another machine and name the file"
             ) from None
     return file
 

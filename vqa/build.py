@@ -31,7 +31,7 @@ def build_model(
         vocabulary_size: number of known words V, including padding and unknown.
         answers: number of answer classes A.
         pretrained: load the backbone's weights; False if all weights are loaded afterwards.
-        text_encoder: of `vqa.text_encoder`, for the encoder `transformers`.
+        text_encoder: of `vqa.text.encoder`, for the encoder `transformers`.
         categories: number of categories of objects, of the task guesswhat.
 
     Raises:
@@ -54,21 +54,7 @@ def build_model(
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
     predictor = _build_predictor(settings, resnet.layers)
-    question: QuestionEncoder | TextEncoder | None = None
-    if "question" not in settings.inputs:
-        pass
-    elif asked.encoder == "transformers":
-        states = text_encoder.config.hidden_size
-        question = TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
-    else:
-        question = QuestionEncoder(
-            vocabulary_size,
-            asked.embedding_size,
-            asked.hidden_size,
-            encoder=asked.encoder,
-            layers=asked.layers,
-            fixed_size=asked.glove_size if asked.glove else 0,
-        )
+    question = _build_question(settings, vocabulary_size, text_encoder) if "question" in settings.inputs else None
     if settings.guesswhat is not None:
         model = OracleModel(
             question,
@@ -91,6 +77,17 @@ def build_model(
     for parameter in resnet.trainable(settings.backbone.train):
         parameter.requires_grad_(True)
     return model
+
+
+def _build_question(
+    settings: Settings, vocabulary_size: int, text_encoder: nn.Module | None
+) -> QuestionEncoder | TextEncoder:
+    asked = settings.question
+    if asked.encoder == "transformers":
+        states = text_encoder.config.hidden_size
+        return TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
+    fixed, sizes = asked.glove_size if asked.glove else 0, (asked.embedding_size, asked.hidden_size)
+    return QuestionEncoder(vocabulary_size, *sizes, encoder=asked.encoder, layers=asked.layers, fixed_size=fixed)
 
 
 def _vqa_model(

@@ -12,7 +12,6 @@ all norms of a network at once.
 from functools import partial
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from vqa.kernels.modulate import modulate
@@ -45,17 +44,20 @@ __all__ = [
 class _Conditioned(nn.Module):
     """The part of a conditional norm that predicts its deltas: `delta_gamma` and `delta_beta`, each an MLP or None."""
 
-    def _condition_on(
-        self, condition_size: int, hidden_size: int, channels: int, gamma: bool, beta: bool, **made: Any
-    ) -> None:
+    def _condition_on(self, condition_size: int, hidden_size: int, gamma: bool, beta: bool) -> None:
         if not (gamma or beta):
             raise ValueError("a conditional norm predicts γ, β or both")
+        sizes, like = (condition_size, hidden_size, len(self.weight)), self.weight
         for name, predicted in (("delta_gamma", gamma), ("delta_beta", beta)):
-            setattr(self, name, DeltaMLP(condition_size, hidden_size, channels, **made) if predicted else None)
+            setattr(self, name, DeltaMLP(*sizes, device=like.device, dtype=like.dtype) if predicted else None)
 
     def deltas(self, condition: Tensor) -> Modulation:
         """Condition [B, D] → Δγ, Δβ, each [B, C] or None where it is not predicted."""
         return Modulation(*(None if part is None else part(condition) for part in (self.delta_gamma, self.delta_beta)))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
+        return super().forward(x, self.deltas(condition))
 
 
 class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
@@ -67,8 +69,8 @@ class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
     `ConditionalBatchNorm2d.from_batch_norm(pretrained, condition_size, hidden_size)` replaces a pretrained norm and
     shares its parameters and statistics. They have the names of `nn.BatchNorm2d`, so the state of a pretrained norm
     loads with `norm.load_state_dict(state, strict=False)` (only `delta_gamma` and `delta_beta` are missing there). To
-    keep the pretrained network as the paper does, freeze γ and β (`norm.weight.requires_grad_(False)`, likewise `bias`)
-    and keep the layer in evaluation mode. `gamma=False` or `beta=False` predicts only the other.
+    keep the pretrained network as the paper does, freeze γ and β (`requires_grad_(False)` on `weight` and `bias`) and
+    keep the layer in evaluation mode. `gamma=False` or `beta=False` predicts only the other.
     """
 
     def __init__(
@@ -79,17 +81,11 @@ class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
         *,
         gamma: bool = True,
         beta: bool = True,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        **made: Any,
+        **options: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
-        super().__init__(num_features, eps, momentum, **made)
-        self._condition_on(condition_size, hidden_size, num_features, gamma, beta, **made)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        return super().forward(x, self.deltas(condition))
+        """`gamma` and `beta` say what is predicted; `options` may hold `eps`, `momentum`, `device` and `dtype`."""
+        super().__init__(num_features, **options)
+        self._condition_on(condition_size, hidden_size, gamma, beta)
 
 
 class ConditionalBatchNorm1d(ConditionalBatchNorm2d):
@@ -123,16 +119,11 @@ class ConditionalGroupNorm(_Conditioned, ModulatedGroupNorm):
         *,
         gamma: bool = True,
         beta: bool = True,
-        eps: float = 1e-5,
-        **made: Any,
+        **options: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
-        super().__init__(num_groups, num_features, eps, **made)
-        self._condition_on(condition_size, hidden_size, num_features, gamma, beta, **made)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        return super().forward(x, self.deltas(condition))
+        """`gamma` and `beta` say what is predicted; `options` may hold `eps`, `device` and `dtype`."""
+        super().__init__(num_groups, num_features, **options)
+        self._condition_on(condition_size, hidden_size, gamma, beta)
 
 
 class _OfFixedGroups(ConditionalGroupNorm):
@@ -163,33 +154,28 @@ class ConditionalLayerNorm2d(_OfFixedGroups):
     kind = "layer"
 
 
+def _for_each_class(value: nn.Parameter, num_classes: int) -> nn.Parameter:
+    """[C] → [K, C], a copy for each class."""
+    return nn.Parameter(value.detach().repeat(num_classes, 1), value.requires_grad)
+
+
 class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
     """A batch norm with one γ and one β for each class, as in conditional GANs (Miyato and Koyama 2018).
 
     `weight` (initially ones) and `bias` (zeros) are [K, C].
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_classes: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        **made: Any,
-    ) -> None:
-        """`made` may hold `device` and `dtype`."""
-        super().__init__(num_features, eps, momentum, **made)
-        self.weight = nn.Parameter(torch.ones(num_classes, num_features, **made))
-        self.bias = nn.Parameter(torch.zeros(num_classes, num_features, **made))
+    def __init__(self, num_features: int, num_classes: int, **options: Any) -> None:
+        """`options` may hold `eps`, `momentum`, `device` and `dtype`."""
+        super().__init__(num_features, **options)
+        self.weight, self.bias = _for_each_class(self.weight, num_classes), _for_each_class(self.bias, num_classes)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, num_classes: int) -> Self:
         """Return the same norm, sharing its buffers, with a copy of its γ and β for every class."""
         modulated = super().from_batch_norm(norm, num_classes)
         for name in ("weight", "bias"):
-            value = getattr(norm, name)
-            setattr(modulated, name, nn.Parameter(value.detach().repeat(num_classes, 1), value.requires_grad))
+            setattr(modulated, name, _for_each_class(getattr(norm, name), num_classes))
         return modulated
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:

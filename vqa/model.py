@@ -50,13 +50,13 @@ class Fusion(nn.Module):
 
 
 class ImageCondition(nn.Module):
-    """What the unmodulated ResNet computes from an image, as a condition: the control of gating without a question.
+    """A condition that the unmodulated ResNet computes from the image: the control of gating without a question.
 
     Squeeze-and-excitation (Hu et al., CVPR 2018), instance enhancement batch normalisation (Liang et al., AAAI 2020)
     and attentive normalisation (Li et al., ECCV 2020) gate each map by its own averages over positions. Here the
     averages of the unmodulated maps after the first conditioned stage and all later ones are standardised and mapped
-    linearly to the size of a question's embedding, and MODERN's MLPs read that: the linear map is all that this control
-    has more. It takes a second pass through the ResNet, which no gradient goes through.
+    linearly to the size of a question's embedding, which MODERN's MLPs read: the linear map is all that this control
+    adds. The averages need a second pass through the ResNet, without gradients.
     """
 
     DEVIATION = 0.2  # of initial conditions, about that of an LSTM's embeddings: deltas start as large as MODERN's

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa.cbn import ConditionalBatchNorm2d
-from vqa.kernels.modulate import modulate
-from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, check_map, checked, scale_and_shift
+from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, Modulation, check_map, scale_and_shift
 from vqa.predictor import INITIAL_DEVIATION
 
 
@@ -27,17 +26,17 @@ class ConditionalSwitchableNorm2d(ConditionalBatchNorm2d):
     running ones.
     """
 
+    is_plain = False
+
     def __init__(self, *sizes: int, **options: Any) -> None:
         """Arguments as those of `ConditionalBatchNorm2d`."""
         super().__init__(*sizes, **options)
         self.mean_logits = nn.Parameter(self.running_mean.new_ones(3))
         self.var_logits = nn.Parameter(self.running_mean.new_ones(3))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
-        check_map(x, self.num_features)
-        deltas, exact = checked(self.deltas(condition), x), x.to(self.running_mean.dtype)
-        found = [self.statistics(x)]
+    def as_affine(self, x: Tensor, delta: Modulation) -> tuple[Tensor, Tensor]:
+        """As `ModulatedBatchNorm2d.as_affine`."""
+        found, exact = [self.statistics(x)], x.to(self.running_mean.dtype)
         for values in ((2, 3), (1, 2, 3)):  # of a channel of a sample, of a sample
             var, mean = torch.var_mean(exact, dim=values, correction=0, keepdim=True)
             found.append((mean.flatten(1).expand(x.shape[:2]), var.flatten(1).expand(x.shape[:2])))
@@ -45,8 +44,7 @@ class ConditionalSwitchableNorm2d(ConditionalBatchNorm2d):
             sum(share * part for share, part in zip(logits.softmax(0), parts, strict=True))
             for logits, parts in zip((self.mean_logits, self.var_logits), zip(*found, strict=True), strict=True)
         )
-        scale, shift = scale_and_shift(mean, var, self.weight, self.bias, deltas, self.eps)
-        return modulate(x, scale, shift, fused=self.fused)
+        return scale_and_shift(mean, var, self.weight, self.bias, delta, self.eps)
 
 
 class SpatialConditionalBatchNorm2d(ModulatedBatchNorm2d):

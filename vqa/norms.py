@@ -20,8 +20,8 @@ from vqa.kernels.modulate import Fused, modulate
 
 
 class Modulation(NamedTuple):
-    """What a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of a network
-    in order of depth, or [1, sum of C] for all samples. None adds nothing.
+    """The deltas that a condition adds to γ and β: [B, C] each for one norm, [B, sum of C] for all conditioned norms of
+    a network in order of depth, or [1, sum of C] for all samples. None adds nothing.
     """
 
     gamma: Tensor | None
@@ -103,6 +103,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     synchronised = False  # True: the batch is that of all processes, as in `nn.SyncBatchNorm`, on any device
     fused: Fused = True  # as in `modulate`
     fixed = False  # True: the running statistics cannot be reset
+    is_plain = True  # without a delta it is `nn.BatchNorm2d`
     pooled: Pooled | None = None  # if set, training mode adds the statistics of the batch to it; the running ones stay
 
     def forward(
@@ -115,14 +116,17 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """
         check_map(x, self.num_features)
         delta = checked(delta, x)
-        as_pretrained = delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
+        plain = self.is_plain and delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         parts = (x, self.weight) if residual is None else (x, self.weight, residual)
-        if as_pretrained and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
+        if plain and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts)):
             y = super().forward(x)  # bit for bit what the pretrained network computes
             y = y if residual is None else y.add_(residual)
             return y.relu_() if relu else y
-        scale, shift = scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
-        return modulate(x, scale, shift, residual, relu=relu, fused=self.fused)
+        return modulate(x, *self.as_affine(x, delta), residual, relu=relu, fused=self.fused)
+
+    def as_affine(self, x: Tensor, delta: Modulation) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, [B, C] or [1, C] each: the normalised map is scale · x + shift."""
+        return scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and biased variance [C] that normalise a map [B, C, H, W]; in training mode, move the running
@@ -197,20 +201,23 @@ class ModulatedAdaptiveNorm2d(ModulatedBatchNorm2d):
     gradient.
     """
 
+    is_plain = False
+
     def __init__(self, *sizes: Any, **options: Any) -> None:
         """Arguments as those of `nn.BatchNorm2d`."""
         super().__init__(*sizes, **options)
         self.a = nn.Parameter(torch.zeros_like(self.running_mean[0]))
         self.b = nn.Parameter(torch.ones_like(self.running_mean[0]))
 
-    def forward(
-        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
-    ) -> Tensor:
-        """As `ModulatedBatchNorm2d.forward`."""
-        check_map(x, self.num_features)
-        delta = checked(delta, x)
-        scale, shift = scale_and_shift(*self.statistics(x), self.weight, self.bias, delta, self.eps)
-        return modulate(x, self.a + self.b * scale, self.b * shift, residual, relu=relu, fused=self.fused)
+    def as_affine(self, x: Tensor, delta: Modulation) -> tuple[Tensor, Tensor]:
+        """As `ModulatedBatchNorm2d.as_affine`."""
+        scale, shift = super().as_affine(x, delta)
+        return self.a + self.b * scale, self.b * shift
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return γ and β [C] of the batch norm that this one is in evaluation mode; there b · delta is the delta."""
+        deviation = torch.sqrt(self.running_var + self.eps)
+        return self.b * self.weight + self.a * deviation, self.b * self.bias + self.a * self.running_mean
 
 
 _convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__

@@ -114,7 +114,7 @@ class ModulatedResNet(nn.Module):
         resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
         parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [part for part in parts if not hasattr(resnet, part)]:
-            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; a ResNet of torchvision's form has")
+            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; it must have the form of a ResNet")
         check_form(part for part in resnet.named_children() if part[0] not in HEAD)
         self.recompute = frozenset(recompute)
         if self.recompute and statistics == "batch":
@@ -190,8 +190,8 @@ class ModulatedResNet(nn.Module):
         return StageMap(stage, self._run(images, range(stage + 1), {}))
 
     def stage_maps(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
-        """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; after those
-        that are left where a map is given.
+        """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; for a
+        given map, only those of the later stages.
         """
         map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
         deltas, maps = self._deltas(modulation, len(map_)), []

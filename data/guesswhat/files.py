@@ -86,10 +86,10 @@ class _Named(msgspec.Struct):
 
 
 def read_games(file: Path, status: Collection[str]) -> Iterator[tuple[str, Game]]:
-    """Yield the games of some status that have a question, each with what messages call it: file, line and game.
+    """Yield the games of some status that have a question, each with its place for messages: file, line and game.
 
-    The object that is asked about is there and its box is within the image, texts can be used, and the file name of
-    the image is a name without a folder.
+    Each game lists the object that it asks about, whose box is within the image; its texts can be used, and the file
+    name of its image names no folder.
 
     Raises:
         InputError: a line is malformed, the file is truncated, or a game of one of these status lacks one of the above.
@@ -127,7 +127,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             while line := stream.readline(_LONGEST_LINE + 1):
                 number += 1
                 if len(line) > _LONGEST_LINE:
-                    raise InputError(f"{file}: line {number}: longer than {_LONGEST_LINE} bytes: not a game a line")
+                    raise InputError(f"{file}: line {number}: longer than {_LONGEST_LINE} bytes; needs a game per line")
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.isspace():
@@ -156,6 +156,8 @@ def _check(game: Game) -> None:
     for text in (name, *(found.category for found in game.objects.values()), *(asked.q for asked in game.qas)):
         if wrong := unusable(text):
             raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
+    if not all(found.category.strip() for found in game.objects.values()):
+        raise ValueError("holds an object without the name of its category")
     if name in ("", ".", "..") or "/" in name or "\\" in name or len(name.encode()) > _LONGEST_NAME:
         raise ValueError(f"file_name {reprlib.repr(name)} is not the name of a file without its folder")
     check_box(game.objects[game.object_id].bbox, game.picture.width, game.picture.height)

@@ -32,7 +32,7 @@ class _GameQuestion(Question, frozen=True, kw_only=True):
 
 
 class GuessWhatSource(Source):
-    """The games of some status, a question each; its split files name no annotations, since games hold their answers.
+    """The questions of all games of some status; split files name no annotations, since games hold their answers.
 
     A question's type is its first word and its answer type the answer. Its images are the `views`: the crop of its
     object, the whole image, or both; the table's `images` are [N], or [N, 2] in the order of the views. The table's
@@ -120,7 +120,7 @@ class GuessWhatSource(Source):
         """The table, with its `extras`. Raises InputError if an object's category is not among those given."""
         number = {name: place for place, name in enumerate(self.categories)}
         if unknown := next((one for one in asked if one.target.category not in number), None):
-            raise InputError(f"question {unknown.question_id}: category {unknown.target.category!r} is not the model's")
+            raise InputError(f"question {unknown.question_id}: the model has no category {unknown.target.category!r}")
         extras = {
             "spatial": np.stack([question.target.spatial for question in asked]),
             "category": np.array([number[question.target.category] for question in asked], np.int64),

@@ -21,10 +21,12 @@ from data.scenes.draw import LOOKS, draw_scene
 from data.vqa_files import Question
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json, written_whole
+from vqa.io.locks import held
 from vqa.io.processes import WorkerContext, naming_worker_limits
 from vqa.io.progress import progress
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
+WORLD = "world.json"  # in its folder
 PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
 GAMES = "games"  # and one of GuessWhat?! games about scenes, which are drawn twice as large as their crops
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
@@ -78,35 +80,47 @@ def write_world(
     }
     if (world == PHOTOS) != (source is not None):
         raise InputError(
-            f"data.photographs: the world {PHOTOS} needs a folder or zip file of images, and no other does"
+            f"data.photographs: must be a folder or zip file of images for scenes.world={PHOTOS}, else null"
         )
     if source is not None:
         if look != "plain":
             raise InputError(f"scenes.look: must be plain for the world {PHOTOS}, not {look}")
         made["source"] = photos.photographs(source).digest[:12]
-    file = folder / "world.json"
-    if file.exists():
-        found = read_json(file)
-        if not isinstance(found, dict):
-            raise InputError(f"{file}: must be an object; remove the folder")
-        differing = [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]
-        if differing:
-            raise InputError(f"{folder} holds a world with {'; '.join(differing)}: remove it or name another folder")
+    if _is_written(folder, made):
         return
+    with held(folder / f".{WORLD}.lock", folder, wait=True):
+        if not _is_written(folder, made):  # another process may have written it since
+            _write(folder, made, source, processes)
+
+
+def _is_written(folder: Path, made: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the world of these arguments. Raises InputError if it holds another one."""
+    file = folder / WORLD
+    if not file.exists():
+        return False
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: must be an object; remove the folder")
+    if differing := [f"{key} {found.get(key)}, not {value}" for key, value in made.items() if found.get(key) != value]:
+        raise InputError(f"{folder}: holds scenes made with {'; '.join(differing)}; remove it or name another")
+    return True
+
+
+def _write(folder: Path, made: Mapping[str, Any], source: str | None, processes: int) -> None:
     first_id = 1
-    for split, count in sorted(images.items()):
+    for split, count in sorted(made["images"].items()):
         (folder / split).mkdir(parents=True, exist_ok=True)
         asked = progress(
             in_order(partial(_write_image, made, source, folder, split, first_id), range(count), processes),
             count,
             f"{split} scenes",
         )
-        if world == GAMES:
+        if made["world"] == GAMES:
             _write_games(folder, split, asked)
         else:
             _write_asked(folder, split, first_id, asked)
         first_id += count
-    write_json(file, made)
+    write_json(folder / WORLD, made)
 
 
 def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[Any]:

@@ -34,7 +34,7 @@ from experiments.training.trainer import train
 from vqa.io.images import decode_image
 from vqa.norms import Modulation
 from vqa.resnet import ModulatedResNet, StageMap
-from vqa.saved_model import save_weights
+from vqa.saved_model.files import save_weights
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 

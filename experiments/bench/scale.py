@@ -61,12 +61,12 @@ def scale_rows(setup: Setup) -> Rows:
         }
         if count < images:  # the others do not depend on the number of images, or would take long
             jobs = {name: job for name, job in jobs.items() if name.startswith(("preprocess", "train"))}
-        told = {name: [measured(*job)] for name, job in jobs.items()}
+        results = {name: [measured(*job)] for name, job in jobs.items()}
         for name in [
             name for _ in range(setup.repeats - 1) for name in ("decoding alone", "preprocess") if name in jobs
         ]:
-            told[name].append(measured(*jobs[name]))
-        for name, several in told.items():
+            results[name].append(measured(*jobs[name]))
+        for name, several in results.items():
             row = {"job": name, "images": count, "questions": sum(questions.values()), "pixels": size}
             row |= sorted(several, key=itemgetter("seconds"))[len(several) // 2]
             yield row | {"file_mb": round(h5.stat().st_size / 1e6, 1) if name == "preprocess" else None}

@@ -1,4 +1,4 @@
-"""What a measurement, or a check on a GPU, is given."""
+"""The setup of a measurement, or of a check on a GPU."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

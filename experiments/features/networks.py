@@ -1,6 +1,6 @@
 """The networks whose features are compared, and their features: the maps after each stage, averaged over positions.
 
-Compared are
+The networks are
 
 - the raw ResNet: pretrained, without modulation. It comes from the first run with a frozen ResNet (nothing of it
   trained, population statistics that were not re-estimated, batch norms only), and all such runs must have the same
@@ -24,7 +24,8 @@ from experiments.evaluate import check_overrides, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model import SavedModel, find_model, load_model, settings_file
+from vqa.saved_model import SavedModel, load_model
+from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings
 

@@ -1,7 +1,7 @@
 """Linear probes of the features of a pretrained backbone, stage by stage.
 
 A photograph's features are the map after a stage, averaged over positions and standardised. A logistic regression on
-them is trained with photographs that the backbone was trained on, and tested with held-out ones. Read are
+them is trained with photographs that the backbone was trained on, and tested with held-out ones. The targets are
 
 - class and group (where there are groups) of photographs as they are, mirrored at random;
 - tint: which of the four tints a tinted photograph has;

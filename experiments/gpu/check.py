@@ -32,7 +32,7 @@ from vqa.io.files import read_json, write_json, written_whole
 
 
 class Step(NamedTuple):
-    """What a step runs, and the seconds that it may take."""
+    """The rows that a step computes, and the seconds that it may take."""
 
     rows: Measurement
     seconds: float

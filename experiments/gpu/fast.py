@@ -24,7 +24,7 @@ QUESTIONS_OF_20_EPOCHS = 20 * 248_349  # VQA v1, as long as the paper trains
 
 
 def ceilings_rows(setup: Setup) -> Rows:
-    """What the device can do: copying in its memory, bfloat16 products."""
+    """The limits of the device: copying in its memory, bfloat16 products."""
     elements, width = setup.pick((2**20, 256), (2**31, 8192))
     source = torch.randn(elements // 2, device=setup.device).to(torch.bfloat16)
     target = torch.empty_like(source)

@@ -29,7 +29,7 @@ Difference, in points: of the means over seeds, ± the standard deviation of the
 Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
 trainings. Over seeds: the 95 % interval of the mean of the differences seed by seed (Student's t), from three seeds on.
 Only the second covers the variation between seeds, and neither covers another pretraining of the backbone.
-Of each run the epoch counts that was best on {best}.
+Each run is scored at its best epoch on {best}.
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
 """
@@ -87,7 +87,7 @@ def publish(suite: Suite, runs: Path) -> str:
     if suite.words:
         raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
     if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
-        raise InputError(f"--publish: nothing of {suite.name} is finished in {runs}, but results are published already")
+        raise InputError(f"--publish: no run of {suite.name} is finished in {runs}, but results are published already")
     if missing := missing_jobs(suite, runs):
         print(f"{len(missing)} runs are not finished; they are published without them")
     keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")
@@ -116,7 +116,7 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
 def _legend(suite: Suite, lines: Sequence[Line]) -> str:
     compared = " or ".join(map(str, sorted({line["compared"] for line in lines if line["compared"]})))
     split, validated = suite.tests[0].split, suite.runs[0].settings.train.validate_on
-    best = "these very questions" if split == validated else f"split `{validated}`; the accuracies are of `{split}`"
+    best = "these same questions" if split == validated else f"split `{validated}`; the accuracies are of `{split}`"
     return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", best=best)
 
 
@@ -125,14 +125,14 @@ def _facts(lines: Sequence[Line]) -> list[str]:
     trainings = {line["folder"]: line for line in lines}.values()  # a training may be tested in several rows
     machines, commits = (Counter(map(described, trainings)) for described in (_machine, _commit))
     backbones = Counter(line["backbone"] for line in trainings if line["backbone"])
-    told = [f"{_trainings(count)} on {machine}" for machine, count in machines.items()]
-    told += [f"{_trainings(count)} with the code of {commit}" for commit, count in commits.items()]
-    told += [f"{_trainings(count)} on the backbone {digest}" for digest, count in backbones.items()]
+    facts = [f"{_trainings(count)} on {machine}" for machine, count in machines.items()]
+    facts += [f"{_trainings(count)} with the code of {commit}" for commit, count in commits.items()]
+    facts += [f"{_trainings(count)} on the backbone {digest}" for digest, count in backbones.items()]
     if unrecorded := len(trainings) - backbones.total():
-        told.append(f"{_trainings(unrecorded)} recorded no backbone")
+        facts.append(f"{_trainings(unrecorded)} recorded no backbone")
     if len(backbones) > 1:
-        told.append("**several backbones: a difference between two trainings may be one between their backbones**")
-    return [*told, f"seeds {', '.join(map(str, sorted({line['seed'] for line in trainings})))}"]
+        facts.append("**several backbones: a difference between two trainings may be one between their backbones**")
+    return [*facts, f"seeds {', '.join(map(str, sorted({line['seed'] for line in trainings})))}"]
 
 
 def _trainings(count: int) -> str:

@@ -48,6 +48,7 @@ class _Environment(msgspec.Struct):
     trained_parameters: int
     git_commit: str | None = None
     device: str | None = None
+    cpu: str | None = None
     processes: int | None = None
     cpus: int | None = None
     threads: int | None = None
@@ -92,14 +93,18 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         raise InputError(f"{folder / 'metrics.jsonl'}: damaged (no epoch)")
     answered = _answered(answered_in)
     if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
-        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it, run again")
+        raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it and run again")
     validated = [epoch for epoch in epochs if epoch.val_overall is not None]
     best = max(validated, key=lambda epoch: epoch.val_overall) if validated else epochs[-1]  # its model was kept
     if metrics.epoch not in (None, best.epoch):
         raise InputError(
-            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it, run "
-            "again"
+            f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it and "
+            "run again"
         )
+    made = msgspec.structs.asdict(environment)
+    cpu = made.pop("cpu")
+    if made["device"] == "cpu" and cpu is not None:
+        made["device"] = cpu  # of the machine, as the name of a GPU
     peaks = [epoch.peak_memory_mib for epoch in epochs]
     facts = {
         "questions": metrics.questions,
@@ -107,7 +112,7 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         "best_epoch": best.epoch,
         "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
         "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
-        **msgspec.structs.asdict(environment),
+        **made,
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}

@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def seeds_above(self) -> int:
-        """In how many seeds the first row is above the second."""
+        """The number of seeds in which the first row is above the second."""
         return sum(points > 0 for points in self.per_seed.values())
 
     @property
@@ -56,7 +56,7 @@ class Difference:
         intervals = [(self.low, self.high), self.seed_interval]
         if all(low > 0 for low, _ in intervals):
             return "holds"
-        return "reversed" if all(high < 0 for _, high in intervals) else "not told apart"
+        return "reversed" if all(high < 0 for _, high in intervals) else "inconclusive"
 
 
 def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference | None:

@@ -24,7 +24,7 @@ class GuessWhatTask(Task):
     def __init__(self, settings: Settings) -> None:
         """As `Task`; raises InputError for an augmentation, too."""
         if settings.train.augment != "none":
-            raise InputError("train.augment: the task guesswhat has none, as a crop shows one object; use none")
+            raise InputError("train.augment: the task guesswhat supports no augmentation; it must be none")
         super().__init__(settings)
 
     @classmethod

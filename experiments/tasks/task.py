@@ -1,4 +1,4 @@
-"""What the tasks share: the questions of a run, their order and batches, and the model's parts that come from data.
+"""The parts that all tasks share: a run's questions, their order and batches, the model's parts that come from data.
 
 A trainer uses only the public members of `Task`; a task adds its loss and its score.
 """
@@ -23,7 +23,6 @@ from data.provenance import settings_of
 from data.question_table import QuestionTable, joined
 from experiments.process_group import Processes
 from experiments.training.warm_start import take_weights
-from vqa import saved_model
 from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.metrics import Scores, summary
@@ -31,10 +30,11 @@ from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
 from vqa.question import KIND_WORDS
 from vqa.saved_model import SavedModel
+from vqa.saved_model.files import save_companions
 from vqa.settings.schema import Settings, flat
 from vqa.text.answers import NO_ANSWER
+from vqa.text.encoder import empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import PAD_ID
-from vqa.text_encoder import empty_encoder, load_encoder, read_pretrained
 
 MEAN_OF = 4096  # training questions whose mean embedding is the control `mean_question`
 STATISTICS_OF = 1024  # training images on which statistics are estimated before training, in batches of up to
@@ -158,16 +158,17 @@ class Task(ABC):
         if model.kinds is not None:
             tokens, _ = padded_words(self.training, range(len(self.training)))
             model.kinds.set_from(F.pad(tokens, (0, KIND_WORDS), value=PAD_ID)[:, :KIND_WORDS])
-        if settings.backbone.statistics == "reestimated":
-            with torch.no_grad(), model.resnet.estimating_statistics():
-                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
-                    model.resnet(images)
         taken = set()
         if init_from is not None:
             taken = take_weights(model, init_from, vocabulary, store.vocabulary, store.categories, say)
-        if model.condition == "mean_question" and "mean_question" not in taken:
+        reestimated = settings.backbone.statistics == "reestimated"
+        if reestimated:
+            with torch.no_grad(), model.resnet.estimating_statistics():
+                for images in self._some_images(model.resnet.least_batch(self.store.image_size)):
+                    model.resnet(images)
+        if model.condition == "mean_question" and model.question is not None and "mean_question" not in taken:
             model.set_mean_question(*padded_words(self.training, range(min(len(self.training), MEAN_OF))))
-        if model.image is not None and "image.mean" not in taken:
+        if model.image is not None and (reestimated or "image.mean" not in taken):
             model.set_image_statistics(self._some_images())
         return model
 
@@ -180,7 +181,7 @@ class Task(ABC):
         rows, images = np.unique(self.training.images), H5Images(self.store.path)
         if len(rows) < least:
             raise InputError(
-                f"backbone.statistics: {len(rows)} training image is too few to re-estimate them; needs {least}"
+                f"backbone.statistics: {len(rows)} training image(s) are too few to re-estimate them; needs {least}"
             )
         rows = rows[:: -(-len(rows) // STATISTICS_OF)]
         for part in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):
@@ -209,4 +210,4 @@ class Task(ABC):
         """Writes what a model needs in addition to its weights."""
         store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
         companions = (self.preprocessing, self.text_encoder, store.categories)
-        saved_model.save_companions(folder, self.settings, *about_texts, *companions)
+        save_companions(folder, self.settings, *about_texts, *companions)

@@ -29,7 +29,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
     def is_finished(self, train: TrainSettings) -> bool:
-        """Whether all epochs are trained, or `patience` (if not 0) of them in a row brought no better model."""
+        """Whether all epochs are trained, or the last `patience` epochs (if not 0) brought no better model."""
         trained = len(self.history)
         return trained >= train.epochs or 0 < train.patience <= trained - self.best_epoch
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, FileImages, QuestionDataset, batches_by_image, make_loader, moved, readable
+from data.batches import Batch, FileImages, QuestionDataset, batches_by_image
+from data.loader import make_loader, moved, readable
 from experiments.process_group import Processes
 from experiments.training.nonfinite import NotFiniteError, listed, located
 from vqa.devices import autocast

@@ -38,7 +38,7 @@ def located(
 
     place = first_place(model, compute)
     rows = [row for row, loss in losses.items() if not loss.isfinite()] or list(losses)
-    return NotFiniteError(f"{what}; what is not finite first is {place or 'a gradient'}", rows)
+    return NotFiniteError(f"{what}; first not finite: {place or 'a gradient'}", rows)
 
 
 @torch.no_grad()

@@ -38,13 +38,18 @@ class RunDirectory:
         """Whether a run wrote a checkpoint here; a run that ended earlier does not block its name."""
         return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
 
-    def check(self, settings: Settings, resume: bool) -> None:
+    def check(self, settings: Settings, resume: bool, init_from: Path | None = None) -> None:
         """Refuses to overwrite a run, or to resume one with other settings; only more epochs or patience are allowed.
 
         Raises:
-            InputError: the directory holds a run, and `resume` is false or its settings are others.
+            InputError: the directory holds a run, and `resume` is false or its settings are others; or a run without
+                a checkpoint is resumed that began with another model's weights, and `init_from` is None.
         """
         if not self.holds_training():
+            file = self.path / "environment.json"
+            begun = read_json(file) if resume and init_from is None and file.exists() else {}
+            if isinstance(begun, dict) and begun.get("init_from"):
+                raise InputError(f"{self.path}: has no checkpoint yet; start it again with its --init-from")
             return
         if not resume:
             raise InputError(f"{self.path}: already holds a run; resume it with --resume, or choose another `name`")
@@ -87,7 +92,7 @@ class RunDirectory:
         if file.exists() and self.holds_training():  # a resumed run keeps the environment that it was started in
             begun = read_json(file)
             if not isinstance(begun, dict) or not isinstance(begun.setdefault("resumed", []), list):
-                raise InputError(f"{file}: not what a run wrote; remove it")
+                raise InputError(f"{file}: not written by a run; remove it")
             environment = begun | {"resumed": [*begun["resumed"], environment]}
         write_json(file, environment)
 

@@ -57,7 +57,7 @@ class ImageSource:
 
 def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
-    the images, where they are augmented or not seen or no stage is fixed, or the file would be larger than
+    the images, if they are augmented or not used, if no stage is fixed, or if the file would be larger than
     `data.cache_gib` or cannot be written.
 
     Raises:
@@ -70,8 +70,8 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
         return pixels
     if (kind := settings.train.augment) != "none":
         processes.say(
-            f"train.augment: {kind} shows each question another version of its image in every epoch: without stored "
-            "feature maps (data.cache_gib) and, in training, without shared images (speed.share_images)"
+            f"train.augment: {kind} changes each question's image in every epoch, so stored feature maps "
+            "(data.cache_gib) and, in training, shared images (speed.share_images) are not used"
         )
         return pixels
     stage = resnet.fixed_stage()

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, EpochSampler, check_shared_memory, make_loader, readable
+from data.batches import Batch, EpochSampler
+from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
@@ -19,13 +20,13 @@ from experiments.training.optimiser import build_optimiser, build_schedule, trai
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource, choose_images
 from experiments.training.warm_start import splits_seen
-from vqa import saved_model
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.locks import held
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
 from vqa.resnet import ModulatedResNet
+from vqa.saved_model.files import WEIGHTS, load_model, save_weights
 from vqa.settings.schema import Settings
 
 
@@ -53,18 +54,18 @@ def train(
         def look() -> bool:
             if processes.is_main:
                 stack.enter_context(held(run.lock, run.path))
-            run.check(settings, resume)
+            run.check(settings, resume, init_from)
             return run.checkpoint.exists()
 
         # all processes decide from the same facts, and none writes before all have read them
         seen = processes.gather(processes.agreed(look))
         if len(set(seen)) > 1:
-            raise InputError(f"{run.checkpoint}: not seen by every process; runs/ must be on a disk that all share")
+            raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
         if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
             early = len(saved["progress"]["history"]) < settings.train.epochs
-            why = ", stopped early by train.patience (which may be raised)" if early else ""
+            why = ", stopped early by train.patience (raise it to continue)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
             prepare(task, run, processes, saved, init_from).run_epochs()
@@ -90,7 +91,7 @@ def prepare(
     init_from: Path | None = None,
 ) -> "Trainer":
     """Builds the task's model, with weights of the model `init_from`, restores a `saved` checkpoint, fills the stage
-    cache, writes what explains the run.
+    cache, writes the settings and the environment of the run.
 
     Raises:
         InputError: as `train`.
@@ -101,7 +102,7 @@ def prepare(
     device = processes.device(settings.device)
     warm, seen = None, []
     if init_from is not None and saved is None:
-        warm = processes.agreed(lambda: saved_model.load_model(init_from))
+        warm = processes.agreed(lambda: load_model(init_from))
         seen = splits_seen(warm, settings)
     torch.manual_seed(settings.seed)  # the same initial weights in every process
     model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
@@ -116,12 +117,12 @@ def prepare(
         state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
         if init_from is not None:
-            processes.say(f"--init-from: {init_from} is not read again, the checkpoint has all weights")
+            processes.say(f"--init-from: {init_from} is not read again: the checkpoint holds all weights")
 
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        weights = warm.folder / saved_model.WEIGHTS if warm is not None else None
+        weights = warm.folder / WEIGHTS if warm is not None else None
         run.start(settings, device, size, trainer.trained_count, weights)
         task.save_companions(run.model)
     return trainer
@@ -204,7 +205,7 @@ class Trainer:
         """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
         progress, taken = self.progress, self.progress.step - self.progress.left_out
         if not taken:
-            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; train.learning_rate?")
+            raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; lower the learning rate")
         losses = self.processes.gather(progress.loss_sum)
         line: dict[str, Any] = {
             "epoch": progress.epoch,
@@ -225,7 +226,7 @@ class Trainer:
                 splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
                 facts = {"trained_on": list(splits)}
                 facts |= {key: line[key] for key in ("epoch", "val_overall")}
-                saved_model.save_weights(self.run.model, self.model, facts)
+                save_weights(self.run.model, self.model, facts)
             self._report(line)
         self._save_checkpoint()
 

@@ -25,8 +25,8 @@ def take_weights(
     objects, to those of a saved one.
 
     Embeddings of words and categories and scores of answers go by their text; GloVe's vectors stay those of the new
-    model. The ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say` is
-    told what was taken and what keeps its initial values.
+    model. The ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say`
+    gets a line with what was taken and what keeps its initial values.
 
     Returns:
         The names of what was taken.
@@ -63,7 +63,7 @@ def take_weights(
             taken[name] = value.clone()
             taken[name][mine] = found[its]
     model.load_state_dict(ours | taken)
-    texts = f"{len(by_word[0])} of {len(words)} words and {len(by_answer[0])} of {len(answers)} answers are known there"
+    texts = f"{len(by_word[0])} of {len(words)} words and {len(by_answer[0])} of {len(answers)} answers match"
     say(f"{saved.folder}: {len(taken)} of {len(ours)} tensors taken, {texts}{_not_taken(ours, taken)}")
     return set(taken)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data.augmentation import augmentation
-from data.batches import QuestionDataset, make_loader
+from data.batches import QuestionDataset
+from data.loader import make_loader
 from data.question_table import question_table
 from data.vqa_files import Question
 from vqa.text.tokenizer import train_tokenizer

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import EpochSampler, FileImages, QuestionDataset, batches_by_image, make_loader, readable
+from data.batches import EpochSampler, FileImages, QuestionDataset, batches_by_image
 from data.h5_file import H5Images, Store
+from data.loader import make_loader, readable
 from data.sources import NeededImage
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.text.tokenizer import PAD_ID

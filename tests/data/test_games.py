@@ -116,7 +116,7 @@ def guessed(asked, known):
         ("beside", 0.5, 0.48),
     ],
 )
-def test_neither_the_question_nor_the_category_tells_the_answer(asked, kind, by_text, by_category):
+def test_neither_the_question_nor_the_category_gives_the_answer(asked, kind, by_text, by_category):
     of_kind = [(scene, question) for scene, question in asked if question.question_type == kind]
     assert len(of_kind) > 0.06 * len(asked)
     assert guessed(of_kind, lambda _, text: text) < by_text

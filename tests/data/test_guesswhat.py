@@ -1,45 +1,25 @@
-"""GuessWhat?!: what its files hold, what is refused, and the h5 file with the crop of each object."""
+"""GuessWhat?!: the h5 file with the crop of each object."""
 
-import copy
-import gzip
 import json
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import data.sources
 from data import h5_file
 from data.batches import FileImages
-from data.guesswhat.source import GuessWhatSource
 from data.h5_file import H5Images, Store
 from data.preprocess import preprocess
 from data.sources import number_images
-from data.vqa_files import SplitFiles
-from tests.conftest import ROOT, fuzzed
-from tests.fabricated_games import read_lines, write_lines
-from tests.faults.test_fuzz import damage, replaced, result_or_refusal
+from tests.conftest import ROOT
+from tests.fabricated_games import NAMES, asked_in, edited, read_lines, source, split_files, target, write_lines
 from vqa.io.errors import InputError
 from vqa.io.images import read_image
 from vqa.tasks.objects import crop_region, spatial_features
-from vqa.text.tokenizer import train_tokenizer
-
-NAMES = {"train": "train", "val": "valid", "test": "test"}
-
-
-def split_files(folder: Path, pattern: str = "{file_name}", ending: str = "jsonl.gz") -> dict[str, SplitFiles]:
-    images = f"{folder}/images/{pattern}"
-    return {name: SplitFiles(folder / f"guesswhat.{file}.{ending}", None, images) for name, file in NAMES.items()}
-
-
-def source(status=("success",), factor=1.1, whole=False, categories=None) -> GuessWhatSource:
-    return GuessWhatSource(status, factor, ["crop", "image"] if whole else ["crop"], categories)
 
 
 def make(folder: Path, path: Path, made=None, **changed) -> Store:
@@ -49,23 +29,11 @@ def make(folder: Path, path: Path, made=None, **changed) -> Store:
 
 
 @pytest.fixture
-def copied(games, tmp_path) -> Path:
-    """A copy of the games, for tests that change them."""
-    return Path(shutil.copytree(games, tmp_path / "official"))
-
-
-@pytest.fixture
 def decoded(monkeypatch):
     """The files that are decoded from now on."""
     names = []
     monkeypatch.setattr(data.sources, "read_image", lambda path: (names.append(path), read_image(path))[1])
     return names
-
-
-def asked_in(games: Path, file: str, status=("success",)):
-    """Each question of the games of some status with its game, in the file's order."""
-    read = read_lines(games / f"guesswhat.{file}.jsonl.gz")
-    return [(game, asked) for game in read if game["status"] in status for asked in game["qas"]]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -140,90 +108,6 @@ def test_the_same_games_in_every_form_are_the_same_questions(copied, tmp_path):
             assert [question.target.spatial.tolist() for question in asked] == table.extras["spatial"].tolist()
 
 
-def edited(file: Path, number: int, edit) -> None:
-    """Changes the game in a line, counted from 1."""
-    games = read_lines(file)
-    edit(games[number - 1])
-    write_lines(file, games)
-
-
-def target(game) -> dict:
-    return game["objects"][str(game["object_id"])]
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (lambda game: game["qas"][0].update(a="Maybe"), "Invalid enum value 'Maybe' - at `$.qas[0].a`"),
-        (lambda game: game["qas"][1].update(id="x"), "Expected `int`, got `str` - at `$.qas[1].id`"),
-        (lambda game: game["qas"][0].update(q="a\0b"), "holds a text that is with a null character"),
-        (lambda game: game["qas"][1].update(id=game["qas"][0]["id"]), "question id 10 occurs twice in the file"),
-        (lambda game: game.update(object_id=7), "object_id 7 is not among its objects"),
-        (lambda game: target(game).update(bbox=[3, 3, 0, 5]), "box [3, 3, 0, 5] is empty"),
-        (
-            lambda game: target(game).update(bbox=[30, 3, 60, 5]),
-            "box [30, 3, 60, 5] is not within its image of 48 x 64",
-        ),
-        (lambda game: target(game).update(bbox=[3, 3, 5]), "Expected `array` of length 4 - at `$.objects"),
-        (lambda game: target(game).update(category="zebra"), "is 'zebra' here, and '"),
-        (lambda game: target(game).update(category_id=9), "category_id 9 is '"),
-        (lambda game: game["picture"].update(file_name="../x.jpg"), "file_name '../x.jpg' is not the name of a file"),
-        (lambda game: game["picture"].update(file_name="a\\x.jpg"), "is not the name of a file"),
-        (lambda game: game["picture"].update(file_name=".."), "is not the name of a file"),
-        (lambda game: game["picture"].update(file_name="x" * 300), "is not the name of a file"),
-        (lambda game: game["picture"].update(width=0), "Expected `int` >= 1 - at `$.picture.width`"),
-        (lambda game: game.pop("qas"), "missing required field `qas`"),
-        (lambda game: game.update(status="won"), "Invalid enum value 'won'"),
-        (lambda game: game.update(dialogue_id=2**70), "$.dialogue_id"),
-    ],
-)
-def test_a_wrong_game_is_named_with_file_line_and_number(copied, edit, said):
-    files = split_files(copied)["train"]
-    edited(files.questions, 2, edit)
-    with pytest.raises(InputError) as refused:
-        source().read(files)
-    assert said in str(refused.value)
-    assert str(refused.value).startswith(f"{files.questions}: line 2, game 1")
-
-
-def test_games_of_another_status_and_without_questions_are_skipped(copied):
-    files = split_files(copied)["train"]
-    count = len(source().read(files))
-    lost = len(read_lines(files.questions)[1]["qas"])
-    edited(files.questions, 2, lambda game: game.update(qas=[]))
-    edited(files.questions, 3, lambda game: target(game).update(bbox=[1, 1, 0, 0]))  # a failure: not looked at
-    assert len(source().read(files)) == count - lost
-    with pytest.raises(InputError, match="line 3, game 2: box"):
-        source(("success", "failure")).read(files)
-    for number in range(1, 21):
-        edited(files.questions, number, lambda game: game.update(status="failure", qas=[]))
-    with pytest.raises(InputError, match="train.jsonl.gz: no question in a game of status success"):
-        source().read(files)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"dialogue_id": 1,\n', "line 1: Input data was truncated"),
-        (b"\n\n[]\n", "line 3: not a game of GuessWhat?!: Expected `object`, got `array`"),
-        (b'{"a": 1} x\n', "line 1: JSON is malformed: trailing characters"),
-        (b'{"a": "\\ud800?"}\n', "line 1: Input data was truncated"),
-        (b'{"a": 1}\n', "line 1: not a game of GuessWhat?!: Object missing required field `dialogue_id`"),
-        (b"{" + b'"a":[' * 10_000, "line 1: "),
-        (b'{"dialogue_id": 4, "status": "\xff"}\n', "line 1"),
-        (b"", "no question in a game"),
-        (gzip.compress(b"\n")[:-3], "line 2: truncated or damaged"),
-        (b"\x1f\x8b" + b"x" * 50, "line 1: truncated or damaged"),
-        (b"x" * (2**24 + 1), "line 1: longer than 16777216 bytes"),
-    ],
-)
-def test_what_holds_no_games_is_one_line(tmp_path, content, said):
-    (tmp_path / "games").write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        source().read(SplitFiles(tmp_path / "games", None, "{file_name}"))
-    assert f"games: {said}" in str(refused.value)
-
-
 def test_a_truncated_download_is_named(copied, tmp_path):
     files = split_files(copied)["train"]
     content = files.questions.read_bytes()
@@ -233,49 +117,7 @@ def test_a_truncated_download_is_named(copied, tmp_path):
     assert not list(tmp_path.glob("games.h5*"))
 
 
-def test_a_long_file_is_read_a_line_at_a_time(games, tmp_path):
-    game = read_lines(games / "guesswhat.train.jsonl.gz")[0]
-    target(game)["segment"] = [list(range(20_000))]
-
-    def lines():
-        for number in range(60):
-            yield json.dumps(game | {"qas": [{"id": number, "q": "Is it?", "a": "Yes"}]}).encode() + b"\n"
-
-    with gzip.open(tmp_path / "games.gz", "wb", compresslevel=1) as file:
-        file.writelines(lines())
-    tracemalloc.start()
-    assert len(source().read(SplitFiles(tmp_path / "games.gz", None, "{file_name}"))) == 60
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert most < 2_000_000  # of 6.5 MB
-
-
-@fuzzed(max_examples=60)
-@given(drawn=st.data())
-def test_any_other_bytes_are_games_or_one_line(games, tmp_path, drawn):
-    good = read_lines(games / "guesswhat.train.jsonl.gz")[:2]
-    if drawn.draw(st.booleans()):
-        write_lines(tmp_path / "games", [drawn.draw(replaced(copy.deepcopy(game))) for game in good])
-    else:
-        content = b"\n".join(json.dumps(game).encode() for game in good)
-        (tmp_path / "games").write_bytes(
-            drawn.draw(damage(drawn.draw(st.sampled_from([content, gzip.compress(content)]))))
-        )
-    for question in result_or_refusal(source().read, SplitFiles(tmp_path / "games", None, "{file_name}")) or []:
-        assert question.answers[0] in ("yes", "no", "n/a")
-        assert np.isfinite(question.target.spatial).all()
-
-
-def test_annotations_and_patterns_that_name_no_image_are_refused(games):
-    files = split_files(games)["train"]
-    with pytest.raises(InputError, match="a.json: a game's answers are in its own file"):
-        source().read(SplitFiles(files.questions, Path("a.json"), files.images))
-    for pattern in ("images/one.jpg", "{file_name.x}", "{file_name!r}", "{file_name:>999999}"):
-        with pytest.raises(InputError, match="must hold {file_name}, or {image_id}"):
-            source().read(SplitFiles(files.questions, None, pattern))
-
-
-def test_a_stopped_run_goes_on_where_it_stopped(games, tmp_path, monkeypatch, decoded):
+def test_a_stopped_run_resumes_where_it_stopped(games, tmp_path, monkeypatch, decoded):
     make(games, tmp_path / "whole.h5", source(whole=True))
     monkeypatch.setattr("data.preprocess._IMAGES_A_FLUSH", 4)
     real, marked = h5_file.mark, []
@@ -397,18 +239,3 @@ def test_images_from_files_equal_those_of_the_h5(games, tmp_path):
     for place, stored in zip(places.ravel(), table.images.ravel(), strict=True):
         assert np.array_equal(one[place], other[stored])
     assert not one.bad.any()
-
-
-def test_a_model_s_categories_number_the_objects(games):
-    files, names = split_files(games)["val"], ["toothbrush", "chair", "cat", "car", "person", "dog"]
-
-    def numbers(categories):
-        reader = source(categories=categories)
-        asked = reader.read(files)
-        table = reader.table(asked, np.zeros(len(asked), int), train_tokenizer([], 1), reader.vocabulary([]))
-        return table.extras["category"]
-
-    expected = [target(game)["category"] for game, _ in asked_in(games, "valid")]
-    assert [names[number] for number in numbers(names)] == expected
-    with pytest.raises(InputError, match="is not the model's"):
-        numbers(["dog"])

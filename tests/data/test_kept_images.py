@@ -72,7 +72,7 @@ def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decode
     assert new.table("test").images.tolist() == [3, 4]
     # a reader of the old one continues with the new one, or gets an error
     assert np.array_equal(reader[1], decode_image(raw["train"].image(2), 32))
-    with pytest.raises(InputError, match=r"data.h5: was replaced meanwhile; start the command again"):
+    with pytest.raises(InputError, match=r"data.h5: was replaced while this command ran; run it again"):
         old.table("val")
     decoded.clear()
     make(raw | {"test": test}, tmp_path / "fresh.h5")

@@ -160,7 +160,7 @@ def test_any_number_of_threads_gives_the_same_file(tmp_path):
         assert np.array_equal(stored[number], decode_image(splits["train"].image(number), 32))
 
 
-def test_bad_images_are_all_listed_and_can_be_left_out(raw, tmp_path, capsys):
+def test_bad_images_are_all_listed_and_can_be_skipped(raw, tmp_path, capsys):
     raw["train"].image(1).unlink()
     raw["val"].image(3).write_bytes(b"no image")
     path = tmp_path / "data.h5"

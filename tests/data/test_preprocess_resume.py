@@ -32,7 +32,7 @@ def test_a_finished_file_of_other_images_is_not_touched(raw, tmp_path):
     assert (tmp_path / "data.h5").read_bytes() == before
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_where_it_stopped(tmp_path, monkeypatch):
     splits, path = many(tmp_path, 600), tmp_path / "data.h5"
     real, decoded = h5_file.mark, []
 

@@ -41,7 +41,7 @@ def test_questions_are_joined_with_their_annotations(raw):
             r"Expected `int`, got `str` - at `\$.questions\[1\].image_id`",
         ),
         (lambda c: c["questions"][0].update(image_id=7), "annotation of question 10: image_id 1"),
-        (lambda c: c["questions"][0].update(question="a\0b"), "a text that is with a null character"),
+        (lambda c: c["questions"][0].update(question="a\0b"), "a text that is not usable: it holds a null character"),
         (lambda c: c["questions"][0].update(question="\ud800"), "train_q.json: line 1, column .*escape"),
         (
             lambda c: c["questions"][0].update(image_id=10**30),

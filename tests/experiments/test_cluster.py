@@ -59,7 +59,7 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     script = (slurm / "script_0").read_text()
     for line in ("array=0-2%3", "time=240", "partition=gpu", "signal=USR2@90", "requeue", "job-name=two"):
         assert f"#SBATCH --{line}\n" in script
-    assert "squeue does not list what is queued" in refused(*words, "", *TINY)
+    assert "squeue cannot list the queued tasks" in refused(*words, "", *TINY)
     (slurm / "queue").write_text("7_0\n7_2\n")  # the second has failed
     told = command(*words, "", *TINY).out
     assert "2 runs are queued already and not submitted again" in told

@@ -147,7 +147,7 @@ def test_the_code_of_the_page_answers_as_the_model_does(command, there):
     assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
 
 
-def test_an_onnx_file_tells_attention_and_deltas_too(there, exported, images):
+def test_an_onnx_file_returns_attention_and_deltas_too(there, exported, images):
     Path("exported").symlink_to(exported)
     saved = vqa.load(there)
     session = onnxruntime.InferenceSession("exported/onnx/model.onnx")

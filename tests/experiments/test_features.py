@@ -139,7 +139,7 @@ def test_neighbours_are_at_chance_on_noise():
     assert found["chance"] == pytest.approx(100 * max((labels == "a").mean(), (labels == "b").mean()))
 
 
-def test_a_pair_is_not_told_by_the_other_pairs_of_its_image():
+def test_a_pair_is_not_predicted_by_the_other_pairs_of_its_image():
     rng = np.random.default_rng(0)
     images = np.repeat(np.arange(100), 20)
     of_image, labels = rng.normal(size=(100, 4)), rng.choice(["a", "b"], 100)
@@ -193,7 +193,7 @@ def test_the_most_common_classes_have_a_colour_each():
     assert len(set(colours.values())) == len(colours) == len(COLOURS)
 
 
-def test_a_image_of_many_classes_and_any_name(tmp_path):
+def test_an_image_of_many_classes_and_any_name(tmp_path):
     points = {("a $ b $", stage): np.random.rand(30, 2) for stage in (1, 2)}
     points |= {("c", stage): np.zeros((30, 2)) for stage in (1, 2)}
     notes = {("c", 2): "9 %"}
@@ -210,7 +210,7 @@ def test_the_command_writes_everything(command, tiny, runs, tmp_path):
     given = [word for run in runs for word in ("--run", run)]
     ended = command("features", *given, "--seed", 1, "--out", tmp_path / "a")
     assert ended.code == 0, ended.err
-    assert "split 'val' has no more than these 24 pairs" in ended.out
+    assert "split 'val' has only 24 pairs" in ended.out
     assert "question type (4 classes, chance" in ended.out
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
 

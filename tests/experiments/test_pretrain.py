@@ -2,7 +2,10 @@
 
 import json
 import signal
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,7 +59,7 @@ def test_colours_are_learnt_and_the_file_is_a_backbone(command, photos, tmp_path
     assert header["classes"] == ["blue", "green", "red"]
     assert header["held_out_images"] == 6
     assert header["held_out_accuracy"] > 80
-    said = f"{file}: of 6 held-out images, {header['held_out_accuracy']:.1f} % by class (3 classes)\n"
+    said = f"{file}: accuracy on 6 held-out images: {header['held_out_accuracy']:.1f} % by class (3 classes)\n"
     assert ended.out == said
     assert build_resnet("resnet10", file).fc.out_features == 1000  # all but the classifier is loaded
     before = file.read_bytes()
@@ -102,7 +105,7 @@ def test_what_cannot_be_probed_is_refused(refused, photos, tmp_path):
     words = ("pretrain", "--images", photos, "--out", file, "--probe")
     assert "no such file; `pretrain` without --probe makes it" in refused(*words)
     save_file({"a": torch.zeros(1)}, file)
-    assert "not pretrained here" in refused(*words)
+    assert "not a file that `pretrain` wrote" in refused(*words)
     save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps({"held_out_accuracy": 1.0, "images": 100})})
     assert "pretrained on images 100, but" in refused(*words)
     assert not list(tmp_path.glob("*.json"))
@@ -161,6 +164,16 @@ def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
     archive.decode_into(other)
     assert one.any(axis=(1, 2, 3)).all()
     assert np.array_equal(one, other)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
+    plain = LabelledImages(photos)
+    (photos / "red").rename(tmp_path / "elsewhere")
+    (photos / "red").symlink_to(tmp_path / "elsewhere")
+    for link, target in (("again", photos), ("blue/above", photos), ("blue/here", photos / "blue")):
+        (photos / link).symlink_to(target)
+    assert LabelledImages(photos).names == plain.names
+    assert LabelledImages(photos).digest == plain.digest
 
 
 def test_a_tenth_of_each_class_is_held_out_by_name(photos):
@@ -244,13 +257,13 @@ def test_wrong_sources_are_one_line(refused, photos, tmp_path):
     text.write_text("no zip file")
     assert "text.zip: neither a folder nor a zip file" in line(text)
     (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\n")
-    assert "classes.csv: has no group of class 'blue'" in line(photos)
+    assert "classes.csv: has no group for class 'blue'" in line(photos)
     (photos / "classes.csv").write_text("name\nred\n")
     assert "classes.csv: must be a UTF-8 table with the columns class and group" in line(photos)
     (photos / "classes.csv").unlink()
     (photos / "val" / "violet").mkdir(parents=True)
     (photos / "red" / "00.png").rename(photos / "val" / "violet" / "00.png")
-    assert "class 'violet' has images below val, and none to train on" in line(photos)
+    assert "class 'violet' has images below val but none to train on" in line(photos)
     assert not out.exists()
 
 
@@ -261,6 +274,25 @@ def test_a_second_process_on_the_same_file_is_refused(refused, photos, tmp_path)
     assert line.startswith(f"error: {out}: locked by process ")
 
 
+def test_a_backbone_of_scenes_that_two_processes_need_is_made_once(tmp_path, monkeypatch):
+    trained, begun = [], threading.Event()
+
+    def slow(*_, **__):
+        trained.append(1)
+        begun.set()
+        time.sleep(0.2)
+        return build_resnet("resnet10", classes=8), (np.array([1, 2]), np.array([1, 0]))
+
+    monkeypatch.setattr(pretrain, "_train", slow)
+    made = {"seed": 1, "image_size": 32, "images": 64, "epochs": 1}
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(pretrain.pretrain_backbone, tmp_path / "b.safetensors", "resnet10", **made)
+        assert begun.wait(10)
+        other = pool.submit(pretrain.pretrain_backbone, tmp_path / "b.safetensors", "resnet10", **made)
+    assert one.result() == other.result() == 50
+    assert trained == [1]
+
+
 def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):
     for name in ("blue/03.png", "red/04.png"):
         (photos / name).write_bytes(b"no image")
@@ -269,8 +301,8 @@ def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):
     place = content.index((photos / "green" / "05.png").read_bytes()) + 200
     content[place] ^= 1
     archive.write_bytes(content)
-    for images, others in ((photos, "1 more: red/04.png"), (archive, "2 more: green/05.png, red/04.png")):
+    for images, count, others in ((photos, 1, "red/04.png"), (archive, 2, "green/05.png, red/04.png")):
         line = refused("pretrain", "--images", images, "--out", tmp_path / "b.safetensors", *OPTIONS)
         assert line.startswith(f"error: {images}/blue/03.png: cannot be read as an image")
-        assert line.endswith(f"; neither can {others}; repair or remove what cannot be read")
+        assert line.endswith(f"; {count} more cannot be read: {others}; repair or remove them")
     assert not (tmp_path / "b.safetensors").exists()

@@ -11,7 +11,7 @@ from vqa.settings.recipes import load_settings
 def test_only_the_running_statistics_change(command, trained, tmp_path):
     ended = command("recalibrate", "--run", trained, "--out", tmp_path / "new", "--split", "val", "--batches", 1)
     assert ended.code == 0, ended.err
-    assert "statistics of 16 questions' images" in ended.out
+    assert "statistics re-estimated on the images of 16 questions" in ended.out
     old, new = load_model(trained), load_model(tmp_path / "new")
     assert new.training["recalibrated_on"] == "val"
     changed = 0

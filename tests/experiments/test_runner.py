@@ -18,7 +18,7 @@ from tests.processes import MainProcess, fork_children
 from tests.tiny_suite import SUITE, TINY
 
 
-def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, monkeypatch, capsys, refused):
+def test_a_failed_run_is_reported_and_the_others_continue(suite, tmp_path, monkeypatch, capsys, refused):
     fork_children(monkeypatch, "experiments.runner")
     runs = tmp_path / "runs"
     failed = run_suite(suite, runs, at_once=2)
@@ -33,7 +33,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(suite, tmp_path, monkeypa
 
 
 @pytest.mark.usefixtures("wide")  # a run is started by a process that is not forked
-def test_killed_it_goes_on_and_repeats_nothing(suite, tmp_path, monkeypatch, command):
+def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, command):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
     words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=10"]
     runs = tmp_path / "runs"

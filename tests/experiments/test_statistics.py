@@ -60,7 +60,7 @@ def test_identical_rows_differ_by_exactly_nothing():
     rng = np.random.default_rng(0)
     seeds = {seed: answered(drawn(rng, 999)) for seed in range(3)}
     found = compare(seeds, dict(reversed(seeds.items())))
-    assert (found.low, found.high, found.verdict, found.seeds_above) == (0, 0, "not told apart", 0)
+    assert (found.low, found.high, found.verdict, found.seeds_above) == (0, 0, "inconclusive", 0)
     assert found.points == pytest.approx(0, abs=1e-9)
     assert found.deviation == 0
 
@@ -114,7 +114,7 @@ def test_the_interval_over_seeds_is_students():
     mean, half = 30, 4.302653 * np.std([10, 20, 60], ddof=1) / np.sqrt(3)
     assert found.seed_interval == pytest.approx((mean - half, mean + half), rel=1e-5)
     assert found.low > 0
-    assert found.verdict == "not told apart"  # the seeds differ too much
+    assert found.verdict == "inconclusive"  # the seeds differ too much
     two = compare({1: ours[1], 2: ours[2]}, {1: theirs[1], 2: theirs[2]})
     assert two.seed_interval is None
     assert (two.low > 0, two.verdict) == (True, "too few seeds")

@@ -70,7 +70,7 @@ def test_a_split_without_any_image_is_one_line_in_evaluation(refused, trained, b
     assert "no such file, nor any other image of split 'val'; see data.splits.val.images" in said
 
 
-def test_training_says_how_many_there_are_and_goes_on_with_no_others(tiny, bad, skipped, tmp_path, command, capsys):
+def test_training_reports_how_many_there_are_and_accepts_no_others(tiny, bad, skipped, tmp_path, command, capsys):
     settings = load_settings(tiny, ["name=some", f"data.folder={bad}", f"data.h5={skipped}"])
     train(settings, runs=tmp_path)
     assert "bad.h5: 3 image(s) were missing or unreadable: their questions are not trained" in capsys.readouterr().out
@@ -87,12 +87,12 @@ def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_pat
         out = ("--out", tmp_path / name, "--split", "val")
         ended = command("recalibrate", "--run", trained, *out, f"data.folder={bad}", "train.batch_size=24", *words)
         assert ended.code == 0, ended.err
-        assert "statistics of 16 questions' images" in ended.out
+        assert "statistics re-estimated on the images of 16 questions" in ended.out
         made.append(load_model(tmp_path / name).model.state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
-def test_a_batch_that_is_too_small_without_them_is_left_out(refused, trained, skipped, tmp_path, monkeypatch):
+def test_a_batch_that_is_too_small_without_them_is_skipped(refused, trained, skipped, tmp_path, monkeypatch):
     monkeypatch.setattr("vqa.resnet.ModulatedResNet.least_batch", lambda *_: 17)  # 16 of 24 questions have an image
     words = ("--out", tmp_path / "out", "--split", "val", f"data.h5={skipped}", "train.batch_size=24")
     assert "split 'val': too few of its images can be read" in refused("recalibrate", "--run", trained, *words)

@@ -59,7 +59,7 @@ CASES = [
     ("demo name=../../elsewhere", "command line: name: "),
     ("demo scenes.images={../x:1}", "command line: scenes.images.../x"),
     ("demo scenes.world=games", "command line: scenes.world: games belongs to the task guesswhat"),
-    (f"demo --config {ROOT}/config/guesswhat/games.yaml", "scenes: the demo is about VQA on its own scenes"),
+    (f"demo --config {ROOT}/config/guesswhat/games.yaml", "scenes: the demo needs a VQA recipe with scenes"),
     ("preprocess --config {recipe:split}", "split.yaml: data.splits"),
     ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id.__class__}", "must hold {image_id}"),
     (

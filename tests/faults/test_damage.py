@@ -241,7 +241,7 @@ def test_a_flipped_bit_of_stored_maps_is_refused_or_changes_nothing(tmp_path, fi
     assert refusals > 10
 
 
-def test_a_image_that_was_mended_after_a_kill_counts_again(tmp_path):
+def test_an_image_that_was_mended_after_a_kill_counts_again(tmp_path):
     entries = [(n, n, "what is it", ["yes"] * 10) for n in range(3)]
     splits, path = {"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5"
     damaged = splits["train"].image(1)

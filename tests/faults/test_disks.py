@@ -104,7 +104,7 @@ def after(what, real):
     return function
 
 
-def test_preprocessing_goes_on_when_there_is_space(disk, splits, tmp_path, monkeypatch):
+def test_preprocessing_resumes_when_there_is_space(disk, splits, tmp_path, monkeypatch):
     monkeypatch.setattr("data.preprocess._IMAGES_A_FLUSH", 32)
     path, whole = disk.folder / "data.h5", tmp_path / "whole.h5"
     make(splits, whole)
@@ -133,7 +133,7 @@ def test_preprocessing_goes_on_when_there_is_space(disk, splits, tmp_path, monke
         assert one.attrs["digest"] == other.attrs["digest"]
 
 
-def test_stored_maps_go_on_when_there_is_space(disk, monkeypatch):
+def test_stored_maps_resume_when_there_is_space(disk, monkeypatch):
     monkeypatch.setattr(stage_cache, "_BATCH", 4)
     monkeypatch.setattr(stage_cache, "_SECONDS_A_FLUSH", 0)
     path, encoded = disk.folder / "maps.h5", []
@@ -156,7 +156,7 @@ def test_stored_maps_go_on_when_there_is_space(disk, monkeypatch):
     assert all((stored[row] == row).all() for row in range(20))
 
 
-def test_training_goes_on_when_there_is_space(disk, tiny, tmp_path, monkeypatch, command):
+def test_training_resumes_when_there_is_space(disk, tiny, tmp_path, monkeypatch, command):
     words = ["train.epochs=3", "answer.dropout=0.3"]
     whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
     monkeypatch.chdir(disk.folder)
@@ -218,7 +218,7 @@ def test_a_full_disk_under_the_log_is_one_line_of_the_process(tiny):
             assert ended.returncode == 2
 
 
-def test_a_suite_reports_runs_that_a_full_disk_stops_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_suite_reports_runs_that_a_full_disk_stops_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("two.yaml").write_text(SUITE)
     suite, runs = load_suite(Path("two.yaml"), TINY), tmp_path / "runs"
@@ -242,7 +242,7 @@ def test_a_read_only_disk_is_named(mounted, tiny, trained, refused, monkeypatch)
         assert "cannot be written (read-only file system)" in refused(*words)
 
 
-def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_training_goes_on(
+def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_training_continues(
     mounted, tiny, tmp_path, monkeypatch, command
 ):
     monkeypatch.chdir(tmp_path)
@@ -298,7 +298,7 @@ def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, t
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS])
-def test_what_the_system_says_is_told_and_the_file_before_is_kept(tmp_path, monkeypatch, number):
+def test_the_systems_reason_is_reported_and_the_file_before_is_kept(tmp_path, monkeypatch, number):
     file = tmp_path / "file.json"
     write_text(file, "before")
 

@@ -20,7 +20,7 @@ from vqa.io.files import read_json
 from vqa.io.images import FORMATS, decode_image
 from vqa.metrics import question_accuracy
 from vqa.preprocessing import Preprocessing
-from vqa.saved_model import WEIGHTS, load_model
+from vqa.saved_model.files import WEIGHTS, load_model
 from vqa.settings.recipes import load_settings
 from vqa.text.answers import normalise_answer
 from vqa.text.tokenizer import encode, load_tokenizer

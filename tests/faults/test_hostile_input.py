@@ -291,7 +291,7 @@ def test_evidence_holds_names_below_its_folder(tmp_path, monkeypatch):
             assert ".." not in Path(test.label).parts
 
 
-def test_a_image_is_read_and_not_run(tmp_path):
+def test_an_image_is_read_and_not_run(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     with pytest.raises(InputError, match=r"a.eps: cannot be read as an image \(none of JPEG"):
         decode_image(tmp_path / "a.eps", 8)

@@ -190,7 +190,7 @@ def worker_of(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(tiny, tmp_path, monkeypatch, command):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tiny, tmp_path, monkeypatch, command):
     """As by the kernel where memory is short."""
     words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
     begun = MainProcess(*words, folder=tmp_path)
@@ -198,7 +198,7 @@ def test_the_last_line_says_that_a_worker_was_killed_and_the_command_goes_on(tin
     ended = begun.end()
     assert ended.code == 2, ended.err
     last = ended.err.splitlines()[-1]
-    assert last.startswith("error: a worker process was killed, as the system does where memory is short")
+    assert last.startswith("error: a worker process was killed, probably because memory ran out")
     assert last.endswith(f"to resume: {shlex.join(words)} --resume")
     monkeypatch.chdir(tmp_path)
     assert command(*words, "--resume", "workers=0").code == 0

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import data.batches
-from data.batches import QuestionDataset, make_loader
+import data.loader
+from data.batches import QuestionDataset
+from data.loader import make_loader
 from data.scenes.write import in_order
 from experiments.training import trainer
 from tests.conftest import ROOT
@@ -129,7 +130,7 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
     monkeypatch.chdir(tmp_path)
     words, arrived = ["workers=1"], tmp_path / "arrived"
     with monkeypatch.context() as patched:
-        patched.setattr(data.batches, "_SECONDS_OF_WAITING", 1)
+        patched.setattr(data.loader, "_SECONDS_OF_WAITING", 1)
         patched.setattr(trainer, "make_loader", lambda dataset, *rest: make_loader(Stopping(dataset, arrived), *rest))
         asking = after_the_first_step(arrived, lambda: os.kill(os.getpid(), signal.SIGTERM))
         patched.setattr(trainer.Trainer, "_stop_if_asked", asking)

@@ -72,7 +72,7 @@ def assert_all_close(ours, expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_norms_hear_the_condition_of_the_block_only():
+def test_the_norms_get_the_condition_of_the_block_only():
     net = random_network()
     with conditioned(A):
         first = net(X)
@@ -186,7 +186,7 @@ def test_recomputation_under_a_block_around_is_refused(reentrant, present):
 
 
 @pytest.mark.parametrize("where", ["around", "within"])
-def test_a_compiled_network_hears_each_condition(where):
+def test_a_compiled_network_gets_each_condition(where):
     torch._dynamo.reset()
     net = random_network()
     compiled = torch.compile(WithArgument(net) if where == "within" else net, backend="aot_eager")

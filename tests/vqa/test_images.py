@@ -1,6 +1,7 @@
 """Images: decoded, resized, normalised."""
 
 import json
+import struct
 import warnings
 import zlib
 
@@ -92,7 +93,22 @@ def test_images_stand_upright(tmp_path, orientation, kind):
     assert np.abs(seen(tmp_path / f"a.{kind}") - COLOURS).max() < 40
 
 
-def test_a_image_of_sixteen_bits_stands_upright(tmp_path):
+ODD_EXIF = b"Exif\0\0II*\0" + struct.pack(  # a width that is text, which Pillow cannot write again, and orientation 6
+    "<IHHHI4sHHIHHI", 8, 2, 0x100, 2, 4, b"abc", 0x112, 3, 1, 6, 0, 0
+)
+
+
+@pytest.mark.parametrize("block", [{"exif": ODD_EXIF}, {"xmp": b"<tiff:Orientation>6\n</tiff:Orientation>"}], ids=str)
+def test_an_image_that_was_read_is_not_turned_again(tmp_path, block):
+    """`ask` reads the image, takes its views and prepares these as images; preprocessing reads the file once."""
+    corners().save(tmp_path / "a.jpg", **block)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.size == (48, 64)
+    for again in (image, image.crop((0, 0, 48, 64))):
+        assert np.array_equal(np.asarray(read_image(again)), np.asarray(image))
+
+
+def test_an_image_of_sixteen_bits_stands_upright(tmp_path):
     pixels = np.zeros((20, 40), np.uint16)
     pixels[:, :20] = 60_000
     exif = Image.Exif()
@@ -140,7 +156,7 @@ def packed(text: bytes) -> bytes:
     ],
     ids=lambda value: value[0][0].decode() if isinstance(value, list) else "",
 )
-def test_blocks_beside_the_pixels_of_a_png_are_left_out(tmp_path, blocks, size, behind):
+def test_blocks_beside_the_pixels_of_a_png_are_skipped(tmp_path, blocks, size, behind):
     corners().save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     place = len(whole) - 12 if behind else 33

@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.models import example, model_of
 from tests.pages import (
     DEMO_LAYERS,
     HOSTILE,
@@ -20,6 +23,8 @@ from tests.pages import (
     written_demo,
 )
 from vqa.inspect.html import CLASS_COLOURS, STRIP_COLUMNS, percent
+from vqa.inspect.inspection import _layers
+from vqa.norms import Modulation
 
 RESNET50_LAYERS = [
     (f"layer{s}.{block}.bn{n}", s, 32 * 2**s * (4 if n == 3 else 1))
@@ -27,6 +32,22 @@ RESNET50_LAYERS = [
     for block in range(blocks)
     for n in (1, 2, 3)
 ]
+
+
+def test_an_adaptive_norm_is_described_as_the_batch_norm_that_it_equals(tiny):
+    model = model_of(tiny, "cbn.normaliser=adaptive")
+    modulation = model(*example(batch=1)).modulation
+    first = model.resnet.layers[0]
+    norm = model.resnet.norm(first.name)
+    for value in (norm.a, norm.b, norm.weight, norm.bias, norm.running_mean):
+        torch.nn.init.normal_(value)
+    torch.nn.init.uniform_(norm.running_var, 0.3, 3)
+    layer = _layers(SimpleNamespace(model=model), modulation)[0]
+    gamma, beta = (torch.tensor(layer[name]) + torch.tensor(layer[f"delta_{name}"]) for name in ("gamma", "beta"))
+    x, deltas = torch.randn(1, first.channels, 4, 4), (part[:, : first.channels] for part in modulation)
+    expected = torch.nn.functional.batch_norm(x, norm.running_mean, norm.running_var, gamma, beta, eps=norm.eps)
+    torch.testing.assert_close(norm(x, Modulation(*deltas)), expected, rtol=1e-4, atol=1e-5)
+    assert layer["sign_flips"] == int((gamma / torch.tensor(layer["gamma"]) < 0).sum())
 
 
 def test_page_is_self_contained_and_balanced(tmp_path):

@@ -37,7 +37,7 @@ def holder(lock, seconds) -> subprocess.Popen:
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def test_who_holds_it_is_told(tmp_path):
+def test_the_holder_is_named(tmp_path):
     lock = tmp_path / "some" / ".lock"
     with held(lock, "it"):
         with pytest.raises(InputError, match=f"^it: {US}$"), held(lock, "it"):

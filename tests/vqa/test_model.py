@@ -38,7 +38,7 @@ def test_the_feature_map_moves_when_only_the_question_changes(settings):
     torch.testing.assert_close(seen[2], model.resnet(images))
 
 
-def test_the_baseline_hears_the_question_only_after_the_resnet(tiny):
+def test_the_baseline_gets_the_question_only_after_the_resnet(tiny):
     model = build_model(load_settings(tiny, ["cbn.stages=[]"]), 20, 10, pretrained=False).eval()
     assert model.predictor is None
     images, tokens, lengths = example()

@@ -12,8 +12,8 @@ from tests.tiny_encoder import SIZE, WORDS, write_encoder
 from vqa.io.errors import InputError
 from vqa.question import TextEncoder
 from vqa.settings.recipes import load_settings
+from vqa.text.encoder import LONGEST, check_tokenizer, empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, words
-from vqa.text_encoder import LONGEST, empty_encoder, load_encoder, read_pretrained
 
 KINDS = ("bert", "roberta", "gpt2", "t5")
 QUESTIONS = ["what?", "what color is the reds circle?", "How many  are there [SEP] left of the <pad> zebra?", ""]
@@ -121,6 +121,19 @@ def test_its_tokenizer_is_kept_whole(folders, tmp_path):
     ]
 
 
+def test_padding_of_the_librarys_last_call_makes_no_words(folders, tmp_path):
+    """`transformers` saves a tokenizer with the options that it was called with."""
+    tokenizer, configuration = read_pretrained(folders["bert"])
+    save_tokenizer(tokenizer, tmp_path / "kept")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "kept")
+    theirs(QUESTIONS[0], padding="max_length", max_length=30, truncation=True)
+    theirs.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again", ours=False)
+    check_tokenizer(again, configuration, "test")
+    for ours, others in zip(encode(tokenizer, QUESTIONS), encode(again, QUESTIONS), strict=True):
+        assert np.array_equal(ours, others)
+
+
 def test_what_stands_for_no_word_is_known(folders):
     tokenizer, _ = read_pretrained(folders["bert"])
     assert special_ids(tokenizer) == [0, 1, 2, 3]
@@ -201,14 +214,17 @@ def test_without_a_network_a_name_is_one_line(monkeypatch):
             ["question.encoder=transformers"],
             "question.text_encoder: encoder transformers needs a model's name or folder",
         ),
-        (["question.text_encoder=x"], "question.text_encoder: only encoder transformers has it, lstm must have null"),
+        (
+            ["question.text_encoder=x"],
+            "question.text_encoder: only encoder transformers uses it; for lstm it must be null",
+        ),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "question.glove=y.txt"],
             "question.glove: encoder transformers has its own word vectors; it must be null",
         ),
         (
             ["question.encoder=transformers", "question.text_encoder=x", "cbn.condition=kind"],
-            "cbn.condition: kind needs whole words; question.encoder transformers has parts of words",
+            "cbn.condition: kind needs whole words; question.encoder transformers uses parts of words",
         ),
     ],
     ids=lambda given: given if isinstance(given, str) else " ",

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from vqa.hub.model import ModernConfig, ModernForVisualQuestionAnswering
 from vqa.hub.processor import ModernImageProcessor, ModernProcessor
 from vqa.io.files import write_text
-from vqa.saved_model import HUB_PREFIX, SavedModel, Training, save_weights
+from vqa.saved_model import SavedModel
+from vqa.saved_model.files import HUB_PREFIX, Training, save_weights
 from vqa.text.tokenizer import transformers_options
 
 _CARD = Path(__file__).with_name("templates") / "card.md"

@@ -15,11 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
 from vqa.build import build_model
-from vqa.saved_model import WEIGHTS, load_weights
+from vqa.saved_model.files import WEIGHTS, load_weights
 from vqa.settings.recipes import saved_settings
 from vqa.settings.schema import Settings
+from vqa.text.encoder import empty_encoder
 from vqa.text.tokenizer import PAD_ID
-from vqa.text_encoder import empty_encoder
 
 _OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _OF_AUTO_CLASSES = ("adapter_kwargs", "code_revision", "trust_remote_code")  # what they pass on to every model

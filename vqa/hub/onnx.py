@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vqa.io.errors import InputError, first_line
-from vqa.saved_model import SavedModel, save_companions
+from vqa.saved_model import SavedModel
+from vqa.saved_model.files import save_companions
 
 FILE = "model.onnx"
 NEEDED = ("onnx", "onnxscript")

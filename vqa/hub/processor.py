@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vqa.io.errors import InputError
 from vqa.io.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource
 from vqa.preprocessing import Preprocessing
-from vqa.text_encoder import LONGEST
+from vqa.text.encoder import LONGEST
 
 
 class ModernImageProcessor(BaseImageProcessor):

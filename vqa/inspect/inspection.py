@@ -12,6 +12,7 @@ from vqa.inspect.html import NEARLY_SHUT, inspection_view, write_page
 from vqa.io.errors import printable
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.images import ImageSource, read_image
+from vqa.norms import ModulatedAdaptiveNorm2d
 from vqa.saved_model import SavedModel
 from vqa.tasks.objects import Box, crop_region
 from vqa.text.tokenizer import words
@@ -97,6 +98,7 @@ def summary(inspection: dict[str, Any]) -> str:
 
 
 def _layers(saved: SavedModel, modulation: Modulation) -> list[dict[str, Any]]:
+    """The conditioned norms; an adaptive one as the batch norm that it equals."""
     resnet = saved.model.resnet
     widths = [layer.channels for layer in resnet.layers]
     zeros = torch.zeros(1, sum(widths))  # of a part that is not predicted
@@ -104,7 +106,11 @@ def _layers(saved: SavedModel, modulation: Modulation) -> list[dict[str, Any]]:
     described = []
     for layer, *of_layer in zip(resnet.layers, *deltas, strict=True):
         norm = resnet.norm(layer.name)
-        values = [value.detach().float().cpu().numpy() for value in (norm.weight, norm.bias, *of_layer)]
+        gamma, beta, share = norm.weight, norm.bias, 1.0
+        if isinstance(norm, ModulatedAdaptiveNorm2d):
+            (gamma, beta), share = norm.folded(), norm.b.item()
+        parts = (gamma, beta, *(share * part for part in of_layer))
+        values = [value.detach().float().cpu().numpy() for value in parts]
         described.append(
             {"name": layer.name, "stage": layer.stage, "channels": layer.channels, **describe_channels(*values)}
         )

@@ -20,7 +20,7 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MOST_BYTES = 2**24  # of one block beside the pixels that are looked at
+_MOST_BYTES = 2**24  # read of one block beside the pixels
 # Where Pillow looks for the orientation: keyword of a text block → name in `Image.info`.
 _ORIENTING = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif", b"XML:com.adobe.xmp": "xmp"}
 # Of the training set of torchvision's ImageNet weights.
@@ -118,6 +118,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     image = image if image.mode == "RGB" else image.convert("RGB")
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
+    image.info = {}  # Pillow may have left the orientation there: the image would be turned again when it is read again
     return image
 
 

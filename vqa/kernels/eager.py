@@ -35,7 +35,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Compute the requested gradients of x, scale, shift and residual; None for the others.
 
-    `x`, `scale`, `shift` and `bits` are None where this needs them not: [y > 0] is unpacked or computed again.
+    `x`, `scale`, `shift` and `bits` are None where they are not needed: [y > 0] is unpacked or computed again.
     """
     wants_x, wants_scale, wants_shift, wants_residual = wants
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32 if scale is None else scale.dtype))

@@ -208,15 +208,15 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
     given = any(section.startswith(word) or word.startswith(f"{section}.") for word in overridden)
     match first["type"]:
         case "extra_forbidden":
-            told = f"unknown key {key}{_suggestion(key)}"
+            said = f"unknown key {key}{_suggestion(key)}"
         case "missing":
-            told = f"{key} is missing (vqa/settings/base.yaml names every key: begin with `base: base.yaml`)"
+            said = f"{key} is missing (vqa/settings/base.yaml names every key: begin with `base: base.yaml`)"
         case "value_error":
-            told = f"{key}.{message}".lstrip(".")
+            said = f"{key}.{message}".lstrip(".")
         case kind:
             braces = _QUOTES if kind == "string_type" and isinstance(first["input"], dict) else ""
-            told = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"
-    return f"{words if given else file}: {told}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+            said = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"
+    return f"{words if given else file}: {said}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
 def _suggestion(key: str) -> str:

@@ -20,7 +20,7 @@ SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # nam
 
 
 class Role(Enum):
-    """What a setting decides; a setting without a role decides what is learnt."""
+    """The effect of a setting; one without a role affects what is learnt."""
 
     COMPUTING = auto()  # on which machine a run computes, and which files it writes: the same results
     SPEED = auto()  # time and memory: the same results up to rounding
@@ -69,7 +69,7 @@ class DataSettings(_Section):
     @model_validator(mode="after")
     def _each_split_once(self) -> "DataSettings":
         if len(set(self.vocabulary_from)) < len(self.vocabulary_from):
-            raise ValueError("vocabulary_from: a split is named twice")
+            raise ValueError("vocabulary_from: duplicate split")
         return self
 
 
@@ -111,7 +111,7 @@ class QuestionSettings(_Section):
     @model_validator(mode="after")
     def _encoder_uses_its_keys(self) -> "QuestionSettings":
         if self.encoder != "transformers" and self.text_encoder is not None:
-            raise ValueError(f"text_encoder: only encoder transformers has it, {self.encoder} must have null")
+            raise ValueError(f"text_encoder: only encoder transformers uses it; for {self.encoder} it must be null")
         if self.encoder == "transformers" and self.text_encoder is None:
             raise ValueError("text_encoder: encoder transformers needs a model's name or folder")
         if self.encoder == "transformers" and self.glove is not None:
@@ -171,7 +171,7 @@ class TrainSettings(_Section):
     @model_validator(mode="after")
     def _schedule_uses_its_keys(self) -> "TrainSettings":
         if self.warm_up and self.schedule not in ("cosine", "steps"):
-            raise ValueError(f"warm_up: schedules cosine and steps have one, {self.schedule} must have 0")
+            raise ValueError(f"warm_up: only schedules cosine and steps use it; for {self.schedule} it must be 0")
         if bool(self.decay_at) != (self.schedule == "steps"):
             needs = "needs shares of the training, as [0.6, 0.8]" if self.schedule == "steps" else "must have []"
             raise ValueError(f"decay_at: schedule {self.schedule} {needs}")
@@ -242,17 +242,17 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _inputs_of_the_task(self) -> "Settings":
         if len(set(self.inputs)) < len(self.inputs):
-            raise ValueError("inputs: one is named twice")
+            raise ValueError("inputs: duplicate value")
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
-            raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; image and question are there")
+            raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; vqa takes image and question")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):
-            raise ValueError("scenes.world: games belongs to the task guesswhat, which has no other")
+            raise ValueError("scenes.world: games belongs to the task guesswhat, which takes no other world")
         return self
 
     @model_validator(mode="after")
     def _kinds_have_words(self) -> "Settings":
         if self.cbn.condition == "kind" and self.question.encoder == "transformers":
-            raise ValueError("cbn.condition: kind needs whole words; question.encoder transformers has parts of words")
+            raise ValueError("cbn.condition: kind needs whole words; question.encoder transformers uses parts of words")
         return self
 
     def save(self, file: Path) -> None:
@@ -301,8 +301,8 @@ def different_keys(one: Settings, other: Settings, ignored: Collection[Role] = (
 
 
 def difference(made: Settings, asked: Settings) -> str | None:
-    """Why results made with `made` are not those of `asked`: the first key with both values, and the other keys; None
-    if they are the same results.
+    """The settings by which results made with `made` are not those of `asked`: the first key with both values, and the
+    other keys; None if the results are the same.
     """
     keys = different_keys(made, asked, SAME_RESULTS)
     if not keys:

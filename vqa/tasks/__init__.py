@@ -1,1 +1,1 @@
-"""What each task other than VQA adds to the library."""
+"""The parts of the library that are for tasks other than VQA."""

@@ -1,4 +1,4 @@
-"""What a model is asked about: an image, or an object of it, as the model's inputs; needs no torch."""
+"""The model's inputs for a question about an image, or about an object in it; needs no torch."""
 
 import difflib
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def inputs_of(
     if settings.guesswhat is None:
         if box is not None or category is not None:
             superfluous = "category" if box is None else "box"
-            raise InputError(f"{superfluous}: a model of the task vqa is asked about the whole image; give none")
+            raise InputError(f"{superfluous}: a model of the task vqa answers about the whole image; remove it")
         return [image], extras
     views = {"image": image}
     if box is not None or "crop" in needed or "spatial" in needed:

@@ -1,4 +1,4 @@
-"""The GuessWhat?! oracle: what is known of an object and the question, side by side → yes, no or n.a. (section 4)."""
+"""The GuessWhat?! oracle: features of an object and the question, concatenated → yes, no or n.a. (section 4)."""
 
 from collections.abc import Collection
 
@@ -14,7 +14,7 @@ BOX = 8  # numbers that describe a box: `vqa.tasks.objects.spatial_features`
 
 
 class Concatenation(nn.Module):
-    """Vectors [B, …] side by side, a hidden layer (if any) and the answers."""
+    """Concatenate vectors [B, …]; a hidden layer (if any) and the answers follow."""
 
     def __init__(self, size: int, hidden_size: int, answers: int, *, dropout: float) -> None:
         """`size` is that of all vectors together; the rest as in `answer_layers`."""

@@ -165,7 +165,7 @@ def unusable(text: str) -> str:
     if text.isprintable():
         return ""
     if "\0" in text:
-        return "with a null character, which an h5 file cannot hold"
+        return "not usable: it holds a null character, which an h5 file cannot store"
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.fabricated_games import read_lines
 from tests.runs import lines, same_weights
 from vqa.io.errors import InputError
-from vqa.saved_model import load_model, save_weights
+from vqa.saved_model.files import load_model, save_weights
 from vqa.settings.recipes import load_settings
 
 RECIPE = """\
@@ -218,6 +218,12 @@ def test_images_that_no_input_names_are_not_read(recipe, tmp_path, monkeypatch):
     assert len(split_data(saved, saved.settings, "val")[[0, 1]].rows) == 2
 
 
+@pytest.mark.parametrize("condition", ["kind", "image", "constant", "mean_question", "shuffled"])
+def test_a_condition_of_nothing_needs_no_question(recipe, tmp_path, condition):
+    trainer = begun(recipe, tmp_path, "inputs=[spatial, category]", "cbn.stages=[]", f"cbn.condition={condition}")
+    assert next(iter(trainer.steps(trainer.model, trainer.batches(1)))) > 0
+
+
 def test_a_new_oracle_takes_weights_of_another_and_of_a_vqa_model(recipe, oracle, trained):
     task, told = TASKS["guesswhat"](load_settings(recipe)), []
     mine = load_model(oracle)
@@ -228,7 +234,7 @@ def test_a_new_oracle_takes_weights_of_another_and_of_a_vqa_model(recipe, oracle
     assert torch.equal(model.category.weight, mine.model.category.weight.flip(0))
     task.new_model(fresh=True, say=told.append, init_from=load_model(trained))
     assert "resnet." not in told[-1].partition("not taken: ")[2]
-    assert "2 of 3 answers are known there" in told[-1]
+    assert "2 of 3 answers match" in told[-1]
 
 
 def test_statistics_features_and_export(oracle, command, refused, tmp_path):
@@ -248,7 +254,7 @@ def test_statistics_features_and_export(oracle, command, refused, tmp_path):
     [
         (["guesswhat.crop_factor=1.5"], "made with guesswhat.crop_factor 1.1, but guesswhat.crop_factor is 1.5"),
         (["guesswhat.status=[failure]"], "made with guesswhat.status"),
-        (["train.augment=crop"], "train.augment: the task guesswhat has none"),
+        (["train.augment=crop"], "train.augment: the task guesswhat supports no augmentation"),
         (["train.loss=bce"], "train.loss: bce"),
         (["inputs=[crop, spatial]"], "inputs: a model of crop and spatial alone has nothing to condition"),
     ],
@@ -295,7 +301,7 @@ def test_a_model_without_its_categories_is_named(oracle, tmp_path, refused, aske
 def test_a_box_on_the_command_line_is_four_numbers(oracle, trained, refused, asked):
     words = words_of(asked)[:4]
     for box in ("1,2,3", "1,2,3,nan", "1 2 3 4", "a", "1,2,3,4,5", "1e9,2,3,4"):
-        assert "is no box; write X,Y,W,H" in refused("ask", "--run", oracle, *words, f"--box={box}")
+        assert "is not a box; write X,Y,W,H" in refused("ask", "--run", oracle, *words, f"--box={box}")
     for command in ("ask", "inspect"):
         assert "box: this model needs" in refused(command, "--run", oracle, *words)
         assert "box: a model of the task vqa" in refused(command, "--run", trained, *words, "--box", "1,2,3,4")

@@ -50,14 +50,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_module_and_question(t
     with pytest.raises(InputError) as caught:
         train(load_settings(tiny, ["name=wild"]), runs=tmp_path)
     said = str(caught.value)
-    assert "wild: epoch 1, step 2: the loss is nan; what is not finite first is the output of question (quest" in said
+    assert "wild: epoch 1, step 2: the loss is nan; first not finite: the output of question (quest" in said
     assert re.search(r"\(questions \d+\);", said)  # the one whose own loss it is
     assert "train.skip_not_finite skips such steps; the last checkpoint is kept" in said
 
 
 def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
     wild = ["name=wild", "train.learning_rate=1e30", "train.clip=1e30", "train.epochs=2", "cbn.stages=[]"]
-    with pytest.raises(InputError, match=r"the loss is (nan|inf); what is not finite first is the (output|weights) "):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf); first not finite: the (output|weights) "):
         train(load_settings(tiny, wild), runs=tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_one_bad_step_too_many_stops(tiny, tmp_path, monkeypatch):
         train(load_settings(tiny, ["name=wild", "train.skip_not_finite=1"]), runs=tmp_path)
 
 
-def test_a_run_that_stopped_goes_on_without_the_bad_step(tiny, tmp_path, monkeypatch):
+def test_a_run_that_stopped_resumes_without_the_bad_step(tiny, tmp_path, monkeypatch):
     words = ["name=stopped", "train.checkpoint_every=1", "train.schedule=constant"]
     with monkeypatch.context() as patched:
         spoil(patched, at=[1])
@@ -184,7 +184,7 @@ def test_a_constant_image_has_answers(command, trained, tmp_path):
     assert "nan" not in ended.out
 
 
-def test_strange_words_and_answers_are_told_of(command, trained, tmp_path, monkeypatch):
+def test_unknown_words_and_answers_are_reported(command, trained, tmp_path, monkeypatch):
     from experiments import evaluate
 
     split_data = evaluate.split_data
@@ -201,4 +201,4 @@ def test_strange_words_and_answers_are_told_of(command, trained, tmp_path, monke
     ended = command("eval", "--run", trained, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert "all words of 23 of 24 questions are unknown to the model" in ended.out
-    assert "no answer that was given is among the model's" in ended.out
+    assert "none of the given answers is among the model's" in ended.out

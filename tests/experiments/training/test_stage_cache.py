@@ -95,7 +95,7 @@ maps.cached_maps(Path(sys.argv[1]), {"data": "a"}, 20, dying)
 """
 
 
-def test_killed_it_goes_on_where_it_was_flushed(tmp_path):
+def test_killed_it_resumes_where_it_was_flushed(tmp_path):
     path = tmp_path / "maps.h5"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, check=False)
     assert killed.returncode == -9

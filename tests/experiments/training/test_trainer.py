@@ -89,7 +89,7 @@ def one_answer_each(task, splits):
     return dataclasses.replace(table, given=table.given[:, :1])
 
 
-def test_a_model_trained_with_bce_tells_the_expected_accuracy_of_each_answer(tiny, tmp_path):
+def test_a_model_trained_with_bce_returns_the_expected_accuracy_of_each_answer(tiny, tmp_path):
     saved = load_model(train(load_settings(tiny, ["name=bce", "train.loss=bce"]), runs=tmp_path).path)
     image = np.zeros((64, 64, 3), np.uint8)
     logits = saved.run(image, "what color is it?").logits[0]
@@ -107,7 +107,7 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
         assert trainer.validation.share
         assert trainer.validation.augmentation is None
         told = capsys.readouterr().out
-        assert ("train.augment: crop shows each question another version of its image" in told) == (kind == "crop")
+        assert ("train.augment: crop changes each question's image in every epoch" in told) == (kind == "crop")
     rows = next(iter(trainer.task.sampler(Processes(), 1)))
     first, again, second = (next(trainer.batches(epoch)) for epoch in (1, 1, 2))
     assert len(first.images) == len(rows)

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
+from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
-from experiments.training.trainer import train
+from experiments.training.run_directory import RunDirectory
+from experiments.training.trainer import prepare, train
 from tests.resnets import NarrowResNet
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
@@ -55,7 +57,7 @@ def test_words_and_answers_go_by_their_text(tiny, trained, tmp_path):
             of = (plain, row) if answer == lost else (theirs, saved.answers.index(answer))
             assert torch.equal(warm[name][row], of[0][name][of[1]]), answer
     common = len(set(task.store.vocabulary) - {lost})
-    assert f"{len(ours)} of {len(ours)} words and {common} of 5 answers are known there" in told
+    assert f"{len(ours)} of {len(ours)} words and {common} of 5 answers match" in told
     assert "not taken" not in told
 
 
@@ -101,7 +103,7 @@ def test_a_warm_run_is_resumed_bit_for_bit(tiny, trained, tmp_path, capsys):
     run("parts", 1, init_from=trained)
     capsys.readouterr()
     parts = run("parts", 2, init_from=trained, resume=True)
-    assert "is not read again, the checkpoint has all weights" in capsys.readouterr().out
+    assert "is not read again: the checkpoint holds all weights" in capsys.readouterr().out
     cold = run("cold", 2)
     ours, theirs, others = (load_file(path / "model" / "model.safetensors") for path in (whole, parts, cold))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -109,6 +111,23 @@ def test_a_warm_run_is_resumed_bit_for_bit(tiny, trained, tmp_path, capsys):
     digests = [json.loads((path / "environment.json").read_text())["init_from"] for path in (whole, parts, cold)]
     assert digests[0] == digests[1] is not None
     assert digests[2] is None
+
+
+def test_a_warm_run_without_a_checkpoint_is_not_resumed_cold(tiny, trained, tmp_path):
+    settings = load_settings(tiny, ["name=killed"])
+    prepare(VQATask(settings), RunDirectory(tmp_path / "killed"), Processes(), init_from=trained)
+    with pytest.raises(InputError, match="killed: has no checkpoint yet; start it again with its --init-from"):
+        train(settings, resume=True, runs=tmp_path)
+    for how in ({"resume": True, "init_from": trained}, {"resume": False}):
+        RunDirectory(tmp_path / "killed").check(settings, **how)
+
+
+def test_statistics_are_reestimated_whatever_weights_are_taken(tiny, trained):
+    words = ["backbone.statistics=reestimated", "cbn.condition=image"]
+    plain, warm, *_ = begun(load_settings(tiny, words), load_model(trained))
+    made = [name for name in plain if "running_" in name or name in ("image.mean", "image.var")]
+    assert all(torch.equal(plain[name], warm[name]) for name in made)
+    assert not torch.equal(plain["fusion.visual.weight"], warm["fusion.visual.weight"])
 
 
 def test_splits_that_the_first_model_saw_are_not_validated_on_and_stay_named(tiny, tmp_path):

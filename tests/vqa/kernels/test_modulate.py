@@ -59,7 +59,7 @@ def test_value_and_gradients_in_float64(shape, layout, residual, relu):
 @pytest.mark.parametrize("wanted", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (0, 1, 1, 1)])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("layout", "kind"), list(itertools.product((NCHW, CL), (torch.float32, torch.float64))))
-def test_gradients_that_are_not_wanted_are_left_out(wanted, relu, layout, kind):
+def test_gradients_that_are_not_wanted_are_skipped(wanted, relu, layout, kind):
     made = inputs((2, 4, 3, 3), layout, True, kind)
     parts = [part.requires_grad_(bool(wants)) for part, wants in zip(made, wanted, strict=True)]
     asked = [part for part in parts if part.requires_grad]

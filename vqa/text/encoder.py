@@ -29,7 +29,7 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    with _one_error(name):
+    with _quiet(_unreadable(name)):
         configuration = AutoConfig.from_pretrained(name, use_cache=False, trust_remote_code=False).to_dict()
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer: Tokenizer = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
@@ -42,7 +42,7 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> None:
-    """Let the tokenizer cut questions that are longer than the encoder takes. Raises InputError if it is another's."""
+    """Make the tokenizer truncate questions to what the encoder takes. Raises InputError if it is another encoder's."""
     known = _configuration_of(configuration, where)
     words, positions = (getattr(known, name, None) for name in ("vocab_size", "max_position_embeddings"))
     if not isinstance(words, int):
@@ -51,6 +51,8 @@ def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> Non
         raise InputError(f"{where}: its tokenizer has ids up to {last}, the encoder only {words} tokens")
     if tokenizer.padding is None:
         raise InputError(f"{where}: its tokenizer must name its padding")
+    # `transformers` saves how it was called last: a fixed length would make words of padding
+    tokenizer.enable_padding(**tokenizer.padding | {"length": None, "pad_to_multiple_of": None})
     longest = (tokenizer.truncation or {}).get("max_length", LONGEST)
     if isinstance(positions, int) and positions > 2:
         longest = min(longest, positions - 2)  # RoBERTa's begin at 2
@@ -60,11 +62,8 @@ def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> Non
 def _configuration_of(configuration: Any, where: str) -> Any:
     from transformers import AutoConfig
 
-    try:
-        with _quiet():
-            return AutoConfig.for_model(**configuration)
-    except Exception as error:  # each kind of model raises its own errors for wrong values
-        raise InputError(f"{where}: no configuration of a text encoder ({first_line(error):.150})") from None
+    with _quiet(f"{where}: no configuration of a text encoder"):
+        return AutoConfig.for_model(**configuration)
 
 
 def load_encoder(name: str) -> "nn.Module":
@@ -76,7 +75,7 @@ def load_encoder(name: str) -> "nn.Module":
     import torch
     from transformers import AutoConfig, AutoModel
 
-    with _one_error(name):
+    with _quiet(_unreadable(name)):
         configuration = AutoConfig.from_pretrained(name, use_cache=False, trust_remote_code=False)
         model, found = AutoModel.from_pretrained(
             name, config=configuration, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -87,7 +86,7 @@ def load_encoder(name: str) -> "nn.Module":
         with torch.no_grad():
             states = encoder(input_ids=ids, attention_mask=ids).last_hidden_state
         if states.shape != (1, 2, encoder.config.hidden_size):
-            raise ValueError(f"no state for each token, but {tuple(states.shape)}")
+            raise ValueError(f"its output must be one state per token, not {tuple(states.shape)}")
     return encoder
 
 
@@ -97,11 +96,8 @@ def empty_encoder(configuration: Mapping[str, Any], where: str) -> "nn.Module":
     from transformers import AutoModel
 
     known = _configuration_of(configuration, where)
-    try:
-        with _quiet():
-            return _encoder_of(AutoModel.from_config(known, dtype=torch.float32, trust_remote_code=False))
-    except Exception as error:  # each kind of model raises its own errors for wrong values
-        raise InputError(f"{where}: no configuration of a text encoder ({first_line(error):.150})") from None
+    with _quiet(f"{where}: no configuration of a text encoder"):
+        return _encoder_of(AutoModel.from_config(known, dtype=torch.float32, trust_remote_code=False))
 
 
 def _encoder_of(model: "nn.Module") -> "nn.Module":
@@ -114,23 +110,18 @@ def _encoder_of(model: "nn.Module") -> "nn.Module":
     return encoder
 
 
-@contextmanager
-def _one_error(name: str) -> Iterator[None]:
-    """Turn whatever `transformers` raises about a name or folder into one line."""
-    where = f"question.text_encoder: {name}"
-    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+def _unreadable(name: str) -> str:
+    """The error where `transformers` cannot read this name or folder. Raises InputError if it can only be a folder."""
+    where, is_folder = f"question.text_encoder: {name}", Path(name).is_dir()
+    if not is_folder and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise InputError(f"{where}: no such folder")
-    try:
-        with _quiet():
-            yield
-    except Exception as error:  # of the network, the access, the files, the kind of model: of several libraries
-        why = "" if Path(name).is_dir() else "no such folder, and as a name on the Hub "
-        raise InputError(f"{where}: {why}cannot be read as a text encoder ({first_line(error):.150})") from None
+    why = "" if is_folder else "no such folder, and as a name on the Hub "
+    return f"{where}: {why}cannot be read as a text encoder"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep `transformers` from printing bars and warnings."""
+def _quiet(failure: str) -> Iterator[None]:
+    """Keep `transformers` from printing bars and warnings, and turn whatever it raises into one line, `failure`."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -138,6 +129,8 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except Exception as error:  # of the network, the access, the files, the kind of model: of several libraries
+        raise InputError(f"{failure} ({first_line(error):.150})") from None
     finally:
         logging.set_verbosity(level)
         if bars:

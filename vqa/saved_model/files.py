@@ -1,21 +1,10 @@
-"""The `model/` directory: everything needed to answer questions, in one folder that can be copied.
-
-model.safetensors    all weights, the frozen ResNet's included, and in the metadata what the model was trained on
-config.yaml          the settings
-tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
-answers.json         the answer vocabulary, in order of the classes
-categories.json      the names of the categories of objects, of a model of the task guesswhat
-preprocessing.json   the preprocessing of images
-question_encoder.json  the configuration of a text encoder of `transformers`, where there is one
-"""
+"""Write, find and load the files of a trained model."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -24,20 +13,18 @@ from tokenizers import Tokenizer
 from vqa.build import build_model
 from vqa.io.errors import InputError, first_line
 from vqa.io.files import read_json, write_json, written_whole
-from vqa.io.images import ImageSource, read_image
 from vqa.io.weight_files import as_safetensors, read_safetensors
-from vqa.model import ConditionedModel, Output
+from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
+from vqa.saved_model.asking import SavedModel
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Settings, difference
-from vqa.tasks.asked import inputs_of
-from vqa.tasks.objects import Box
-from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, unusable, words
-from vqa.text_encoder import CONFIGURATION, check_tokenizer, empty_encoder
+from vqa.text.encoder import CONFIGURATION, check_tokenizer, empty_encoder
+from vqa.text.tokenizer import load_tokenizer, save_tokenizer, unusable
 
 WEIGHTS = "model.safetensors"
 CATEGORIES = "categories.json"
-HUB_CONFIGURATION = "question_encoder"  # what `config.json` calls the configuration of a text encoder
+HUB_CONFIGURATION = "question_encoder"  # the key of a text encoder's configuration in `config.json`
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
 
 
@@ -50,151 +37,6 @@ class Training(BaseModel):
     epoch: int = 0  # from 1
     val_overall: float | None = None  # percent
     recalibrated_on: str = ""  # split
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """A trained model with everything needed to ask it; `vqa.load` returns one."""
-
-    folder: Path
-    model: ConditionedModel = field(repr=False)
-    settings: Settings = field(repr=False)
-    tokenizer: Tokenizer = field(repr=False)
-    answers: list[str] = field(repr=False)
-    preprocessing: Preprocessing
-    training: dict[str, Any]  # entries of `Training`
-    text_encoder: dict[str, Any] | None = None  # the configuration of a text encoder of `transformers`
-    categories: list[str] = field(default_factory=list, repr=False)  # of objects
-
-    @overload
-    def ask(
-        self, image: ImageSource, question: str, top: int = 5, *, box: Box | None = None, category: str | None = None
-    ) -> list[dict[str, Any]]: ...
-
-    @overload
-    def ask(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        question: str | Sequence[str],
-        top: int = 5,
-        *,
-        box: Box | None = None,
-        category: str | None = None,
-    ) -> list[list[dict[str, Any]]]: ...
-
-    def ask(
-        self, image: Any, question: Any, top: int = 5, *, box: Box | None = None, category: str | None = None
-    ) -> list[Any]:
-        """Answer a question about an image, or about an object of it.
-
-        Args:
-            image: a path, the bytes of an image file, a PIL image, an array (uint8, height x width x 3 or height x
-                width), or a list of these.
-            question: a question or a list of questions. Of two lists each image has its own question; one image or
-                question is combined with every entry of a list. The questions of a list are answered one by one.
-            top: number of answers.
-            box: of the object, (x, y, width, height) in pixels from the top left, where the model takes one; of a list
-                all are about the same.
-            category: of the object, likewise.
-
-        Returns:
-            The most probable answers first, each with `answer` and `probability` (0 to 1); for a list, a list of these.
-
-        Raises:
-            InputError: an image cannot be read, a question holds no word, box or category are missing, superfluous or
-                wrong, or the model's scores are not finite.
-        """
-
-        def answer(image: ImageSource, question: str) -> list[dict[str, Any]]:
-            return self.top_answers(self.run(image, question, box=box, category=category), top)
-
-        return _for_each(answer, image, question)
-
-    @overload
-    def inspect(
-        self, image: ImageSource, question: str, *, box: Box | None = None, category: str | None = None
-    ) -> dict[str, Any]: ...
-
-    @overload
-    def inspect(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        question: str | Sequence[str],
-        *,
-        box: Box | None = None,
-        category: str | None = None,
-    ) -> list[dict[str, Any]]: ...
-
-    def inspect(self, image: Any, question: Any, *, box: Box | None = None, category: str | None = None) -> Any:
-        """Show what a question does to the network; arguments and errors as for `ask`.
-
-        Returns:
-            `question`, `words`, `unknown_words`, `answers`, `answers_without_modulation`, `attention` [G, H, W] (where
-            the model has attention), and `layers`: the conditioned norms in order of depth, with values for each
-            channel (`describe_channels`).
-        """
-        from vqa.inspect.inspection import read
-
-        return _for_each(lambda image, question: read(self, image, question, box, category), image, question)
-
-    @torch.inference_mode()
-    def run(
-        self,
-        image: ImageSource,
-        question: str,
-        *,
-        modulate: bool = True,
-        box: Box | None = None,
-        category: str | None = None,
-    ) -> Output:
-        """The model's output for one question (B = 1). Raises InputError as `ask`."""
-        if not isinstance(question, str):
-            raise InputError(f"question: must be a text, not {type(question).__name__}")
-        if reason := unusable(question):
-            raise InputError(f"question: {reason}")
-        if not words(self.tokenizer, question):
-            raise InputError(f"question: {question!r} holds no word")
-        device = next(self.model.parameters()).device
-        tokens, lengths = (torch.from_numpy(part).long().to(device) for part in encode(self.tokenizer, [question]))
-        views, others = inputs_of(self.settings, self.categories, read_image(image), box, category)
-        pixels = np.array([self.preprocessing.decode(view) for view in views], np.uint8)  # [V, S, S, 3]
-        extras = {name: torch.from_numpy(value).to(device) for name, value in others.items()}
-        images = self.preprocessing.normalise(torch.from_numpy(pixels).to(device)) if views else None
-        output = self.model(images, tokens[None], lengths, modulate=modulate, **extras)
-        if not output.logits.isfinite().all():
-            damaged = "the model's scores of the answers are not finite; its weights are damaged"
-            raise InputError(f"{self.folder}: {damaged}")
-        return output
-
-    def top_answers(self, output: Output, top: int = 5) -> list[dict[str, Any]]:
-        """The most probable answers of an output for one question; of a model trained with `bce` the probabilities are
-        the expected accuracies, which do not sum to 1.
-        """
-        if top < 1:
-            raise InputError(f"top: must be at least 1, not {top}")
-        logits = output.logits[0].float()
-        probabilities = logits.sigmoid() if self.settings.train.loss == "bce" else logits.softmax(0)
-        best = probabilities.topk(min(top, len(self.answers)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
-
-    def unknown_words(self, question: str) -> list[str]:
-        """The words of a question that are not in the vocabulary, nor made of parts that are."""
-        tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
-        asked = words(tokenizer, question)
-        return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
-
-
-def _for_each(function: Callable[[ImageSource, str], Any], image: Any, question: Any) -> Any:
-    """`function(image, question)`, or the list of its results where one of the two is a list, or both are."""
-    several = [isinstance(given, list | tuple) for given in (image, question)]
-    if not any(several):
-        return function(image, question)
-    images = image if several[0] else [read_image(image)] * len(question)
-    questions = question if several[1] else [question] * len(image)
-    if len(images) != len(questions):
-        raise InputError(f"{len(images)} images for {len(questions)} questions; give equal numbers, or one of either")
-    return [function(*pair) for pair in zip(images, questions, strict=True)]
 
 
 def save_companions(

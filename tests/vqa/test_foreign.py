@@ -215,6 +215,7 @@ def test_one_compiled_graph_is_refused():
         compiled(X)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # shapes are checked, jit is old
 def test_an_exported_or_traced_network_takes_the_condition_as_an_argument():
     net, batch = random_network(), torch.export.Dim("batch")
     shapes = {"x": {0: batch}, "condition": {0: batch}}

@@ -175,6 +175,7 @@ def test_one_and_three_dimensions(kind, theirs, shape, training):
         layer(torch.randn(4, C, 2, 2), condition)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # shapes are checked, jit is old
 def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
     layer, batch = ConditionalBatchNorm2d(C, 4, 5).eval(), torch.export.Dim("batch")
     arguments, shapes = (torch.randn(2, C, 3, 3), torch.randn(2, 4)), {"x": {0: batch}, "condition": {0: batch}}

@@ -81,5 +81,5 @@ def test_many_categories_are_not_listed(image):
 
 def test_a_model_of_whole_images_is_asked_about_no_object(image, tiny):
     for given in ({"box": BOX}, {"category": "person"}):
-        with pytest.raises(InputError, match=f"{next(iter(given))}: a model of the task vqa is asked about the whole"):
+        with pytest.raises(InputError, match=f"{next(iter(given))}: a model of the task vqa answers about the whole"):
             inputs_of(load_settings(tiny), [], image, **given)

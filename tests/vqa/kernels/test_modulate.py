@@ -259,7 +259,7 @@ def test_an_empty_cxx_names_no_compiler(monkeypatch):
 
     monkeypatch.setenv("CXX", "")
     monkeypatch.setattr(cpu.subprocess, "run", run)
-    with pytest.raises(OSError, match=r"c\+\+"):
+    with pytest.raises(OSError, match=r"^c\+\+$"):
         cpu._built()
 
 

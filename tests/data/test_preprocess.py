@@ -1,6 +1,7 @@
 """The h5 file: what it holds, which vocabularies, which images, and what is reported and refused."""
 
 import hashlib
+import json
 import warnings
 
 import h5py
@@ -10,9 +11,12 @@ import pytest
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.vqa_files import SplitFiles
+from experiments.prepare import split_files
+from tests.conftest import ROOT
 from tests.raw_files import TRAIN, VAL, change, make, many, write_split
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
+from vqa.settings.recipes import load_settings
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import UNKNOWN_ID
 
@@ -184,6 +188,17 @@ def test_a_split_without_any_image_is_refused_before_the_work(raw, tmp_path):
     with pytest.raises(InputError, match="test2015/3.jpg: no such file, nor any other image of split 'val'"):
         make(raw | {"val": wrong}, tmp_path / "data.h5")
     assert not h5_file.partial_path(tmp_path / "data.h5").exists()
+
+
+def test_a_folder_may_have_braces_in_its_name(tmp_path):
+    folder = tmp_path / "{vqa} {image_id}}"
+    folder.mkdir()
+    write_split(folder, "train", TRAIN)
+    names = {"questions": "train_q.json", "annotations": "train_a.json", "images": "train_{image_id:012d}.png"}
+    words = [f"data.folder={json.dumps(str(folder))}", f"data.splits={json.dumps({'train': names})}"]
+    files = split_files(load_settings(ROOT / "config/daquar.yaml", words))["train"]
+    make({"train": files}, tmp_path / "data.h5")
+    assert Store(tmp_path / "data.h5").usable.all()
 
 
 def test_a_training_split_is_needed(raw, tmp_path):

@@ -17,7 +17,7 @@ from vqa.devices import choose_device
 from vqa.io.errors import InputError
 
 Result = TypeVar("Result")
-_PATIENCE = timedelta(days=7)  # the others wait while the main process stores feature maps, or waits for another run
+_PATIENCE = timedelta(days=1)  # the others wait while the main process stores feature maps, or waits for another run
 
 
 class _Patient:

@@ -213,6 +213,8 @@ def test_other_files_are_refused(raw, tmp_path):
     path = tmp_path / "data.h5"
     with pytest.raises(InputError, match="no such file"):
         Store(path)
+    with pytest.raises(InputError, match=f"{tmp_path}: not a file"):
+        make(raw, tmp_path)
     path.write_bytes(b"no h5")
     with pytest.raises(InputError, match="cannot be read as an h5 file"):
         Store(path)

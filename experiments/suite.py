@@ -197,6 +197,12 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
             yield f"{other!r} and {run.name!r} have the same settings"
         if (split := suite.tests[0].split) in run.settings.train.splits:
             yield f"{run.name}: trains on {split}, which it is tested on"
+        splits = run.settings.data.splits
+        if splits and not any(word.startswith("data.splits") for test in suite.tests for word in test.words):
+            if split not in splits:
+                yield f"split: no split {split!r}; there are {', '.join(splits)}"
+            elif run.settings.task == "vqa" and splits[split].annotations is None:
+                yield f"split: {split} has no annotations, so that nothing could be scored"
     for name, numbers in ({run.name: run.paper for run in suite.runs} | suite.not_run).items():
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"

@@ -264,16 +264,16 @@ def _rounded(line: Line) -> Line:
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
-    """Archive the settings, versions, epochs and every question's accuracy of the suite's finished runs, if any.
+    """Archive the settings, versions, epochs and every question's accuracy of every row and seed that is tested, if any.
 
     Extracted into `runs`, they are enough to report without training; an extended suite trains only what is new.
     """
     contents: dict[str, bytes] = {}
     for job in jobs_of(suite):
-        if job.is_finished(runs, suite.tests):
+        if tests := [test for test in suite.tests if job.is_tested(runs, test)]:
             folder = job.folder(runs)
             paths = [folder / name for name in OF_A_RUN]
-            paths += [test.folder(folder) / name for test in suite.tests for name in test.files]
+            paths += [test.folder(folder) / name for test in tests for name in test.files]
             contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
     if not contents:
         return

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from experiments.report.figure import draw
 from experiments.report.page import write_report
-from experiments.report.results import collect, row_lines, run_lines
+from experiments.report.results import collect, keep_evidence, row_lines, run_lines
 from experiments.report.tables import duration, markdown_table, terminal_table
 from experiments.suite import load_suite
 from tests.conftest import ROOT
@@ -215,6 +216,21 @@ def test_a_run_in_several_tests(tmp_path):
     assert "- 1 training on EPYC (2 CPU cores, 2 threads), torch 2.15.0" in page
     assert "claimed order" not in page
     assert "above" not in told
+
+
+def test_the_evidence_holds_every_row_of_the_report(tmp_path):
+    """Also of a run of which one test is missing."""
+    tests = 'tests: {"": {}, recalibrated: {recalibrate: train}}\n'.replace("{", "{{").replace("}", "}}")
+    suite = suite_of(tmp_path, SUITE.replace("order: [none, last, all]\n", tests))
+    finish(suite, tmp_path / "runs", "none", 1, NEVER_RIGHT)
+    finish(suite, tmp_path / "runs", "none, recalibrated", 1, OFTEN_RIGHT)
+    finish(suite, tmp_path / "runs", "all", 1, ALWAYS_RIGHT)
+    keep_evidence(suite, tmp_path / "runs", tmp_path / "kept.zip")
+    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
+        archive.extractall(tmp_path / "kept")
+    kept, all_ = (run_lines(suite, collect(suite, tmp_path / folder)) for folder in ("kept", "runs"))
+    assert kept == all_
+    assert len(kept) == 3
 
 
 def test_the_page(suite, tmp_path):

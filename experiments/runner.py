@@ -200,8 +200,9 @@ def _run_all(
 
 
 def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, str]]:
-    """The environment variables of each of the runs at the same time: its GPU (where none names its own, as `cuda:1`), or
-    its share of the cores.
+    """The environment variables of each of the runs at the same time: its GPU, or its share of the cores.
+
+    Where a run names its own GPU, as `cuda:1`, all see every GPU.
     """
     cores = os.cpu_count() or 1
     if all(job.settings.device == "cpu" for job in jobs):

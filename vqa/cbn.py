@@ -81,10 +81,12 @@ class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
         *,
         gamma: bool = True,
         beta: bool = True,
-        **options: Any,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        **made: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `options` may hold `eps`, `momentum`, `device` and `dtype`."""
-        super().__init__(num_features, **options)
+        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        super().__init__(num_features, eps, momentum, **made)
         self._condition_on(condition_size, hidden_size, gamma, beta)
 
 
@@ -98,7 +100,7 @@ class ConditionalBatchNorm1d(ConditionalBatchNorm2d):
         if x.ndim not in self.dimensions or x.shape[1] != self.num_features:
             dimensions = " or ".join(map(str, self.dimensions))
             raise ValueError(f"x must have {dimensions} dimensions and C = {self.num_features}, got {list(x.shape)}")
-        return super().forward(x.reshape(*x.shape[:2], -1, 1), condition).reshape(x.shape)
+        return super().forward(x[..., None].flatten(2)[..., None], condition).reshape(x.shape)
 
 
 class ConditionalBatchNorm3d(ConditionalBatchNorm1d):
@@ -119,10 +121,11 @@ class ConditionalGroupNorm(_Conditioned, ModulatedGroupNorm):
         *,
         gamma: bool = True,
         beta: bool = True,
-        **options: Any,
+        eps: float = 1e-5,
+        **made: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `options` may hold `eps`, `device` and `dtype`."""
-        super().__init__(num_groups, num_features, **options)
+        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        super().__init__(num_groups, num_features, eps, **made)
         self._condition_on(condition_size, hidden_size, gamma, beta)
 
 
@@ -165,9 +168,11 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
     `weight` (initially ones) and `bias` (zeros) are [K, C].
     """
 
-    def __init__(self, num_features: int, num_classes: int, **options: Any) -> None:
-        """`options` may hold `eps`, `momentum`, `device` and `dtype`."""
-        super().__init__(num_features, **options)
+    def __init__(
+        self, num_features: int, num_classes: int, *, eps: float = 1e-5, momentum: float | None = 0.1, **made: Any
+    ) -> None:
+        """`made` may hold `device` and `dtype`."""
+        super().__init__(num_features, eps, momentum, **made)
         self.weight, self.bias = _for_each_class(self.weight, num_classes), _for_each_class(self.bias, num_classes)
 
     @classmethod

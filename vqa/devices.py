@@ -26,8 +26,11 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+        known = False
+    if not known:
+        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {name} is not available ({torch.cuda.device_count()} GPUs found); try device=cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -37,8 +37,10 @@ def scale_and_shift(
     """Compute scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, each [B, C] or [1, C].
 
     `mean`, `var`, `gamma` and `beta` are [C], or [B, C] where they differ between samples; the deltas are [B, C] or
-    None. The result has the type of γ, also under autocast.
+    None. The result is float32 or finer, also under autocast and in a network of a coarser type.
     """
+    exact = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var, gamma, beta))
+    mean, var, gamma, beta = exact
     if delta.gamma is not None:
         gamma = gamma + delta.gamma.to(gamma.dtype)
     if delta.beta is not None:
@@ -281,7 +283,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
         """
         check_map(x, self.num_channels)
         delta = checked(delta, x)
-        grouped = x.to(self.weight.dtype).reshape(len(x), self.num_groups, -1)  # [B, G, C / G * H * W]
+        grouped = x.to(self.weight.dtype).unflatten(1, (self.num_groups, -1)).flatten(2)  # [B, G, C / G * H * W]
         if grouped.shape[2] < 2:
             raise ValueError("the statistics of a group need more than one value")
         var, mean = torch.var_mean(grouped, dim=2, correction=0)

@@ -121,9 +121,9 @@ class DeltaMLPs(nn.Module):
         norms = [norm for norm, count in enumerate(self.channels) for _ in range(count // self.piece)]
         # Built here and not kept: a plain attribute would stay on the device the module was built on.
         norm_of_piece = torch.tensor(norms, device="cpu").to(hidden.device, non_blocking=True)
-        parts = hidden.view(len(hidden), -1, self.hidden_size).transpose(0, 1)[norm_of_piece]  # [pieces, B, H]
+        parts = hidden.unflatten(1, (-1, self.hidden_size)).transpose(0, 1)[norm_of_piece]  # [pieces, B, H]
         weights = self.weight.view(len(parts), self.piece, self.hidden_size)
-        return torch.bmm(parts, weights.transpose(1, 2)).transpose(0, 1).reshape(len(hidden), -1)
+        return torch.bmm(parts, weights.transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def _by_norm(self, prefix: str, joined: Iterable[Tensor]) -> dict[str, Tensor]:
         """Split the four joined parameters into views by the names of each MLP's parameters."""
@@ -137,13 +137,17 @@ class DeltaMLPs(nn.Module):
         state.update(self._by_norm(prefix, [state.pop(prefix + name) for name in JOINED]))
 
     def _load_by_norm(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
-        joined = {prefix + name: getattr(self, name).detach().clone() for name in JOINED}
-        unexpected += joined.keys() & state.keys()
-        for name, part in self._by_norm(prefix, joined.values()).items():
+        joined = [prefix + name for name in JOINED]
+        unexpected += [name for name in joined if name in state]
+        parts = self._by_norm(prefix, [getattr(self, name).detach() for name in JOINED])
+        for name, part in parts.items():
             if name not in state:
                 missing.append(name)
-            elif (found := state.pop(name)).shape != part.shape:
+            elif (found := state.pop(name).detach()).shape != part.shape:
                 errors.append(f"size mismatch for {name}: {list(found.shape)}, not {list(part.shape)}")
             else:
-                part.copy_(found)
-        state.update(joined)
+                parts[name] = found
+        for place, name in enumerate(joined):
+            pieces = list(parts.values())[place :: len(joined)]
+            like = min(pieces, key=lambda piece: not piece.is_meta)  # what is missing of a meta module stays there
+            state[name] = torch.cat([piece.to(like) for piece in pieces])

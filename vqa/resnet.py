@@ -117,8 +117,6 @@ class ModulatedResNet(nn.Module):
             raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; it must have the form of a ResNet")
         check_form(part for part in resnet.named_children() if part[0] not in HEAD)
         self.recompute = frozenset(recompute)
-        if self.recompute and statistics == "batch":
-            raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
         self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in parts[:3]})
         for layer in parts[3:]:
             blocks = resnet.get_submodule(layer).named_children()
@@ -148,7 +146,12 @@ class ModulatedResNet(nn.Module):
     def set_statistics(self, policy: Statistics) -> None:
         """Change the statistics policy: `batch` resets the averages to mean 0 and variance 1, `population` keeps the
         present running statistics.
+
+        Raises:
+            ValueError: stages are recomputed, and the policy is `batch`, whose averages would move twice.
         """
+        if self.recompute and policy == "batch":
+            raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
         if policy == self.statistics:
             return
         self.statistics = policy

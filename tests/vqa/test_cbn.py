@@ -168,15 +168,26 @@ def test_a_predictor_is_one_mlp_a_norm_by_its_name():
             torch.testing.assert_close(deltas[:, columns], mlp(condition))
 
 
-def test_the_batched_product_for_gpus_gives_the_same():
+@pytest.mark.parametrize("samples", [3, 0])
+def test_the_batched_product_for_gpus_gives_the_same(samples):
     mlps = predictor_of_norms().gamma
-    hidden = torch.randn(3, 10, requires_grad=True)
+    hidden = torch.randn(samples, 10, requires_grad=True)
     results = []
     for together in (mlps._one_by_one, mlps._in_one_product):
         deltas = together(hidden)
         results.append((deltas, *torch.autograd.grad(deltas.square().sum(), (hidden, mlps.weight))))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_predictor_without_memory_takes_a_state_with_its_type():
+    one = predictor_of_norms().double()
+    with torch.device("meta"):
+        other = predictor_of_norms()
+    other.load_state_dict(one.state_dict(), assign=True)
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert theirs.requires_grad
 
 
 def test_a_predictors_state_comes_back():

@@ -280,3 +280,16 @@ def test_images_are_prepared_as_everywhere(folder, saved, images):
     for form in forms:
         assert processor(form)["pixel_values"].equal(expected)
     assert isinstance(processor(images, return_tensors="np")["pixel_values"], np.ndarray)
+
+
+def test_an_export_to_onnx_leaves_the_model_as_it_was(saved, tmp_path, monkeypatch):
+    from vqa.hub import onnx
+
+    def refuse(*_, **__):
+        raise torch.onnx.OnnxExporterError("an operator is missing")
+
+    monkeypatch.setattr(onnx, "NEEDED", ())
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(InputError, match="cannot express this model"):
+        onnx.save_onnx_folder(saved, tmp_path)
+    assert all(getattr(module, "fused", True) for module in saved.model.modules())

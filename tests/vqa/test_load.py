@@ -124,6 +124,7 @@ def test_what_cannot_be_loaded_is_an_input_error(model, images, trained, tmp_pat
     for folder, device, says in (
         (tmp_path, "cpu", "no model here"),
         (trained, "tpu", "unknown device 'tpu'"),
+        (trained, "meta", "unknown device 'meta'"),
         (trained, "cuda:99", "cuda:99 is not available"),
     ):
         with pytest.raises(InputError, match=says):

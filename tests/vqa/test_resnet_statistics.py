@@ -72,6 +72,13 @@ def test_conversions_between_the_policies():
     assert torch.equal(net.network.get_submodule("bn1").running_var, torch.ones(64))
 
 
+def test_recomputed_stages_refuse_the_policy_batch_later_too():
+    net = ModulatedResNet("resnet10", recompute=(2,))
+    with pytest.raises(ValueError, match="averages would move twice"):
+        net.set_statistics("batch")
+    assert net.statistics == "population"
+
+
 @pytest.mark.parametrize("sizes", [[4, 4, 3], [1, 1, 1], [7]])
 @pytest.mark.parametrize("modulated", [False, True])
 def test_estimated_statistics_are_those_of_all_values_of_uneven_batches(sizes, modulated):

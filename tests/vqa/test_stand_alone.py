@@ -1,6 +1,7 @@
 """The conditional layers in other people's networks: made of their norms, synchronised, given maps of other shapes."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -175,6 +176,39 @@ def test_one_and_three_dimensions(kind, theirs, shape, training):
         layer(torch.randn(4, C, 2, 2), condition)
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (ConditionalGroupNorm(3, C, 4, 5), (0, C, 3, 3)),
+        (ConditionalLayerNorm2d(C, 4, 5), (0, C, 3, 3)),
+        (ConditionalBatchNorm1d(C, 4, 5), (0, C)),
+        (ConditionalBatchNorm1d(C, 4, 5), (0, C, 7)),
+        (ConditionalBatchNorm3d(C, 4, 5), (0, C, 2, 2, 2)),
+    ],
+)
+def test_an_empty_batch_has_an_empty_result(layer, shape):
+    assert layer.eval()(torch.randn(shape), torch.randn(0, 4)).shape == shape
+
+
+def test_a_layers_signature_has_the_options_of_torchs_norms():
+    for ours, theirs in ((ConditionalBatchNorm2d, nn.BatchNorm2d), (CategoricalConditionalBatchNorm2d, nn.BatchNorm2d)):
+        named = [inspect.signature(kind).parameters for kind in (ours, theirs)]
+        for option in ("eps", "momentum"):
+            assert named[0][option].default == named[1][option].default
+    assert inspect.signature(ConditionalGroupNorm).parameters["eps"].default == nn.GroupNorm(1, 1).eps
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_in_a_network_of_a_coarser_type_a_norm_is_as_exact_as_torchs(kind):
+    plain = pretrained(dtype=kind).eval()
+    layer = ModulatedBatchNorm2d.from_batch_norm(plain)
+    x = (plain.running_mean[:, None, None] + torch.randn(8, C, 7, 7)).to(kind)
+    exact = copy.deepcopy(plain).float()(x.float())
+    ours, theirs = ((y.float() - exact).abs().mean() for y in (layer(x, Modulation(x.new_zeros(8, C), None)), plain(x)))
+    assert ours < 1.2 * theirs
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # shapes are checked, jit is old
 def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
     layer, batch = ConditionalBatchNorm2d(C, 4, 5).eval(), torch.export.Dim("batch")
@@ -188,7 +222,6 @@ def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
 
 def test_gradients_of_each_sample_by_torch_func():
     net = Net(ConditionalBatchNorm2d(C, 4, 5)).eval()
-    net.layer.fused = False
     x, condition = torch.randn(3, 3, 5, 5), torch.randn(3, 4)
 
     def loss(parameters, x, condition):

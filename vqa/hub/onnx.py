@@ -1,5 +1,6 @@
 """Write a trained model as an ONNX file that answers one question at a time."""
 
+import copy
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,10 @@ class _OneQuestion(nn.Module):
 
     def __init__(self, saved: SavedModel) -> None:
         super().__init__()
-        self.model, self.normalise = saved.model, saved.preprocessing.normalise
+        self.model, self.normalise = copy.deepcopy(saved.model), saved.preprocessing.normalise
+        for module in self.model.resnet.modules():
+            if hasattr(module, "fused"):
+                module.fused = False  # plain operations, which ONNX has
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         output = self.model(self.normalise(image), tokens, tokens.new_full((1,), tokens.shape[1]))
@@ -42,9 +46,6 @@ def save_onnx_folder(saved: SavedModel, folder: Path) -> None:
     size, predictor = saved.preprocessing.size, saved.model.predictor
     example = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.ones(1, 5, dtype=torch.int64)
     predicted = [name for name in ("gamma", "beta") if predictor is not None and getattr(saved.settings.cbn, name)]
-    for module in saved.model.resnet.modules():
-        if hasattr(module, "fused"):
-            module.fused = False  # plain operations, which ONNX has
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(

@@ -106,7 +106,7 @@ def _built() -> Path:
         OSError: there is no compiler, or the folder cannot be written.
         subprocess.SubprocessError: the compiler failed.
     """
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
 
     def run(*words: str) -> str:
         return subprocess.run([*compiler, *words], check=True, capture_output=True, text=True, timeout=300).stdout

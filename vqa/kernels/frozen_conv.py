@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqa.kernels.modulate import Fused
+from vqa.kernels.modulate import Fused, is_batched, under_torch_func
 
 
 class Convolution(nn.Conv2d):
@@ -34,7 +34,7 @@ class Convolution(nn.Conv2d):
         if self.weight.requires_grad:
             self._ordered = None  # the steps of a fused optimiser are not counted in `_version`
         as_in_a_resnet = self.bias is None and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not self.fused or self.weight.requires_grad or not as_in_a_resnet:
+        if not self.fused or self.weight.requires_grad or not as_in_a_resnet or under_torch_func():
             return super().forward(x)
         geometry = _Geometry(self.stride, self.padding, self.dilation, self.groups)
         ordered = None
@@ -76,10 +76,11 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        if ctx.ordered is not None and ctx.ordered.has_adjoint and not torch.is_grad_enabled():
+        batched = is_batched(gradient)
+        if ctx.ordered is not None and ctx.ordered.has_adjoint and not torch.is_grad_enabled() and not batched:
             return ctx.ordered.convolve_adjoint(gradient), None, None, None  # which cannot be differentiated again
         stride, padding, dilation, groups = ctx.geometry
-        layout = torch.contiguous_format if gradient.is_contiguous() else torch.channels_last
+        layout = torch.contiguous_format if batched or gradient.is_contiguous() else torch.channels_last
         # only the shape and the layout of the input are read: uninitialised memory replaces it
         x = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout)
         weight = weight.to(gradient.dtype, memory_format=layout)  # autocast casts it in the forward pass too

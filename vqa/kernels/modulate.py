@@ -45,12 +45,25 @@ def modulate(
         raise ValueError(f"a map [B, C, H, W] takes a scale and a shift [B, C]; got {', '.join(map(str, shapes))}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
-    if not fused or not x.numel() or torch.compiler.is_compiling():  # a compiler fuses by itself
+    # a compiler fuses by itself; torch.func differentiates torch's own operations
+    if not fused or not x.numel() or torch.compiler.is_compiling() or under_torch_func():
         return by_torch.composed(x, scale, shift, residual, relu).to(x.dtype)
     layout = _layout(x)
     x, residual = (None if part is None else part.contiguous(memory_format=layout) for part in (x, residual))
     scale, shift = (part.expand(x.shape[:2]).contiguous() for part in (scale, shift))
     return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
+
+
+def under_torch_func() -> bool:
+    """Return whether a transform of `torch.func` is active."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Return whether ∂y stands for several, of `is_grads_batched` or `torch.vmap`: it has no memory of its own."""
+    return not torch.compiler.is_compiling() and (
+        under_torch_func() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+    )
 
 
 class _Modulate(torch.autograd.Function):
@@ -75,16 +88,17 @@ class _Modulate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient.contiguous(memory_format=ctx.layout)
         saved = x, scale, shift, _ = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second access
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or is_batched(gradient)):
+            gradient = gradient.contiguous(memory_format=ctx.layout)
             return *ctx.by.backward(gradient, *saved, ctx.relu, ctx.wants), None, None
-        # These gradients will be differentiated (`create_graph`), so they are torch's own operations but for [y > 0],
-        # which is the residual's gradient for a ∂y of ones.
+        # These gradients will be differentiated (`create_graph`) or are several, so they are torch's own operations
+        # but for [y > 0], which is the residual's gradient for a ∂y of ones.
         if ctx.relu:
             with torch.no_grad():
+                ones = torch.ones(gradient.shape, dtype=gradient.dtype, device=gradient.device)
                 wants = (False, False, False, True)
-                *_, positive = ctx.by.backward(torch.ones_like(gradient), *saved, True, wants)
+                *_, positive = ctx.by.backward(ones.contiguous(memory_format=ctx.layout), *saved, True, wants)
             gradient = gradient * positive
         return *by_torch.backward(gradient, x, scale, shift, None, False, ctx.wants), None, None
 

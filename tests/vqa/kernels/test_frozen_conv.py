@@ -50,6 +50,21 @@ def test_second_derivatives_of_a_frozen_convolution(geometry, layout):
     assert torch.autograd.gradgradcheck(ours.double(), (x.double().detach().requires_grad_(),))
 
 
+@pytest.mark.parametrize("layout", [NCHW, CL])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}])
+def test_gradients_of_several_gradients_at_once_and_by_torch_func(geometry, layout):
+    ours = Convolution.from_conv(nn.Conv2d(4, 6, 3, bias=False, **geometry).requires_grad_(False))
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    y = ours(x)
+    several = torch.randn(3, *y.shape)
+    (together,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    (mapped,) = torch.vmap(torch.func.vjp(ours, x.detach())[1])(several)
+    for place, gradient in enumerate(several):
+        (expected,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
+        torch.testing.assert_close(together[place], expected)
+        torch.testing.assert_close(mapped[place], expected)
+
+
 @pytest.fixture
 def ordering(monkeypatch):
     """Counts how often a weight is ordered for oneDNN; what is tested with it is not tested without oneDNN."""

@@ -206,6 +206,18 @@ def test_what_is_not_finite_passes_as_through_torchs_own_operations(fused, layou
     assert_same(*found, equal_nan=True)
 
 
+@pytest.mark.parametrize("fused", [True, "eager"])
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+def test_gradients_of_several_gradients_at_once(fused, layout, residual, relu):
+    parts = inputs((2, 5, 3, 3), layout, residual, torch.float32)
+    of, several = [part for part in parts if part is not None], torch.randn(3, 2, 5, 3, 3)
+    y = modulate(*parts, relu=relu, fused=fused)
+    together = torch.autograd.grad(y, of, several, is_grads_batched=True, retain_graph=True)
+    for place, gradient in enumerate(several):
+        for found, expected in zip(together, torch.autograd.grad(y, of, gradient, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[place], expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
 def test_an_empty_map_has_an_empty_result(shape):
     x, scale, shift, other = inputs(shape, NCHW, True, torch.float32)
@@ -239,6 +251,16 @@ def test_without_a_compiler_torchs_operations_do_and_it_is_said_once(monkeypatch
             assert torch.equal(y, modulate(*parts, relu=True))
     finally:
         cpu._library.cache_clear()
+
+
+def test_an_empty_cxx_names_no_compiler(monkeypatch):
+    def run(words, **_):
+        raise OSError(words[0])
+
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(cpu.subprocess, "run", run)
+    with pytest.raises(OSError, match=r"c\+\+"):
+        cpu._built()
 
 
 @pytest.fixture

@@ -80,8 +80,9 @@ class FileImages:
     def settle(self, skip: bool) -> None:
         """List the bad images so far. Raises InputError if there are some and `skip` is False."""
         bad = [self.images[row] for row in self.bad.nonzero().flatten().tolist()]
-        defects = ((image.id, defect_of(image, self.size)) for image in bad)
-        settle_bad_images([defect for defect in dict.fromkeys(defects) if defect[1]], skip)  # once for all crops
+        once = "could be read only when it was tried again"  # of a disk that failed for a moment
+        defects = ((image.id, defect_of(image, self.size) or f"{image.file}: {once}") for image in bad)
+        settle_bad_images(list(dict.fromkeys(defects)), skip)  # once for all crops
 
 
 class NoImages:

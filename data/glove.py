@@ -3,6 +3,7 @@
 import io
 import zipfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
         lines = iter(lambda: stream.readline(_LONGEST_LINE), b"")  # bounded: the file may hold no line break
         for number, line in enumerate(progress(lines, None, file.name), 1):
             # from the right, because the 840B file holds words with blanks
-            word, *numbers = line.rstrip().rsplit(b" ", size)
+            word, *numbers = line.removeprefix(BOM_UTF8 if number == 1 else b"").rstrip().rsplit(b" ", size)
             more = word.split(b" ")[1:]
             if number == 1 and len(_vector(more)):
                 raise InputError(f"{file}: its vectors have {size + len(more)} numbers, question.glove_size is {size}")

@@ -228,7 +228,7 @@ class H5Images(H5Rows):
 
 def _opened(path: Path) -> h5py.File:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; run `preprocess` to make it")
+        raise InputError(f"{path}: " + ("not a file" if path.exists() else "no such file; run `preprocess` to make it"))
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:

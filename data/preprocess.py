@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,18 @@ def preprocess(
             return
         partial = h5_file.partial_path(path)
         finished = h5_file.Store(path) if path.exists() else None
+        moved: list[NeededImage] = []
         if partial.exists():
-            check_same(partial, h5_file.read_provenance(partial), wanted)
+            begun = h5_file.read_provenance(partial)
+            check_same(partial, begun, wanted)
             check_room(partial, partial.stat().st_size, _OTHER_DISK)
+            moved = _images_of({name: splits[name] for name in begun["sources"]}, source)
         else:
             _begin(partial, splits, wanted, finished, source)
         with h5_file.opened_for_writing(partial) as file:
             if finished is not None:
                 _copy_images(finished, file)
-            bad = _decode_images(file, threads)
+            bad = _decode_images(file, threads, moved)
             if bad and not skip_bad_images:
                 print(f"{partial}: holds the images that could be read")
             ids = file["images/id"][:]
@@ -161,6 +165,14 @@ def _begin(
     )
 
 
+def _images_of(splits: Mapping[str, SplitFiles], source: Source) -> list[NeededImage]:
+    """The images of a begun file, in the order of its rows, by their names of today: their folder may have moved."""
+    rows: dict[NeededImage, int] = {}
+    for files in splits.values():
+        number_images(source.images(files, source.read(replace(files, annotations=None))), rows)
+    return list(rows)
+
+
 def _check_any_is_mended(finished: h5_file.Store, images: Sequence[NeededImage]) -> None:
     """Refuse to make a file again while all images that were bad still are."""
     bad = {}
@@ -211,15 +223,19 @@ def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
         print(f"{finished.path}: {len(damaged)} image(s) are damaged and decoded again")
 
 
-def _decode_images(file: h5py.File, threads: int) -> dict[int, str]:
+def _decode_images(file: h5py.File, threads: int, moved: Sequence[NeededImage]) -> dict[int, str]:
     """Decode the images whose rows are not filled; returns what is wrong with those that cannot be, by row.
+
+    `moved` are the images of a begun file as they are named now; none: as in the file.
 
     Threads do it, since Pillow decodes and resizes without Python's lock.
     """
     stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
     set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # their images may have been repaired
     pending = np.flatnonzero(~file["images/filled"][:]).tolist()
-    names, writer = file["images/file"].asstr()[:], RowWriter(file, "images/pixels")
+    names, writer = list(file["images/file"].asstr()[:]), RowWriter(file, "images/pixels")
+    if [image.id for image in moved] == file["images/id"][:].tolist():
+        names = [image.file for image in moved]
     stored = file["images"].get("crop")
     crops = [None] * len(names) if stored is None else [Crop(*crop) for crop in stored[:].tolist()]
 

@@ -56,8 +56,8 @@ def _wait(process: int) -> None:
 
 
 def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str]:
-    """Submits each missing run and seed that is not queued yet as a task of an array; the first task that starts makes
-    the data and the backbone.
+    """Submits each missing run and seed that is not queued yet, by this suite or another with the same tests, as a task
+    of an array; the first task that starts makes the data and the backbone.
 
     Args:
         suite: what to run.
@@ -82,8 +82,9 @@ def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str
     record = folder / "tasks.json"
     with held(folder / ".lock", folder, wait=True):
         queued = _still_queued(record)
-        missing = [command_of(suite, job) for job in missing_jobs(suite, runs)]
-        commands = [command for command in missing if shlex.join(command) not in queued]
+        tests = [str(test.folder(Path()) / test.files[0]) for test in suite.tests]
+        missing = {shlex.join([job.settings.name, *tests]): command_of(suite, job) for job in missing_jobs(suite, runs)}
+        commands = {does: command for does, command in missing.items() if does not in queued}
         if len(commands) < len(missing):
             print(f"{len(missing) - len(commands)} runs are queued already and not submitted again")
         if not commands:
@@ -92,12 +93,12 @@ def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str
             executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_REQUEUES)
             executor.update_parameters(name=suite.name, **parameters)
             with executor.batch():
-                tasks = [executor.submit(Task(command, Path.cwd())) for command in commands]
+                tasks = [executor.submit(Task(command, Path.cwd())) for command in commands.values()]
         # submitit's errors for wrong parameters, or no cluster
         except (NameError, TypeError, RuntimeError, ValueError, AssertionError) as error:
             raise InputError(f"--submit {cluster}: {first_line(error)}") from None
         ids = [task.job_id for task in tasks]
-        write_json(record, queued | dict(zip(map(shlex.join, commands), ids, strict=True)))
+        write_json(record, queued | dict(zip(commands, ids, strict=True)))
     return ids
 
 
@@ -117,7 +118,7 @@ def _parameters(resources: str) -> dict[str, Any]:
 
 
 def _still_queued(record: Path) -> dict[str, str]:
-    """The ids, by command, of the tasks that were submitted and are still waiting or running."""
+    """The ids, by what they do, of the tasks that were submitted and are still waiting or running."""
     submitted = read_json(record) if record.exists() else {}
     if not submitted:
         return {}
@@ -126,4 +127,4 @@ def _still_queued(record: Path) -> dict[str, str]:
         said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         raise InputError(f"--submit: squeue cannot list the queued tasks ({first_line(error)})") from None
-    return {command: task for command, task in submitted.items() if task in said}
+    return {does: task for does, task in submitted.items() if task in said}

@@ -168,7 +168,7 @@ def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[st
 def _recipe(settings: Settings, model: str) -> Settings:
     changes: dict[str, Any] = {"name": f"{settings.name}/{model}"}
     if model == "baseline":
-        changes["cbn"] = settings.cbn.model_copy(update={"stages": []})
+        changes["cbn"] = settings.cbn.model_copy(update={"stages": [], "stem": False})
     return settings.model_copy(update=changes)
 
 

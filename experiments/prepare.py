@@ -103,11 +103,12 @@ def source_of(settings: Settings, views: Sequence[str], categories: Sequence[str
 def split_files(settings: Settings) -> dict[str, SplitFiles]:
     """The raw files of every split, below `data.folder`."""
     folder = Path(settings.data.folder)
+    plain = str(folder).replace("{", "{{").replace("}", "}}")  # only the recipe's part is a pattern
     return {
         name: SplitFiles(
             folder / files.questions,
             folder / files.annotations if files.annotations else None,
-            str(folder / files.images),
+            str(Path(plain) / files.images),
         )
         for name, files in settings.data.splits.items()
     }

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,13 @@ from vqa.devices import choose_device
 from vqa.io.errors import InputError
 
 Result = TypeVar("Result")
+_PATIENCE = timedelta(days=1)  # the others wait while the main process stores feature maps, or waits for another run
+
+
+class _Patient:
+    """The group that exchanges objects. The default group, which exchanges tensors, gives up after 10 or 30 minutes."""
+
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_Patient.group)
         return values
 
     def say(self, text: str) -> None:
@@ -69,7 +77,7 @@ class Processes:
         """The result of the main process's work, in every process. Raises InputError as `agreed`."""
         results = [self.agreed(lambda: work() if self.is_main else None)]
         if self.world_size > 1:
-            dist.broadcast_object_list(results)
+            dist.broadcast_object_list(results, group=_Patient.group)
         return results[0]
 
 
@@ -89,8 +97,10 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        _Patient.group = dist.new_group(timeout=_PATIENCE)
         yield
     finally:
+        _Patient.group = None
         dist.destroy_process_group()
 
 

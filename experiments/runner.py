@@ -199,13 +199,16 @@ def _run_all(
         _end(running)
 
 
-def _environments(jobs: Iterable[Job], at_once: int | None) -> list[dict[str, str]]:
-    """The environment variables of each of the runs at the same time: its GPU, or its share of the cores."""
+def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, str]]:
+    """The environment variables of each of the runs at the same time: its GPU, or its share of the cores.
+
+    Where a run names its own GPU, as `cuda:1`, all see every GPU.
+    """
     cores = os.cpu_count() or 1
     if all(job.settings.device == "cpu" for job in jobs):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         count, threads = at_once or max(min(cores, memory // 2**31), 1), 1
-    elif gpus := torch.cuda.device_count():
+    elif (gpus := torch.cuda.device_count()) and not any(":" in job.settings.device for job in jobs):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         return [{"CUDA_VISIBLE_DEVICES": visible[place % gpus]} for place in range(at_once or gpus)]
     else:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -195,8 +195,7 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
             yield f"{other!r} and {run.name!r} have the same settings"
-        if (split := suite.tests[0].split) in run.settings.train.splits:
-            yield f"{run.name}: trains on {split}, which it is tested on"
+        yield from _problems_of_split(run.name, suite.tests[0].split, run.settings, suite.tests)
     for name, numbers in ({run.name: run.paper for run in suite.runs} | suite.not_run).items():
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"
@@ -211,6 +210,19 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     for name in (suite.baseline, *suite.order, *contrasted):
         if name not in rows:
             yield f"no row {name!r}; rows are {', '.join(rows)}"
+
+
+def _problems_of_split(name: str, split: str, settings: Settings, tests: Sequence[Test]) -> Iterator[str]:
+    """The problems of a run with the split that it is tested on; a test may bring splits of its own."""
+    if split in settings.train.splits:
+        yield f"{name}: trains on {split}, which it is tested on"
+    splits = settings.data.splits
+    if not splits or any(word.startswith("data.splits") for test in tests for word in test.words):
+        return
+    if split not in splits:
+        yield f"split: no split {split!r}; there are {', '.join(splits)}"
+    elif settings.task == "vqa" and splits[split].annotations is None:
+        yield f"split: {split} has no annotations, so that nothing could be scored"
 
 
 def _slug(text: str) -> str:

@@ -20,7 +20,7 @@ from data.scenes.asking import MAX_QUESTIONS, SceneQuestion
 from data.scenes.draw import LOOKS, draw_scene
 from data.vqa_files import Question
 from vqa.io.errors import InputError
-from vqa.io.files import read_json, write_json, written_whole
+from vqa.io.files import naming_write_errors, read_json, write_json, written_whole
 from vqa.io.locks import held
 from vqa.io.processes import WorkerContext, naming_worker_limits
 from vqa.io.progress import progress
@@ -160,7 +160,8 @@ def _write_image(
         mosaic = photos.sample_mosaic(rng, images, held_out=split != "train")
         pixels = photos.draw_mosaic(mosaic, images, made["size"], drawing)
         asked = photos.ask(mosaic, images, rng, made["questions_per_image"])
-    Image.fromarray(pixels).save(file, compress_level=0)  # noise hardly compresses
+    with naming_write_errors(file):
+        Image.fromarray(pixels).save(file, compress_level=0)  # noise hardly compresses
     return asked
 
 

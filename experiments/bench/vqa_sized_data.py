@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.scenes.write import in_order, write_questions
 from data.vqa_files import Question, SplitFiles
+from vqa.io.files import naming_write_errors
 from vqa.io.progress import progress
 
 QUESTIONS = {"train": 248_349, "val": 121_512}  # of VQA v1
@@ -64,7 +65,9 @@ def write_coco_like(
 def _write_image(numbered: tuple[int, Path]) -> None:
     number, file = numbered
     top, left = np.random.default_rng(number).integers([_CANVAS - 480, _CANVAS - 640])
-    Image.fromarray(_noise()[top : top + 480, left : left + 640]).save(file, quality=90)
+    image = Image.fromarray(_noise()[top : top + 480, left : left + 640])
+    with naming_write_errors(file):
+        image.save(file, quality=90)
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ROOT
-from experiments.report.results import Line, collect, contrast_lines, keep_evidence, row_lines, run_lines
+from experiments.report.results import THEN, Line, collect, contrast_lines, keep_evidence, row_lines, run_lines
 from experiments.report.tables import (
     aligned,
     claims,
@@ -29,7 +29,7 @@ Difference, in points: of the means over seeds, ± the standard deviation of the
 Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
 trainings. Over seeds: the 95 % interval of the mean of the differences seed by seed (Student's t), from three seeds on.
 Only the second covers the variation between seeds, and neither covers another pretraining of the backbone.
-Each run is scored at its best epoch on {best}.
+{scored}
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
 """
@@ -115,9 +115,15 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
 
 def _legend(suite: Suite, lines: Sequence[Line]) -> str:
     compared = " or ".join(map(str, sorted({line["compared"] for line in lines if line["compared"]})))
-    split, validated = suite.tests[0].split, suite.runs[0].settings.train.validate_on
-    best = "these same questions" if split == validated else f"split `{validated}`; the accuracies are of `{split}`"
-    return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", best=best)
+    split, validated = suite.tests[0].split, {run.settings.train.validate_on for run in suite.runs}
+    best = " or ".join(f"split `{one}`" for one in sorted(validated - {None}))
+    scored = f"Each run is scored at its best epoch on {best}" if best else "Each run is scored at its last epoch"
+    if best and None in validated:
+        scored += ", or at its last where it has no validation"
+    scored += f"; the accuracies are of `{split}`."
+    if validated == {split}:
+        scored = "Each run is scored at its best epoch on these same questions."
+    return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", scored=scored)
 
 
 def _facts(lines: Sequence[Line]) -> list[str]:
@@ -126,6 +132,8 @@ def _facts(lines: Sequence[Line]) -> list[str]:
     machines, commits = (Counter(map(described, trainings)) for described in (_machine, _commit))
     backbones = Counter(line["backbone"] for line in trainings if line["backbone"])
     facts = [f"{_trainings(count)} on {machine}" for machine, count in machines.items()]
+    if len(machines) > 1:
+        facts.append("**several machines: times and memory of two rows, or of a row's seeds, may differ by them**")
     facts += [f"{_trainings(count)} with the code of {commit}" for commit, count in commits.items()]
     facts += [f"{_trainings(count)} on the backbone {digest}" for digest, count in backbones.items()]
     if unrecorded := len(trainings) - backbones.total():
@@ -146,10 +154,12 @@ def _machine(line: Line) -> str:
 
 
 def _commit(line: Line) -> str:
-    commit, dirty, _ = (line["git_commit"] or "").partition("-dirty")
-    if not commit:
+    if not line["git_commit"]:
         return "an unknown commit"
-    return f"commit {commit[:10]}{' with changes that are not committed' if dirty else ''}"
+    commits = (commit.partition("-dirty") for commit in line["git_commit"].split(THEN))
+    return THEN.join(
+        f"commit {commit[:10]}{' with changes that are not committed' if dirty else ''}" for commit, dirty, _ in commits
+    )
 
 
 def _below_root(file: Path) -> str:

@@ -19,6 +19,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import read_bytes, written_whole
 
 KIND = "type: "  # how the columns of question types begin
+THEN = ", then "  # between values of a run that was resumed with another one
 OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
 Line = dict[str, Any]  # of a CSV file, by column; None where there is no value
 
@@ -55,6 +56,7 @@ class _Environment(msgspec.Struct):
     torch: str | None = None
     python: str | None = None
     backbone: str | None = None
+    resumed: list["_Environment"] = []
 
 
 _Content = TypeVar("_Content")
@@ -101,10 +103,6 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
             f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it and "
             "run again"
         )
-    made = msgspec.structs.asdict(environment)
-    cpu = made.pop("cpu")
-    if made["device"] == "cpu" and cpu is not None:
-        made["device"] = cpu  # of the machine, as the name of a GPU
     peaks = [epoch.peak_memory_mib for epoch in epochs]
     facts = {
         "questions": metrics.questions,
@@ -112,12 +110,27 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
         "best_epoch": best.epoch,
         "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
         "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
-        **made,
+        **_made(environment),
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
     scores = {"overall": metrics.overall, "error": 100 - metrics.overall} | metrics.per_answer_type | kinds
     return Result(row, job.seed, scores, facts, answered)
+
+
+def _made(environment: _Environment) -> Line:
+    """With what a run was made; of one that was resumed with something else, both in their order."""
+    first, *others = (msgspec.structs.asdict(one) for one in (environment, *environment.resumed))
+    for made in (first, *others):
+        cpu = made.pop("cpu")
+        if made["device"] == "cpu" and cpu is not None:
+            made["device"] = cpu  # of the machine, as the name of a GPU
+    del first["resumed"]
+    for key in first.keys() - {"backbone"}:  # a checkpoint holds the backbone
+        values = dict.fromkeys(made[key] for made in (first, *others) if made[key] is not None)
+        if len(values) > 1:
+            first[key] = THEN.join(map(str, values))
+    return first
 
 
 def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
@@ -264,16 +277,16 @@ def _rounded(line: Line) -> Line:
 
 
 def keep_evidence(suite: Suite, runs: Path, file: Path) -> None:
-    """Archive the settings, versions, epochs and every question's accuracy of the suite's finished runs, if any.
+    """Archive the settings, versions, epochs and every question's accuracy of each tested row and seed, if any.
 
     Extracted into `runs`, they are enough to report without training; an extended suite trains only what is new.
     """
     contents: dict[str, bytes] = {}
     for job in jobs_of(suite):
-        if job.is_finished(runs, suite.tests):
+        if tests := [test for test in suite.tests if job.is_tested(runs, test)]:
             folder = job.folder(runs)
             paths = [folder / name for name in OF_A_RUN]
-            paths += [test.folder(folder) / name for test in suite.tests for name in test.files]
+            paths += [test.folder(folder) / name for test in tests for name in test.files]
             contents |= {path.relative_to(runs).as_posix(): path.read_bytes() for path in paths}
     if not contents:
         return

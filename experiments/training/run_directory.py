@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vqa.io.errors import InputError
-from vqa.io.files import naming_write_errors, read_json, write_json, write_text
+from vqa.io.files import naming_write_errors, read_json, read_text, write_json, write_text
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, different_keys
 
@@ -42,8 +42,9 @@ class RunDirectory:
         """Refuses to overwrite a run, or to resume one with other settings; only more epochs or patience are allowed.
 
         Raises:
-            InputError: the directory holds a run, and `resume` is false or its settings are others; or a run without
-                a checkpoint is resumed that began with another model's weights, and `init_from` is None.
+            InputError: the directory holds a run, and `resume` is false, its settings are others or its checkpoint is
+                gone; or a run without a checkpoint is resumed that began with another model's weights, and `init_from`
+                is None.
         """
         if not self.holds_training():
             file = self.path / "environment.json"
@@ -53,6 +54,9 @@ class RunDirectory:
             return
         if not resume:
             raise InputError(f"{self.path}: already holds a run; resume it with --resume, or choose another `name`")
+        # after one epoch there may be none yet
+        if not self.checkpoint.exists() and len(read_text(self.path / "metrics.jsonl").splitlines()) > 1:
+            raise InputError(f"{self.checkpoint}: missing, so that the run cannot be resumed; choose another `name`")
         config = self.path / "config.yaml"
         begun, asked = load_saved(config), settings.train
         for key in different_keys(settings, begun, _RESUMABLE):
@@ -89,7 +93,7 @@ class RunDirectory:
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        if file.exists() and self.holds_training():  # a resumed run keeps the environment that it was started in
+        if file.exists() and self.checkpoint.exists():  # a resumed run keeps the environment that it was started in
             begun = read_json(file)
             if not isinstance(begun, dict) or not isinstance(begun.setdefault("resumed", []), list):
                 raise InputError(f"{file}: not written by a run; remove it")

@@ -69,15 +69,20 @@ def take_weights(
 
 
 def splits_seen(saved: SavedModel, settings: Settings) -> list[str]:
-    """The splits that a saved model was trained on and whose files have the same names in `settings`.
+    """The splits whose file of questions has the name of one that a saved model was trained on.
 
     Raises:
         InputError: one of them is to be validated on.
     """
-    here, there = settings.data.splits, saved.settings.data.splits
-    seen = [split for split in saved.training.get("trained_on", []) if here.get(split) == there.get(split)]
+    all_files = (one.data.splits for one in (settings, saved.settings))
+    here, there = ({split: files.questions for split, files in of.items()} for of in all_files)
+    trained = saved.training.get("trained_on", [])
+    files = {there[split] for split in trained if split in there}
+    splits = dict.fromkeys([*trained, *here])
+    seen = [split for split in splits if (here[split] in files if split in here else split not in there)]
     if (split := settings.train.validate_on) in seen:
-        raise InputError(f"train.validate_on: {saved.folder} was trained on split {split!r}; use another split or null")
+        trained_on = f"{saved.folder} was trained on the questions of split {split!r}"
+        raise InputError(f"train.validate_on: {trained_on}; use another split or null")
     return seen
 
 

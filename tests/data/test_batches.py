@@ -180,3 +180,14 @@ def test_images_from_files_equal_those_of_the_h5(tiny, dataset):
         tiny.parent / "world" / "train" / name.name for name in sorted((tiny.parent / "world/train").glob("*.png"))
     ]
     assert np.array_equal(FileImages([NeededImage(str(file), 0) for file in files], 64)[3], dataset.images[3])
+
+
+def test_an_image_that_could_be_read_only_later_is_reported_too(tiny, monkeypatch, capsys):
+    file = min((tiny.parent / "world/train").glob("*.png"))
+    images = FileImages([NeededImage(str(file), 7)], 64)
+    with monkeypatch.context() as patch:
+        patch.setattr("data.batches.decode", lambda *_: (_ for _ in ()).throw(InputError("stale file handle")))
+        images[0]  # a stand-in, and it would be that of the results
+    with pytest.raises(InputError, match=r"1 image\(s\) missing or unreadable, by id: 7; repair them, or skip them"):
+        images.settle(skip=False)
+    assert f"7: {file}: could be read only when it was tried again" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The h5 file: what it holds, which vocabularies, which images, and what is reported and refused."""
 
 import hashlib
+import json
 import warnings
 
 import h5py
@@ -10,9 +11,12 @@ import pytest
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.vqa_files import SplitFiles
+from experiments.prepare import split_files
+from tests.conftest import ROOT
 from tests.raw_files import TRAIN, VAL, change, make, many, write_split
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
+from vqa.settings.recipes import load_settings
 from vqa.text.answers import NO_ANSWER
 from vqa.text.tokenizer import UNKNOWN_ID
 
@@ -186,6 +190,17 @@ def test_a_split_without_any_image_is_refused_before_the_work(raw, tmp_path):
     assert not h5_file.partial_path(tmp_path / "data.h5").exists()
 
 
+def test_a_folder_may_have_braces_in_its_name(tmp_path):
+    folder = tmp_path / "{vqa} {image_id}}"
+    folder.mkdir()
+    write_split(folder, "train", TRAIN)
+    names = {"questions": "train_q.json", "annotations": "train_a.json", "images": "train_{image_id:012d}.png"}
+    words = [f"data.folder={json.dumps(str(folder))}", f"data.splits={json.dumps({'train': names})}"]
+    files = split_files(load_settings(ROOT / "config/daquar.yaml", words))["train"]
+    make({"train": files}, tmp_path / "data.h5")
+    assert Store(tmp_path / "data.h5").usable.all()
+
+
 def test_a_training_split_is_needed(raw, tmp_path):
     with pytest.raises(InputError, match="'train'"):
         make({"val": raw["val"]}, tmp_path / "data.h5")
@@ -198,6 +213,8 @@ def test_other_files_are_refused(raw, tmp_path):
     path = tmp_path / "data.h5"
     with pytest.raises(InputError, match="no such file"):
         Store(path)
+    with pytest.raises(InputError, match=f"{tmp_path}: not a file"):
+        make(raw, tmp_path)
     path.write_bytes(b"no h5")
     with pytest.raises(InputError, match="cannot be read as an h5 file"):
         Store(path)

@@ -118,6 +118,32 @@ def test_the_folder_of_the_sources_may_move(raw, tmp_path):
     make(same, tmp_path / "data.h5")
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_folder_of_the_sources_may_move_while_it_is_not_finished(tmp_path, skip):
+    def files_in(folder):
+        return {
+            name: SplitFiles(
+                folder / f"{name}_q.json", folder / f"{name}_a.json", f"{folder}/{name}_{{image_id:012d}}.png"
+            )
+            for name in ("train", "val")
+        }
+
+    folder, moved, path = tmp_path / "one/raw", tmp_path / "two/raw", tmp_path / "data.h5"
+    folder.mkdir(parents=True)
+    for name, entries in (("val", VAL), ("train", TRAIN)):
+        write_split(folder, name, entries)
+    late = files_in(folder)["train"].image(2)
+    late.rename(tmp_path / "late.png")
+    with pytest.raises(InputError, match="missing or unreadable, by id: 2"):
+        make(files_in(folder), path)
+    (tmp_path / "late.png").rename(late)
+    moved.parent.mkdir()
+    folder.rename(moved)
+    make(files_in(moved), path, skip_bad_images=skip)
+    assert Store(path).usable.all()
+    assert np.array_equal(H5Images(path)[1], decode_image(moved / late.name, 32))
+
+
 def test_pixels_that_cannot_be_written_are_one_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

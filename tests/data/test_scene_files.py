@@ -1,5 +1,6 @@
 """Synthetic scenes as files: official, repeatable, left alone when they are finished."""
 
+import errno
 import hashlib
 import json
 import threading
@@ -165,3 +166,14 @@ def test_another_world_in_the_folder_is_refused(world, changed, named_in_error):
 def test_questions_per_image_has_bounds(tmp_path, count):
     with pytest.raises(InputError, match="questions_per_image"):
         write_world(tmp_path, seed=3, images=IMAGES, questions_per_image=count)
+
+
+@pytest.mark.parametrize("world", ["small", "games"])
+def test_an_image_that_cannot_be_written_is_named(tmp_path, monkeypatch, world):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(InputError, match=r"train/0+1.png: cannot be written \(no space left on device\); free some"):
+        write_world(tmp_path, seed=1, images={"train": 2}, world=world, processes=1)
+    assert not list(tmp_path.glob("*.json*"))

@@ -67,6 +67,9 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     assert "--array" not in (slurm / "script_1").read_text()
     (slurm / "queue").write_text("7_0\n7_2\n8\n")
     assert "0 runs submitted" in command(*words, "", *TINY).out
+    (tmp_path / "again.yaml").write_text((tmp_path / "two.yaml").read_text())  # another suite with the same runs
+    for file in ("./two.yaml", tmp_path / "again.yaml"):
+        assert "3 runs are queued already" in command("experiment", file, *words[2:], "", *TINY).out
     (slurm / "queue").write_text("")
     assert "'much' is not NAME=VALUE" in refused(*words, "much")
     assert "no closing quotation" in refused(*words, "'")

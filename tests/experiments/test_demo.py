@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.h5_file import Store
-from experiments.demo import best_blind_answers, run_demo
+from experiments.demo import MODELS, _recipe, best_blind_answers, run_demo
 from experiments.evaluate import evaluate
 from experiments.tasks.vqa import score
+from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.io.files import write_json
 from vqa.settings.recipes import load_settings
@@ -65,6 +66,13 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
     assert one.pop("name") != other.pop("name")
     assert (one["cbn"].pop("stages"), other["cbn"].pop("stages")) == ([], [1, 2, 3, 4])
     assert one == other
+
+
+def test_no_norm_of_the_baseline_is_conditioned_whatever_the_recipe_conditions(tiny):
+    settings = load_settings(tiny, ["cbn.stem=true", "cbn.shortcuts=true"])
+    layers = [build_model(_recipe(settings, model), 9, 5, pretrained=False).resnet.layers for model in MODELS]
+    assert layers[0] == []
+    assert layers[1][0].name == "bn1"
 
 
 def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):

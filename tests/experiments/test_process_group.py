@@ -1,15 +1,20 @@
 """Training in several processes: equal to one process, resumed after a kill, refused by all."""
 
+import os
+import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from experiments.process_group import Processes
+from experiments.process_group import Processes, this_process, together
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
-from tests.processes import start_ranks
+from tests.processes import start_ranks, start_two
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
@@ -50,6 +55,22 @@ def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tm
     check_ended(start("--resume", "name=killed"), 0)
     assert same_weights(tmp_path / "runs/whole", tmp_path / "runs/killed")
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/killed")
+
+
+def _wait_for_the_main_one(rank, port):
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # of older versions of torch
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    processes = this_process()
+    with together(processes, torch.device("cpu")):
+        set_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+        assert processes.on_main(lambda: time.sleep(1.5) or "made") == "made"
+
+
+def test_the_others_wait_for_the_main_process_as_long_as_it_works():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_two(_wait_for_the_main_one, port)
 
 
 def test_processes_that_may_not_train_all_say_so(tiny, trained):

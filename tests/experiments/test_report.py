@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from experiments.report.figure import draw
 from experiments.report.page import write_report
-from experiments.report.results import collect, row_lines, run_lines
+from experiments.report.results import collect, keep_evidence, row_lines, run_lines
 from experiments.report.tables import duration, markdown_table, terminal_table
 from experiments.suite import load_suite
 from tests.conftest import ROOT
@@ -217,6 +218,21 @@ def test_a_run_in_several_tests(tmp_path):
     assert "above" not in told
 
 
+def test_the_evidence_holds_every_row_of_the_report(tmp_path):
+    """Also of a run of which one test is missing."""
+    tests = 'tests: {"": {}, recalibrated: {recalibrate: train}}\n'.replace("{", "{{").replace("}", "}}")
+    suite = suite_of(tmp_path, SUITE.replace("order: [none, last, all]\n", tests))
+    finish(suite, tmp_path / "runs", "none", 1, NEVER_RIGHT)
+    finish(suite, tmp_path / "runs", "none, recalibrated", 1, OFTEN_RIGHT)
+    finish(suite, tmp_path / "runs", "all", 1, ALWAYS_RIGHT)
+    keep_evidence(suite, tmp_path / "runs", tmp_path / "kept.zip")
+    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
+        archive.extractall(tmp_path / "kept")
+    kept, all_ = (run_lines(suite, collect(suite, tmp_path / folder)) for folder in ("kept", "runs"))
+    assert kept == all_
+    assert len(kept) == 3
+
+
 def test_the_page(suite, tmp_path):
     for seed in (1, 2):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
@@ -253,6 +269,45 @@ def test_several_backbones_are_reported(suite, tmp_path):
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
     write_report(suite, tmp_path, tmp_path / "out")
     assert "several backbones" in (tmp_path / "out" / "stages.md").read_text()
+
+
+def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_reported(suite, tmp_path):
+    for row in ("none", "all"):
+        finish(suite, tmp_path, row, 1, NEVER_RIGHT)
+    file = tmp_path / suite.runs[2].seeded(1).name / "environment.json"
+    begun = json.loads(file.read_text())
+    file.write_text(json.dumps(begun | {"resumed": [begun]}))
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "several machines" not in page
+    assert "then" not in page
+    elsewhere = begun | {"git_commit": "fedcba9876543210", "device": "NVIDIA H200", "cpu": "Xeon", "threads": 1}
+    file.write_text(json.dumps(begun | {"resumed": [begun, elsewhere]}))
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "- 1 training on EPYC, then NVIDIA H200 (2 CPU cores, 2, then 1 threads), torch 2.15.0" in page
+    assert "- **several machines: times and memory" in page
+    committed = "commit 0123456789 with changes that are not committed"
+    assert f"- 1 training with the code of {committed}\n" in page
+    assert f"- 1 training with the code of {committed}, then commit fedcba9876\n" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("none", "last", "all"), "Each run is scored at its last epoch; the accuracies are of `val`."),
+        (("all",), "at its best epoch on split `val`, or at its last where it has no validation; the accuracies are"),
+        ((), "Each run is scored at its best epoch on these same questions."),
+    ],
+)
+def test_the_page_says_which_epoch_is_scored(suite, tmp_path, words, said):
+    for number, run in enumerate(suite.runs):
+        if run.name in words:
+            train = run.settings.train.model_copy(update={"validate_on": None})
+            suite.runs[number] = replace(run, settings=run.settings.model_copy(update={"train": train}))
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
+    write_report(suite, tmp_path, tmp_path / "out")
+    assert said in (tmp_path / "out/stages.md").read_text()
 
 
 def test_many_question_types_are_skipped(suite, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.report.results import keep_evidence
-from experiments.runner import jobs_of, missing_jobs, run_job, run_suite
+from experiments.runner import _environments, jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.processes import MainProcess, fork_children
@@ -80,6 +80,18 @@ def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp
     run_job(job, suite, runs)
     assert "of the old one" not in (job.folder(runs) / "environment.json").read_text()
     assert "overall" in json.loads((job.folder(runs) / "metrics_val.json").read_text())
+
+
+def test_runs_on_a_gpu_that_is_named_see_every_gpu(suite, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+
+    def seen(*words):
+        jobs = jobs_of(load_suite(suite.file, (*TINY, *words)))
+        return [each.get("CUDA_VISIBLE_DEVICES") for each in _environments(jobs, at_once=3)]
+
+    assert seen("device=cuda") == ["4", "5", "4"]
+    assert seen("device=cuda:1") == [None] * 3
 
 
 def test_evidence_brings_reports_back_without_training(suite, tmp_path, command):

@@ -151,6 +151,11 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
         ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
+        ("seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n", "split: no split 'tset'; there are train, val"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {settings: data.splits.val.annotations=null}}\n",
+            "split: val has no annotations",
+        ),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
     ],
 )

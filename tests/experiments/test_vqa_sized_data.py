@@ -1,5 +1,6 @@
 """Generated raw data of VQA's size: the official format, frequencies as in VQA, the same files every time."""
 
+import errno
 import json
 from collections import Counter
 
@@ -10,6 +11,7 @@ from PIL import Image
 from data.vqa_files import read_questions
 from experiments.bench.vqa_sized_data import QUESTIONS, sample_questions, write_coco_like
 from tests.raw_files import make
+from vqa.io.errors import InputError
 from vqa.text.answers import answer_vocabulary, normalise_answer
 
 IMAGES, ASKED = {"train": 6, "val": 3}, {"train": 90, "val": 40}
@@ -88,3 +90,13 @@ def test_words_and_answers_are_distributed_as_people_use_them():
     assert sum(count == 1 for count in words.values()) > len(words) / 10
     agreeing = np.mean([Counter(question.answers).most_common(1)[0][1] for question in questions])
     assert 6 < agreeing < 9
+
+
+def test_an_image_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("experiments.bench.vqa_sized_data._noise", lambda: np.zeros((1024, 1024, 3), np.uint8))
+    with pytest.raises(InputError, match=r"train2014_0+1.jpg: cannot be written \(no space left on device\); free"):
+        write_coco_like(tmp_path, {"train": 1}, {"train": 1}, processes=1)

@@ -113,6 +113,14 @@ def test_files_override_their_base_and_words_override_files(tmp_path, base):
     assert settings.train.clip == load_settings(base).train.clip
 
 
+def test_a_tilde_is_the_home_folder_as_in_a_shell(base, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/one")
+    made = load_settings(base, ["data.h5=~/vqa.h5", "data.folder=~/vqa", "question.glove=~/glove.zip"])
+    assert made.data.h5 == "/home/one/vqa.h5"
+    assert made.data.folder == "/home/one/vqa"
+    assert made.question.glove == "/home/one/glove.zip"
+
+
 def test_saved_settings_are_the_same_settings(base, tmp_path):
     settings = load_settings(base, ["train.learning_rate=1e-5"])
     settings.save(tmp_path / "saved.yaml")

@@ -3,11 +3,12 @@
 import reprlib
 from collections.abc import Collection, Iterator
 from enum import Enum, auto
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vqa.io.files import write_text
 
@@ -15,7 +16,8 @@ from vqa.io.files import write_text
 Size = Annotated[int, Field(ge=1, le=2**16)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Processes = Annotated[int, Field(ge=1, le=256)]
-FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+# A shell leaves `~` as it is in `data.h5=~/vqa.h5`.
+FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"), AfterValidator(expanduser)]
 SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # names files and groups in h5 files
 
 

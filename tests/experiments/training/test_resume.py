@@ -133,6 +133,22 @@ def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(ti
         train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
 
 
+def test_a_run_whose_checkpoint_is_gone_is_not_trained_over(tiny, finished, tmp_path):
+    (finished / "checkpoints/last.pt").unlink()
+    metrics, model = finished / "metrics.jsonl", finished / "model/model.safetensors"
+    (finished / "environment.json").write_text('{"git_commit": "of the lost one"}')
+    metrics.write_text(2 * metrics.read_text())
+    before = model.stat().st_mtime_ns
+    with pytest.raises(InputError, match="last.pt: missing, so that the run cannot be resumed"):
+        train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+    assert model.stat().st_mtime_ns == before
+    # killed after its first epoch, before its checkpoint
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+    assert model.stat().st_mtime_ns > before
+    assert "of the lost one" not in (finished / "environment.json").read_text()
+
+
 def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
     (finished / "checkpoints/last.pt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="last.pt: cannot be read"):

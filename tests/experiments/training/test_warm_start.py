@@ -12,6 +12,7 @@ from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
+from experiments.training.warm_start import splits_seen
 from tests.resnets import NarrowResNet
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
@@ -133,8 +134,14 @@ def test_statistics_are_reestimated_whatever_weights_are_taken(tiny, trained):
 def test_splits_that_the_first_model_saw_are_not_validated_on_and_stay_named(tiny, tmp_path):
     both = ["name=both", "train.splits=[train, val]", "train.validate_on=null"]
     run = train(load_settings(tiny, both), runs=tmp_path).path
-    with pytest.raises(InputError, match=r"train.validate_on: .*both/model was trained on split 'val'; use another"):
+    with pytest.raises(InputError, match=r"validate_on: .*/model was trained on the questions of split 'val'; use"):
         train(load_settings(tiny, ["name=warm"]), runs=tmp_path, init_from=run)
     assert not (tmp_path / "warm").exists()
+    swapped = ["data.splits.train.questions=val_questions.json", "data.splits.val.questions=train_questions.json"]
+    of_train = load_model(train(load_settings(tiny, ["name=plain"]), runs=tmp_path).path)
+    assert splits_seen(of_train, load_settings(tiny)) == ["train"]
+    with pytest.raises(InputError, match=r"train.validate_on: .* was trained on the questions of split 'val'; use"):
+        splits_seen(of_train, load_settings(tiny, swapped))
+    assert splits_seen(of_train, load_settings(tiny, ["data.splits={train: null, val: null}"])) == []
     warm = train(load_settings(tiny, ["name=warm", "train.validate_on=null"]), runs=tmp_path, init_from=run).path
     assert load_model(warm).training["trained_on"] == ["train", "val"]

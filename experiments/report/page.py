@@ -123,6 +123,9 @@ def _legend(suite: Suite, lines: Sequence[Line]) -> str:
     scored += f"; the accuracies are of `{split}`."
     if validated == {split}:
         scored = "Each run is scored at its best epoch on these same questions."
+    first = next(line for line in lines if line["row"] == suite.baseline)
+    if any(line["seeds"] != first["seeds"] for line in lines if line["difference"] is not None):
+        scored += "\nA row without all seeds of the baseline is compared with its own seeds of the baseline only."
     return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", scored=scored)
 
 

@@ -62,8 +62,13 @@ class Difference:
 def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Difference | None:
     """Compare two rows, each given by seed, question by question; None if they have no question in common.
 
+    Only seeds that both have count, so that the difference, its deviation and its intervals are of the same trainings;
+    where they have none in common, all of them.
+
     The bootstrap resamples questions for fixed trainings; `per_seed` shows the variance between seeds.
     """
+    if both := sorted(ours.keys() & theirs.keys()):
+        ours, theirs = ({seed: row[seed] for seed in both} for row in (ours, theirs))
     common = reduce(np.intersect1d, [answered.ids for answered in (*ours.values(), *theirs.values())])
     if not common.size:
         return None
@@ -75,7 +80,7 @@ def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Dif
         low=100 * low,
         high=100 * high,
         questions=common.size,
-        per_seed={seed: 100 * float((our[seed] - their[seed]).mean()) for seed in sorted(our.keys() & their.keys())},
+        per_seed={seed: 100 * float((our[seed] - their[seed]).mean()) for seed in both},
     )
 
 

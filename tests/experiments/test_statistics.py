@@ -90,10 +90,11 @@ def test_only_questions_that_all_were_asked_are_compared():
     theirs = {1: Answered(np.array([12, 11, 10]), np.array([0.3, 0, 1.0])), 3: answered([1, 1, 1], first=10)}
     found = compare(ours, theirs)
     assert found.questions == 3
-    # question 10: (1 + 0) / 2 − (1 + 1) / 2; 11: (1 + 0) / 2 − (0 + 1) / 2; 12: (0 + 1) / 2 − (0.3 + 1) / 2
-    assert found.points == pytest.approx(100 * (-0.5 + 0 - 0.15) / 3)
+    # seed 1, the only one that both have; question 10: 1 − 1; 11: 1 − 0; 12: 0 − 0.3
+    assert found.points == pytest.approx(100 * (0 + 1 - 0.3) / 3)
     assert found.per_seed == {1: pytest.approx(100 * (0 + 1 - 0.3) / 3)}
     assert found.deviation is None
+    assert compare({2: ours[2]}, theirs).per_seed == {}
     assert compare(ours, {1: answered([1, 1], first=100)}) is None
 
 
@@ -101,6 +102,10 @@ def test_spread_over_seeds():
     found = compare({n: answered([n / 10] * 4) for n in (1, 2, 3)}, {n: answered([0.2] * 4) for n in (1, 2, 3, 4)})
     assert found.per_seed == pytest.approx({1: -10, 2: 0, 3: 10})
     assert (found.deviation, found.seeds_above) == (pytest.approx(10), 1)
+    # a seed that one of them lacks moves neither the difference nor its intervals
+    ours, theirs = ({n: answered([n * share] * 4) for n in (1, 2, 3)} for share in (0.2, 0.1))
+    more = compare(ours, theirs | {4: answered([0.9] * 4)})
+    assert (more.points, more.seed_interval) == (pytest.approx(20), compare(ours, theirs).seed_interval)
     assert mean_and_deviation([1, 2, 4]) == (pytest.approx(7 / 3), pytest.approx((7 / 3) ** 0.5))
     assert mean_and_deviation([5]) == (5, None)
 

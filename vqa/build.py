@@ -71,8 +71,8 @@ def build_model(
         )
     else:
         model = _vqa_model(settings, question, resnet, predictor, answers)
-    if settings.backbone.train != "none" and not settings.views and settings.task == "guesswhat":
-        raise InputError("backbone.train: a model without crop and image does not use its ResNet; it must be none")
+    if settings.backbone.train != "none" and not settings.views:
+        raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
     model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
     for parameter in resnet.trainable(settings.backbone.train):
         parameter.requires_grad_(True)

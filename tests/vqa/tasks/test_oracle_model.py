@@ -142,7 +142,11 @@ def test_conditioned_on_the_image_each_view_has_deltas_of_its_own():
         (["inputs=[spatial, category, question]"], "nothing to condition; set cbn.stages="),
         (
             ["inputs=[spatial, question]", "cbn.stages=[]", "backbone.train=stage4"],
-            "backbone.train: a model without crop and image does not use its ResNet",
+            "backbone.train: a model that is given no image does not use its ResNet",
+        ),
+        (
+            ["guesswhat=null", "inputs=[question]", "cbn.stages=[]", "backbone.train=batchnorm"],
+            "backbone.train: a model that is given no image",
         ),
         (["guesswhat=null"], "category, crop, spatial belongs to the task guesswhat"),
     ],

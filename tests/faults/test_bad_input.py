@@ -101,7 +101,7 @@ CASES = [
     ("train --config {tiny} name=new data.h5={h5:text}", "text.h5: cannot be read as an h5 file"),
     ("train --config {tiny} name=new data.h5={h5:cut}", "cut.h5: cannot be read as an h5 file"),
     ("train --config {tiny} name=new data.h5={h5:other}", "other.h5: made by another program"),
-    ("train --config {tiny} name=new data.h5={h5:folder}", "folder.h5: no such file"),
+    ("train --config {tiny} name=new data.h5={h5:folder}", "folder.h5: not a file"),
     ("eval --run {trained} data.h5={h5:text}", "text.h5: cannot be read as an h5 file"),
     *[
         (f"train --config {{tiny}} name=new question.glove={{glove:{name}}}", f"{name}.zip: {says}")

@@ -17,6 +17,19 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 60, 200)}
 PICTURES = {"train": range(8), "valid": range(7, 10), "test": range(10, 12)}  # train and valid share one
 GAMES = {"train": 20, "valid": 7, "test": 6}
 STATUS = ("success", "success", "failure", "success", "incomplete")
+RECIPE = """\
+base: {root}/config/guesswhat/cbn.yaml
+name: oracle
+device: cpu
+workers: 0
+data: {{folder: {games}, h5: {folder}/games.h5, image_size: 32, min_word_count: 1, processes: 1, cache_gib: 0}}
+backbone: {{name: resnet10, weights: none}}
+cbn: {{hidden_size: 4}}
+question: {{embedding_size: 8, hidden_size: 12}}
+answer: {{hidden_size: 16}}
+guesswhat: {{category_size: 6}}
+train: {{epochs: 1, batch_size: 12, tensorboard: false}}
+"""
 
 
 def write_games(folder: Path) -> Path:

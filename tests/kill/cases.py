@@ -20,6 +20,8 @@ from experiments import ROOT
 from experiments.prepare import preprocessing_of
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.trainer import train
+from tests.fabricated_games import RECIPE as ORACLE
+from tests.fabricated_games import write_games
 from vqa.io.weight_files import read_safetensors
 from vqa.settings.recipes import load_settings
 
@@ -88,6 +90,12 @@ def _world_and_run(folder: Path) -> None:
     train(load_settings(folder / "tiny.yaml", [f"data.h5={folder}/world.h5", "train.epochs=1"]), runs=folder / "runs")
 
 
+def _games_and_h5(folder: Path) -> None:
+    games = write_games(folder / "games")
+    (folder / "oracle.yaml").write_text(ORACLE.format(root=ROOT, games=games, folder=folder))
+    preprocess(**preprocessing_of(load_settings(folder / "oracle.yaml")))
+
+
 CASES = {
     case.name: case
     for case in (
@@ -109,6 +117,15 @@ CASES = {
             lambda folder: _world_and_h5(folder, 24),
             lambda folder: ["train", "--resume", "--config", f"{folder}/tiny.yaml", f"data.h5={folder}/world.h5"],
             "runs/.tiny.lock",
+        ),
+        Case(
+            "oracle",
+            _games_and_h5,
+            lambda folder: [
+                *("train", "--resume", "--config", f"{folder}/oracle.yaml", "answer.dropout=0.3"),
+                *("train.epochs=3", "train.batch_size=8", "train.checkpoint_every=3"),
+            ],
+            "runs/.oracle.lock",
         ),
         Case(
             "eval",

@@ -6,7 +6,7 @@ from tests.kill.cases import CASES, content_of
 from tests.kill.harness import kill
 
 
-@pytest.mark.parametrize(("name", "kills"), [("preprocess", 2), ("maps", 1), ("train", 2), ("eval", 1)])
+@pytest.mark.parametrize(("name", "kills"), [("preprocess", 2), ("maps", 1), ("train", 2), ("oracle", 2), ("eval", 1)])
 def test_killed_at_random_moments_a_command_ends_as_undisturbed(name, kills, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     result = kill(CASES[name], kills, tmp_path)

@@ -19,25 +19,12 @@ from experiments.training import loop
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import Trainer, prepare, train
 from tests.conftest import ROOT
-from tests.fabricated_games import read_lines
+from tests.fabricated_games import RECIPE, read_lines
 from tests.runs import lines, same_weights
 from vqa.io.errors import InputError
 from vqa.saved_model.files import load_model, save_weights
 from vqa.settings.recipes import load_settings
 
-RECIPE = """\
-base: {root}/config/guesswhat/cbn.yaml
-name: oracle
-device: cpu
-workers: 0
-data: {{folder: {games}, h5: {folder}/games.h5, image_size: 32, min_word_count: 1, processes: 1, cache_gib: 0}}
-backbone: {{name: resnet10, weights: none}}
-cbn: {{hidden_size: 4}}
-question: {{embedding_size: 8, hidden_size: 12}}
-answer: {{hidden_size: 16}}
-guesswhat: {{category_size: 6}}
-train: {{epochs: 1, batch_size: 12, tensorboard: false}}
-"""
 ALL = "inputs=[crop, image, spatial, category, question]"
 
 

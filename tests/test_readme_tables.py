@@ -76,6 +76,7 @@ def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
     """Recomputed from the accuracy of every question."""
     rows = rows_of(README, "| MODERN less |")
     asked = [("controls", "constant"), ("controls", "shuffled question")]
+    asked += [("gating", "mean question"), ("gating", "image")]
     asked += [("settled", "mean question"), ("settled", "shuffled question")]
     for (suite, control), (name, *cells) in zip(asked, rows, strict=True):
         assert control.removesuffix(" question") in name

@@ -14,7 +14,7 @@ SIZES = ((64, 48), (48, 64), (50, 37))  # width x height
 MODES = {4: "L", 7: "CMYK"}  # of some of the JPEG files
 CATEGORIES = {1: "person", 3: "car", 17: "cat", 62: "chair", 90: "toothbrush"}
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 60, 200)}
-PICTURES = {"train": range(8), "valid": range(7, 10), "test": range(10, 12)}  # train and valid share one
+IMAGES = {"train": range(8), "valid": range(7, 10), "test": range(10, 12)}  # train and valid share one
 GAMES = {"train": 20, "valid": 7, "test": 6}
 STATUS = ("success", "success", "failure", "success", "incomplete")
 RECIPE = """\
@@ -36,10 +36,10 @@ def write_games(folder: Path) -> Path:
     """Writes `images/` and `guesswhat.{train,valid,test}.jsonl.gz`; the same at each call."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(5)
-    pictures = [_draw(folder / "images", number, rng) for number in range(12)]
+    images = [_draw(folder / "images", number, rng) for number in range(12)]
     for split, count in GAMES.items():
         first = {"train": 0, "valid": 100, "test": 200}[split]
-        games = [_game(first + n, pictures[PICTURES[split][n % len(PICTURES[split])]], rng) for n in range(count)]
+        games = [_game(first + n, images[IMAGES[split][n % len(IMAGES[split])]], rng) for n in range(count)]
         write_lines(folder / f"guesswhat.{split}.jsonl.gz", games)
     return folder
 
@@ -86,13 +86,13 @@ def _draw(folder: Path, number: int, rng) -> dict:
     return {"id": number + 500, "width": width, "height": height, "file_name": name, "objects": objects}
 
 
-def _game(number: int, picture: dict, rng) -> dict:
+def _game(number: int, image: dict, rng) -> dict:
     """A game about one object of an image."""
-    ids = list(picture["objects"])
+    ids = list(image["objects"])
     target = ids[rng.integers(len(ids))]
-    it = picture["objects"][target]
+    it = image["objects"][target]
     category = CATEGORIES[list(CATEGORIES)[rng.integers(5)]]
-    left = it["bbox"][0] + it["bbox"][2] / 2 < picture["width"] / 2
+    left = it["bbox"][0] + it["bbox"][2] / 2 < image["width"] / 2
     asked = [
         (f"Is it a {category}?", it["category"] == category),
         ("Is it in the left half?", left),
@@ -103,16 +103,16 @@ def _game(number: int, picture: dict, rng) -> dict:
     chosen = sorted(rng.choice(len(asked), 2 + number % 3, replace=False).tolist())
     answers = {True: "Yes", False: "No", None: "N/A"}
     qas = [{"id": 10 * number + n, "q": asked[n][0], "a": answers[asked[n][1]]} for n in chosen]
-    url = f"http://mscoco.org/images/{picture['id']}"
+    url = f"http://mscoco.org/images/{image['id']}"
     return {
         "dialogue_id": number,
         "questioner_id": 3,
         "timestamp": "2016-07-08 15:05:39",
         "status": STATUS[number % len(STATUS)],
-        "picture_id": picture["id"],
-        "picture": {key: picture[key] for key in ("width", "height", "file_name")} | {"coco_url": url},
+        "picture_id": image["id"],
+        "picture": {key: image[key] for key in ("width", "height", "file_name")} | {"coco_url": url},
         "object_id": int(target),
-        "objects": picture["objects"],
+        "objects": image["objects"],
         "qas": qas,
     }
 

@@ -114,10 +114,10 @@ def cache_rows(setup: Setup) -> Rows:
         "pixels": size,
         "questions": 4 * images,
         "batch": 32,
-        "epoch_seconds_pictures": round(from_images, 2),
+        "epoch_seconds_images": round(from_images, 2),
         "epoch_seconds_maps": round(from_maps, 2),
         "times_faster": round(from_images / from_maps, 2),
-        "train_loss_pictures": round(losses["images"], 6),
+        "train_loss_images": round(losses["images"], 6),
         "train_loss_maps": round(losses["maps"], 6),
         "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
     }

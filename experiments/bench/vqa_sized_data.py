@@ -54,8 +54,7 @@ def write_coco_like(
         Path(files.images).parent.mkdir(parents=True, exist_ok=True)
         image_ids = range(first_image, first_image + count)
         numbered = [(image_id, files.image(image_id)) for image_id in image_ids]
-        for _ in progress(in_order(_write_image, numbered, processes), count, "images"):
-            pass
+        list(progress(in_order(_write_image, numbered, processes), count, "images"))  # writes them
         sampled = sample_questions(questions[split], image_ids, first_question)
         write_questions((files.questions, files.annotations), sampled, {}, {})
         first_image, first_question = first_image + count, first_question + questions[split]

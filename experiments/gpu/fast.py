@@ -188,5 +188,4 @@ def _train(settings: Settings, batch: int, device: torch.device) -> None:
         logits = answer_logits(model, batch, normalised, settings.precision)
         return answer_loss(logits, batch.labels, settings.train.loss, reduction)
 
-    for _ in train_steps(model, [made] * 2, loss_of, settings.train, optimiser, schedule):
-        pass
+    list(train_steps(model, [made] * 2, loss_of, settings.train, optimiser, schedule))  # takes them

@@ -42,7 +42,7 @@ def test_shared_and_stored_maps_give_the_same(results):
     for row in results[1]["parts"]["sharing"]:
         assert float(row["largest_relative_difference"]) < 1e-5
     (row,) = results[1]["parts"]["cache"]
-    assert row["train_loss_maps"] == pytest.approx(row["train_loss_pictures"], rel=1e-3)
+    assert row["train_loss_maps"] == pytest.approx(row["train_loss_images"], rel=1e-3)
     assert 0 < float(row["largest_relative_difference"]) < 1e-2
 
 

@@ -160,6 +160,15 @@ def test_the_first_lines_say_what_the_table_says():
     assert round(counting * 1078 / 4000) == 4  # so many of the test questions count
 
 
+def test_the_demos_page_says_what_the_tables_say():
+    said = (ROOT / "experiments/templates/demo.html").read_text(encoding="utf-8")
+    gating = {line["row"]: line for line in read_lines(RESULTS / "gating.csv")}
+    fixed, whole = (float(gating[row]["difference"]) for row in ("mean question", "MODERN"))
+    assert f"gains {fixed:.0f} of {whole:.0f} points in three epochs" in said
+    settled = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "settled.csv")}
+    assert round(settled["MODERN"] - settled["mean question"]) == 5  # "within five points"
+
+
 def test_what_the_readme_says_of_validation_is_in_the_epochs():
     accuracies = defaultdict(dict)
     for line in read_lines(RESULTS / "gpu" / "settled_epochs.csv"):

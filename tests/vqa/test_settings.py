@@ -105,6 +105,16 @@ def test_numbers_as_people_write_them(base):
     assert load_settings(base, ["question.glove=null"]).question.glove is None
 
 
+@pytest.mark.parametrize("text", ["010", "-0_7", "1:30", "1:30.5", "2024-01-01"])
+def test_yaml_1_1_changes_no_value(base, tmp_path, text):
+    with pytest.raises(InputError, match=f"train.epochs: input should be a valid integer, got '{text}'"):
+        load_settings(base, [f"train.epochs={text}"])
+    named = load_settings(base, [f"data.h5={text}"])
+    assert named.data.h5 == text
+    named.save(tmp_path / "saved.yaml")
+    assert load_settings(tmp_path / "saved.yaml") == named
+
+
 def test_files_override_their_base_and_words_override_files(tmp_path, base):
     (tmp_path / "child.yaml").write_text("base: mine.yaml\ntrain: {epochs: 7}\ncbn: {stages: [4]}\n")
     settings = load_settings(tmp_path / "child.yaml", ["train.batch_size=8", "cbn.stages=[3, 4]"])

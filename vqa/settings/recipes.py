@@ -56,8 +56,19 @@ _OTHER_NAMES = {  # what other programs call these settings, where no similar sp
 }
 
 
+# What YAML 1.1 reads as 8, 90 and a date; here, as in YAML 1.2, they are texts, which are refused as numbers.
+_MISREAD = re.compile(r"[-+]?0[0-7_]+$|[-+\d].*:|\d{4}-")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number and a duplicate key an error; tags construct only YAML's own types."""
+    """YAML in which `1e-3` is a number, `010`, `1:30` and `2024-01-01` are texts, and a duplicate key is an error; tags
+    construct only YAML's own types.
+    """
+
+    def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
+        """Return the tag of a value without one."""
+        misread = kind is yaml.ScalarNode and _MISREAD.match(value)
+        return "tag:yaml.org,2002:str" if misread else super().resolve(kind, value, implicit)
 
     def construct_document(self, node: yaml.Node) -> Any:
         """Refuse aliases that expand into more than a file could hold, or that contain themselves."""

@@ -20,7 +20,7 @@ def load(folder: str | Path, device: "str | torch.device" = "cpu") -> "SavedMode
 
     Args:
         folder: a run directory, a copied `model/`, a folder for `transformers`, or a model's name on the Hub (a text
-            such as "owner/name", where no folder has this name), which is downloaded.
+            such as "owner/name", where there is no folder "owner"), which is downloaded.
         device: auto, cpu, cuda, cuda:N or mps, or a `torch.device`.
 
     Raises:
@@ -28,8 +28,9 @@ def load(folder: str | Path, device: "str | torch.device" = "cpu") -> "SavedMode
             device.
     """
     from vqa.devices import choose_device
+    from vqa.io.files import is_hub_name
     from vqa.saved_model.files import download, load_model
 
-    if isinstance(folder, str) and folder.count("/") == 1 and not Path(folder).exists():
+    if isinstance(folder, str) and is_hub_name(folder):
         folder = download(folder)
     return load_model(Path(folder), choose_device(str(device)))

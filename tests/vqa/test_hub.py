@@ -24,6 +24,7 @@ import vqa
 from vqa.build import build_model
 from vqa.hub import ModernConfig, ModernForVisualQuestionAnswering, ModernImageProcessor, ModernProcessor
 from vqa.io.errors import InputError
+from vqa.text.encoder import read_pretrained
 
 QUESTIONS = ["what color is the circle?", "how many?", "is there a zebra to the left of the <pad> square?"]
 WEIGHTS = "model.safetensors"
@@ -206,6 +207,17 @@ def test_a_name_on_the_hub_is_downloaded(folder, saved, images, monkeypatch):
     assert vqa.load("us/modern").ask(images[0], "what?") == saved.ask(images[0], "what?")
     with pytest.raises(InputError, match="us/other: no such folder, and no model of this name could be downloaded"):
         vqa.load("us/other")
+
+
+@pytest.mark.parametrize("path", ["runs/absent", "./absent", "/absent", "~/absent", "absent/", "runs/a/b"])
+def test_a_path_that_does_not_exist_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked for"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match=r"no model here \(no such folder\)"):
+        vqa.load(path)
+    with pytest.raises(InputError, match=f"question.text_encoder: {path}: no such folder"):
+        read_pretrained(path)
 
 
 @pytest.fixture

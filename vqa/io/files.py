@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,6 +82,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]],
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write `value` as JSON as `written_whole`."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a text is OWNER/NAME as on the Hub, and no path: there is no folder OWNER."""
+    found = re.fullmatch(r"(\w[\w.\-]*)/[\w.\-]+", name)
+    return found is not None and not Path(found[1]).is_dir()
 
 
 def read_bytes(path: Path) -> bytes:

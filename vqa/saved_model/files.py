@@ -79,7 +79,8 @@ def find_model(run: Path) -> Path:
             if made != asked and asked.exists() and (why := difference(load_saved(made), load_saved(asked))):
                 raise InputError(f"{made}: not a model of {asked}: {why}; resume the run, or name the model itself")
             return folder
-    raise InputError(f"{run}: no model here (neither model/{WEIGHTS} nor {WEIGHTS}); `train` writes runs/NAME/model")
+    why = f"neither model/{WEIGHTS} nor {WEIGHTS}" if run.exists() else "no such folder"
+    raise InputError(f"{run}: no model here ({why}); `train` writes runs/NAME/model")
 
 
 def download(name: str) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from vqa.io.errors import InputError, first_line
+from vqa.io.files import is_hub_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,7 +114,7 @@ def _encoder_of(model: "nn.Module") -> "nn.Module":
 def _unreadable(name: str) -> str:
     """The error where `transformers` cannot read this name or folder. Raises InputError if it can only be a folder."""
     where, is_folder = f"question.text_encoder: {name}", Path(name).is_dir()
-    if not is_folder and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    if "/" in name and not (is_folder or is_hub_name(name)):
         raise InputError(f"{where}: no such folder")
     why = "" if is_folder else "no such folder, and as a name on the Hub "
     return f"{where}: {why}cannot be read as a text encoder"

@@ -67,6 +67,16 @@ def test_grey_and_rotated_images_are_read_as_from_files(model, tmp_path):
         assert opened.size == (40, 20), "the caller's image is as it was"
 
 
+@pytest.mark.parametrize("of_the_process", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_the_process_does_not_matter(model, trained, images, of_the_process):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(of_the_process)
+    try:
+        assert vqa.load(trained).inspect(images[0], QUESTION) == model.inspect(images[0], QUESTION)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_lists_give_lists(model, images):
     questions = [QUESTION, "how many?"]
     each = [model.ask(image, question) for image, question in zip(images[:2], questions, strict=True)]

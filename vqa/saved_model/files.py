@@ -178,7 +178,7 @@ def load_weights(model: ConditionedModel, file: Path) -> dict[str, Any]:
         if theirs != ours:
             made = settings_file(file.parent).name
             raise InputError(f"{file}: not the weights of this folder's {made}: {name} is {theirs}, not {ours}")
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu").float()  # whatever torch's default type is
     model.load_state_dict(weights)
     try:
         return Training.model_validate_json(metadata.get("training", "{}")).model_dump(exclude_unset=True)

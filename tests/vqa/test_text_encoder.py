@@ -121,16 +121,26 @@ def test_its_tokenizer_is_kept_whole(folders, tmp_path):
     ]
 
 
-def test_padding_of_the_librarys_last_call_makes_no_words(folders, tmp_path):
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"padding": "max_length", "max_length": 30, "truncation": True},
+        {"max_length": 5, "truncation": True},
+        {"padding": False, "truncation": False},
+    ],
+    ids=str,
+)
+def test_the_librarys_last_call_changes_no_words(folders, tmp_path, called):
     """`transformers` saves a tokenizer with the options that it was called with."""
     tokenizer, configuration = read_pretrained(folders["bert"])
     save_tokenizer(tokenizer, tmp_path / "kept")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "kept")
-    theirs(QUESTIONS[0], padding="max_length", max_length=30, truncation=True)
+    theirs(QUESTIONS[0], **called)
     theirs.save_pretrained(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again", ours=False)
     check_tokenizer(again, configuration, "test")
-    for ours, others in zip(encode(tokenizer, QUESTIONS), encode(again, QUESTIONS), strict=True):
+    asked = [*QUESTIONS, "what " * 1000]
+    for ours, others in zip(encode(tokenizer, asked), encode(again, asked), strict=True):
         assert np.array_equal(ours, others)
 
 

@@ -50,11 +50,7 @@ def check_tokenizer(tokenizer: Tokenizer, configuration: Any, where: str) -> Non
         raise InputError(f"{where}: no configuration of a text encoder: vocab_size is {words}")
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= words:
         raise InputError(f"{where}: its tokenizer has ids up to {last}, the encoder only {words} tokens")
-    if tokenizer.padding is None:
-        raise InputError(f"{where}: its tokenizer must name its padding")
-    # `transformers` saves how it was called last: a fixed length would make words of padding
-    tokenizer.enable_padding(**tokenizer.padding | {"length": None, "pad_to_multiple_of": None})
-    longest = (tokenizer.truncation or {}).get("max_length", LONGEST)
+    longest = tokenizer.truncation["max_length"]
     if isinstance(positions, int) and positions > 2:
         longest = min(longest, positions - 2)  # RoBERTa's begin at 2
     tokenizer.enable_truncation(min(longest, LONGEST))

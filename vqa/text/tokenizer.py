@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from vqa.io.errors import InputError
-from vqa.io.files import read_text, write_text
+from vqa.io.files import read_json, read_text, write_text
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 PAD_ID, UNKNOWN_ID = 0, 1
@@ -119,10 +119,19 @@ def load_tokenizer(folder: Path, *, ours: bool = True) -> Tokenizer:
     """Load the tokenizer of a folder; one that is not `ours` may be of any kind.
 
     Raises:
-        InputError: it is missing, and as `read_tokenizer`.
+        InputError: a file is missing, and as `read_tokenizer`.
     """
-    file = folder / "tokenizer.json"
-    return read_tokenizer(read_text(file), file) if ours else _parsed(read_text(file), file)
+    file, options = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if ours:
+        return read_tokenizer(read_text(file), file)
+    tokenizer, named = _parsed(read_text(file), file), read_json(options)
+    try:  # `transformers` writes into tokenizer.json how it was called last: another length, no padding
+        pad, longest = named["pad_token"], named["model_max_length"]
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        tokenizer.enable_truncation(min(longest, LONGEST))
+    except (KeyError, TypeError, OverflowError):
+        raise InputError(f"{options}: must name a pad_token of {file.name} and a model_max_length") from None
+    return tokenizer
 
 
 def _parsed(text: str, file: Path) -> Tokenizer:

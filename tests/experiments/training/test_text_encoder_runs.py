@@ -103,10 +103,10 @@ def test_an_onnx_file_answers_as_the_model_does(moved, image, command, tmp_path)
         torch.testing.assert_close(torch.from_numpy(given), saved.run(image, question).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("file", ["question_encoder.json", "tokenizer.json"])
+@pytest.mark.parametrize("file", ["question_encoder.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_model_directory_is_named(moved, file, image, refused):
     content = read_json(moved / file)
-    content |= {"vocab_size": 9} if file.startswith("question") else {"padding": None}
+    content |= {"vocab_size": 9, "model": {}, "pad_token": None}
     for text in (json.dumps(content), "[]", None):
         (moved / file).write_text(text) if text else (moved / file).unlink()
         told = refused("ask", "--run", moved, "--image", image, "--question", "what?")

@@ -1,6 +1,5 @@
 """Write a trained model for other programs: a folder for `transformers`, or ONNX."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,15 @@ def export(run: Path, to: Path, form: str) -> None:
         raise InputError(f"{saved.folder}: a model of the task {task} cannot be exported; vqa.load reads it as it is")
     check_room(to, (saved.folder / WEIGHTS).stat().st_size, "name another folder")
     with written_whole(to) as aside:
-        shutil.rmtree(aside, ignore_errors=True)  # of a killed export
         aside.mkdir()
-        try:
-            if form == "hub":
-                from vqa.hub.folder import save_hub_folder
+        if form == "hub":
+            from vqa.hub.folder import save_hub_folder
 
-                save_hub_folder(saved, aside, _scores(run, saved.folder))
-            else:
-                from vqa.hub.onnx import save_onnx_folder
+            save_hub_folder(saved, aside, _scores(run, saved.folder))
+        else:
+            from vqa.hub.onnx import save_onnx_folder
 
-                save_onnx_folder(saved, aside)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+            save_onnx_folder(saved, aside)
 
 
 def _scores(run: Path, model: Path) -> list[dict[str, Any]]:

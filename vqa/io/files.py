@@ -20,12 +20,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is synchronised and renamed to `path` if the block ends without an error.
 
+    It may become a file or a folder. Each process has its own; those of processes that were killed are removed.
+
     Raises:
         NotWrittenError: as `naming_write_errors`; `path` is unchanged.
     """
-    aside = path.with_name(f".{path.name}.unfinished")  # always the same name: a killed run leaves at most one file
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with naming_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.iterdir():
+            of = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.unfinished", left.name)
+            if of and (left == aside or not _is_running(int(of[1]))):
+                _remove(left)
         try:
             yield aside
             _sync(aside)
@@ -33,8 +39,24 @@ def written_whole(path: Path) -> Iterator[Path]:
             with suppress(OSError):  # some disks cannot; the file already has its name
                 _sync(path.parent)
         finally:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
+            _remove(aside)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        if os.name == "posix":  # elsewhere this signal would end it
+            os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""Files written whole: by several processes at once, and what killed ones left."""
+
+import os
+import subprocess
+
+import pytest
+
+from vqa.io.files import write_text, written_whole
+
+
+def names(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+def test_processes_that_write_a_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    with written_whole(file) as ours:
+        ours.write_text("ours")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getpid", os.getppid)  # as another process that is running
+            write_text(file, "theirs")
+        assert file.read_text() == "theirs"
+    assert file.read_text() == "ours"
+    assert names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("left", ["file", "folder", "file of this process's number"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, left):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    number = os.getpid() if left.endswith("number") else ended.pid
+    unfinished = tmp_path / f".a.json.{number}.unfinished"
+    if left == "folder":
+        unfinished.mkdir()
+        unfinished /= "part"
+    unfinished.write_text("part")
+    others = {f".a.json.{os.getppid()}.unfinished", f".a.json.b.{ended.pid}.unfinished", ".a.json.unfinished.csv"}
+    for name in others:
+        (tmp_path / name).write_text("of another file, or of a process that is running")
+    write_text(tmp_path / "a.json", "whole")
+    assert names(tmp_path) == {"a.json", *others}
+
+
+def test_a_folder_that_is_not_finished_is_removed(tmp_path):
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "made") as aside:
+        aside.mkdir()
+        (aside / "part").write_text("part")
+        raise RuntimeError
+    assert not names(tmp_path)

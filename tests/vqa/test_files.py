@@ -1,6 +1,8 @@
 """Files written whole: by several processes at once, and what killed ones left."""
 
+import fcntl
 import os
+import stat
 import subprocess
 
 import pytest
@@ -39,6 +41,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, left):
         (tmp_path / name).write_text("of another file, or of a process that is running")
     write_text(tmp_path / "a.json", "whole")
     assert names(tmp_path) == {"a.json", *others}
+
+
+def test_files_are_synchronised_opened_for_writing_as_windows_demands(tmp_path, monkeypatch):
+    opened = []
+
+    def synchronise(file):
+        is_folder = stat.S_ISDIR(os.fstat(file).st_mode)
+        opened.append((is_folder, fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+
+    monkeypatch.setattr(os, "fsync", synchronise)
+    write_text(tmp_path / "a.json", "whole")
+    assert opened == [(False, os.O_RDWR), (True, os.O_RDONLY)]
 
 
 def test_a_folder_that_is_not_finished_is_removed(tmp_path):

@@ -75,7 +75,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows refuses a read-only one
     try:
         os.fsync(opened)
     finally:

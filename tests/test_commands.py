@@ -186,6 +186,8 @@ def test_gain_flips_and_shut_channels():
     told = describe_channels(gamma, np.zeros(5, np.float32), delta, np.zeros(5, np.float32))
     assert told["gain"] == pytest.approx([0.05, -0.5, 0.5, 2.0, None])
     assert (told["sign_flips"], told["nearly_shut"]) == (1, 1)
+    tiny = describe_channels(*(np.array([value], np.float32) for value in (1e-42, 0, 0.01, 0)))
+    assert json.loads(json.dumps(tiny, allow_nan=False))["gain"] == pytest.approx([1e40], rel=0.01)
 
 
 def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image, tmp_path, monkeypatch):

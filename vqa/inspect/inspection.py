@@ -127,7 +127,8 @@ def describe_channels(
         negative gain; `nearly_shut`, the number of channels with |gain| below NEARLY_SHUT.
     """
     defined = gamma != 0
-    gain = np.divide(gamma + delta_gamma, gamma, out=np.full_like(gamma, np.nan), where=defined)
+    nan = np.full(gamma.shape, np.nan)  # float64: a quotient of a tiny γ stays finite
+    gain = np.divide(gamma + delta_gamma, gamma, out=nan, where=defined, dtype=np.float64)
     return {
         "gamma": _rounded(gamma),
         "beta": _rounded(beta),

@@ -220,6 +220,9 @@ COMMANDS = {
 
 def main() -> int:
     """Runs a command; the exit code is 0 if it was done, 2 if the user's input is wrong, 128 + N after signal N."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     options: dict[str, Any] = {}

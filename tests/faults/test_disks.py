@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,15 @@ def test_a_full_disk_under_the_log_is_one_line_of_the_process(tiny):
             wrong = [*arguments[:-1], "nowhere.yaml"]
             ended = subprocess.run(wrong, cwd=ROOT, stdout=full, stderr=full, check=False, env=surroundings)
             assert ended.returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_works_without_standard_output_and_error(tiny, closed):
+    for config, code in ((tiny, 0), ("nowhere.yaml", 2)):
+        words = shlex.join([sys.executable, "-c", PRINTING, "preprocess", "--config", str(config)])
+        ended = subprocess.run(["sh", "-c", f"{words} {closed}"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == code
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_suite_reports_runs_that_a_full_disk_stops_and_continues(tmp_path, monkeypatch, capsys):

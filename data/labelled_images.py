@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import os
-import warnings
 import zipfile
 import zlib
 from collections import defaultdict
@@ -88,8 +87,7 @@ class LabelledImages:
                 return str(error)
             return None
 
-        # `decode_image` ignores warnings as well, but among threads it may restore the filters of another one
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 reasons = list(progress(pool.map(decode, range(len(pixels))), len(pixels), "images"))
             finally:

@@ -11,7 +11,6 @@ A run that finds a partial file resumes at step 3.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -247,8 +246,7 @@ def _decode_images(file: h5py.File, threads: int, moved: Sequence[NeededImage]) 
 
     files = [list(rows) for _, rows in groupby(pending, names.__getitem__)]  # each is decoded once
     tasks = [files[start : start + _FILES_A_TASK] for start in range(0, len(files), _FILES_A_TASK)]
-    # `decode` ignores warnings as well, but among threads it may restore the filters of another one
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             return _fill(file, chain.from_iterable(pool.map(decode_some, tasks)))
         finally:

@@ -2,8 +2,10 @@
 
 import json
 import struct
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -232,3 +234,24 @@ def test_odd_shapes(tmp_path, size):
     pixels = decode_image(tmp_path / "a.png", 32)
     assert pixels.shape == (32, 32, 3)
     assert (pixels == (10, 200, 30)).all()
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch):
+    begun, both, first_ended = threading.Event(), threading.Barrier(2, timeout=30), threading.Event()
+
+    def slow(image):
+        begun.set()
+        both.wait()
+        assert image.width == 1 or first_ended.wait(30)
+        return image
+
+    monkeypatch.setattr("vqa.io.images._upright_rgb", slow)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_image, png(1, 1, 8, 0, bytes(2)))
+        assert begun.wait(30)
+        second = pool.submit(read_image, png(2, 1, 8, 0, bytes(3)))
+        first.result()
+        first_ended.set()
+        second.result()
+    assert warnings.filters == before

@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -207,6 +208,19 @@ def test_a_name_on_the_hub_is_downloaded(folder, saved, images, monkeypatch):
     assert vqa.load("us/modern").ask(images[0], "what?") == saved.ask(images[0], "what?")
     with pytest.raises(InputError, match="us/other: no such folder, and no model of this name could be downloaded"):
         vqa.load("us/other")
+
+
+@pytest.mark.parametrize("uploaded", ["exported", "model/"])
+def test_of_a_model_on_the_hub_all_that_it_needs_is_downloaded(folder, saved, images, tmp_path, monkeypatch, uploaded):
+    there = folder if uploaded == "exported" else saved.folder
+
+    def download(_, allow_patterns):
+        for name in filter_repo_objects([file.name for file in there.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(there / name, tmp_path)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert vqa.load("us/modern").ask(images[0], "what?") == saved.ask(images[0], "what?")
 
 
 @pytest.mark.parametrize("path", ["runs/absent", "./absent", "/absent", "~/absent", "absent/", "runs/a/b"])

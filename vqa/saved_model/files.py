@@ -88,7 +88,7 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "config.yaml", WEIGHTS]))
     except Exception as error:  # of the name, the network, the access: of several libraries
         why = f"no such folder, and no model of this name could be downloaded ({first_line(error):.100})"
         raise InputError(f"{name}: {why}") from None

@@ -21,8 +21,8 @@ def export(run: Path, to: Path, form: str) -> None:
             `metrics_SPLIT.json` of `run` is malformed, or a package is missing.
     """
     to = to.absolute()
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise InputError(f"{to}: must be a new folder or an empty one")
+    if to.exists() and (to.samefile(".") or not to.is_dir() or any(to.iterdir())):  # it is replaced
+        raise InputError(f"{to}: must be a new folder, or an empty one other than the present one")
     saved = load_model(run)
     if (task := saved.settings.task) != "vqa":
         raise InputError(f"{saved.folder}: a model of the task {task} cannot be exported; vqa.load reads it as it is")

@@ -123,7 +123,10 @@ def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
 
 
 def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monkeypatch, left):
-    assert "must be a new folder or an empty one" in refused("export", "--run", finished, "--to", finished)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (finished, "."):
+        assert "must be a new folder, or an empty one" in refused("export", "--run", finished, "--to", folder)
     assert "no model here" in refused("export", "--run", tmp_path / "absent", "--to", tmp_path / "to")
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused("export", "--run", finished, "--to", tmp_path / "file" / "to")

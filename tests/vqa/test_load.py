@@ -1,5 +1,6 @@
 """`vqa.load`: the model of a folder as an object that answers, whatever form an image has."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def test_a_copied_model_and_a_path_as_text_serve_too(model, trained, images, tmp
     (tmp_path / "model").symlink_to(trained / "model")
     loaded = vqa.load(str(tmp_path / "model"), device=torch.device("cpu"))
     assert loaded.ask(str(images[0]), QUESTION)[0]["answer"] == model.ask(images[0], QUESTION)[0]["answer"]
+
+
+def test_a_model_is_a_key_of_a_cache(model, images):
+    ask = functools.cache(lambda model, question: model.ask(images[0], question))
+    assert ask(model, QUESTION) is ask(model, QUESTION)
 
 
 def test_every_form_of_an_image_gives_the_same_answers(model, images):

@@ -19,7 +19,7 @@ from vqa.tasks.objects import Box
 from vqa.text.tokenizer import encode, special_ids, unusable, words
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are equal if they are the same: a model can be a key of a cache
 class SavedModel:
     """A trained model with everything needed to ask it; `vqa.load` returns one."""
 

@@ -131,8 +131,9 @@ def test_a_tilde_is_the_home_folder_as_in_a_shell(base, monkeypatch):
     assert made.question.glove == "/home/one/glove.zip"
 
 
-def test_saved_settings_are_the_same_settings(base, tmp_path):
-    settings = load_settings(base, ["train.learning_rate=1e-5"])
+@pytest.mark.parametrize("word", ["train.learning_rate=1e-5", "name='1e-3'", "name='1.5'", "name='no'"])
+def test_saved_settings_are_the_same_settings(base, tmp_path, word):
+    settings = load_settings(base, [word])
     settings.save(tmp_path / "saved.yaml")
     assert load_settings(tmp_path / "saved.yaml") == settings
 

@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, read_text
-from vqa.settings.schema import ROLES, Settings
+from vqa.settings.schema import POWER_OF_TEN, ROLES, Settings
 
 BASE = Path(__file__).with_name("base.yaml")
 MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
@@ -95,9 +95,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(*POWER_OF_TEN)
 
 
 def load_settings(

@@ -1,5 +1,6 @@
 """Every setting with its type and range. `base.yaml`, beside this file, explains them and holds the defaults."""
 
+import re
 import reprlib
 from collections.abc import Collection, Iterator
 from enum import Enum, auto
@@ -19,6 +20,21 @@ Processes = Annotated[int, Field(ge=1, le=256)]
 # A shell leaves `~` as it is in `data.h5=~/vqa.h5`.
 FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"), AfterValidator(expanduser)]
 SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # names files and groups in h5 files
+
+
+# `1e-3`, which YAML 1.1 takes for a text; recipes are read with it, so a text of this form is written in quotes.
+POWER_OF_TEN = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_implicit_resolver(*POWER_OF_TEN)
 
 
 class Role(Enum):
@@ -259,7 +275,7 @@ class Settings(_Section):
 
     def save(self, file: Path) -> None:
         """Writes every setting, resolved."""
-        write_text(file, yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+        write_text(file, yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _roles(section: type[BaseModel], prefix: str = "", outer: Role | None = None) -> Iterator[tuple[str, Role | None]]:

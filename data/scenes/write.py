@@ -49,8 +49,8 @@ def write_world(
     of GAMES `guesswhat.SPLIT.jsonl.gz` (where `val` is called `valid`) instead of the first two.
 
     `world.json` is written last and holds the arguments; a folder that has it already is left as it is. The files do
-    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`. The files of questions name a
-    look that is not plain, and the checksum of a source, so that an h5 file of other images is refused.
+    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`. A look that is not plain and
+    the checksum of a source are named in the files of questions, so that an h5 file of other images is refused.
 
     Args:
         folder: where to write.

@@ -166,6 +166,21 @@ def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
     assert np.array_equal(one, other)
 
 
+def test_waiting_images_cost_no_memory_each(photos, monkeypatch):
+    submitted = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            submitted.append(arguments)
+            return super().submit(*arguments)
+
+    monkeypatch.setattr("data.labelled_images.ThreadPoolExecutor", Pool)
+    pixels = np.zeros((60, 32, 32, 3), np.uint8)
+    LabelledImages(photos).decode_into(pixels)
+    assert pixels.any(axis=(1, 2, 3)).all()
+    assert len(submitted) == 4
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
     plain = LabelledImages(photos)
     (photos / "red").rename(tmp_path / "elsewhere")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -155,8 +156,12 @@ def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
 
 
 def _below(source: Path) -> Iterator[Path]:
-    """Yield the files below a folder; links to other folders are followed."""
-    for name, inner, files in os.walk(source, followlinks=True):
+    """Yield the files below a folder; links to other folders are followed. Raises OSError if a folder is unreadable."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for name, inner, files in os.walk(source, onerror=refuse, followlinks=True):
         folder, here = Path(name), Path(name).resolve()
         # a link to a folder around it would be followed without end
         inner[:] = [one for one in inner if not here.is_relative_to((folder / one).resolve())]

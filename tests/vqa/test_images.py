@@ -255,3 +255,9 @@ def test_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch):
         first_ended.set()
         second.result()
     assert warnings.filters == before
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I"])
+def test_an_image_without_pixels_is_not_a_black_one(mode):
+    with pytest.raises(InputError, match=r"image: cannot be read as an image \(it has no pixels\)"):
+        decode_image(Image.new(mode, (0, 5)), 32)

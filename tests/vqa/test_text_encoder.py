@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tests.tiny_encoder import SIZE, WORDS, write_encoder
 from vqa.io.errors import InputError
 from vqa.question import TextEncoder
 from vqa.settings.recipes import load_settings
-from vqa.text.encoder import LONGEST, check_tokenizer, empty_encoder, load_encoder, read_pretrained
+from vqa.text.encoder import LONGEST, _quiet, check_tokenizer, empty_encoder, load_encoder, read_pretrained
 from vqa.text.tokenizer import encode, load_tokenizer, save_tokenizer, special_ids, words
 
 KINDS = ("bert", "roberta", "gpt2", "t5")
@@ -170,6 +172,30 @@ def test_it_prints_nothing_and_leaves_the_librarys_settings(folders, capfd):
     load_encoder(folders["t5"])
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_threads_leave_the_librarys_verbosity():
+    from transformers.utils import logging
+
+    before, (begun, met, ended) = logging.get_verbosity(), (threading.Event() for _ in range(3))
+
+    def first():
+        with _quiet("first"):
+            begun.set()
+            met.wait(0.3)
+
+    def second():
+        begun.wait()
+        with _quiet("second"):
+            met.set()
+            ended.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        others = pool.submit(first), pool.submit(second)
+        others[0].result()
+        ended.set()
+        others[1].result()
+    assert logging.get_verbosity() == before
 
 
 def broken(folder, tmp_path, **changed):

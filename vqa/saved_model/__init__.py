@@ -2,7 +2,7 @@
 
 model.safetensors    all weights, the frozen ResNet's included, and in the metadata what the model was trained on
 config.yaml          the settings
-tokenizer.json       the vocabulary (tokenizer_config.json beside it lets `transformers` load it)
+tokenizer.json       the vocabulary (tokenizer_config.json beside it: for `transformers`, and limits of a text encoder)
 answers.json         the answer vocabulary, in order of the classes
 categories.json      the names of the categories of objects, of a model of the task guesswhat
 preprocessing.json   the preprocessing of images

@@ -2,6 +2,7 @@
 one, whose weights are among those of the whole model.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 LONGEST = 128  # tokens of a question, its special tokens included; later ones are cut off
 CONFIGURATION = "question_encoder.json"  # in `model/`
+_ONE_THREAD = threading.RLock()  # `transformers` has one verbosity for all threads
 
 
 def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
@@ -121,14 +123,15 @@ def _quiet(failure: str) -> Iterator[None]:
     """Keep `transformers` from printing bars and warnings, and turn whatever it raises into one line, `failure`."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:  # of the network, the access, the files, the kind of model: of several libraries
-        raise InputError(f"{failure} ({first_line(error):.150})") from None
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    with _ONE_THREAD:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        except Exception as error:  # of the network, the access, the files, the kind of model: of several libraries
+            raise InputError(f"{failure} ({first_line(error):.150})") from None
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

@@ -62,7 +62,7 @@ class _SuiteForm(_Form):
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     baseline: str
     runs: dict[_Name, _RunForm] = Field(min_length=1)
-    tests: dict[_TestName, _TestForm] = {"": _TestForm()}
+    tests: dict[_TestName, _TestForm] = Field({"": _TestForm()}, min_length=1)
     split: SplitName = "val"
     order: list[str] = []
     contrasts: dict[str, list[str]] = {}
@@ -206,6 +206,8 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
             yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
     rows = [row.name for row in suite.rows]
+    if twice := next((name for name in rows if rows.count(name) > 1), None):
+        yield f"two rows have the name {twice!r}; rename a run or a test"
     contrasted = [name for row, others in suite.contrasts.items() for name in (row, *others)]
     for name in (suite.baseline, *suite.order, *contrasted):
         if name not in rows:

@@ -157,6 +157,12 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "split: val has no annotations",
         ),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {}\n", "tests: dictionary should have at least 1 item"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {}, 'a, b': {settings: cbn.beta=false}}\n"
+            "tests: {'': {}, b: {recalibrate: train}}\n",
+            "two rows have the name 'a, b'",
+        ),
     ],
 )
 def test_a_wrong_suite_is_refused(suite_of, text, says):

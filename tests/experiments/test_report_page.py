@@ -167,3 +167,22 @@ def test_the_command_publishes(command, refused, suite, tmp_path, monkeypatch):
     assert command("experiment", suite.file, "--publish").code == 0
     assert "| none | 86.25 | 56.12 |" in (tmp_path / "results/stages.md").read_text()
     assert "not allowed with" in refused("experiment", suite.file, "--publish", "--only", "none", "--seed", "1")
+
+
+def test_published_results_are_not_replaced_by_fewer(command, refused, suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.report.page.RESULTS", results := tmp_path / "results")
+    for seed in (1, 2):
+        finish(suite, tmp_path / "runs", "none", seed, OFTEN_RIGHT)
+    assert command("experiment", suite.file, "--publish").code == 0
+    kept = {file: file.read_bytes() for file in results.iterdir()}
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    finish(suite, tmp_path / "runs", "none", 2, OFTEN_RIGHT)
+    finish(suite, tmp_path / "runs", "none", 3, OFTEN_RIGHT)
+    told = refused("experiment", suite.file, "--publish")
+    assert f"runs lacks 1 of the published results (none, seed 1): unzip -n {results}/stages_runs.zip -d runs" in told
+    assert {file: file.read_bytes() for file in results.iterdir()} == kept
+    with zipfile.ZipFile(results / "stages_runs.zip") as archive:
+        archive.extractall(tmp_path / "runs")
+    assert command("experiment", suite.file, "--publish").code == 0
+    assert "- seeds 1, 2, 3\n" in (results / "stages.md").read_text()

@@ -190,7 +190,8 @@ def recalibrate(
         from vqa.settings.recipes import load_settings
 
         data = load_settings(config).data
-        settings = [f"data.folder={data.folder}", f"data.h5={data.h5}", *settings]
+        files = ((key, json.dumps(getattr(data, key), ensure_ascii=False)) for key in ("folder", "h5"))  # as YAML
+        settings = [*(f"data.{key}={file}" for key, file in files), *settings]
     out = out or run / "recalibrated"
     questions = estimate(run, out, split, settings, batches=batches)
     print(f"statistics re-estimated on the images of {questions} questions; next: python main.py eval --run {out}")

@@ -200,11 +200,7 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"
     for test in suite.tests:
-        for word in test.words:
-            if role_of(word.partition("=")[0]) is not Role.DATA and not word.startswith("scenes."):
-                yield f"{test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
-        if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
-            yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
+        yield from _problems_of_test(test, recipe)
     rows = [row.name for row in suite.rows]
     if twice := next((name for name in rows if rows.count(name) > 1), None):
         yield f"two rows have the name {twice!r}; rename a run or a test"
@@ -212,6 +208,18 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     for name in (suite.baseline, *suite.order, *contrasted):
         if name not in rows:
             yield f"no row {name!r}; rows are {', '.join(rows)}"
+
+
+def _problems_of_test(test: Test, recipe: Settings) -> Iterator[str]:
+    keys = [word.partition("=")[0] for word in test.words]
+    for key, word in zip(keys, test.words, strict=True):
+        if role_of(key) is not Role.DATA and not key.startswith("scenes."):
+            yield f"{test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
+        # an h5 file that is there holds the same questions, perhaps, but other images
+        if "data.h5" not in keys and (key == "data.folder" or key.startswith("scenes.")):
+            yield f"{test.name}: {word} needs a data.h5 of its own"
+    if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
+        yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
 
 
 def _problems_of_split(name: str, split: str, settings: Settings, tests: Sequence[Test]) -> Iterator[str]:

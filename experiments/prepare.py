@@ -94,13 +94,10 @@ def preprocessing_of(settings: Settings) -> dict[str, Any]:
 
 def source_of(settings: Settings, views: Sequence[str], categories: Sequence[str] | None = None) -> Source:
     """The reader of a recipe's raw files; views and categories of GuessWhat?! as `GuessWhatSource` takes them."""
-    games, scenes = settings.guesswhat, settings.scenes
-    source = Source(settings.data.answers)
-    if games is not None:
-        source = GuessWhatSource(games.status, games.crop_factor, views, categories)
-    if scenes is not None and scenes.look != "plain":  # other images with the same questions
-        source.settings["look"] = scenes.look
-    return source
+    games = settings.guesswhat
+    if games is None:
+        return Source(settings.data.answers)
+    return GuessWhatSource(games.status, games.crop_factor, views, categories)
 
 
 def split_files(settings: Settings) -> dict[str, SplitFiles]:

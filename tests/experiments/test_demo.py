@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.h5_file import Store
-from data.preprocess import preprocess
 from experiments.demo import MODELS, _recipe, best_blind_answers, run_demo
 from experiments.evaluate import evaluate
-from experiments.prepare import prepare_world, preprocessing_of
 from experiments.tasks.vqa import score
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -75,14 +73,6 @@ def test_the_demo_needs_a_split_to_validate_on(settings, tmp_path):
     with pytest.raises(InputError, match=r"train.validate_on: the demo shows the accuracy after each epoch"):
         run_demo(settings, runs=tmp_path / "runs")
     assert not list(tmp_path.iterdir())  # refused before anything is made
-
-
-def test_scenes_of_another_look_need_another_h5_file(tiny, tmp_path):
-    """Their questions are the same, so that these do not tell the files apart."""
-    dark = load_settings(tiny, ["scenes.seed=7", "scenes.look=dark", f"data.folder={tmp_path}/dark"])
-    prepare_world(dark)
-    with pytest.raises(InputError, match=r"world.h5: made with look None, now dark; name another data.h5"):
-        preprocess(**preprocessing_of(dark))
 
 
 def test_no_norm_of_the_baseline_is_conditioned_whatever_the_recipe_conditions(tiny):

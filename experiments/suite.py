@@ -191,7 +191,11 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     if len(set(suite.seeds)) < len(suite.seeds):
         yield "seeds: duplicate value"
     names: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for run in suite.runs:
+        data = run.settings.data
+        if folders.setdefault(data.h5, data.folder) != data.folder:
+            yield f"{run.name}: data.folder={data.folder} needs a data.h5 of its own"
         other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
             yield f"{other!r} and {run.name!r} have the same settings"

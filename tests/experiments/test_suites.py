@@ -154,6 +154,10 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {dark: {settings: data.folder=datasets/dark}}\n",
             "dark: data.folder=datasets/dark needs a data.h5 of its own",
         ),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: data.folder=datasets/dark}}\n",
+            "b: data.folder=datasets/dark needs a data.h5 of its own",
+        ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
         ("seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n", "split: no split 'tset'; there are train, val"),
         (

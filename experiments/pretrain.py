@@ -1,6 +1,7 @@
 """Pretrains a backbone to name the class of an image: the shape of one synthetic object, or the folder of any image."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.training.checkpoint import load_checkpoint, save_checkpoint
 from vqa.backbone import build_resnet
 from vqa.devices import autocast
 from vqa.io.errors import InputError
-from vqa.io.files import check_room, written_whole
+from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
 from vqa.io.processes import StopRequest
 from vqa.io.progress import progress
@@ -176,7 +177,10 @@ def _train(
     file.parent.mkdir(parents=True, exist_ok=True)
     check_room(file, count * size * size * 3, "use smaller images")
     with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
-        mapped = np.memmap(aside, np.uint8, shape=(count, size, size, 3))
+        with naming_write_errors(file):
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk kills a process that writes to a mapped file
+                os.posix_fallocate(aside.fileno(), 0, count * size * size * 3)
+            mapped = np.memmap(aside, np.uint8, shape=(count, size, size, 3))
         labels = torch.from_numpy(fill(mapped)).to(place)
         pixels = torch.from_numpy(mapped)
 

@@ -17,6 +17,7 @@ from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, pair_
 from data.scenes.asking import ask as ask_in_rounds
 from data.scenes.draw import COLOURS, jittered
 from vqa.io.errors import InputError
+from vqa.text.tokenizer import unusable
 
 PLAIN = "plain"
 TINTS = ("red", "green", "blue", "yellow")
@@ -43,11 +44,14 @@ def photographs(source: str) -> LabelledImages:
     """The labelled images of a folder or zip file, listed once a process.
 
     Raises:
-        InputError: as `LabelledImages`, or there are fewer than three groups.
+        InputError: as `LabelledImages`, there are fewer than three groups, or a class has a name that no file can hold.
     """
     images = LabelledImages(Path(source))
     if len(_pool(images, True)) < 3:
         raise InputError(f"{source}: mosaics need at least three groups of classes that have held-out images")
+    for name in images.classes:
+        if wrong := unusable(name):
+            raise InputError(f"{source}: class {name!r} is {wrong}")
     return images
 
 

@@ -49,7 +49,8 @@ def write_world(
     of GAMES `guesswhat.SPLIT.jsonl.gz` (where `val` is called `valid`) instead of the first two.
 
     `world.json` is written last and holds the arguments; a folder that has it already is left as it is. The files do
-    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`.
+    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`. A look that is not plain and
+    the checksum of a source are named in the files of questions, so that an h5 file of other images is refused.
 
     Args:
         folder: where to write.
@@ -107,7 +108,7 @@ def _is_written(folder: Path, made: Mapping[str, Any]) -> bool:
 
 
 def _write(folder: Path, made: Mapping[str, Any], source: str | None, processes: int) -> None:
-    first_id = 1
+    first_id, drawn = 1, {key: made[key] for key in ("look", "source") if made.get(key, "plain") != "plain"}
     for split, count in sorted(made["images"].items()):
         (folder / split).mkdir(parents=True, exist_ok=True)
         asked = progress(
@@ -116,9 +117,9 @@ def _write(folder: Path, made: Mapping[str, Any], source: str | None, processes:
             f"{split} scenes",
         )
         if made["world"] == GAMES:
-            _write_games(folder, split, asked)
+            _write_games(folder, split, (game | drawn for game in asked))
         else:
-            _write_asked(folder, split, first_id, asked)
+            _write_asked(folder, split, first_id, asked, drawn)
         first_id += count
     write_json(folder / WORLD, made)
 
@@ -165,7 +166,9 @@ def _write_image(
     return asked
 
 
-def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequence[SceneQuestion]]) -> None:
+def _write_asked(
+    folder: Path, split: str, first_id: int, asked: Iterable[Sequence[SceneQuestion]], drawn: Mapping[str, str]
+) -> None:
     """Write the two official files of a split of scenes; the ten answers to a question are equal."""
     questions = (
         Question(MAX_QUESTIONS * image_id + index, image_id, text, question_type, answer_type, (answer,) * 10)
@@ -173,7 +176,7 @@ def _write_asked(folder: Path, split: str, first_id: int, asked: Iterable[Sequen
         for index, (question_type, answer_type, text, answer) in enumerate(of_image)
     )
     header = {
-        "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0"},
+        "info": {"description": "Drawn scenes, VQA v1 open-ended format", "url": "", "version": "1.0", **drawn},
         "data_type": "scenes",
         "data_subtype": split,
         "license": {"url": "", "name": ""},

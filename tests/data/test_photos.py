@@ -1,5 +1,7 @@
 """Mosaics of photographs: right answers that cannot be guessed, changes that can be seen, repeatable files."""
 
+import json
+import os
 import shutil
 from collections import Counter, defaultdict
 
@@ -154,6 +156,8 @@ def test_the_files_are_the_same_for_a_seed_and_refused_for_another_source(source
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in files)
     questions = read_questions(tmp_path / "one" / "train_questions.json", tmp_path / "one" / "train_annotations.json")
     assert len(questions) == 24
+    header = json.loads((tmp_path / "one" / "train_questions.json").read_text())["info"]
+    assert header["source"] == LabelledImages(source).digest[:12]  # an h5 file of other photographs is refused
     with pytest.raises(InputError, match="seed 3, not 4"):
         write_world(tmp_path / "one", processes=1, **made | {"seed": 4})
     for wrong in ({"source": None}, {"world": "small"}):
@@ -161,3 +165,12 @@ def test_the_files_are_the_same_for_a_seed_and_refused_for_another_source(source
             write_world(tmp_path / "new", processes=1, **made | wrong)
     with pytest.raises(InputError, match=r"scenes\.look"):
         write_world(tmp_path / "new", processes=1, **made | {"look": "dark"})
+
+
+def test_a_class_whose_name_is_not_utf_8_cannot_be_asked_about(tmp_path):
+    """As archives of other systems unpack their names."""
+    folder = photographs(tmp_path / "photographs")
+    (folder / "classes.csv").unlink()
+    (folder / "lion").rename(folder / os.fsdecode(b"l\xf6we"))
+    with pytest.raises(InputError, match=r"photographs: class 'l\\udcf6we' is not UTF-8 text"):
+        write_world(tmp_path / "new", seed=3, images={"val": 40}, world="photos", processes=1, source=str(folder))

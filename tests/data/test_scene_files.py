@@ -3,20 +3,25 @@
 import errno
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from data.guesswhat.source import GuessWhatSource
 from data.scenes import write
 from data.scenes.asking import MAX_QUESTIONS
 from data.scenes.draw import COLOURS as RGB
 from data.scenes.small import COLOURS
 from data.scenes.write import write_world
-from data.vqa_files import read_questions
+from data.sources import Source
+from data.vqa_files import SplitFiles, read_questions
+from tests.raw_files import make
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
 
@@ -160,6 +165,28 @@ def test_another_world_in_the_folder_is_refused(world, changed, named_in_error):
     with pytest.raises(InputError, match=named_in_error) as error:
         write_world(world, **{"seed": 3, "images": IMAGES, **changed})
     assert str(world) in str(error.value)
+
+
+@pytest.mark.parametrize("world", ["small", "games"])
+def test_scenes_that_are_drawn_again_with_another_look_are_no_longer_those_of_the_h5_file(tmp_path, world):
+    """Their questions are the same: the old images would be kept, and nothing said."""
+    folder, path, source = tmp_path / "scenes", tmp_path / "data.h5", None
+    files = SplitFiles(folder / "train_questions.json", folder / "train_annotations.json", "{image_id:012d}.png")
+    if world == "games":
+        source = GuessWhatSource(["success"], 2.0, ["crop"])
+        files = SplitFiles(folder / "guesswhat.train.jsonl.gz", None, "{file_name}")
+    splits = {"train": replace(files, images=f"{folder}/train/{files.images}")}
+    questions = []
+    for look in ("plain", "dark"):
+        write_world(folder, seed=3, images={"train": 3}, world=world, look=look, processes=1)
+        questions.append([asked.text for asked in (source or Source(5)).read(splits["train"])])
+        if look == "plain":
+            make(splits, path, source=source)
+            make(splits, path, source=source)
+            shutil.rmtree(folder)
+    assert questions[0] == questions[1]
+    with pytest.raises(InputError, match="split 'train' was made from other files"):
+        make(splits, path, source=source)
 
 
 @pytest.mark.parametrize("count", [0, MAX_QUESTIONS + 1])

@@ -144,7 +144,7 @@ def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monke
 def test_the_code_of_the_page_answers_as_the_model_does(command, there):
     assert command("export", "--run", there, "--to", "exported/hub").code == 0
     exec(code_of_the_page(0), names := {})
-    assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
+    assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "is there a red circle?")[0]["answer"]
 
 
 def test_an_onnx_file_returns_attention_and_deltas_too(there, exported, images):
@@ -159,7 +159,7 @@ def test_an_onnx_file_returns_attention_and_deltas_too(there, exported, images):
         for name, ours, theirs in zip(names, expected, map(torch.from_numpy, given), strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5, msg=name)
     exec(code_of_the_page(1), names := {})
-    assert names["answer"] == saved.ask("runs/demo/example.png", "how many circles are there?")[0]["answer"]
+    assert names["answer"] == saved.ask("runs/demo/example.png", "is there a red circle?")[0]["answer"]
 
 
 @pytest.mark.parametrize(

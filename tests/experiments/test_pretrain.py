@@ -1,11 +1,14 @@
 """`pretrain`: what it reads of folders and zip files, that it resumes bit for bit, and how it refuses."""
 
+import errno
 import json
+import os
 import signal
 import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +167,34 @@ def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
     archive.decode_into(other)
     assert one.any(axis=(1, 2, 3)).all()
     assert np.array_equal(one, other)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_absent_class(refused, photos, tmp_path, monkeypatch):
+    listed = os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "red":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    line = refused("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", *OPTIONS)
+    assert line == f"error: {photos}/red: permission denied"
+
+
+def test_waiting_images_cost_no_memory_each(photos, monkeypatch):
+    submitted = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            submitted.append(arguments)
+            return super().submit(*arguments)
+
+    monkeypatch.setattr("data.labelled_images.ThreadPoolExecutor", Pool)
+    pixels = np.zeros((60, 32, 32, 3), np.uint8)
+    LabelledImages(photos).decode_into(pixels)
+    assert pixels.any(axis=(1, 2, 3)).all()
+    assert len(submitted) == 4
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):

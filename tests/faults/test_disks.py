@@ -14,7 +14,7 @@ import pytest
 
 import data.h5_file
 from data.h5_file import partial_path
-from experiments import runner
+from experiments import pretrain, runner
 from experiments.runner import run_suite
 from experiments.suite import load_suite
 from experiments.tasks.vqa import VQATask
@@ -23,6 +23,7 @@ from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT
+from tests.photographs import photographs
 from tests.processes import MainProcess
 from tests.raw_files import make, write_split
 from tests.runs import lines, same_weights
@@ -181,6 +182,19 @@ def test_training_resumes_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
     assert command("train", "--config", tiny, "--resume", "name=full", *words).code == 0
     assert same_weights(whole, Path("runs/full"))
     assert lines(whole) == lines(Path("runs/full"))
+
+
+def test_pretraining_is_one_line_where_its_images_do_not_fit(disk, tmp_path, monkeypatch):
+    """The room is taken before it is written to: the disk may become full meanwhile, or a quota have less than it."""
+    file, photos = disk.folder / "b.safetensors", photographs(tmp_path / "photographs")
+
+    def fill():
+        disk.fill(space=50_000, length=50_000)  # of 98 304 bytes
+
+    monkeypatch.setattr(pretrain, "check_room", after(fill, lambda *_: None))
+    made = {"seed": 0, "image_size": 32, "epochs": 1, "device": "cpu"}
+    with pytest.raises(InputError, match=rf"/b.safetensors: {FULL}"):
+        pretrain.pretrain_on_images(file, "resnet10", photos, **made)
 
 
 PRINTING = """

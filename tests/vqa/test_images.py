@@ -232,3 +232,9 @@ def test_odd_shapes(tmp_path, size):
     pixels = decode_image(tmp_path / "a.png", 32)
     assert pixels.shape == (32, 32, 3)
     assert (pixels == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I"])
+def test_an_image_without_pixels_is_not_a_black_one(mode):
+    with pytest.raises(InputError, match=r"image: cannot be read as an image \(it has no pixels\)"):
+        decode_image(Image.new(mode, (0, 5)), 32)

@@ -114,6 +114,8 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """RGB, turned by the EXIF orientation as viewers do; a damaged EXIF block is ignored."""
+    if not all(image.size):
+        raise ValueError("it has no pixels")  # resized, it would be black
     image = _of_eight_bits(image)
     image = image if image.mode == "RGB" else image.convert("RGB")
     with suppress(Exception):

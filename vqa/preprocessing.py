@@ -34,8 +34,8 @@ class Preprocessing:
         The result is channels-last in memory like the images, which makes convolutions faster.
         """
         constants = [255 * value for value in self.mean], [1 / (255 * value) for value in self.std]
-        # `new_tensor` would wait for a GPU
-        mean, scale = torch.tensor(constants, dtype=torch.float32, device="cpu").to(images.device, non_blocking=True)
+        on_host = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in constants)
+        mean, scale = (values.to(images.device, non_blocking=True) for values in on_host)  # `new_tensor` waits
         return ((images - mean) * scale).permute(0, 3, 1, 2)
 
     def save(self, file: Path) -> None:

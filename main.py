@@ -132,12 +132,15 @@ def experiment(
     resources: str,
 ) -> None:
     """Runs the missing runs of a suite and prints its table with the paper's numbers."""
+    from experiments.process_group import this_process
     from experiments.report.page import publish, write_report
     from experiments.runner import command_of, job_named, missing_jobs, run_job, run_suite
     from experiments.suite import load_suite
 
     if (only is None) != (seed is None):
         raise InputError("--only RUN and --seed N belong together")
+    if this_process().world_size > 1:
+        raise InputError("experiment: torchrun runs only train and eval; start it with python")
     suite, runs = load_suite(file, tuple(settings)), Path("runs")
     if only is not None:
         run_job(job_named(suite, only, seed), suite, runs)
@@ -187,7 +190,8 @@ def recalibrate(
         from vqa.settings.recipes import load_settings
 
         data = load_settings(config).data
-        settings = [f"data.folder={data.folder}", f"data.h5={data.h5}", *settings]
+        files = ((key, json.dumps(getattr(data, key), ensure_ascii=False)) for key in ("folder", "h5"))  # as YAML
+        settings = [*(f"data.{key}={file}" for key, file in files), *settings]
     out = out or run / "recalibrated"
     questions = estimate(run, out, split, settings, batches=batches)
     print(f"statistics re-estimated on the images of {questions} questions; next: python main.py eval --run {out}")

@@ -55,7 +55,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     parser = _Parser(prog="main.py", description="Conditional batch normalisation for visual question answering.")
     parser.add_argument("--version", action="version", version=f"modern-vqa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    settings, recipe, run, question = (_Parser(add_help=False) for _ in range(4))  # options of several commands
+    settings, recipe, run, question, suite = (_Parser(add_help=False) for _ in range(5))  # options of several commands
     settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
     recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
     run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
@@ -103,7 +103,8 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     _bench_options(command("bench"))
     _gpu_check_options(command("gpu-check"))
     _features_options(command("features", settings))
-    _experiment_options(command("experiment", settings))
+    suite.add_argument("file", type=Path, metavar="SUITE.yaml")
+    _experiment_options(command("experiment", suite, settings))  # the file first, then KEY=VALUE
     return parser
 
 
@@ -163,7 +164,6 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("file", type=Path, metavar="SUITE.yaml")
     at_once = "parallel runs; by default one per GPU, or one per core"
     added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N")

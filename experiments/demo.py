@@ -53,10 +53,12 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         The content of `summary.json`.
 
     Raises:
-        InputError: the settings describe no synthetic scenes, or a file of another run is in the way.
+        InputError: the settings describe no synthetic scenes or no validation, or a file of another run is in the way.
     """
     if settings.scenes is None or settings.task != "vqa":
         raise InputError("scenes: the demo needs a VQA recipe with scenes; use config/demo.yaml or a file over it")
+    if settings.train.validate_on is None:
+        raise InputError("train.validate_on: the demo shows the accuracy after each epoch; it must be a split")
     started = time.monotonic()
     out = runs / settings.name
     if (out / "summary.json").exists():

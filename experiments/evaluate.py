@@ -127,12 +127,18 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     """The questions of a split with their images, in the words of the model's tokenizer.
 
     Raises:
-        InputError: there are neither an h5 file nor raw files, or they are not of the model's image size.
+        InputError: there are neither an h5 file nor raw files, or they are not of the model's image size; or other raw
+            files are named, but no other h5 file.
     """
     h5, size = Path(settings.data.h5), saved.preprocessing.size
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
-        table = TASKS[settings.task].table(store, settings, split)
+        table, asked, own = TASKS[settings.task].table(store, settings, split), settings.data, saved.settings.data
+        if asked.h5 == own.h5 and (asked.folder, asked.splits.get(split)) != (own.folder, own.splits.get(split)):
+            raise InputError(
+                f"{h5}: is there and holds split {split!r}, so that nothing is read from {asked.folder}; name another "
+                "data.h5 too (one that is absent, to read the raw files)"
+            )
         if store.image_size != size:
             raise InputError(f"{h5}: holds images of {store.image_size} px, the model needs {size}")
         if store.categories != saved.categories:

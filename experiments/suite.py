@@ -62,7 +62,7 @@ class _SuiteForm(_Form):
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     baseline: str
     runs: dict[_Name, _RunForm] = Field(min_length=1)
-    tests: dict[_TestName, _TestForm] = {"": _TestForm()}
+    tests: dict[_TestName, _TestForm] = Field({"": _TestForm()}, min_length=1)
     split: SplitName = "val"
     order: list[str] = []
     contrasts: dict[str, list[str]] = {}
@@ -191,7 +191,11 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     if len(set(suite.seeds)) < len(suite.seeds):
         yield "seeds: duplicate value"
     names: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for run in suite.runs:
+        data = run.settings.data
+        if folders.setdefault(data.h5, data.folder) != data.folder:
+            yield f"{run.name}: data.folder={data.folder} needs a data.h5 of its own"
         other = names.setdefault(run.settings.name, run.name)
         if other != run.name:
             yield f"{other!r} and {run.name!r} have the same settings"
@@ -200,16 +204,26 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"
     for test in suite.tests:
-        for word in test.words:
-            if role_of(word.partition("=")[0]) is not Role.DATA and not word.startswith("scenes."):
-                yield f"{test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
-        if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
-            yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
+        yield from _problems_of_test(test, recipe)
     rows = [row.name for row in suite.rows]
+    if twice := next((name for name in rows if rows.count(name) > 1), None):
+        yield f"two rows have the name {twice!r}; rename a run or a test"
     contrasted = [name for row, others in suite.contrasts.items() for name in (row, *others)]
     for name in (suite.baseline, *suite.order, *contrasted):
         if name not in rows:
             yield f"no row {name!r}; rows are {', '.join(rows)}"
+
+
+def _problems_of_test(test: Test, recipe: Settings) -> Iterator[str]:
+    keys = [word.partition("=")[0] for word in test.words]
+    for key, word in zip(keys, test.words, strict=True):
+        if role_of(key) is not Role.DATA and not key.startswith("scenes."):
+            yield f"{test.name}: {word}: a test can change only data.folder, data.h5, data.splits and scenes"
+        # an h5 file that is there holds the same questions, perhaps, but other images
+        if "data.h5" not in keys and (key == "data.folder" or key.startswith("scenes.")):
+            yield f"{test.name}: {word} needs a data.h5 of its own"
+    if test.recalibrate is not None and test.recalibrate not in recipe.data.splits:
+        yield f"{test.name}: no split {test.recalibrate!r}; there are {', '.join(recipe.data.splits)}"
 
 
 def _problems_of_split(name: str, split: str, settings: Settings, tests: Sequence[Test]) -> Iterator[str]:

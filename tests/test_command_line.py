@@ -40,6 +40,9 @@ def test_words_may_stand_anywhere_and_options_once(refused):
     given = parser.parse_args(["train", "--config", "a.yaml", "train.epochs=1", "--resume", "train.clip=2", "--resume"])
     assert (given.settings, given.resume) == (["train.epochs=1", "train.clip=2"], True)
     assert parser.parse_args(["features", "--run", "a", "--run", "b"]).run[1].name == "b"
+    for words in (["--report", "s.yaml", "a=1", "b=2"], ["s.yaml", "--report", "a=1", "b=2"], ["s.yaml", "a=1", "b=2"]):
+        given = parser.parse_args(["experiment", *words])
+        assert (given.file.name, given.settings) == ("s.yaml", ["a=1", "b=2"])
     asked = ["--run", "a", "--image", "b", "--question", "what?", "--versus", "how?", "--vers", "why?"]
     assert "--versus is given twice" in refused("inspect", *asked)
 

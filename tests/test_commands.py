@@ -55,6 +55,17 @@ def test_a_run_starts_from_another_runs_weights(command, refused, tiny, trained,
     assert f"{tmp_path}: no model here" in told
 
 
+def test_other_raw_files_are_not_passed_over_for_the_h5_file(refused, trained, tmp_path):
+    """The accuracy on other images, with the same questions, would be that of the images in the h5 file."""
+    for name in ("eval", "recalibrate", "features"):
+        told = refused(name, "--run", trained, "--split", "val", "--out", tmp_path / "out", "data.folder=elsewhere")
+        assert "world.h5: is there and holds split 'val', so that nothing is read from elsewhere" in told
+    assert not (tmp_path / "out").exists()
+    assert "elsewhere/val_questions.json: no such file" in refused(
+        "eval", "--run", trained, "--out", tmp_path / "out", "data.folder=elsewhere", "data.h5=absent.h5"
+    )
+
+
 def test_a_copied_model_is_evaluated_without_h5(command, trained, copied, tmp_path):
     expected = command("eval", "--run", trained, "--out", tmp_path / "h5").out
     ended = command("eval", "--run", copied, "--out", tmp_path / "raw", "data.h5=absent.h5")

@@ -265,6 +265,23 @@ def test_every_machine_and_backbone_of_the_evidence_is_named():
             assert (run.get("backbone") or "") in said, (file.stem, run["backbone"])
 
 
+def test_the_backbone_of_every_three_epoch_suite_is_the_one_that_is_said():
+    of_gating, others = re.search(r"`gating`: `(\w+)`; the others: `(\w+)`", " ".join(EXPERIMENTS.split())).groups()
+    for file in RESULTS.glob("*_runs.csv"):
+        lines = read_lines(file)
+        if {line["epochs"] for line in lines} == {"3"}:
+            said = {"", of_gating if file.stem == "gating_runs" else others}
+            assert {line["backbone"] for line in lines} <= said, file.stem
+
+
+def test_the_two_seeds_of_the_hints_are_those_of_the_tables():
+    lines = {line["row"]: line for line in read_lines(RESULTS / "statistics.csv")}
+    said = re.search(r"two seeds MODERN has (.*?) % and the baseline (.*?) %", " ".join(EXPERIMENTS.split()))
+    for cell, name in zip(said.groups(), ("MODERN", "baseline"), strict=True):
+        line = lines[f"{name} (population), as trained"]
+        assert shown(cell, float(line["overall_mean"]), float(line["overall_std"]), digits=1)
+
+
 ITEMS = re.findall(
     r"^- \[[^\]]+\]\(\.\./experiments/results/(\w+)\.md\):(.*?)(?=\n- |\n\n)", EXPERIMENTS, re.MULTILINE | re.DOTALL
 )

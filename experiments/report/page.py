@@ -1,5 +1,6 @@
 """Write the report of a suite: two CSV files and, from their lines, a page, a figure and a table for the terminal."""
 
+import csv
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from experiments.report.tables import (
 from experiments.runner import missing_jobs
 from experiments.suite import Suite
 from vqa.io.errors import InputError
-from vqa.io.files import write_text
+from vqa.io.files import read_text, write_text
 
 RESULTS = ROOT / "experiments" / "results"
 _LEGEND = """\
@@ -82,15 +83,21 @@ def publish(suite: Suite, runs: Path) -> str:
     """Report into `experiments/results`, with the evidence as a zip file; returns what `write_report` does.
 
     Raises:
-        InputError: the suite is changed by words, or nothing of it is finished where results are published already.
+        InputError: the suite is changed by words, or results that are published are not among those in `runs`.
     """
     if suite.words:
         raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
-    if not collect(suite, runs) and (RESULTS / f"{suite.name}_runs.csv").exists():
-        raise InputError(f"--publish: no run of {suite.name} is finished in {runs}, but results are published already")
+    table, evidence = (RESULTS / f"{suite.name}_runs.{kind}" for kind in ("csv", "zip"))
+    found = {(line["folder"], line["test"]) for line in run_lines(suite, collect(suite, runs))}
+    published = csv.DictReader(read_text(table).splitlines()) if table.exists() else ()
+    if lost := [line for line in published if (line["folder"], line["test"]) not in found]:
+        raise InputError(
+            f"--publish: {runs} lacks {len(lost)} of the published results ({lost[0]['row']}, seed {lost[0]['seed']}): "
+            f"unzip -n {evidence} -d {runs}, or remove {table} to publish without them"
+        )
     if missing := missing_jobs(suite, runs):
         print(f"{len(missing)} runs are not finished; they are published without them")
-    keep_evidence(suite, runs, RESULTS / f"{suite.name}_runs.zip")
+    keep_evidence(suite, runs, evidence)
     return write_report(suite, runs, RESULTS)
 
 

@@ -68,6 +68,13 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
     assert one == other
 
 
+def test_the_demo_needs_a_split_to_validate_on(settings, tmp_path):
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"validate_on": None})})
+    with pytest.raises(InputError, match=r"train.validate_on: the demo shows the accuracy after each epoch"):
+        run_demo(settings, runs=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())  # refused before anything is made
+
+
 def test_no_norm_of_the_baseline_is_conditioned_whatever_the_recipe_conditions(tiny):
     settings = load_settings(tiny, ["cbn.stem=true", "cbn.shortcuts=true"])
     layers = [build_model(_recipe(settings, model), 9, 5, pretrained=False).resnet.layers for model in MODELS]

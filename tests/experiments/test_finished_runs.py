@@ -11,7 +11,7 @@ from experiments.report.results import collect, keep_evidence
 from experiments.runner import jobs_of, missing_jobs
 from experiments.suite import load_suite
 from tests.conftest import ROOT
-from tests.experiments.test_report import OFTEN_RIGHT, finish
+from tests.fabricated_runs import OFTEN_RIGHT, finish
 from vqa.io.errors import InputError
 from vqa.settings import recipes
 from vqa.settings.schema import ROLES, Role, role_of

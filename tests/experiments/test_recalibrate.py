@@ -1,5 +1,7 @@
 """Re-estimated statistics: a new model that differs in them alone, on a command line that refuses what is wrong."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -31,6 +33,15 @@ def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, 
         assert command("recalibrate", "--run", trained, "--config", tiny, "--out", tmp_path / name).code == 0
     one, two = (load_model(tmp_path / name).model.state_dict() for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_the_files_of_a_recipe_are_found_whatever_their_names(command, trained, tiny, tmp_path):
+    shutil.copy(load_settings(tiny).data.h5, tmp_path / "world #2.h5")  # as a word, ` #2.h5` would be a comment
+    recipe = tmp_path / "named.yaml"
+    recipe.write_text(f"base: {tiny}\ndata: {{folder: nowhere, h5: '{tmp_path}/world #2.h5'}}\n")
+    words = ["--config", recipe, "--out", tmp_path / "out", "--batches", 1]
+    ended = command("recalibrate", "--run", trained, *words)
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize(

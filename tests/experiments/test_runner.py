@@ -98,6 +98,19 @@ def test_runs_on_a_gpu_that_is_named_see_every_gpu(suite, monkeypatch):
     assert seen("device=cuda:1") == [None] * 3
 
 
+def test_on_a_cpu_no_more_runs_start_at_once_than_this_process_may_use_cores(suite, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5}, raising=False)  # as in a job of a cluster
+    assert len(_environments(jobs_of(suite), at_once=None)) == 1
+
+
+def test_a_suite_is_not_run_by_torchrun(suite, refused, monkeypatch):
+    """Its processes would wait for each other: one holds the run's lock, the others are to train with it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in ([], ["--only", "none", "--seed", 1]):
+        assert "experiment: torchrun runs only train and eval" in refused("experiment", suite.file, *words, *TINY)
+
+
 def test_evidence_brings_reports_back_without_training(suite, tmp_path, command):
     runs, file = tmp_path / "runs", tmp_path / "two_runs.zip"
     job = jobs_of(suite)[0]

@@ -150,6 +150,14 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "trains on val",
         ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {dark: {settings: data.folder=datasets/dark}}\n",
+            "dark: data.folder=datasets/dark needs a data.h5 of its own",
+        ),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: data.folder=datasets/dark}}\n",
+            "b: data.folder=datasets/dark needs a data.h5 of its own",
+        ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
         ("seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n", "split: no split 'tset'; there are train, val"),
         (
@@ -157,6 +165,12 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "split: val has no annotations",
         ),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {}\n", "tests: dictionary should have at least 1 item"),
+        (
+            "seeds: [1]\nbaseline: a\nruns: {a: {}, 'a, b': {settings: cbn.beta=false}}\n"
+            "tests: {'': {}, b: {recalibrate: train}}\n",
+            "two rows have the name 'a, b'",
+        ),
     ],
 )
 def test_a_wrong_suite_is_refused(suite_of, text, says):

@@ -1,0 +1,188 @@
+"""The page, figure and table of a report, and its publication with the evidence, from made-up run directories."""
+
+import json
+import re
+import zipfile
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from experiments.report.figure import draw
+from experiments.report.page import write_report
+from experiments.report.results import collect, keep_evidence, row_lines, run_lines
+from experiments.report.tables import duration, markdown_table, terminal_table
+from tests.fabricated_runs import ALWAYS_RIGHT, NEVER_RIGHT, OFTEN_RIGHT, SUITE, finish, suite_of
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return suite_of(tmp_path, SUITE)
+
+
+def test_nothing_finished(suite, tmp_path):
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
+    write_report(suite, tmp_path, tmp_path / "out")
+    told = write_report(suite, tmp_path / "elsewhere", tmp_path / "out")
+    assert told.count("not run") == 4 + 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stages.csv", "stages.md"]
+
+
+def test_the_evidence_holds_every_row_of_the_report(tmp_path):
+    """Also of a run of which one test is missing."""
+    tests = 'tests: {"": {}, recalibrated: {recalibrate: train}}\n'.replace("{", "{{").replace("}", "}}")
+    suite = suite_of(tmp_path, SUITE.replace("order: [none, last, all]\n", tests))
+    finish(suite, tmp_path / "runs", "none", 1, NEVER_RIGHT)
+    finish(suite, tmp_path / "runs", "none, recalibrated", 1, OFTEN_RIGHT)
+    finish(suite, tmp_path / "runs", "all", 1, ALWAYS_RIGHT)
+    keep_evidence(suite, tmp_path / "runs", tmp_path / "kept.zip")
+    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
+        archive.extractall(tmp_path / "kept")
+    kept, all_ = (run_lines(suite, collect(suite, tmp_path / folder)) for folder in ("kept", "runs"))
+    assert kept == all_
+    assert len(kept) == 3
+
+
+def test_the_page(suite, tmp_path):
+    for seed in (1, 2):
+        finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
+        finish(suite, tmp_path, "all", seed, OFTEN_RIGHT)
+    altered = replace(suite, words=("train.epochs=2", "cbn.stages=[4]"))
+    told = write_report(altered, tmp_path, tmp_path / "out")
+    assert altered.report_name.startswith("stages-")  # beside the report of the suite as it is
+    page = (tmp_path / "out" / f"{altered.report_name}.md").read_text()
+    assert page.startswith("# Which stages, by how much\n")
+    assert f"python main.py experiment {tmp_path}/stages.yaml train.epochs=2 'cbn.stages=[4]'\n" in page
+    assert "deltas over `config/demo.yaml`" in page
+    assert "The paper's numbers are of VQA v1, accuracy on val." in page
+    lines = row_lines(altered, collect(altered, tmp_path))
+    assert markdown_table(lines) in page
+    row = next(line for line in page.splitlines() if line.startswith("| all | 86.25 ± 0.00 | 58.56 |"))
+    assert re.search(
+        r"\| \+86.25 ± 0.00 \[\+6\d.\d\d, \+100.00\] \| too few seeds \| 2 \| 100 s \| 0.88 \| 1 058 002 \|$", row
+    )
+    assert "| all | 90.00 | 82.50 |" in page, "by question type"
+    assert "- 4 trainings with the code of commit 0123456789 with changes that are not committed" in page
+    assert "- seeds 1, 2\n" in page
+    assert told.endswith(f"{altered.report_name}.md")
+    assert terminal_table(lines) in told
+
+
+def test_several_backbones_are_reported(suite, tmp_path):
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT, backbone="4e467da68ac9")
+    finish(suite, tmp_path, "none", 2, NEVER_RIGHT)  # made before it was written down
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "- 1 training on the backbone 4e467da68ac9\n" in page
+    assert "- 1 training recorded no backbone\n" in page
+    assert "several backbones" not in page
+    finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
+    write_report(suite, tmp_path, tmp_path / "out")
+    assert "several backbones" in (tmp_path / "out" / "stages.md").read_text()
+
+
+def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_reported(suite, tmp_path):
+    for row in ("none", "all"):
+        finish(suite, tmp_path, row, 1, NEVER_RIGHT)
+    file = tmp_path / suite.runs[2].seeded(1).name / "environment.json"
+    begun = json.loads(file.read_text())
+    file.write_text(json.dumps(begun | {"resumed": [begun]}))
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "several machines" not in page
+    assert "then" not in page
+    elsewhere = begun | {"git_commit": "fedcba9876543210", "device": "NVIDIA H200", "cpu": "Xeon", "threads": 1}
+    file.write_text(json.dumps(begun | {"resumed": [begun, elsewhere]}))
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "- 1 training on EPYC, then NVIDIA H200 (2 CPU cores, 2, then 1 threads), torch 2.15.0" in page
+    assert "- **several machines: times and memory" in page
+    committed = "commit 0123456789 with changes that are not committed"
+    assert f"- 1 training with the code of {committed}\n" in page
+    assert f"- 1 training with the code of {committed}, then commit fedcba9876\n" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("none", "last", "all"), "Each run is scored at its last epoch; the accuracies are of `val`."),
+        (("all",), "at its best epoch on split `val`, or at its last where it has no validation; the accuracies are"),
+        ((), "Each run is scored at its best epoch on these same questions."),
+    ],
+)
+def test_the_page_says_which_epoch_is_scored(suite, tmp_path, words, said):
+    for number, run in enumerate(suite.runs):
+        if run.name in words:
+            train = run.settings.train.model_copy(update={"validate_on": None})
+            suite.runs[number] = replace(run, settings=run.settings.model_copy(update={"train": train}))
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
+    write_report(suite, tmp_path, tmp_path / "out")
+    assert said in (tmp_path / "out/stages.md").read_text()
+
+
+def test_the_terminal_table_is_aligned_and_narrow(suite, tmp_path):
+    for row, accuracies in (("none", NEVER_RIGHT), ("last", OFTEN_RIGHT), ("all", ALWAYS_RIGHT)):
+        for seed in (1, 2, 3):
+            finish(suite, tmp_path, row, seed, accuracies, seconds=4000)
+    heading, *rows = terminal_table(row_lines(suite, collect(suite, tmp_path))).splitlines()
+    assert max(map(len, [heading, *rows])) <= 110
+    assert heading.endswith("seeds  training")
+    assert all(row.endswith("3    67 min") and len(row) == len(heading) for row in rows[:3])
+
+
+def test_the_image_shows_every_seed(suite, tmp_path):
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
+    for seed, accuracies in ((1, OFTEN_RIGHT), (2, ALWAYS_RIGHT), (3, OFTEN_RIGHT)):
+        finish(suite, tmp_path, "all", seed, accuracies)
+    write_report(suite, tmp_path, tmp_path / "out")
+    axes = draw("title", run_lines(suite, collect(suite, tmp_path)), "none").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "all"]
+    none, every = (dots.get_offsets() for dots in axes.collections)
+    assert none.tolist() == [[0, 0]]
+    assert every[:, 0].tolist() == pytest.approx([86.25, 100, 86.25])
+    assert len({tuple(dot) for dot in every.tolist()}) == 3
+    assert [text.get_text() for text in axes.texts] == ["0.00", f"{(2 * 86.25 + 100) / 3:.2f}"]
+    with Image.open(tmp_path / "out/stages.png") as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (None, 83.2, 900, 9000)] == ["", "83 s", "15 min", "2.5 h"]
+
+
+def test_the_command_reports_without_running(command, suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finish(suite, tmp_path / "runs", "none", 1, NEVER_RIGHT)
+    ended = command("experiment", suite.file, "--report")
+    assert ended.code == 0, ended.err
+    assert "runs/experiments/reports/stages.md" in ended.out
+    assert (tmp_path / "runs/experiments/reports/stages.csv").exists()
+
+
+def test_the_command_publishes(command, refused, suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.report.page.RESULTS", tmp_path / "results")
+    finish(suite, tmp_path / "runs", "none", 1, OFTEN_RIGHT)
+    assert command("experiment", suite.file, "--publish").code == 0
+    assert "| none | 86.25 | 56.12 |" in (tmp_path / "results/stages.md").read_text()
+    assert "not allowed with" in refused("experiment", suite.file, "--publish", "--only", "none", "--seed", "1")
+
+
+def test_published_results_are_not_replaced_by_fewer(command, refused, suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.report.page.RESULTS", results := tmp_path / "results")
+    for seed in (1, 2):
+        finish(suite, tmp_path / "runs", "none", seed, OFTEN_RIGHT)
+    assert command("experiment", suite.file, "--publish").code == 0
+    kept = {file: file.read_bytes() for file in results.iterdir()}
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    finish(suite, tmp_path / "runs", "none", 2, OFTEN_RIGHT)
+    finish(suite, tmp_path / "runs", "none", 3, OFTEN_RIGHT)
+    told = refused("experiment", suite.file, "--publish")
+    assert f"runs lacks 1 of the published results (none, seed 1): unzip -n {results}/stages_runs.zip -d runs" in told
+    assert {file: file.read_bytes() for file in results.iterdir()} == kept
+    with zipfile.ZipFile(results / "stages_runs.zip") as archive:
+        archive.extractall(tmp_path / "runs")
+    assert command("experiment", suite.file, "--publish").code == 0
+    assert "- seeds 1, 2, 3\n" in (results / "stages.md").read_text()

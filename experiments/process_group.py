@@ -21,7 +21,10 @@ _PATIENCE = timedelta(days=1)  # the others wait while the main process stores f
 
 
 class _Patient:
-    """The group that exchanges objects. The default group, which exchanges tensors, gives up after 10 or 30 minutes."""
+    """The group that exchanges objects, on the host: no GPU takes part or waits.
+
+    The default group, which exchanges tensors, gives up after 10 or 30 minutes.
+    """
 
     group: dist.ProcessGroup | None = None
 
@@ -97,7 +100,7 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        _Patient.group = dist.new_group(timeout=_PATIENCE)
+        _Patient.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         yield
     finally:
         _Patient.group = None

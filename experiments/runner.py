@@ -200,7 +200,7 @@ def _run_all(
 
 
 def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, str]]:
-    """The environment variables of each of the runs at the same time: its GPU, or its share of the cores.
+    """The environment variables of each of the runs at the same time: its GPU, and its share of the cores.
 
     Where a run names its own GPU, as `cuda:1`, all see every GPU.
     """
@@ -211,7 +211,9 @@ def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, st
         count, threads = at_once or max(min(cores, memory // 2**31), 1), 1
     elif (gpus := torch.cuda.device_count()) and not any(":" in job.settings.device for job in jobs):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return [{"CUDA_VISIBLE_DEVICES": visible[place % gpus]} for place in range(at_once or gpus)]
+        count = at_once or gpus
+        threads = {"OMP_NUM_THREADS": str(max(cores // count, 1))}
+        return [threads | {"CUDA_VISIBLE_DEVICES": visible[place % gpus]} for place in range(count)]
     else:
         count, threads = at_once or 1, max(cores // (at_once or 1), 1)
     return [_KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)} for _ in range(count)]

@@ -85,7 +85,7 @@ class Pooled:
         self.batches = self.count = 0
         self.mean = self.var = 0.0  # [C] after the first batch; the variance is the biased one
 
-    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def add(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Add the mean and biased variance [C] of `count` values per channel."""
         mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
         self.batches += 1
@@ -137,16 +137,16 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return self.running_mean, self.running_var
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
-        count = x.numel() // x.shape[1]
-        if self.synchronised and dist.is_initialized():
+        count, together = x.numel() // x.shape[1], self.synchronised and dist.is_initialized()
+        if count < 2 and not (together and dist.get_world_size() > 1):
+            raise ValueError("batch statistics need more than one value per channel")
+        if together:
             mean, var, count = _over_processes(mean, var, count)
         self._move_running_statistics(mean.detach(), var.detach(), count)
         return mean, var
 
     @torch.no_grad()
-    def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if count < 2:
-            raise ValueError("batch statistics need more than one value per channel")
+    def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         if self.pooled:
             self.pooled.add(mean, var, count)
             return
@@ -243,13 +243,13 @@ def _keep_modulated_norms(
 nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_keep_modulated_norms)
 
 
-def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Combine the statistics of all processes; gradients flow through all of them."""
-    counts = mean.new_tensor(count)
+def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine the statistics of all processes; gradients flow through all of them. The count stays on the device."""
+    counts = mean.new_full((), count, dtype=torch.promote_types(mean.dtype, torch.float32))
     dist.all_reduce(counts)
     share = count / counts
     total = _SumOverProcesses.apply(share * mean)
-    return total, _SumOverProcesses.apply(share * (var + (mean - total) ** 2)), int(counts)
+    return total, _SumOverProcesses.apply(share * (var + (mean - total) ** 2)), counts
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -110,7 +110,7 @@ class DeltaMLPs(nn.Module):
     def forward(self, condition: Tensor) -> Tensor:
         """Condition [B, D] → deltas [B, sum of C]."""
         hidden = torch.relu(nn.functional.linear(condition, self.hidden_weight, self.hidden_bias))
-        together = self._in_one_product if condition.device.type == "cuda" else self._one_by_one
+        together = self._one_by_one if condition.device.type == "cpu" else self._in_one_product
         return together(hidden) + self.bias
 
     def _one_by_one(self, hidden: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ class Preprocessing:
 
         The result is channels-last in memory like the images, which makes convolutions faster.
         """
-        mean = images.new_tensor([255 * value for value in self.mean], dtype=torch.float32)
-        scale = images.new_tensor([1 / (255 * value) for value in self.std], dtype=torch.float32)
+        constants = [255 * value for value in self.mean], [1 / (255 * value) for value in self.std]
+        on_host = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in constants)
+        mean, scale = (values.to(images.device, non_blocking=True) for values in on_host)  # `new_tensor` waits
         return ((images - mean) * scale).permute(0, 3, 1, 2)
 
     def save(self, file: Path) -> None:

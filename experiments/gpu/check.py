@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 CORRECTNESS = {  # nothing is timed, so that several of them may run at a time
     "modulate": Step(right.modulate_rows, 120),
-    "commands": Step(right.commands_rows, 120),
+    "commands": Step(right.commands_rows, 180),
     "resume": Step(right.resume_rows, 120),
     "compile": Step(right.compile_rows, 120),
     "network": Step(right.network_rows, 60),
@@ -49,14 +49,14 @@ CORRECTNESS = {  # nothing is timed, so that several of them may run at a time
 }
 SPEED = {
     "ceilings": Step(fast.ceilings_rows, 30),
+    "compiled": Step(fast.compiled_rows, 180),
+    "epoch": Step(fast.epoch_rows, 240),
     "step": Step(fast.uncompiled_rows, 180),
     "operation": Step(fast.operation_rows, 60),
-    "compiled": Step(fast.compiled_rows, 180),
-    "epoch": Step(fast.epoch_rows, 180),
     "largest": Step(fast.largest_rows, 60),
 }
 STEPS = CORRECTNESS | SPEED
-SUITES = ("settled_rates", "settled", "table2_224")
+SUITES = ("settled", "gating")
 _START = 60  # seconds that a process may take before its step begins
 _SAVING = 15  # seconds before the end at which running trainings are asked to save
 
@@ -129,6 +129,8 @@ def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str,
     if seconds <= 0:
         return None
     write_json(file, {"step": file.stem, "state": "running", "rows": []})
+    # nothing that is imported before the fork may initialise CUDA, to count GPUs
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.gpu.check"])  # each process begins with everything imported
     process = context.Process(target=_write_rows, args=(file, rows, device, tiny))

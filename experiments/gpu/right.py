@@ -24,6 +24,7 @@ from experiments.bench.loading import prepared_scenes
 from experiments.bench.setup import Rows, Setup
 from experiments.evaluate import evaluate
 from experiments.features.compare import compare_features
+from experiments.process_group import averaging_gradients
 from experiments.recalibrate import recalibrate
 from experiments.training.trainer import train
 from vqa.build import build_model
@@ -160,30 +161,39 @@ def _map_and_gradients(net: ModulatedResNet, inputs: Sequence[Tensor], device: t
         return [y, *torch.autograd.grad(y, deltas, y.detach())]
 
 
-def _small_settings(setup: Setup, *words: str) -> Settings:
+def _small_settings(setup: Setup, *words: str, recipe: str = "demo.yaml") -> Settings:
     """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
     batch, images, val = setup.pick((8, 4, 6), (64, 400, 100))
     size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", "precision=bfloat16")
-    return prepared_scenes(setup, *size, *words, recipe=CONFIG / "demo.yaml")
+    return prepared_scenes(setup, *size, *words, recipe=CONFIG / recipe)
 
 
 def commands_rows(setup: Setup) -> Rows:
-    """Train in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the CPU in
-    float32 `eval` must find nearly the same answers.
+    """Train each task in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the
+    CPU in float32 `eval` must find nearly the same answers.
     """
-    run, on_cpu = train(_small_settings(setup), runs=setup.folder / "runs").path, setup.folder / "on_cpu"
+    yield _commands_row(setup._replace(folder=setup.folder / "vqa"), "demo.yaml", "what color is the circle?")
+    games, test = setup._replace(folder=setup.folder / "guesswhat"), "scenes.images={test: 2}"
+    yield _commands_row(games, "guesswhat/games.yaml", "is it red?", test, box=(8.0, 8.0, 40.0, 40.0))
+
+
+def _commands_row(setup: Setup, recipe: str, question: str, *words: str, **about: Any) -> dict[str, Any]:
+    """The row of a recipe; `about` is the box of the object that its question is about."""
+    settings, on_cpu = _small_settings(setup, *words, recipe=recipe), setup.folder / "on_cpu"
+    run = train(settings, runs=setup.folder / "runs").path
     scores = evaluate(run, "val")
     evaluate(run, "val", on_cpu, ["device=cpu", "precision=float32", "workers=0"])
     found, expected = (json.loads((folder / "results_val.json").read_text()) for folder in (run, on_cpu))
     agree = sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
     if agree < 0.9:
         raise AssertionError(f"only {agree:.2f} of the answers are those of the CPU")
-    image, question = next((setup.folder / "scenes" / "val").glob("*.png")), "what color is the circle?"
-    saved = load_model(run, setup.device)
-    here, there = (loaded.ask(image, question, 1)[0]["probability"] for loaded in (saved, load_model(run)))
-    layers = saved.inspect(image, question)["layers"]
+    image, saved = next((setup.folder / "scenes" / "val").glob("*.png")), load_model(run, setup.device)
+    about |= {"category": saved.categories[0]} if about else {}
+    here, there = (loaded.ask(image, question, 1, **about)[0]["probability"] for loaded in (saved, load_model(run)))
+    layers = saved.inspect(image, question, **about)["layers"]
     compare_features([run], "val", setup.folder / "features", pairs=setup.pick(40, 200))
-    yield {
+    return {
+        "recipe": recipe,
         "val_overall": scores["overall"],
         "answers_as_on_cpu": round(agree, 3),
         "ask_difference": check_error("ask", abs(here - there), 1e-2),
@@ -219,19 +229,23 @@ def _last_metrics(setup: Setup, name: str) -> dict[str, Any]:
 
 
 def nccl_rows(setup: Setup) -> Rows:
-    """A process group of one: the wrapped model's gradients are the bare one's, and batch statistics are exchanged."""
+    """A process group of one: the wrapped model's gradients are the bare one's, and batch statistics are exchanged; and
+    objects, by a group on the host.
+    """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{setup.folder}/rendezvous", rank=0, world_size=1)
     try:
         model, batch = random_model(load_settings(CONFIG / "demo.yaml", ["backbone.weights=none"]), 4, setup.device)
         model.resnet.set_statistics("batch")
         model.train()
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = averaging_gradients(model)
         bare, averaged = (_gradient_norm(one, batch) for one in (model, wrapped))
+        exchanged = [None]
+        dist.all_gather_object(exchanged, backend, group=dist.new_group(backend="gloo"))
         del wrapped  # before the group: a wrapper that outlives it can abort at exit
     finally:
         dist.destroy_process_group()
-    yield {"backend": backend, "error": check_error("gradients", abs(bare - averaged) / bare, 1e-4)}
+    yield {"backend": exchanged[0], "error": check_error("gradients", abs(bare - averaged) / bare, 1e-4)}
 
 
 def _gradient_norm(model: nn.Module, batch: Batch) -> float:

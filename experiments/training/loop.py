@@ -1,5 +1,6 @@
 """The loops: training steps, and the answers to all questions of a table. They need no task and no command line."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -58,16 +59,17 @@ def train_steps(
                 of_part = loss_of(part, "mean") * (len(part.rows) / len(batch.rows))
                 of_part.backward()
             loss += of_part.detach()
-        norm = nn.utils.clip_grad_norm_(trained, settings.clip)
-        if torch.isfinite(norm + loss):
+        # a GPU is waited for here alone: it takes the optimiser's step while the next batch is prepared
+        norm, loss = nn.utils.clip_grad_norm_(trained, settings.clip).item(), loss.item()
+        if math.isfinite(norm + loss):
             optimiser.step()
             schedule.step()
-            yield loss.item()
+            yield loss
             continue
-        what = f"the norm of the gradient is {norm}" if torch.isfinite(loss) else f"the loss is {loss}"
+        what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         error = located(what, model, parts, loss_of)
         # the gradient is the same in all processes, so that all skip the step; the loss alone is not
-        if not settings.skip_not_finite or torch.isfinite(norm):
+        if not settings.skip_not_finite or math.isfinite(norm):
             raise error
         for buffer, kept in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(kept)

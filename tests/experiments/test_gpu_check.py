@@ -58,8 +58,13 @@ def fail(_):
     raise AssertionError("wrong")
 
 
-def test_a_step_that_fails_or_crashes_stops_no_other(tmp_path, monkeypatch, capsys):
+def forked(_):
+    yield {"cannot use CUDA": torch.cuda._is_in_bad_fork()}
+
+
+def test_a_step_that_fails_or_crashes_stops_no_other_and_can_use_cuda(tmp_path, monkeypatch, capsys):
     steps = {"crash": Step(crash, 60), "fail": Step(fail, 60), "deltas": gpu_check.STEPS["deltas"]}
+    steps["forked"] = Step(forked, 60)
     monkeypatch.setattr(gpu_check, "STEPS", steps)
     failed = gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, suites=[])
     assert sorted(failed) == ["crash", "fail"]
@@ -68,6 +73,7 @@ def test_a_step_that_fails_or_crashes_stops_no_other(tmp_path, monkeypatch, caps
     assert "fail: failed: AssertionError: wrong" in said
     assert json.loads((tmp_path / "fail.json").read_text())["rows"] == [{"row": 1}]
     assert json.loads((tmp_path / "deltas.json").read_text())["state"] == "passed"
+    assert json.loads((tmp_path / "forked.json").read_text())["rows"] == [{"cannot use CUDA": False}]
 
 
 def test_a_step_that_takes_too_long_is_ended_and_the_exit_code_says_that_one_failed(tmp_path, monkeypatch, command):

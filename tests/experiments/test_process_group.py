@@ -73,6 +73,16 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_works():
     start_two(_wait_for_the_main_one, port)
 
 
+def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(monkeypatch):
+    begun = []
+    monkeypatch.setattr(dist, "init_process_group", begun.append)
+    monkeypatch.setattr(dist, "new_group", lambda backend=None, **_: begun.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    with together(Processes(0, 0, 2), torch.device("cuda", 0)):
+        assert begun == ["nccl", "gloo"]
+
+
 def test_processes_that_may_not_train_all_say_so(tiny, trained):
     for rank in start_ranks("train", "--config", tiny, "name=trained", "device=cpu", folder=trained.parent.parent):
         ended = rank.end()

@@ -86,9 +86,13 @@ def test_runs_on_a_gpu_that_is_named_see_every_gpu(suite, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
 
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+
     def seen(*words):
         jobs = jobs_of(load_suite(suite.file, (*TINY, *words)))
-        return [each.get("CUDA_VISIBLE_DEVICES") for each in _environments(jobs, at_once=3)]
+        environments = _environments(jobs, at_once=3)
+        assert {each["OMP_NUM_THREADS"] for each in environments} == {"5"}
+        return [each.get("CUDA_VISIBLE_DEVICES") for each in environments]
 
     assert seen("device=cuda") == ["4", "5", "4"]
     assert seen("device=cuda:1") == [None] * 3

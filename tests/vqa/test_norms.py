@@ -216,3 +216,21 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(sizes, tmp_path):
             torch.load(tmp_path / str(rank))[5:], (plain.running_mean, plain.running_var), strict=True
         ):
             torch.testing.assert_close(one, other)
+
+
+def test_synchronised_statistics_are_compiled_in_one_graph(tmp_path):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        norm, x = ModulatedBatchNorm2d(C).train(), torch.randn(2, C, 3, 3)
+        expected = norm(x)
+        norm.synchronised = True
+        torch.testing.assert_close(torch.compile(norm, backend=backend)(x), expected)
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 1

@@ -155,8 +155,8 @@ def test_the_first_lines_say_what_the_table_says():
     points = rows["mean question, 16 epochs"][0].replace("+", "")
     assert f"is worth {points} points, four of them in counting** (three seeds" in said
     assert round(numbers(rows["mean question, 16 epochs"][1])[0] * 1078 / 4000) == 4  # so many test questions count
-    least, most = (rows[f"{control}, 3 epochs{of}"][0] for control, of in (("constant", ""), ("mean question", ", test")))
-    assert f"it is worth {numbers(least)[0]} to {numbers(most)[0]} points" in said
+    least, most = (numbers(rows[row][0])[0] for row in ("constant, 3 epochs", "mean question, 3 epochs, test"))
+    assert f"it is worth {least} to {most} points" in said
 
 
 def test_the_demos_page_says_what_the_tables_say():

@@ -1,6 +1,7 @@
 """Every suite is expanded, and each of its runs takes two tiny training steps and all its tests."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ OF_PHOTOGRAPHS = (
     "train.batch_size=16",
 )
 
-# Words of a run that decide only how large or how fast something is, or where its data lie.
-OF_SIZES = ("cbn.hidden_size", "attention.units", "train.learning_rate", "train.predictor_learning_rate", "data.")
+# Words of a run that decide only how long, how large or how fast something is, or where its data lie.
+OF_SIZES = ("train.epochs", "cbn.hidden_size", "attention.units", "train.learning_rate", "train.predictor", "data.")
 
 
 def paths_of(run, tests):
@@ -63,7 +64,7 @@ def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch)
         words += ("data.image_size=64",)
     if drawn and recipe.scenes.world == "photos":
         words += (f"data.photographs={photographs(runs / 'photographs')}",)
-    suite = load_suite(file, words)
+    suite = replace(load_suite(file), words=words)
     if recipe.task == "guesswhat" and not drawn and not Path(recipe.data.folder).exists():
         write_games(Path(recipe.data.folder))
     if not drawn and recipe.task == "vqa":
@@ -73,7 +74,8 @@ def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch)
         if (paths := paths_of(run, suite.tests)) <= walked:
             continue
         walked |= paths
-        job = Job(run, suite.seeds[0])
+        settings = load_settings(suite.recipe, (*run.words, *words))  # two runs may be the same with these words
+        job = Job(replace(run, settings=settings.model_copy(update={"name": run.settings.name})), suite.seeds[0])
         run_job(job, suite, runs)
         assert job.is_finished(runs, suite.tests)
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())

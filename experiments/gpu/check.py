@@ -56,7 +56,7 @@ SPEED = {
     "largest": Step(fast.largest_rows, 60),
 }
 STEPS = CORRECTNESS | SPEED
-SUITES = ("settled", "gating")
+SUITES = ("settled", "gating", "table2_224")
 _START = 60  # seconds that a process may take before its step begins
 _SAVING = 15  # seconds before the end at which running trainings are asked to save
 

@@ -36,7 +36,7 @@ def preprocess(config: Path, settings: list[str]) -> None:
     from vqa.settings.recipes import load_settings
 
     loaded = load_settings(config, settings)
-    if loaded.task == "guesswhat" or not Path(loaded.data.folder).exists():
+    if loaded.task == "guesswhat":  # `demo` draws the scenes of VQA
         prepare_scenes(loaded)
     run(**preprocessing_of(loaded))
 

@@ -46,12 +46,6 @@ def test_preprocess_train_eval(command, tiny, tmp_path, monkeypatch):
     assert all(entry.keys() == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in results)
 
 
-def test_preprocess_draws_the_scenes_of_a_recipe_that_are_not_there(command, tiny, tmp_path):
-    ended = command("preprocess", "--config", tiny, f"data.folder={tmp_path}/new", f"data.h5={tmp_path}/new.h5")
-    assert ended.code == 0, ended.err
-    assert (tmp_path / "new" / "world.json").exists()
-
-
 def test_a_run_starts_from_another_runs_weights(command, refused, tiny, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = command("train", "--config", tiny, "--init-from", trained, "name=warm", "attention.units=4")

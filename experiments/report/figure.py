@@ -33,7 +33,7 @@ def draw(title: str, lines: Sequence[Line], baseline: str) -> Figure:
     axes = figure.add_subplot()
     for place, (name, values) in enumerate(rows.items()):
         colour = SOFT if name == baseline else ACCENT
-        mean = float(np.mean(values))
+        mean = round(float(np.mean(values)), 4)  # as in the table
         # seeds one below the other, so that equal ones stay visible
         offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot([mean, mean], [place - 0.34, place + 0.34], color=colour, linewidth=2.5, solid_capstyle="butt")

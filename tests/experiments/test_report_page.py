@@ -5,6 +5,7 @@ import re
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -128,6 +129,12 @@ def test_the_terminal_table_is_aligned_and_narrow(suite, tmp_path):
     assert max(map(len, [heading, *rows])) <= 110
     assert heading.endswith("seeds  training")
     assert all(row.endswith("3    67 min") and len(row) == len(heading) for row in rows[:3])
+
+
+def test_the_figure_rounds_a_mean_as_the_table():
+    lines = [{"row": "all", "overall": accuracy} for accuracy in (99.3, 99.0, 98.625)]  # 98.975: halfway
+    assert f"{np.mean([99.3, 99.0, 98.625]):.2f}" != f"{98.975:.2f}"
+    assert [text.get_text() for text in draw("title", lines, "none").axes[0].texts] == [f"{98.975:.2f}"]
 
 
 def test_the_image_shows_every_seed(suite, tmp_path):

@@ -236,7 +236,7 @@ def test_a_path_that_does_not_exist_is_not_asked_for_on_the_hub(tmp_path, monkey
 
 @pytest.fixture
 def uploaded(tmp_path, monkeypatch):
-    """A folder that stands for the Hub: what is uploaded to OWNER/NAME lies there."""
+    """A folder in the place of the Hub: what is uploaded to OWNER/NAME lies there."""
 
     def commit(_api, repo_id, operations, **_):
         for added in operations:

@@ -6,6 +6,7 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.bad_files import png, png_block
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image, read_image
+from vqa.io.weight_files import load_tensors
 from vqa.preprocessing import Preprocessing
 
 
@@ -254,6 +256,31 @@ def test_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch):
         first.result()
         first_ended.set()
         second.result()
+    assert warnings.filters == before
+
+
+def test_a_thread_that_reads_weights_while_another_reads_an_image_leaves_them_too(monkeypatch):
+    image_begun, weights_begun, image_ended = (threading.Event() for _ in range(3))
+
+    def slow_image(image):
+        image_begun.set()
+        assert weights_begun.wait(30)
+        return image
+
+    def slow_weights(*_, **__):
+        weights_begun.set()
+        assert image_ended.wait(30)
+
+    monkeypatch.setattr("vqa.io.images._upright_rgb", slow_image)
+    monkeypatch.setattr("torch.load", slow_weights)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        image = pool.submit(read_image, png(1, 1, 8, 0, bytes(2)))
+        assert image_begun.wait(30)
+        weights = pool.submit(load_tensors, Path(__file__))
+        image.result()
+        image_ended.set()
+        weights.result()
     assert warnings.filters == before
 
 

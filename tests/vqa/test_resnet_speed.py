@@ -11,7 +11,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 
 
 def loss_gradients(net, x, modulation, places=None):
-    """Of deltas and of a map that stands for the images."""
+    """Of deltas and of a map in the place of the images."""
     parts = [part for part in (*modulation, x.map if isinstance(x, StageMap) else x) if part.requires_grad]
     return torch.autograd.grad(net(x, modulation, places).square().sum(), parts)
 

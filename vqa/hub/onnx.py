@@ -1,14 +1,13 @@
 """Write a trained model as an ONNX file that answers one question at a time."""
 
 import copy
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vqa.io.errors import InputError, first_line
+from vqa.io.errors import InputError, first_line, without_warnings
 from vqa.saved_model import SavedModel
 from vqa.saved_model.files import save_companions
 
@@ -47,7 +46,7 @@ def save_onnx_folder(saved: SavedModel, folder: Path) -> None:
     example = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.ones(1, 5, dtype=torch.int64)
     predicted = [name for name in ("gamma", "beta") if predictor is not None and getattr(saved.settings.cbn, name)]
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with without_warnings:
             program = torch.onnx.export(
                 _OneQuestion(saved).eval(),
                 example,

@@ -1,6 +1,8 @@
-"""InputError for user errors; untrusted text escaped for terminals."""
+"""InputError for user errors; untrusted text escaped for terminals; warnings ignored, by several threads too."""
 
+import threading
 import unicodedata
+import warnings
 
 _ESCAPED = {"Cc", "Cs", "Cf", "Zl", "Zp"}  # control characters, lone surrogates, direction marks, line separators
 _JOINERS = "\u200c\u200d"  # part of words in some scripts, and of emoji
@@ -34,3 +36,29 @@ def printable(text: str) -> str:
         else character
         for character in text
     )
+
+
+class _WithoutWarnings:
+    """Ignores warnings in its blocks; of several threads the last one out restores the filters of the first one in.
+
+    Each with its own `warnings.catch_warnings`, they would leave warnings off for good.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.filters = warnings.catch_warnings(action="ignore")
+                self.filters.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.filters.__exit__(*error)
+
+
+without_warnings = _WithoutWarnings()

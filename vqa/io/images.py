@@ -4,8 +4,6 @@ import io
 import math
 import os
 import struct
-import threading
-import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vqa.io.errors import InputError
+from vqa.io.errors import InputError, without_warnings
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 # Pillow reads more formats, some with other programs (EPS with Ghostscript).
@@ -27,32 +25,6 @@ _ORIENTING = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif"
 # Of the training set of torchvision's ImageNet weights.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class _WithoutWarnings:
-    """Ignores warnings in its blocks; of several threads the last one out restores the filters of the first one in.
-
-    Each with its own `warnings.catch_warnings`, they would leave warnings off for good.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                self.filters = warnings.catch_warnings(action="ignore")
-                self.filters.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                self.filters.__exit__(*error)
-
-
-_without_warnings = _WithoutWarnings()
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -75,7 +47,7 @@ def read_image(source: ImageSource) -> Image.Image:
         if not isinstance(source, str | bytes | os.PathLike):
             given = type(source).__name__
             raise InputError(f"image: must be a path, bytes, a PIL image or a NumPy array, not {given}")
-        with _without_warnings, _opened(source) as file:
+        with without_warnings, _opened(source) as file:
             shown, beside = _without_ancillary_blocks(file)
             with Image.open(shown, formats=FORMATS) as opened:
                 opened.info |= beside

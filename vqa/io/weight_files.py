@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
+
+from vqa.io.errors import without_warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def load_tensors(file: Path) -> Any:
         with zipfile.ZipFile(file) as parts:
             if damaged := parts.testzip():
                 raise ValueError(f"damaged: checksum mismatch in {damaged}")
-    with warnings.catch_warnings(action="ignore"):  # about files of other programs
+    with without_warnings:  # about files of other programs
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

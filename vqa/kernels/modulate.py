@@ -60,7 +60,7 @@ def under_torch_func() -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return whether ∂y stands for several, of `is_grads_batched` or `torch.vmap`: it has no memory of its own."""
+    """Return whether ∂y is a batch of several, of `is_grads_batched` or `torch.vmap`: it has no memory of its own."""
     return not torch.compiler.is_compiling() and (
         under_torch_func() or torch._C._functorch.is_legacy_batchedtensor(gradient)
     )

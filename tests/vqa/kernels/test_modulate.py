@@ -128,7 +128,7 @@ def test_second_derivatives_in_float32_of_parts_in_any_layout(fused, layout, res
 @pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
 @pytest.mark.parametrize("fused", [True, "eager", False])
 def test_scale_and_shift_may_be_columns_of_more(fused, layout, residual, relu):
-    """As those of one norm are where all are folded at once; [1, C] stands for all samples."""
+    """As those of one norm are where all are folded at once; [1, C] is the same for all samples."""
     x, _, _, other = inputs((3, 5, 3, 7), layout, residual, torch.float32)
     columns = [torch.randn(rows, 11, requires_grad=True) for rows in (3, 1)]
     parts = [part[:, start : start + 5] for part, start in zip(columns, (2, 6), strict=True)]

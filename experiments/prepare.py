@@ -35,12 +35,13 @@ def prepare_world(settings: Settings) -> None:
 def prepare_backbone(settings: Settings) -> float:
     """Pretrains the backbone on synthetic scenes, or keeps an existing one; returns its held-out accuracy, %."""
     scenes = settings.scenes
+    seed = scenes.seed if settings.backbone.seed is None else settings.backbone.seed
     if scenes.world == PHOTOS:
         made = pretrain_on_images(
             Path(settings.backbone.weights),
             settings.backbone.name,
             Path(settings.data.photographs),
-            seed=scenes.seed,
+            seed=seed,
             image_size=scenes.pretrain_size,
             epochs=scenes.pretrain_epochs,
             device=str(choose_device(settings.device)),
@@ -51,7 +52,7 @@ def prepare_backbone(settings: Settings) -> float:
         Path(settings.backbone.weights),
         settings.backbone.name,
         world="small" if scenes.world == GAMES else scenes.world,  # the games' objects are those of the small scenes
-        seed=scenes.seed,
+        seed=seed,
         image_size=scenes.pretrain_size,
         images=scenes.pretrain_images,
         epochs=scenes.pretrain_epochs,

@@ -114,7 +114,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
         prepare(job.settings)
         for test in suite.tests:
             if test.words:
-                words = (*job.run.words, *suite.words, *test.words)
+                words = (*suite.seeds[job.seed], *job.run.words, *suite.words, *test.words)
                 prepare(load_settings(suite.recipe, words, where=str(suite.file)))
     with held(folder / ".lock", folder, wait=True):
         if not RunDirectory(folder).checkpoint.exists():

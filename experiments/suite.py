@@ -4,7 +4,7 @@ A suite file (`experiments/suites/*.yaml`) holds
 
     title:     the question that the experiment asks
     recipe:    the recipe that the runs change, relative to the suite file
-    seeds:     the seeds each run is trained with
+    seeds:     the seeds each run is trained with: a list, or SEED: "key.sub=value …", what is changed with it
     baseline:  the row that the others are compared with
     runs:      NAME: {settings: "key.sub=value …", paper: {column: number}}
     tests:     (optional) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of these
@@ -20,12 +20,12 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vqa.io.errors import InputError
 from vqa.settings.recipes import BASE, load_settings, read_yaml
@@ -40,6 +40,19 @@ _NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
 _Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
 _TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
 _Words = Annotated[str, AfterValidator(lambda text: tuple(shlex.split(text)))]
+
+
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _with_words(seeds: Any) -> Any:
+    if not isinstance(seeds, list):
+        return seeds
+    if any(type(seed) is not int for seed in seeds):
+        raise ValueError("must be whole numbers")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("duplicate value")
+    return dict.fromkeys(seeds, "")
 
 
 class _Form(BaseModel):
@@ -59,7 +72,7 @@ class _TestForm(_Form):
 class _SuiteForm(_Form):
     title: _Name
     recipe: FileName
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
+    seeds: Annotated[dict[_Seed, _Words], BeforeValidator(_with_words)] = Field(min_length=1)
     baseline: str
     runs: dict[_Name, _RunForm] = Field(min_length=1)
     tests: dict[_TestName, _TestForm] = Field({"": _TestForm()}, min_length=1)
@@ -105,10 +118,12 @@ class Run:
     words: tuple[str, ...]  # its delta over the recipe
     settings: Settings  # resolved; `name` is the directory that holds one run directory a seed
     paper: dict[str, float]
+    of_seeds: Mapping[int, Settings]  # of seeds that change more, as `settings`
 
     def seeded(self, seed: int) -> Settings:
         """The settings of one training, with its run directory as their `name`."""
-        return self.settings.model_copy(update={"seed": seed, "name": f"{self.settings.name}/seed_{seed}"})
+        settings = self.of_seeds.get(seed, self.settings)
+        return settings.model_copy(update={"seed": seed, "name": f"{settings.name}/seed_{seed}"})
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class Suite:
     file: Path
     title: str
     recipe: Path
-    seeds: list[int]
+    seeds: dict[int, tuple[str, ...]]  # with what each changes beside itself, `key.sub=value`
     baseline: str
     runs: list[Run]
     tests: list[Test]
@@ -174,13 +189,18 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         raise InputError(f"{file}: {key}: {why[0].lower()}{why[1:]}") from None
     recipe = file.parent / form.recipe
     plain = load_settings(recipe)
+
+    def resolved(name: str, changes: Sequence[str]) -> Settings:
+        settings = load_settings(recipe, (*changes, *words), where=f"{file}: {name}")
+        return settings.model_copy(update={"name": f"experiments/{plain.name}/{_directory(settings, plain)}"})
+
     runs = []
     for name, run in form.runs.items():
-        settings = load_settings(recipe, (*run.settings, *words), where=f"{file}: {name}")
-        directory = f"experiments/{plain.name}/{_directory(settings, plain)}"
-        runs.append(Run(name, run.settings, settings.model_copy(update={"name": directory}), run.paper))
+        of_seeds = {seed: resolved(name, (*more, *run.settings)) for seed, more in form.seeds.items() if more}
+        runs.append(Run(name, run.settings, resolved(name, run.settings), run.paper, of_seeds))
     tests = [Test(name, test.settings, test.recalibrate, form.split) for name, test in form.tests.items()]
-    same = form.model_dump(include={"title", "seeds", "baseline", "order", "contrasts", "paper", "not_run"})
+    names = ("title", "seeds", "baseline", "order", "contrasts", "paper", "not_run")
+    same = {name: getattr(form, name) for name in names}
     suite = Suite(file, recipe=recipe, runs=runs, tests=tests, words=words, **same)
     if problem := next(_problems(suite, plain), None):
         raise InputError(f"{file}: {problem}")
@@ -188,8 +208,6 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
 
 
 def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
-    if len(set(suite.seeds)) < len(suite.seeds):
-        yield "seeds: duplicate value"
     names: dict[str, str] = {}
     folders: dict[str, str] = {}
     for run in suite.runs:

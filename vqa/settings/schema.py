@@ -96,6 +96,7 @@ class BackboneSettings(_Section):
 
     name: str
     weights: FileName
+    seed: int | None = Field(ge=0, lt=2**63)
     train: Literal["none", "stage4", "batchnorm"]
     statistics: Literal["population", "reestimated", "batch"]
 
@@ -265,6 +266,8 @@ class Settings(_Section):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; vqa takes image and question")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):
             raise ValueError("scenes.world: games belongs to the task guesswhat, which takes no other world")
+        if self.backbone.seed is not None and self.scenes is None:
+            raise ValueError("backbone.seed: belongs to a recipe with scenes, whose backbone is pretrained here")
         return self
 
     @model_validator(mode="after")

@@ -41,8 +41,9 @@ def inspect(
         "model": {
             "backbone": saved.settings.backbone.name,
             "stages": list(saved.settings.cbn.stages),
+            "condition": saved.settings.cbn.condition,
             "image_size": saved.preprocessing.size,
-            **{"trained_on": [], "epoch": None, "val_overall": None, **saved.training},
+            **{"trained_on": [], "epoch": None, "val_overall": None, "recalibrated_on": "", **saved.training},
         },
         **asked_about,
         "readings": readings,

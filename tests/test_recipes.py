@@ -199,18 +199,14 @@ def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
 
 def test_code_of_the_page_on_the_layer_runs():
     torch.manual_seed(0)
-    images, condition = torch.randn(2, 3, 64, 64), torch.randn(2, 256)
-    names = {
-        "images": images,
-        "condition": condition,
-        "x": torch.randn(2, 64, 4, 4),
-        "segments": torch.randn(2, 7, 8, 8),
-    }
+    names = {}
     page = (ROOT / "docs" / "layer.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block.replace('"IMAGENET1K_V1"', "None"), names)
-    assert names["y"].shape == (2, 64, 4, 4)
+    assert names["y"].shape == (2, 64, 14, 14)
     assert names["map_"].shape == (2, 2048, 2, 2)
+    assert names["modulated"].shape == names["map_"].shape
+    assert not torch.equal(names["modulated"], names["map_"])
     assert torch.equal(names["recomputed"], names["logits"])
 
 

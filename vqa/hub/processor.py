@@ -25,10 +25,17 @@ class ModernImageProcessor(BaseImageProcessor):
         size: dict[str, int] | None = None,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
-        image_processor_type: str | None = None,  # noqa: ARG002 (what `transformers` writes into its file)
+        **others: Any,
     ) -> None:
-        """`size` names `height` and `width`; raises InputError if they are not equal."""
-        super().__init__()
+        """`others` may be what `transformers` writes into its files.
+
+        Raises:
+            InputError: `size` does not name `height` and `width`, or they are not equal.
+            TypeError: another option of image processors, such as `do_resize`.
+        """
+        if unknown := sorted(others.keys() & self.valid_kwargs.__annotations__.keys()):
+            raise TypeError(f"{', '.join(unknown)}: not an option of this image processor")
+        super().__init__(**others)
         self.size = size or {"height": 224, "width": 224}
         if not isinstance(self.size, dict) or self.size != dict.fromkeys(("height", "width"), self.size.get("height")):
             raise InputError(f"size: must name equal height and width, not {size}")

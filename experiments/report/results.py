@@ -154,10 +154,12 @@ def _answered(file: Path) -> Answered:
 def run_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
     columns = [*suite.columns, *_kinds(results)]
-    return [
-        _line(result.row, seed=result.seed, **{column: result.scores.get(column) for column in columns}, **result.facts)
-        for result in results
-    ]
+    lines = []
+    for result in results:
+        changes = {"seed_settings": shlex.join(suite.seeds[result.seed])} if any(suite.seeds.values()) else {}
+        scores = {column: result.scores.get(column) for column in columns}
+        lines.append(_line(result.row, seed=result.seed, **changes, **scores, **result.facts))
+    return lines
 
 
 def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:

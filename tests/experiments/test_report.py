@@ -87,13 +87,13 @@ def test_a_line_for_every_training(suite, tmp_path):
     assert (first["row"], first["seed"], second["row"], second["seed"]) == ("none", "1", "last", "3")
     assert (first["best_epoch"], first["epochs"], first["git_commit"]) == ("1", "2", "0123456789abcdef-dirty")
     assert float(second["overall"]) == pytest.approx(86.25)
-    assert second["folder"] == suite.runs[1].seeded(3).name
+    assert second["folder"] == suite.runs[1].settings[3].name
     assert not second["folder"].startswith("/")
 
 
 def test_what_is_not_finished_is_absent_and_a_row_without_seeds_not_run(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
-    unfinished = tmp_path / suite.runs[1].seeded(1).name
+    unfinished = tmp_path / suite.runs[1].settings[1].name
     unfinished.mkdir(parents=True)
     (unfinished / "metrics.jsonl").write_text("")
     told = write_report(suite, tmp_path, tmp_path / "out")
@@ -157,7 +157,7 @@ def test_many_question_types_are_skipped(suite, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_run_is_named(suite, tmp_path, damage):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
-    file = tmp_path / suite.runs[0].seeded(1).name / "accuracies_val.npz"
+    file = tmp_path / suite.runs[0].settings[1].name / "accuracies_val.npz"
     file.write_bytes(file.read_bytes()[:50]) if damage == "cut" else file.unlink()
     with pytest.raises(InputError, match=r"accuracies_val.npz: missing or damaged"):
         collect(suite, tmp_path)

@@ -28,8 +28,8 @@ _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds.
 Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed.
 Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
-trainings. Over seeds: the 95 % interval of the mean of the differences seed by seed (Student's t), from three seeds on.
-Only the second covers the variation between seeds, {pretrainings}.
+trainings. Over seeds, for these questions: the 95 % interval of the mean of the differences seed by seed (Student's t),
+from three seeds on. Only it covers the variation between seeds, {pretrainings}.
 {scored}
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).

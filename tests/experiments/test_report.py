@@ -126,6 +126,9 @@ def test_rows_that_were_asked_other_questions(suite, tmp_path):
     finish(suite, tmp_path, "all", 1, ALWAYS_RIGHT, first=100)
     write_report(suite, tmp_path, tmp_path / "out")
     lines = lines_by_row(tmp_path / "out/stages.csv")
+    assert not (tmp_path / "out/stages.md").read_text().count("## Differences by question type")
+    contrasts = csv.DictReader((tmp_path / "out/stages_contrasts.csv").open())
+    assert {(line["difference"], line["seeds"]) for line in contrasts} == {("", "0")}  # only of the same questions
     assert lines["last"]["compared"] == "3"
     assert float(lines["last"]["difference"]) == pytest.approx(100 * 2.6 / 3, abs=1e-3)
     assert lines["all"]["difference"] == lines["all"]["compared"] == ""

@@ -35,7 +35,8 @@ Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
 """
 _CONTRASTS = """\
-In points: the mean of the differences seed by seed, with its 95 % interval over seeds (Student's t).
+In points: the mean of the differences seed by seed, with its 95 % interval over seeds (Student's t), not corrected for
+how many there are.
 """
 
 

@@ -157,7 +157,7 @@ def test_the_first_lines_say_what_the_table_says():
     assert f"is worth {points} points, four of them in counting** (three seeds" in said
     assert round(numbers(rows["mean question, 16 epochs"][1])[0] * 1078 / 4000) == 4  # so many test questions count
     least, most = (numbers(rows[row][0])[0] for row in ("constant, 3 epochs", "mean question, 3 epochs, test"))
-    assert f"and after three epochs {least} to {most} points, by the control" in said
+    assert f"and after three epochs {least} to {most} points, depending on the control" in said
     longer = numbers(rows["mean question of 32 epochs, 1 seed"][0])[0]
     assert f", {longer} when the vector is trained twice as long (one seed)" in said
 

@@ -19,14 +19,7 @@ from vqa.backbone import build_resnet
 from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
-from vqa.norms import (
-    ModulatedAdaptiveNorm2d,
-    ModulatedBatchNorm2d,
-    ModulatedGroupNorm,
-    Modulation,
-    Pooled,
-    groups_of,
-)
+from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer", "adaptive"]
@@ -179,14 +172,13 @@ class ModulatedResNet(nn.Module):
         Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
         i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then computed once an image.
         """
-        begin = images.stage + 1 if isinstance(images, StageMap) else 0
-        map_ = images.map if isinstance(images, StageMap) else images
+        map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
         if places is not None:
             shared = self.unconditioned_stage()
             if shared is not None and begin <= shared:
                 map_, begin = self._run(map_, range(begin, shared + 1), {}), shared + 1
             map_ = map_[places]
-        return self._run(map_, range(begin, 5), self._deltas(modulation, map_.shape[0]))
+        return self._run(map_, range(begin, 5), self._deltas(modulation, len(map_)))
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""

@@ -119,7 +119,6 @@ def test_only_what_the_recipe_names_changes(tiny, recipe):
 
 
 def test_a_conditioned_network_must_predict_something(tiny):
-
     with pytest.raises(InputError, match="cbn"):
         build_model(load_settings(tiny, ["cbn.gamma=false", "cbn.beta=false"]), 20, 10, pretrained=False)
 
@@ -183,10 +182,3 @@ def test_nothing_of_a_loaded_model_is_left_on_meta(trained):
     found = list(tensors_in(model, set()))
     assert len(found) > len(list(model.parameters()))
     assert not [tensor.shape for tensor in found if tensor.is_meta]
-
-
-def test_a_loaded_model_predicts_the_same_deltas_in_one_product_as_one_by_one(trained):
-    model = load_model(trained).model
-    hidden = torch.randn(3, len(model.predictor.gamma.hidden_bias))
-    for mlps in (model.predictor.gamma, model.predictor.beta):
-        torch.testing.assert_close(mlps._in_one_product(hidden), mlps._one_by_one(hidden))

@@ -198,10 +198,7 @@ def test_wrong_words_are_one_clear_line(base, word, message):
         ("name: x", "is missing"),
         ("name: !!python/object/apply:os.system ['touch ran']", "wrong.yaml: line 1"),
         ("? [a]\n: 1", "wrong.yaml"),
-        (
-            "data:\n  images: {image_id}.jpg\n",
-            "line 2: .*; a text with braces must be in quotes, as '{image_id}.jpg'",
-        ),
+        ("data:\n  images: {image_id}.jpg\n", "line 2: .*; a text with braces must be in quotes, as '{image_id}.jpg'"),
         ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must be in quotes"),
     ],
 )

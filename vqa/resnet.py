@@ -178,7 +178,7 @@ class ModulatedResNet(nn.Module):
             if shared is not None and begin <= shared:
                 map_, begin = self._run(map_, range(begin, shared + 1), {}), shared + 1
             map_ = map_[places]
-        return self._run(map_, range(begin, 5), self._deltas(modulation, len(map_)))
+        return self._run(map_, range(begin, 5), self._deltas(modulation, map_.shape[0]))
 
     def prefix(self, images: Tensor, stage: int) -> StageMap:
         """Normalised images [B, 3, S, S] → the map after the stem (stage 0) or a stage, without any modulation."""

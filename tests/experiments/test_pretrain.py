@@ -1,4 +1,4 @@
-"""`pretrain`: what it learns, that it resumes bit for bit, and how it refuses."""
+"""`pretrain`, and the backbones of scenes: what is learnt, that it resumes bit for bit, and how it refuses."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from experiments import pretrain
 from experiments.training.checkpoint import load_checkpoint
@@ -226,3 +226,49 @@ def test_a_backbone_of_scenes_that_two_processes_need_is_made_once(tmp_path, mon
         other = pool.submit(pretrain.pretrain_backbone, tmp_path / "b.safetensors", "resnet10", **made)
     assert one.result() == other.result() == 50
     assert trained == [1]
+
+
+def test_a_users_weights_are_not_overwritten(tmp_path):
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    for name in ("mine.safetensors", "mine.pth", "none"):
+        with pytest.raises(InputError, match=name):
+            pretrain.pretrain_backbone(tmp_path / name, "resnet10", **made)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+
+
+def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    file = tmp_path / "backbone.safetensors"
+    accuracy = pretrain.pretrain_backbone(file, "resnet10", **made)
+    before = file.read_bytes()
+    assert pretrain.pretrain_backbone(file, "resnet10", **made) == accuracy
+    assert file.read_bytes() == before
+    for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
+        with pytest.raises(InputError, match=f"pretrained with {next(iter(other))}"):
+            pretrain.pretrain_backbone(file, "resnet10", **made | other)
+        assert file.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {file.name}
+
+
+def test_a_backbone_names_its_worlds_shapes_and_does_not_depend_on_the_number_of_cores(tmp_path):
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            file = tmp_path / f"{count}.safetensors"
+            pretrain.pretrain_backbone(file, "resnet10", world="large", seed=1, image_size=32, images=128, epochs=1)
+            assert torch.get_num_threads() == count
+            made.append(file.read_bytes())
+            assert load_file(file)["fc.weight"].shape[0] == 8
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1]
+
+
+def test_a_backbone_that_does_not_say_all_it_was_made_with_is_refused(tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
+    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
+    with pytest.raises(InputError, match="pretrained with world None, not small; remove it or name another"):
+        pretrain.pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from tests.bad_files import png, png_block
 from vqa.io.errors import InputError
@@ -40,8 +41,6 @@ def test_files_that_are_no_images_are_named(tmp_path, content):
 
 
 def test_normalisation_is_torchvisions(tmp_path):
-    from torchvision.transforms.v2.functional import normalize, to_dtype
-
     preprocessing = Preprocessing(8)
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     expected = normalize(to_dtype(images.permute(0, 3, 1, 2), scale=True), preprocessing.mean, preprocessing.std)

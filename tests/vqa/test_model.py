@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from experiments.training.optimiser import build_optimiser
 from tests.models import example
 from vqa.build import build_model
+from vqa.devices import autocast
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
@@ -124,8 +125,6 @@ def test_a_conditioned_network_must_predict_something(tiny):
 
 
 def test_bfloat16_on_a_cpu_stays_near_float32(settings):
-    from vqa.devices import autocast
-
     model = build_model(settings, 20, 10, pretrained=False).eval()
     batch = example()
     with autocast(torch.device("cpu"), "bfloat16"):

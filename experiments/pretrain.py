@@ -209,8 +209,7 @@ def _train(
                     stop.obey()
         resnet.eval()
         with torch.inference_mode():
-            others = pixels[images:].split(256)
-            predicted = torch.cat([logits_of(some).argmax(1) for some in others])
+            predicted = torch.cat([logits_of(some).argmax(1) for some in pixels[images:].split(256)])
     return resnet, (predicted.cpu().numpy(), labels[images:].cpu().numpy())
 
 

@@ -100,11 +100,7 @@ _Loader.add_implicit_resolver(*POWER_OF_TEN)
 
 
 def load_settings(
-    file: Path,
-    overrides: Iterable[str] = (),
-    *,
-    where: str = "command line",
-    under: Mapping[str, Any] | None = None,
+    file: Path, overrides: Iterable[str] = (), *, where: str = "command line", under: Mapping[str, Any] | None = None
 ) -> Settings:
     """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
 

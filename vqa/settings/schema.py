@@ -96,6 +96,12 @@ class BackboneSettings(_Section):
     train: Literal["none", "stage4", "batchnorm"]
     statistics: Literal["population", "reestimated", "batch"]
 
+    @model_validator(mode="after")
+    def _seed_is_of_a_file(self) -> "BackboneSettings":
+        if self.seed is not None and not self.weights.endswith(".safetensors"):
+            raise ValueError(f"seed: needs weights that are pretrained here, a .safetensors file, not {self.weights!r}")
+        return self
+
 
 class CBNSettings(_Section):
     """Which norms are conditioned on the question, and how (sections 2 and 3 of the paper)."""

@@ -224,8 +224,7 @@ class Trainer:
         if self.processes.is_main:
             if is_best:
                 splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
-                facts = {"trained_on": list(splits)}
-                facts |= {key: line[key] for key in ("epoch", "val_overall")}
+                facts = {"trained_on": list(splits)} | {key: line[key] for key in ("epoch", "val_overall")}
                 save_weights(self.run.model, self.model, facts)
             self._report(line)
         self._save_checkpoint()
@@ -234,15 +233,9 @@ class Trainer:
         """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
         try:
             with self.stop.suspended():
-                classes = predict_classes(
-                    self.model,
-                    self.validation,
-                    self.settings,
-                    self.processes,
-                    prepare_images=self.images.prepare,
-                    what=f"{self.run.path}: validation {self.progress.epoch}",
-                )
-                return self.task.score(classes)
+                given = (self.model, self.validation, self.settings, self.processes)
+                what = f"{self.run.path}: validation {self.progress.epoch}"
+                return self.task.score(predict_classes(*given, prepare_images=self.images.prepare, what=what))
         except Interrupted:
             self._save_if_alone()
             raise

@@ -156,6 +156,15 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
     assert sum(layer["channels"] for layer in first["layers"]) == 480
     assert first["layers"][0]["delta_gamma"] != second["layers"][0]["delta_gamma"]
     assert first["layers"][0]["gamma"] == second["layers"][0]["gamma"]
+    apart = {
+        one["name"]: sum(
+            abs(a - b) for part in ("delta_gamma", "delta_beta") for a, b in zip(one[part], other[part], strict=True)
+        )
+        / one["channels"]
+        for one, other in zip(first["layers"], second["layers"], strict=True)
+    }
+    largest = max(apart, key=apart.get)
+    assert f"difference of the two, mean |Δγ| + |Δβ|: {largest} {apart[largest]:.3f}, layer" in ended.out
     for glimpse in first["attention"]:
         assert sum(map(sum, glimpse)) == pytest.approx(1, abs=1e-5)
     with (out / "modulation.csv").open(newline="") as file:

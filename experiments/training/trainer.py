@@ -26,7 +26,7 @@ from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
 from vqa.resnet import ModulatedResNet
-from vqa.saved_model.files import WEIGHTS, load_model, save_weights
+from vqa.saved_model.files import load_model, save_weights, weight_files
 from vqa.settings.schema import Settings
 
 
@@ -122,7 +122,7 @@ def prepare(
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        weights = warm.folder / WEIGHTS if warm is not None else None
+        weights = weight_files(warm.folder) if warm is not None else []
         run.start(settings, device, size, trainer.trained_count, weights)
         task.save_companions(run.model)
     return trainer

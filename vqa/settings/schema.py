@@ -103,6 +103,16 @@ class BackboneSettings(_Section):
         return self
 
 
+CONDITIONS = {  # `cbn.condition` in words
+    "question": "the question",
+    "kind": "the question's kind",
+    "image": "the image (a control)",
+    "constant": "a constant (a control)",
+    "mean_question": "one fixed vector (a control)",
+    "shuffled": "another question (a control)",
+}
+
+
 class CBNSettings(_Section):
     """Which norms are conditioned on the question, and how (sections 2 and 3 of the paper)."""
 

@@ -16,8 +16,10 @@ from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
 from experiments.recalibrate import recalibrate
 from experiments.tasks.vqa import VQATask
+from experiments.training.nonfinite import NotFiniteError
+from experiments.training.optimiser import rate_factor
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare, train
+from experiments.training.trainer import Trainer, prepare, train
 from tests.runs import lines, same_weights, weights
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -145,14 +147,38 @@ def test_statistics_of_one_value_are_not_re_estimated(tiny, tmp_path, at_32_px):
 
 
 def test_the_best_epochs_model_is_kept_training_stops_early_and_tensorboard_has_it(tiny, tmp_path, monkeypatch):
-    scores = iter([30.0, 50.0, 40.0, 45.0, 99.0])
+    scores = iter([30.0, 50.0, 50.0, 45.0, 99.0])  # of equal ones the first
     real = VQATask.score
     monkeypatch.setattr(VQATask, "score", lambda *given: real(*given) | {"overall": next(scores)})
     settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2", "train.tensorboard=true"])
     run = train(settings, runs=tmp_path).path
-    assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
+    assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 50.0, 45.0]
     assert load_model(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
     assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_a_line_of_the_metrics_is_of_its_epoch_alone(tiny, tmp_path, monkeypatch):
+    """The mean loss of the steps that were taken, the learning rate in the whole run, the time since its beginning."""
+    outcomes = iter([1.0, NotFiniteError("lost", [0]), 5.0, 2.0, 4.0, 6.0])
+
+    def steps(self, _model, batches):
+        for _ in batches:
+            self.state.optimiser.step()
+            self.state.schedule.step()
+            yield next(outcomes)
+
+    monkeypatch.setattr(Trainer, "steps", steps)
+    words = ["train.epochs=2", "train.skip_not_finite=1", "train.validate_on=null"]
+    trainer = prepare(VQATask(load_settings(tiny, words)), RunDirectory(tmp_path), Processes())
+    trainer.progress.seconds = 1000.0  # before a resume
+    trainer.run_epochs()
+    first, second = lines(tmp_path, without=())
+    assert (first["steps_left_out"], second["steps_left_out"]) == (1, 0)
+    assert [first["train_loss"], second["train_loss"]] == [3.0, 4.0]
+    assert first["seconds"] >= 1000 > second["seconds"]
+    train = trainer.settings.train
+    rates = [train.learning_rate * rate_factor(train, step, 6) for step in (3, 6)]
+    assert [first["learning_rate"], second["learning_rate"]] == pytest.approx(rates)
 
 
 def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):

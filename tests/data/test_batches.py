@@ -110,6 +110,9 @@ def test_evaluation_meets_every_question_once(dataset):
     for world in (1, 3):
         met = [r for rank in range(world) for batch in batches_by_image(dataset.table, 7, rank, world) for r in batch]
         assert sorted(met) == list(range(len(dataset)))
+    table = dataset.table.select(np.random.default_rng(0).permutation(len(dataset)))
+    met = [row for batch in batches_by_image(table, 7) for row in batch]
+    assert table.images[met].tolist() == sorted(table.images)  # so that questions on an image share it
 
 
 @pytest.mark.parametrize("workers", [0, 2])

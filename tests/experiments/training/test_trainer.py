@@ -198,6 +198,13 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
         count = len(file["splits/train/ids"])
     train(load_settings(tiny, ["name=fewer", f"data.h5={copy}"]), runs=tmp_path)
     assert f"{count - lost} questions" in capsys.readouterr().out
+    few = load_settings(tiny, [f"data.h5={tmp_path}/few.h5", "data.answers=2"])
+    preprocess(**preprocessing_of(few))
+    task = VQATask(few)
+    table, classes = task.store.table("train"), set(task.store.vocabulary)
+    known = [id_ for row, id_ in enumerate(table.ids) if classes & set(table.answers(row))]
+    assert 0 < len(known) < len(table)
+    assert task.training.ids.tolist() == known
 
 
 @pytest.mark.parametrize(

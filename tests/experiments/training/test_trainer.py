@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import h5py
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from data.batches import EpochSampler
 from data.h5_file import H5Images, _digest_of
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
@@ -55,6 +57,20 @@ def test_the_same_seed_gives_the_same_weights(tiny, trained, tmp_path):
     assert same_weights(trained, same)
     assert lines(trained) == lines(same)
     assert not same_weights(trained, other)
+
+
+def test_the_order_of_the_questions_is_that_of_the_settings(tiny):
+    task = VQATask(load_settings(tiny, ["seed=5", "train.together=3", "train.batch_size=8"]))
+    expected = EpochSampler(task.training.images, 8, 5, epoch=2, rank=1, world_size=2, together=3, start=1)
+    assert list(task.sampler(Processes(1, 1, 2), 2, 1)) == list(expected)
+
+
+def test_kinds_are_the_most_common_first_words_of_training_questions(tiny):
+    task = VQATask(load_settings(tiny, ["cbn.condition=kind"]))
+    counts = Counter(tuple(task.training.words(row)[:2].tolist()) for row in range(len(task.training)))
+    expected = sorted(counts, key=lambda pair: (-counts[pair], pair))
+    found = task.new_model(fresh=True, say=print).kinds.first_words[: len(expected)]
+    assert found.tolist() == [list(pair) for pair in expected]
 
 
 def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):

@@ -102,6 +102,20 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+def test_answers_are_predicted_without_dropout_whatever_the_mode_of_the_model(trained):
+    saved = load_model(trained / "model", torch.device("cpu"))
+    settings = load_saved(trained / "model" / "config.yaml", ["workers=0"])
+    modes = []
+
+    def see(images):
+        modes.append(saved.model.fusion.training)
+        return saved.preprocessing.normalise(images)
+
+    saved.model.train()
+    predict_classes(saved.model, split_data(saved, settings, "val"), settings, Processes(), prepare_images=see, what="")
+    assert set(modes) == {False}
+
+
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc on this machine")
 def test_what_is_kept_of_answered_batches_holds_no_file_of_a_worker_open(trained):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from data.batches import Batch, EpochSampler
 from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
-from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
+from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint, read_as_checkpoint
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import build_optimiser, build_schedule, trained_parameters
@@ -63,8 +64,8 @@ def train(
             raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
-        if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
-            early = len(saved["progress"]["history"]) < settings.train.epochs
+        if saved is not None and saved["progress"].is_finished(settings.train):
+            early = len(saved["progress"].history) < settings.train.epochs
             why = ", stopped early by train.patience (raise it to continue)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
@@ -73,13 +74,15 @@ def train(
 
 
 def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
-    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
+    """Reads the checkpoint. Raises InputError if it is none, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
-    saved["progress"].pop("finished", None)  # of earlier versions
-    if saved["data"] != task.identity:
-        raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
-    if (count := len(saved["processes"])) != processes.world_size:
-        raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
+    with read_as_checkpoint(run.checkpoint):
+        saved["progress"].pop("finished", None)  # of earlier versions
+        saved["progress"] = TypeAdapter(Progress).validate_python(saved["progress"])
+        if saved["data"] != task.identity:
+            raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
+        if (count := len(saved["processes"])) != processes.world_size:
+            raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
     return saved
 
 
@@ -114,7 +117,8 @@ def prepare(
     schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
     state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=seen))
     if saved is not None:
-        state.restore(saved, processes.rank)
+        with read_as_checkpoint(run.checkpoint):
+            state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
         if init_from is not None:
             processes.say(f"--init-from: {init_from} is not read again: the checkpoint holds all weights")

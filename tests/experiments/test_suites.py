@@ -75,7 +75,9 @@ def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch)
             continue
         walked |= paths
         settings = load_settings(suite.recipe, (*run.words, *words))  # two runs may be the same with these words
-        job = Job(replace(run, settings=settings.model_copy(update={"name": run.settings.name})), next(iter(suite.seeds)))
+        job = Job(
+            replace(run, settings=settings.model_copy(update={"name": run.settings.name})), next(iter(suite.seeds))
+        )
         run_job(job, suite, runs)
         assert job.is_finished(runs, suite.tests)
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())

@@ -155,6 +155,26 @@ def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
         train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
 
 
+def test_a_checkpoint_of_another_program_is_one_line(tiny, finished, tmp_path):
+    file = finished / "checkpoints/last.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["progress"] |= {"epoch": 1, "step": 3, "history": []}  # not finished
+    contents = [
+        [saved],
+        {"state_dict": saved["model"], "epoch": 3},
+        saved | {"progress": {"epoch": "first"}},
+        saved | {"schedule": {}},
+    ]
+    contents += [saved | {part: wrong} for part in saved for wrong in ([1], {"a": 1}, None)]
+    contents += [saved | {"processes": [{"loss_sum": 0.0, "random": wrong}]} for wrong in ({}, {"cpu": [1]})]
+    for content in contents:
+        torch.save(content, file)
+        with pytest.raises(
+            InputError, match=r"last.pt: (cannot be read as a checkpoint \(.|made by)|not the data that"
+        ):
+            train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+
+
 def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
     from data.preprocess import preprocess
     from data.scenes.write import write_world

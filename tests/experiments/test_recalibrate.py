@@ -44,6 +44,13 @@ def test_the_files_of_a_recipe_are_found_whatever_their_names(command, trained, 
     assert ended.code == 0, ended.err
 
 
+def test_without_an_h5_file_the_raw_files_of_the_recipe_are_read(refused, trained, tiny, tmp_path):
+    recipe = tmp_path / "named.yaml"
+    recipe.write_text(f"base: {tiny}\ndata: {{h5: nowhere.h5, splits: {{train: {{questions: other.json}}}}}}\n")
+    said = refused("recalibrate", "--run", trained, "--config", recipe, "--out", tmp_path / "out")
+    assert "world/other.json: no such file, and no nowhere.h5" in said
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -1,6 +1,7 @@
 """Resume: exact after any step, what may change, and what is refused; checkpoints are written whole."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -195,6 +196,15 @@ def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, finished, tm
     for resume in (False, True):
         with pytest.raises(InputError, match="trained"):
             train(load_settings(tiny, ["name=trained"]), resume=resume, runs=tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("copy", ["copy/model", "copy"])
+def test_a_copied_model_is_not_trained_over(tiny, trained, tmp_path, copy, resume):
+    shutil.copytree(trained / "model", tmp_path / copy)
+    with pytest.raises(InputError, match="copy: holds a model that was not trained here; choose another"):
+        train(load_settings(tiny, ["name=copy", "cbn.stages=[]"]), resume=resume, runs=tmp_path)
+    assert {file.name for file in (tmp_path / copy).iterdir()} == {file.name for file in (trained / "model").iterdir()}
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):

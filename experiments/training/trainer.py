@@ -231,8 +231,9 @@ class Trainer:
                 facts = {"trained_on": list(splits)}
                 facts |= {key: line[key] for key in ("epoch", "val_overall")}
                 save_weights(self.run.model, self.model, facts)
-            self._report(line)
+            self._write(line)
         self._save_checkpoint()
+        self._report(line)  # last: a closed or full standard output ends the run
 
     def _validate(self) -> Scores:
         """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
@@ -251,7 +252,7 @@ class Trainer:
             self._save_if_alone()
             raise
 
-    def _report(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         self.run.write_metrics(self.progress.history)
         if self.writes_tensorboard:
             try:
@@ -259,10 +260,12 @@ class Trainer:
             except NotWrittenError as error:
                 print(f"{error}; training continues without TensorBoard", flush=True)
                 self.writes_tensorboard = False
+
+    def _report(self, line: dict[str, Any]) -> None:
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
         epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
-        print(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s", flush=True)
+        self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, from batch `start` on; a signal ends the wait for one."""

@@ -207,6 +207,18 @@ def test_a_copied_model_is_not_trained_over(tiny, trained, tmp_path, copy, resum
     assert {file.name for file in (tmp_path / copy).iterdir()} == {file.name for file in (trained / "model").iterdir()}
 
 
+def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny, tmp_path, monkeypatch):
+    def closed(text, **_):
+        if text.startswith("epoch "):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        train(load_settings(tiny, ["name=mine", "train.epochs=2", "train.checkpoint_every=0"]), runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert (saved["progress"]["epoch"], len(lines(tmp_path / "mine"))) == (2, 1)
+
+
 def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     settings = load_settings(tiny, ["name=mine", "train.epochs=2"])
     real, saves = torch.save, []

@@ -17,7 +17,7 @@ from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
+OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO)  # why standard output may fail
 RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep finished work
 
 

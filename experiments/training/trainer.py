@@ -77,7 +77,6 @@ def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dic
     """Reads the checkpoint. Raises InputError if it is none, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
     with read_as_checkpoint(run.checkpoint):
-        saved["progress"].pop("finished", None)  # of earlier versions
         saved["progress"] = TypeAdapter(Progress).validate_python(saved["progress"])
         if saved["data"] != task.identity:
             raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
@@ -199,6 +198,9 @@ class Trainer:
                 if due:
                     self._save_checkpoint()
                 self._stop_if_asked(save=not due)
+        except OSError:  # standard output or error, as of a terminal that is gone
+            self._save_if_alone()
+            raise
         except NotFiniteError as error:
             raise InputError(
                 f"{self._at_step(error)}; a lower train.learning_rate or train.clip under another `name` may help, "

@@ -1,5 +1,7 @@
 """Resume: exact after any step, what may change, and what is refused; checkpoints are written whole."""
 
+import errno
+import itertools
 import json
 import shutil
 
@@ -205,6 +207,18 @@ def test_a_copied_model_is_not_trained_over(tiny, trained, tmp_path, copy, resum
     with pytest.raises(InputError, match="copy: holds a model that was not trained here; choose another"):
         train(load_settings(tiny, ["name=copy", "cbn.stages=[]"]), resume=resume, runs=tmp_path)
     assert {file.name for file in (tmp_path / copy).iterdir()} == {file.name for file in (trained / "model").iterdir()}
+
+
+def test_steps_are_kept_where_their_progress_cannot_be_shown(tiny, tmp_path, monkeypatch):
+    def gone(batches, *_, **__):
+        yield from itertools.islice(batches, 2)
+        raise OSError(errno.EIO, "terminal")
+
+    monkeypatch.setattr("experiments.training.trainer.shown", gone)
+    with pytest.raises(OSError, match="terminal"):
+        train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert (saved["progress"]["step"], saved["schedule"]["last_epoch"]) == (2, 2)
 
 
 def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny, tmp_path, monkeypatch):

@@ -250,7 +250,7 @@ class Trainer:
                     what=f"{self.run.path}: validation {self.progress.epoch}",
                 )
                 return self.task.score(classes)
-        except Interrupted:
+        except (Interrupted, OSError):  # as in `_train_epoch`
             self._save_if_alone()
             raise
 

@@ -209,16 +209,17 @@ def test_a_copied_model_is_not_trained_over(tiny, trained, tmp_path, copy, resum
     assert {file.name for file in (tmp_path / copy).iterdir()} == {file.name for file in (trained / "model").iterdir()}
 
 
-def test_steps_are_kept_where_their_progress_cannot_be_shown(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("of", "steps"), [("trainer.shown", 2), ("loop.progress", 3)])  # in training, in validation
+def test_steps_are_kept_where_their_progress_cannot_be_shown(tiny, tmp_path, monkeypatch, of, steps):
     def gone(batches, *_, **__):
         yield from itertools.islice(batches, 2)
         raise OSError(errno.EIO, "terminal")
 
-    monkeypatch.setattr("experiments.training.trainer.shown", gone)
+    monkeypatch.setattr(f"experiments.training.{of}", gone)
     with pytest.raises(OSError, match="terminal"):
-        train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+        train(load_settings(tiny, ["name=mine", "train.checkpoint_every=0"]), runs=tmp_path)
     saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
-    assert (saved["progress"]["step"], saved["schedule"]["last_epoch"]) == (2, 2)
+    assert (saved["progress"]["step"], saved["schedule"]["last_epoch"]) == (steps, steps)
 
 
 def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ _BELONG = {  # options of a command that do nothing without something else: what
         (
             "at_once",
             "running all that is missing",
-            lambda given: not (given.does != "run" or given.only or given.cluster),
+            lambda given: given.does == "run" and not (given.only or given.cluster),
         ),
         ("resources", "--submit", lambda given: given.cluster),
     ],

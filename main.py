@@ -175,7 +175,7 @@ def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
     from experiments.gpu.check import gpu_check as run
 
     failed = run(out, suites=SUITES if suites is None else suites, **options)
-    print(f"\n{out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "all passed"))
+    print(f"\n{out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "no step failed"))
     if failed:
         sys.exit(1)
 

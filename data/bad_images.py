@@ -21,14 +21,10 @@ def stand_in(size: int) -> np.ndarray:
 
 def check_any_exists(files: Iterable[Path], split: str) -> None:
     """Raise InputError if no image of a split exists: its pattern must be wrong."""
-    first = None
-    for file in files:
-        if file.exists():
-            return
-        first = first or file
-    if first is not None:
+    files = list(files)
+    if files and not any(file.exists() for file in files):
         raise InputError(
-            f"{first}: no such file, nor any other image of split {split!r}; see data.splits.{split}.images"
+            f"{files[0]}: no such file, nor any other image of split {split!r}; see data.splits.{split}.images"
         )
 
 

@@ -129,8 +129,7 @@ class QuestionDataset(Dataset):
             images = [
                 self.augmentation.augment(image, self.epoch, row) for image, row in zip(images, rows, strict=True)
             ]
-        images = np.stack(images)
-        images, places = torch.from_numpy(images), torch.from_numpy(places)
+        images, places = torch.from_numpy(np.stack(images)), torch.from_numpy(places)
         words, labels = padded_words(self.table, rows), torch.from_numpy(self.labels[rows])
         extras = {name: torch.from_numpy(values[rows]) for name, values in self.table.extras.items()}
         return Batch(images, places, *words, labels, torch.tensor(rows), extras)

@@ -20,7 +20,7 @@ _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{2}"
 )
 
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # as an h5 file holds them
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # as an h5 file holds them
 
 
 class Question(msgspec.Struct, frozen=True, gc=False):
@@ -37,12 +37,12 @@ class Question(msgspec.Struct, frozen=True, gc=False):
 
 # Entries of the official files; other fields are ignored.
 class _Asked(msgspec.Struct, gc=False):
-    question_id: _Id
-    image_id: _Id
+    question_id: Id
+    image_id: Id
     question: str
 
     def __post_init__(self) -> None:
-        _check_texts([self.question])
+        check_texts([self.question])
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -51,14 +51,14 @@ class _Answer(msgspec.Struct, gc=False):
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    question_id: _Id
-    image_id: _Id
+    question_id: Id
+    image_id: Id
     question_type: str
     answer_type: str
     answers: Annotated[tuple[_Answer, ...], msgspec.Meta(min_length=1, max_length=MOST_ANSWERS)]
 
     def __post_init__(self) -> None:
-        _check_texts({self.question_type, self.answer_type, *(given.answer for given in self.answers)})
+        check_texts({self.question_type, self.answer_type, *(given.answer for given in self.answers)})
 
 
 class _QuestionFile(msgspec.Struct):
@@ -205,7 +205,8 @@ def _with_line(error: msgspec.DecodeError, text: str) -> str:
     return f"line {len(lines)}, column {len(lines[-1]) + 1}: {reason}"
 
 
-def _check_texts(texts: Iterable[str]) -> None:
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise ValueError if a text cannot be used."""
     for text in texts:
         if wrong := unusable(text):
             raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")

@@ -78,7 +78,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings, recipe, run, question, suite = (_Parser(add_help=False) for _ in range(5))  # options of several commands
     settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
-    recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml")
+    recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the recipe")
     run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
     _question_options(question)
 
@@ -87,7 +87,8 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
         return commands.add_parser(name, parents=shared, help=about, description=about)
 
     demo = command("demo", settings)
-    demo.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml")
+    of_demo = "a recipe with scenes (config/demo.yaml)"
+    demo.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml", help=of_demo)
 
     command("preprocess", recipe, settings)
 
@@ -99,13 +100,13 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     train.add_argument("--init-from", type=Path, metavar="DIR", help=init)
 
     evaluate = command("eval", run, settings)
-    evaluate.add_argument("--split", default="val")
+    evaluate.add_argument("--split", default="val", help="the split that is answered (val)")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; by default DIR of --run")
     evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, and mark it")
 
     ask = command("ask", run, question)
     ask.add_argument("--top", type=_positive, default=5, metavar="N", help="answers shown (5)")
-    ask.add_argument("--json", action="store_true", dest="as_json")
+    ask.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
     inspect = command("inspect", run, question)
     inspect.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
@@ -124,14 +125,14 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     _bench_options(command("bench"))
     _gpu_check_options(command("gpu-check"))
     _features_options(command("features", settings))
-    suite.add_argument("file", type=Path, metavar="SUITE.yaml")
+    suite.add_argument("file", type=Path, metavar="SUITE.yaml", help="as those in experiments/suites/")
     _experiment_options(command("experiment", suite, settings))  # the file first, then KEY=VALUE
     return parser
 
 
 def _question_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--image", type=Path, required=True, metavar="FILE")
-    added.add_argument("--question", required=True, metavar="TEXT")
+    added.add_argument("--image", type=Path, required=True, metavar="FILE", help="any image file")
+    added.add_argument("--question", required=True, metavar="TEXT", help="one question about it")
     box = "box of the object that the question is about, in pixels from the top left (GuessWhat?!)"
     added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
     added.add_argument("--category", metavar="NAME", help="category of that object (GuessWhat?!)")
@@ -156,7 +157,7 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (auto)")
     added.add_argument("--images", type=_positive, default=4000, metavar="N", help="images of the part scale (4000)")
     added.add_argument("--tiny", action="store_true", help="a small network and few images, to test that it runs")
-    added.add_argument("--json", action="store_true", dest="as_json")
+    added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
 
 
@@ -168,7 +169,11 @@ def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     )
     suites = added.add_mutually_exclusive_group()
     suites.add_argument(
-        "--suite", dest="suites", action="append", metavar="NAME", help="a suite, instead of the default ones"
+        "--suite",
+        dest="suites",
+        action="append",
+        metavar="NAME",
+        help="a suite, instead of the default; can be repeated",
     )
     suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="run no suite")
     added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
@@ -178,7 +183,7 @@ def _gpu_check_options(added: argparse.ArgumentParser) -> None:
 
 def _features_options(added: argparse.ArgumentParser) -> None:
     added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="can be repeated")
-    added.add_argument("--split", default="val")
+    added.add_argument("--split", default="val", help="the split that the pairs are from (val)")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="seed of pairs, folds and t-SNE (0)")
     added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
@@ -187,7 +192,7 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 def _experiment_options(added: argparse.ArgumentParser) -> None:
     at_once = "parallel runs; by default one per GPU, or one per core"
     added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
-    added.add_argument("--seed", type=int, metavar="N")
+    added.add_argument("--seed", type=int, metavar="N", help="the seed of the run that --only names")
     resources = 'resources of each task: "timeout_min=240 gpus_per_node=1"'
     added.add_argument("--resources", default="", metavar="TEXT", help=resources)
     instead = added.add_mutually_exclusive_group()

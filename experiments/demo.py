@@ -66,19 +66,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
             shutil.rmtree(out / model, ignore_errors=True)
         (out / "summary.json").unlink()
 
-    print("1/6  drawing scenes, asking questions", flush=True)
-    prepare_world(settings)
-    print("2/6  preprocessing into h5", flush=True)
-    preprocess(**preprocessing_of(settings))
-    print("3/6  pretraining the backbone", flush=True)
-    named = prepare_backbone(settings)
-    print(f"the backbone names {named:.1f} % of its held-out images")
-    scores: dict[str, Scores] = {}
-    for step, model in enumerate(MODELS, 4):
-        print(f"{step}/6  training {model}", flush=True)
-        train(_recipe(settings, model), resume=True, runs=runs)
-        scores[model] = evaluate(out / model, "val")
-
+    named, scores = _train_both(settings, runs)
     print("6/6  inspecting one question", flush=True)
     store = Store(Path(settings.data.h5))
     training, table = store.table("train"), store.table("val")
@@ -101,23 +89,11 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     }
     ask = ["ask", "--run", str(out / "modern"), "--image", str(example), "--question", questions[0]]
     ask_command = shlex.join(["python", "main.py", *ask])
-    shown = range(0, len(table), max(len(table) // EXAMPLES, 1))[:EXAMPLES]
     content = {
         "questions": len(table),
         "curves": {model: _curve(out / model) for model in MODELS},
-        "settings": {
-            "training questions": len(training),
-            "validation questions": len(table),
-            "image size": settings.data.image_size,
-            "backbone": settings.backbone.name,
-            "epochs": settings.train.epochs,
-            "batch": settings.train.batch_size,
-        },
-        "examples": [
-            {"image": read_image(images[row]), "question": table.texts[row], "truth": table.answers(row)[0]}
-            | {model: answers[model][row] for model in MODELS}
-            for row in shown
-        ],
+        "settings": _described(settings, training, table),
+        "examples": _examples(answers, table, images),
         "commands": [
             ask_command,
             f"python main.py eval --run {out / 'baseline'}",
@@ -167,6 +143,27 @@ def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[st
     return [counts.most_common(1)[0][0] if counts else "" for counts in known]
 
 
+def _train_both(settings: Settings, runs: Path) -> tuple[float, dict[str, Scores]]:
+    """Make the world and the backbone, then both models.
+
+    Returns:
+        Percent of the held-out images that the backbone names, and the scores of each model.
+    """
+    print("1/6  drawing scenes, asking questions", flush=True)
+    prepare_world(settings)
+    print("2/6  preprocessing into h5", flush=True)
+    preprocess(**preprocessing_of(settings))
+    print("3/6  pretraining the backbone", flush=True)
+    named = prepare_backbone(settings)
+    print(f"the backbone names {named:.1f} % of its held-out images")
+    scores: dict[str, Scores] = {}
+    for step, model in enumerate(MODELS, 4):
+        print(f"{step}/6  training {model}", flush=True)
+        train(_recipe(settings, model), resume=True, runs=runs)
+        scores[model] = evaluate(runs / settings.name / model, "val")
+    return named, scores
+
+
 def _recipe(settings: Settings, model: str) -> Settings:
     changes: dict[str, Any] = {"name": f"{settings.name}/{model}"}
     if model == "baseline":
@@ -196,6 +193,26 @@ def _telling_rows(answers: dict[str, list[str]], table: QuestionTable) -> list[i
     chosen = max(range(len(table)), key=lambda row: (telling[row], table.question_types[row] == "what color", -row))
     others = [row for row in range(len(table)) if table.images[row] == table.images[chosen] and row != chosen]
     return [chosen, *others[:1]]
+
+
+def _described(settings: Settings, training: QuestionTable, table: QuestionTable) -> dict[str, Any]:
+    return {
+        "training questions": len(training),
+        "validation questions": len(table),
+        "image size": settings.data.image_size,
+        "backbone": settings.backbone.name,
+        "epochs": settings.train.epochs,
+        "batch": settings.train.batch_size,
+    }
+
+
+def _examples(answers: dict[str, list[str]], table: QuestionTable, images: list[Path]) -> list[dict[str, Any]]:
+    """Questions spread evenly over the table, with their images and the models' answers."""
+    return [
+        {"image": read_image(images[row]), "question": table.texts[row], "truth": table.answers(row)[0]}
+        | {model: answers[model][row] for model in MODELS}
+        for row in range(0, len(table), max(len(table) // EXAMPLES, 1))[:EXAMPLES]
+    ]
 
 
 def _curve(run: Path) -> list[float]:

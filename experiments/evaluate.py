@@ -59,14 +59,12 @@ def evaluate(
         InputError: no model, no such split, no data, a split that was trained on, `out` holds another model or another
             process evaluates into it, or the disk is full.
     """
-    check_overrides(overrides)
+    folder, settings = find_settings(run, overrides)
     out = out or run
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
-    folder = find_model(run)
     if (out / "config.yaml").exists() and out.resolve() not in (folder.resolve(), folder.parent.resolve()):
         raise InputError(f"{out}: holds another model, with results of its own; --out must name another directory")
-    settings = load_saved(settings_file(folder), overrides)
     processes = this_process()
     device = processes.device(settings.device)
     with together(processes, device), ExitStack() as stack:
@@ -115,14 +113,20 @@ def _write_scores(
     return scores
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises InputError if a `key=value` word would change what a trained model is."""
+def find_settings(run: Path, overrides: Sequence[str]) -> tuple[Path, Settings]:
+    """The model directory of a run, and its settings with `key=value` words over them.
+
+    Raises:
+        InputError: there is no model, or a word would change what it is.
+    """
     for word in overrides:
         if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
             raise InputError(
                 f"command line: {word}: a trained model cannot be changed; only where the data are, "
                 "data.skip_bad_images, device, precision, workers and train.batch_size can be given"
             )
+    folder = find_model(run)
+    return folder, load_saved(settings_file(folder), overrides)
 
 
 def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDataset:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, read_json, written_whole
-from vqa.saved_model.files import WEIGHTS, load_model
+from vqa.saved_model.files import load_model, weight_files
 
 
 def export(run: Path, to: Path, form: str) -> None:
@@ -26,7 +26,7 @@ def export(run: Path, to: Path, form: str) -> None:
     saved = load_model(run)
     if (task := saved.settings.task) != "vqa":
         raise InputError(f"{saved.folder}: a model of the task {task} cannot be exported; vqa.load reads it as it is")
-    check_room(to, (saved.folder / WEIGHTS).stat().st_size, "name another folder")
+    check_room(to, sum(file.stat().st_size for file in weight_files(saved.folder)), "name another folder")
     with written_whole(to) as aside:
         aside.mkdir()
         if form == "hub":
@@ -43,7 +43,7 @@ def _scores(run: Path, model: Path) -> list[dict[str, Any]]:
     """The scores that `eval` wrote into the run directory since the model was saved."""
     scores, wanted = [], {"split": str, "questions": int, "overall": float}
     for file in sorted(run.glob("metrics_*.json")):
-        if file.stat().st_mtime < (model / WEIGHTS).stat().st_mtime:
+        if file.stat().st_mtime < max(weights.stat().st_mtime for weights in weight_files(model)):
             print(f"{file}: older than the model, so not in its card; `eval` measures it again")
             continue
         content = read_json(file)

@@ -1,6 +1,7 @@
 """Pretrains a backbone to name the class of an image: the shape of one synthetic object, or the folder of any image."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -172,15 +173,9 @@ def _train(
         resnet = build_resnet(made["name"], classes=classes).to(place)
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_room(file, count * size * size * 3, "use smaller images")
-    with TemporaryFile(dir=file.parent) as aside:  # not in memory: 20 000 images of 224 px are 3 GB
-        with naming_write_errors(file):
-            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk kills a process that writes to a mapped file
-                os.posix_fallocate(aside.fileno(), 0, count * size * size * 3)
-            mapped = np.memmap(aside, np.uint8, shape=(count, size, size, 3))
-        labels = torch.from_numpy(fill(mapped)).to(place)
-        pixels = torch.from_numpy(mapped)
+    with _array_beside(file, (count, size, size, 3)) as array:
+        labels = torch.from_numpy(fill(array)).to(place)
+        pixels = torch.from_numpy(array)
 
         def logits_of(images: Tensor) -> Tensor:
             with autocast(place, made["precision"]):
@@ -214,8 +209,7 @@ def _train(
                     stop.obey()
         resnet.eval()
         with torch.inference_mode():
-            others = pixels[images:].split(256)
-            predicted = torch.cat([logits_of(some).argmax(1) for some in others])
+            predicted = torch.cat([logits_of(some).argmax(1) for some in pixels[images:].split(256)])
     return resnet, (predicted.cpu().numpy(), labels[images:].cpu().numpy())
 
 
@@ -225,6 +219,19 @@ def _saved(checkpoint: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     with read_as_checkpoint(checkpoint):
         _check_same(checkpoint, saved["made"], made)
     return saved
+
+
+@contextmanager
+def _array_beside(file: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """An array of uint8 in a temporary file beside `file`, not in memory: 20 000 images of 224 px are 3 GB."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_room(file, math.prod(shape), "use smaller images")
+    with TemporaryFile(dir=file.parent) as aside:
+        with naming_write_errors(file):
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk kills a process that writes to a mapped file
+                os.posix_fallocate(aside.fileno(), 0, math.prod(shape))
+            mapped = np.memmap(aside, np.uint8, shape=shape)
+        yield mapped
 
 
 def _shifted_and_mirrored(pixels: Tensor, rng: np.random.Generator) -> Tensor:

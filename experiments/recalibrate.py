@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from data.batches import EpochSampler
-from experiments.evaluate import check_overrides, split_data
+from experiments.evaluate import find_settings, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model.files import WEIGHTS, find_model, load_model, save_companions, save_weights, settings_file
-from vqa.settings.recipes import load_saved
+from vqa.saved_model.files import WEIGHTS, load_model, save_companions, save_weights
 
 
 def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
@@ -32,9 +31,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     Raises:
         InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
     """
-    check_overrides(overrides)
-    folder = find_model(run)
-    settings = load_saved(settings_file(folder), overrides)
+    folder, settings = find_settings(run, overrides)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
     copied = (out / "model" / WEIGHTS).exists() and not load_model(out).training.get("recalibrated_on")

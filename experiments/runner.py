@@ -48,7 +48,7 @@ class Job:
     @property
     def settings(self) -> Settings:
         """The settings it is trained with."""
-        return self.run.seeded(self.seed)
+        return self.run.settings[self.seed]
 
     def folder(self, runs: Path) -> Path:
         """Its run directory."""

@@ -4,7 +4,7 @@ A suite file (`experiments/suites/*.yaml`) holds
 
     title:     the question that the experiment asks
     recipe:    the recipe that the runs change, relative to the suite file
-    seeds:     the seeds each run is trained with: a list, or SEED: "key.sub=value …", what is changed with it
+    seeds:     the seeds each run is trained with: a list, or SEED: "key.sub=value …", what else changes with the seed
     baseline:  the row that the others are compared with
     runs:      NAME: {settings: "key.sub=value …", paper: {column: number}}
     tests:     (optional) NAME: {settings: "key.sub=value …", recalibrate: SPLIT}; each run is tested in each of these
@@ -14,6 +14,9 @@ A suite file (`experiments/suites/*.yaml`) holds
     contrasts: (optional) ROW: [ROW, …]: the first row less each of the others, by question type
     paper:     (optional) what the paper's numbers were measured on
     not_run:   (optional) NAME: {column: number}: rows of the paper without a run here
+
+A key that several of them set has the value of the last: recipe, seed, run, words of the command line; and of the data
+that a run is tested on, the test.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,19 +44,16 @@ _NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
 _Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
 _TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
 _Words = Annotated[str, AfterValidator(lambda text: tuple(shlex.split(text)))]
-
-
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _with_words(seeds: Any) -> Any:
-    if not isinstance(seeds, list):
-        return seeds
-    if any(type(seed) is not int for seed in seeds):
-        raise ValueError("must be whole numbers")
+    """A list of seeds as a mapping; the words of a seed that changes nothing else are empty."""
+    if not isinstance(seeds, list | dict) or any(type(seed) is not int for seed in seeds):
+        raise ValueError('must be whole numbers: a list, or SEED: "key.sub=value …"')
     if len(set(seeds)) < len(seeds):
         raise ValueError("duplicate value")
-    return dict.fromkeys(seeds, "")
+    return dict.fromkeys(seeds, "") if isinstance(seeds, list) else seeds
 
 
 class _Form(BaseModel):
@@ -116,14 +117,8 @@ class Run:
 
     name: str
     words: tuple[str, ...]  # its delta over the recipe
-    settings: Settings  # resolved; `name` is the directory that holds one run directory a seed
+    settings: Mapping[int, Settings]  # of each seed, resolved; `name` is the run directory
     paper: dict[str, float]
-    of_seeds: Mapping[int, Settings]  # of seeds that change more, as `settings`
-
-    def seeded(self, seed: int) -> Settings:
-        """The settings of one training, with its run directory as their `name`."""
-        settings = self.of_seeds.get(seed, self.settings)
-        return settings.model_copy(update={"seed": seed, "name": f"{settings.name}/seed_{seed}"})
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,7 @@ class Suite:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of its tables: of the task of its runs."""
-        return COLUMNS[self.runs[0].settings.task]
+        return COLUMNS[next(iter(self.runs[0].settings.values())).task]
 
     @property
     def rows(self) -> list[Row]:
@@ -185,19 +180,24 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         form = _SuiteForm.model_validate(read_yaml(file))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        key = ".".join(map(str, first["loc"])).removesuffix(".[key]")
+        why = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{file}: {key}: {why[0].lower()}{why[1:]}") from None
     recipe = file.parent / form.recipe
     plain = load_settings(recipe)
 
-    def resolved(name: str, changes: Sequence[str]) -> Settings:
-        settings = load_settings(recipe, (*changes, *words), where=f"{file}: {name}")
-        return settings.model_copy(update={"name": f"experiments/{plain.name}/{_directory(settings, plain)}"})
+    def resolved(name: str, changes: Sequence[str], seed: int) -> Settings:
+        where, changes = f"{file}: {_named(name, seed, form.seeds)}", (*form.seeds[seed], *changes, *words)
+        if given := next((word for word in changes if word.startswith(("seed=", "name="))), None):
+            raise InputError(f"{where}: {given}: a suite gives each run its seed and its name")
+        settings = load_settings(recipe, changes, where=where)
+        directory = f"experiments/{plain.name}/{_directory(settings, plain)}/seed_{seed}"
+        return settings.model_copy(update={"seed": seed, "name": directory})
 
-    runs = []
-    for name, run in form.runs.items():
-        of_seeds = {seed: resolved(name, (*more, *run.settings)) for seed, more in form.seeds.items() if more}
-        runs.append(Run(name, run.settings, resolved(name, run.settings), run.paper, of_seeds))
+    runs = [
+        Run(name, run.settings, {seed: resolved(name, run.settings, seed) for seed in form.seeds}, run.paper)
+        for name, run in form.runs.items()
+    ]
     tests = [Test(name, test.settings, test.recalibrate, form.split) for name, test in form.tests.items()]
     names = ("title", "seeds", "baseline", "order", "contrasts", "paper", "not_run")
     same = {name: getattr(form, name) for name in names}
@@ -207,17 +207,26 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     return suite
 
 
+def _named(run: str, seed: int, words: Mapping[int, Sequence[str]]) -> str:
+    """A run in messages, with a seed that changes more."""
+    return f"{run}, seed {seed}" if words[seed] else run
+
+
 def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
     names: dict[str, str] = {}
     folders: dict[str, str] = {}
-    for run in suite.runs:
-        data = run.settings.data
+    pretrainings: dict[str, int | None] = {}
+    for run, seed in product(suite.runs, suite.seeds):
+        name, settings = _named(run.name, seed, suite.seeds), run.settings[seed]
+        data, backbone = settings.data, settings.backbone
         if folders.setdefault(data.h5, data.folder) != data.folder:
-            yield f"{run.name}: data.folder={data.folder} needs a data.h5 of its own"
-        other = names.setdefault(run.settings.name, run.name)
+            yield f"{name}: data.folder={data.folder} needs a data.h5 of its own"
+        if pretrainings.setdefault(backbone.weights, backbone.seed) != backbone.seed:
+            yield f"{name}: {backbone.weights} is of another backbone.seed; name a backbone.weights of its own"
+        other = names.setdefault(settings.name, run.name)
         if other != run.name:
-            yield f"{other!r} and {run.name!r} have the same settings"
-        yield from _problems_of_split(run.name, suite.tests[0].split, run.settings, suite.tests)
+            yield f"{other!r} and {name!r} have the same settings"
+        yield from _problems_of_split(name, suite.tests[0].split, settings, suite.tests)
     for name, numbers in ({run.name: run.paper for run in suite.runs} | suite.not_run).items():
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"
@@ -252,9 +261,9 @@ def _problems_of_split(name: str, split: str, settings: Settings, tests: Sequenc
     if not splits or any(word.startswith("data.splits") for test in tests for word in test.words):
         return
     if split not in splits:
-        yield f"split: no split {split!r}; there are {', '.join(splits)}"
+        yield f"{name}: no split {split!r} to be tested on; there are {', '.join(splits)}"
     elif settings.task == "vqa" and splits[split].annotations is None:
-        yield f"split: {split} has no annotations, so that nothing could be scored"
+        yield f"{name}: split {split} has no annotations, so that nothing could be scored"
 
 
 def _slug(text: str) -> str:

@@ -37,7 +37,7 @@ def finish(
 ):
     """Writes what training and testing leave behind; question n has the id `first` + n, and every other is a number."""
     row = next(row for row in suite.rows if row.name == row_name)
-    folder = runs / row.run.seeded(seed).name
+    folder = runs / row.run.settings[seed].name
     tested = row.test.folder(folder)
     tested.mkdir(parents=True, exist_ok=True)
     epochs = [{"epoch": n, "val_overall": value, "peak_memory_mib": 900.0 + n} for n, value in ((1, 40.0), (2, 39.0))]
@@ -51,7 +51,7 @@ def finish(
     }
     environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002, "backbone": backbone}
     (folder / "environment.json").write_text(json.dumps(environment))
-    row.run.seeded(seed).save(folder / "config.yaml")
+    row.run.settings[seed].save(folder / "config.yaml")
     values = np.array(accuracies, float)
     np.savez(tested / "accuracies_val.npz", ids=np.arange(first, first + len(values)), accuracies=values)
     by_kind = {kind: 100 * values[n :: len(kinds)].mean() for n, kind in enumerate(kinds[: len(values)])}

@@ -87,10 +87,12 @@ def inspection(*readings):
     model = {
         "backbone": "resnet50",
         "stages": [1, 2, 3, 4],
+        "condition": "question",
         "image_size": 224,
         "trained_on": ["train"],
         "epoch": 7,
         "val_overall": None,
+        "recalibrated_on": "",
     }
     return {"image": "kitchen.jpg", "model": model, "readings": list(readings)}
 

@@ -7,7 +7,14 @@ import shutil
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
+
+from vqa.cbn import Modulation
+from vqa.inspect.inspection import describe_channels, inspect
+from vqa.io.progress import progress
+from vqa.saved_model import load_model
 
 
 @pytest.fixture
@@ -155,6 +162,15 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
     assert sum(layer["channels"] for layer in first["layers"]) == 480
     assert first["layers"][0]["delta_gamma"] != second["layers"][0]["delta_gamma"]
     assert first["layers"][0]["gamma"] == second["layers"][0]["gamma"]
+    apart = {
+        one["name"]: sum(
+            abs(a - b) for part in ("delta_gamma", "delta_beta") for a, b in zip(one[part], other[part], strict=True)
+        )
+        / one["channels"]
+        for one, other in zip(first["layers"], second["layers"], strict=True)
+    }
+    largest = max(apart, key=apart.get)
+    assert f"difference of the two, mean |Δγ| + |Δβ|: {largest} {apart[largest]:.3f}, layer" in ended.out
     for glimpse in first["attention"]:
         assert sum(map(sum, glimpse)) == pytest.approx(1, abs=1e-5)
     with (out / "modulation.csv").open(newline="") as file:
@@ -170,12 +186,6 @@ def test_inspect_writes_what_the_question_does_to_every_channel(command, copied,
 
 
 def test_the_numbers_are_the_networks_own(trained, image):
-    import torch
-
-    from vqa.cbn import Modulation
-    from vqa.inspect.inspection import inspect
-    from vqa.saved_model import load_model
-
     saved = load_model(trained)
     layers = inspect(saved, image, ["is there a red circle?"])["readings"][0]["layers"]
     output = saved.run(image, "is there a red circle?")
@@ -194,10 +204,6 @@ def test_the_numbers_are_the_networks_own(trained, image):
 
 
 def test_gain_flips_and_shut_channels():
-    import numpy as np
-
-    from vqa.inspect.inspection import describe_channels
-
     gamma = np.array([1.0, 2.0, -1.0, 0.5, 0.0], np.float32)
     delta = np.array([-0.95, -3.0, 0.5, 0.5, 1.0], np.float32)
     told = describe_channels(gamma, np.zeros(5, np.float32), delta, np.zeros(5, np.float32))
@@ -253,8 +259,6 @@ def test_weights_of_another_model_are_refused(refused, copied, image):
 
 
 def test_progress_is_lines_in_a_log(capsys, monkeypatch):
-    from vqa.io.progress import progress
-
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert list(progress(range(6), 8, "images", done=2)) == list(range(6))

@@ -177,7 +177,7 @@ def test_files_named_on_a_page_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
+def test_code_of_the_readme_and_of_the_page_on_inspection_runs(trained, image, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "runs" / "demo" / "modern")
     shutil.copy(image, tmp_path / "runs" / "demo" / "example.png")
     monkeypatch.chdir(tmp_path)
@@ -189,28 +189,25 @@ def test_code_of_the_readme_runs(trained, image, tmp_path, monkeypatch):
         "gamma": gamma,
         "beta": beta,
     }
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/inspect.md"))
+    for block in re.findall(r"```python\n(.*?)```", pages, re.DOTALL):
         exec(block.replace('"IMAGENET1K_V1"', "None"), names)
     assert names["y"].shape == (2, 64, 4, 4)
     assert len(names["net"].layers) == 48
+    assert 0 < names["common"] < 1
     torch.testing.assert_close(names["net"](images), names["net"](images, Modulation(gamma, beta)))
 
 
 def test_code_of_the_page_on_the_layer_runs():
     torch.manual_seed(0)
-    images, condition = torch.randn(2, 3, 64, 64), torch.randn(2, 256)
-    names = {
-        "images": images,
-        "condition": condition,
-        "x": torch.randn(2, 64, 4, 4),
-        "segments": torch.randn(2, 7, 8, 8),
-    }
+    names = {}
     page = (ROOT / "docs" / "layer.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block.replace('"IMAGENET1K_V1"', "None"), names)
-    assert names["y"].shape == (2, 64, 4, 4)
+    assert names["y"].shape == (2, 64, 14, 14)
     assert names["map_"].shape == (2, 2048, 2, 2)
+    assert names["modulated"].shape == names["map_"].shape
+    assert not torch.equal(names["modulated"], names["map_"])
     assert torch.equal(names["recomputed"], names["logits"])
 
 

@@ -1,4 +1,6 @@
-"""A suite of two rows and two seeds, one row of which fails, and settings that make the runs of a suite tiny."""
+"""A suite of two rows and two seeds, one row of which fails, one with other settings for
+its second seed, and settings that make the runs of a suite tiny.
+"""
 
 from tests.conftest import ROOT
 
@@ -11,6 +13,10 @@ runs:
   none: {{settings: "cbn.stages=[]"}}
   lost: {{settings: "cbn.stages=[] question.glove=nowhere.txt"}}
 """
+# its first row alone, with a backbone of its own for the second seed
+TWO_BACKBONES = SUITE[: SUITE.index("  lost")].replace(
+    "[1, 2]", '{1: "", 2: "backbone.seed=5 backbone.weights=five.safetensors"}'
+)
 TINY = (
     "device=cpu",
     "backbone.name=resnet10",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from vqa.io.errors import first_line
 from vqa.io.weight_files import load_tensors, read_safetensors
 
 ENDINGS = (".safetensors", ".pth", ".pt")  # such names are always files; others only if they exist
@@ -81,8 +82,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         what = f"holds {found[1]}, more than tensors" if found else "damaged, or more than tensors"
         raise ValueError(f"{file}: cannot be read as weights ({what}: not executed)") from None
     except Exception as error:  # each format raises its own errors for a broken file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file}: cannot be read as weights ({reason:.120})") from None
+        raise ValueError(f"{file}: cannot be read as weights ({first_line(error):.120})") from None
     if _is_state(content):
         return content
     states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, dict) else {}

@@ -19,14 +19,7 @@ from vqa.backbone import build_resnet
 from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
-from vqa.norms import (
-    ModulatedAdaptiveNorm2d,
-    ModulatedBatchNorm2d,
-    ModulatedGroupNorm,
-    Modulation,
-    Pooled,
-    groups_of,
-)
+from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer", "adaptive"]
@@ -179,8 +172,7 @@ class ModulatedResNet(nn.Module):
         Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
         i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then computed once an image.
         """
-        begin = images.stage + 1 if isinstance(images, StageMap) else 0
-        map_ = images.map if isinstance(images, StageMap) else images
+        map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
         if places is not None:
             shared = self.unconditioned_stage()
             if shared is not None and begin <= shared:

@@ -11,15 +11,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from data.vqa_files import Id, check_texts
 from vqa.io.errors import InputError
 from vqa.tasks.objects import Box, check_box
-from vqa.text.tokenizer import unusable
 
 _LONGEST_LINE = 2**24  # bytes; a game has some thousands
 _LONGEST_NAME = 255  # bytes of a file's name
 _GZIP = b"\x1f\x8b"
 
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # as an h5 file holds them
 _Side = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 _Status = Literal["success", "failure", "incomplete"]
 _Answer = Literal["Yes", "No", "N/A"]
@@ -34,12 +33,12 @@ class _Picture(msgspec.Struct, gc=False):
 
 class _Object(msgspec.Struct, gc=False):
     category: str
-    category_id: _Id
+    category_id: Id
     bbox: Box
 
 
 class _Asked(msgspec.Struct, gc=False):
-    id: _Id
+    id: Id
     q: str
     a: _Answer
 
@@ -47,35 +46,35 @@ class _Asked(msgspec.Struct, gc=False):
 class Game(msgspec.Struct):
     """A game: questions about the object `object_id`."""
 
-    dialogue_id: _Id
+    dialogue_id: Id
     status: _Status
-    picture_id: _Id
+    picture_id: Id
     picture: _Picture
-    object_id: _Id
-    objects: dict[_Id, _Object]
+    object_id: Id
+    objects: dict[Id, _Object]
     qas: list[_Asked]
 
 
 # The same games, as the authors' later code names their fields.
 class _Image(_Picture):
-    id: _Id
+    id: Id
 
 
 class _ListedObject(_Object):
-    id: _Id
+    id: Id
 
 
 class _LaterAsked(msgspec.Struct, gc=False):
-    id: _Id
+    id: Id
     q: str = msgspec.field(name="question")
     a: _Answer = msgspec.field(name="answer")
 
 
 class _LaterGame(msgspec.Struct):
-    id: _Id
+    id: Id
     status: _Status
     image: _Image
-    object_id: _Id
+    object_id: Id
     objects: list[_ListedObject]
     qas: list[_LaterAsked]
 
@@ -153,9 +152,7 @@ def _check(game: Game) -> None:
     if game.object_id not in game.objects:
         raise ValueError(f"object_id {game.object_id} is not among its objects")
     name = game.picture.file_name
-    for text in (name, *(found.category for found in game.objects.values()), *(asked.q for asked in game.qas)):
-        if wrong := unusable(text):
-            raise ValueError(f"holds a text that is {wrong}: {reprlib.repr(text)}")
+    check_texts((name, *(found.category for found in game.objects.values()), *(asked.q for asked in game.qas)))
     if not all(found.category.strip() for found in game.objects.values()):
         raise ValueError("holds an object without the name of its category")
     if name in ("", ".", "..") or "/" in name or "\\" in name or len(name.encode()) > _LONGEST_NAME:

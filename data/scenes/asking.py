@@ -1,6 +1,7 @@
 """Ask questions about synthetic scenes in rounds of one question of each kind."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, permutations, product
 from typing import Any, NamedTuple
 
@@ -91,6 +92,16 @@ def existence(there: Sequence[str], *absent: Sequence[str]) -> Candidates:
         return []
     yes = [(subject, "yes", 0.5 / len(there)) for subject in there]
     return yes + [(subject, "no", 0.5 / len(kinds) / len(kind)) for kind in kinds for subject in kind]
+
+
+def counts(values: Iterable[str], subjects: Mapping[str, str], weights: Sequence[float]) -> Candidates:
+    """Return how often each of `subjects`' values occurs; those that occur n times share the weight `weights[n]`."""
+    number = Counter(values)
+    alike = Counter(number[value] for value in subjects)
+    return [
+        (subject, str(number[value]), weights[number[value]] / alike[number[value]])
+        for value, subject in subjects.items()
+    ]
 
 
 def plural(shape: str) -> str:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data.labelled_images import LabelledImages
-from data.scenes.asking import Candidates, Kind, SceneQuestion, existence, pair_kinds, with_article
+from data.scenes.asking import Candidates, Kind, SceneQuestion, counts, existence, pair_kinds, with_article
 from data.scenes.asking import ask as ask_in_rounds
 from data.scenes.draw import COLOURS, jittered
+from data.scenes.small import ALIKE, COUNT_WEIGHTS
 from vqa.io.errors import InputError
 from vqa.text.tokenizer import unusable
 
@@ -24,10 +25,6 @@ TINTS = ("red", "green", "blue", "yellow")
 CHANGES = (PLAIN, *TINTS, "grey", "dark", "upside down")
 _TINT = 0.4  # share of the colour in a tinted photograph
 _DARK = 0.35  # factor of the pixels of a dark one
-# As in the small scenes: high counts are rare and get larger weights where they occur, and photographs are alike on
-# purpose, so that the answers are spread evenly.
-_COUNT_WEIGHTS = (1.0, 1.0, 2.0, 4.0, 20.0)
-_ALIKE = (0.0, 0.12, 0.36, 0.34, 0.18)  # probability that 0, 1, ... 4 photographs share a group or a change
 
 
 class Tile(NamedTuple):
@@ -71,7 +68,7 @@ def sample_mosaic(rng: np.random.Generator, images: LabelledImages, held_out: bo
     a group.
     """
     groups = sorted(_pool(images, True))  # the others have these, too
-    alike = int(rng.choice(len(_ALIKE), p=_ALIKE))
+    alike = int(rng.choice(len(ALIKE), p=ALIKE))  # share a group or a change, as objects of the small scenes
     named = [groups[index] for index in rng.integers(len(groups), size=4)]
     changes = [CHANGES[index] for index in rng.integers(len(CHANGES), size=4)]
     values = named if rng.random() < 0.5 else changes
@@ -144,14 +141,9 @@ def _groups(mosaic: Sequence[Tile]) -> Candidates:
 
 
 def _counts(mosaic: Sequence[Tile], groups: Sequence[str]) -> Candidates:
-    number = Counter(value for tile in mosaic for value in (tile.group, tile.change))
     subjects = {group: f"show {with_article(_said(group))}" for group in groups}
     subjects |= {change: f"are {_predicate(change)}" for change in CHANGES if change != PLAIN}
-    alike = Counter(number[value] for value in subjects)
-    return [
-        (subject, str(number[value]), _COUNT_WEIGHTS[number[value]] / alike[number[value]])
-        for value, subject in subjects.items()
-    ]
+    return counts((value for tile in mosaic for value in (tile.group, tile.change)), subjects, COUNT_WEIGHTS)
 
 
 def _existence(mosaic: Sequence[Tile], groups: Sequence[str]) -> Candidates:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.scenes.asking import Candidates, Kind, Pair, SceneQuestion, existence, mixtures, pair_kinds, plural
+from data.scenes.asking import Candidates, Kind, Pair, SceneQuestion, counts, existence, mixtures, pair_kinds, plural
 from data.scenes.asking import ask as ask_in_rounds
 from data.scenes.draw import Scene, SceneObject, jittered
 
@@ -17,8 +17,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 _RADIUS = (0.13, 0.19)  # of the image's side
 # High counts are rare in the scenes and get larger weights where they occur, so that the answers are spread evenly.
-_COUNT_WEIGHTS = (1.0, 1.0, 2.0, 4.0, 20.0)
-_ALIKE = (0.0, 0.12, 0.36, 0.34, 0.18)  # probability that 0, 1, ... 4 objects share a shape or a colour
+COUNT_WEIGHTS = (1.0, 1.0, 2.0, 4.0, 20.0)
+ALIKE = (0.0, 0.12, 0.36, 0.34, 0.18)  # probability that 0, 1, ... 4 objects share a shape or a colour
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -27,7 +27,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
     Some objects are alike on purpose: with independent ones, nearly every count would be 0 or 1.
     """
-    alike = int(rng.choice(5, p=_ALIKE))
+    alike = int(rng.choice(5, p=ALIKE))
     while True:
         number = int(rng.integers(max(alike, 2), 5))
         shapes = [SHAPES[index] for index in rng.integers(len(SHAPES), size=number)]
@@ -66,14 +66,9 @@ def _shapes(pairs: Sequence[Pair]) -> Candidates:
 
 
 def _counts(pairs: Sequence[Pair]) -> Candidates:
-    number = Counter(value for pair in pairs for value in pair)
     plurals = {shape: plural(shape) for shape in SHAPES}
     plurals |= {colour: f"{colour} objects" for colour in COLOURS}
-    counts = Counter(number[value] for value in plurals)
-    return [
-        (subject, str(number[value]), _COUNT_WEIGHTS[number[value]] / counts[number[value]])
-        for value, subject in plurals.items()
-    ]
+    return counts((value for pair in pairs for value in pair), plurals, COUNT_WEIGHTS)
 
 
 def _existence(pairs: Sequence[Pair]) -> Candidates:

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from data.batches import QuestionDataset, batches_by_image
-from experiments.evaluate import check_overrides, split_data
+from experiments.evaluate import find_settings, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
 from vqa.saved_model import SavedModel, load_model
-from vqa.saved_model.files import find_model, settings_file
-from vqa.settings.recipes import load_saved
+from vqa.saved_model.files import find_model
 from vqa.settings.schema import Settings
 
 RAW = "raw ResNet"
@@ -62,10 +61,9 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
     Raises:
         InputError: a run, the split or its data are missing, or a model has no image input.
     """
-    check_overrides(overrides)
     runs = []
-    for name, folder in zip(shown_names(folders), map(find_model, folders), strict=True):
-        settings = load_saved(settings_file(folder), overrides)
+    asked = [find_settings(folder, overrides) for folder in folders]
+    for name, (folder, settings) in zip(shown_names(folders), asked, strict=True):
         if not settings.views:
             raise InputError(f"{folder}: a model without image input has no features to show")
         saved = load_model(folder, choose_device(settings.device))

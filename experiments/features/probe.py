@@ -88,7 +88,7 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
             regression = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
             regression.fit(ours, labels)
             shares = {"accuracy": regression.score(theirs, true), "chance": chance}
-            shares |= {"fitted": regression.score(ours, labels)}
+            shares["fitted"] = regression.score(ours, labels)
             shares = {name: 100 * float(share) for name, share in shares.items()}
             found.append({"stage": stage, "target": target, **shares, "tested": len(true)})
     made = {
@@ -96,8 +96,8 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
         "C": STRENGTH,
         "seed": SEED,
         "scikit_learn": sklearn.__version__,
+        "machine": surroundings(device),
     }
-    made |= {"machine": surroundings(device)}
     write_json(file.with_name(f"{file.name}.probe.json"), {"backbone": header, "probe": made, "rows": found})
     return found
 

@@ -83,7 +83,7 @@ def gpu_check(
         at_once: trainings of a suite at the same time.
 
     Returns:
-        The names of the steps that failed.
+        The names of the steps that failed, now or before.
 
     Raises:
         InputError: an unknown step or suite, an unavailable device, or `out` is a file or holds the results of another
@@ -104,15 +104,12 @@ def gpu_check(
     missing = [file for file in files if not (file.exists() and _passed(file, _command(file.stem, device, tiny)))]
     correctness, speed = ([file for file in missing if (file.stem in CORRECTNESS) is kind] for kind in (True, False))
     run = partial(_run_step, device=device, tiny=tiny, deadline=deadline)
-    failed = []
     for chosen, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
         with ThreadPoolExecutor(processes) as pool:
             try:
                 for result in filter(None, pool.map(run, chosen)):
                     print(_summary(result), flush=True)
                     _pack(out)
-                    if result["state"] == "failed":
-                        failed.append(result["step"])
             finally:  # after a signal, which the steps' processes may not have got
                 for process in multiprocessing.active_children():
                     process.kill()
@@ -120,7 +117,10 @@ def gpu_check(
         if time.monotonic() < deadline - _SAVING:
             _run_suite(file, out, device, at_once, deadline)
     _pack(out)
-    return failed
+    states = {file.stem: read_json(file)["state"] if file.exists() else "waiting" for file in files}
+    if left := [name for name, state in states.items() if state not in ("passed", "failed")]:
+        print(f"not run within {minutes:g} minutes: {', '.join(left)}", flush=True)
+    return [name for name, state in states.items() if state == "failed"]
 
 
 def _command(step: str, device: str, tiny: bool) -> str:

@@ -144,13 +144,7 @@ def largest_rows(setup: Setup) -> Rows:
     on a CPU a step is taken and nothing measured.
     """
     network = setup.pick(["backbone.name=resnet10", "data.image_size=64", *SMALL], ["backbone.name=resnet152"])
-    words = [
-        *network,
-        "backbone.weights=none",
-        "question.glove=null",
-        "precision=bfloat16",
-        f"device={setup.device}",
-    ]
+    words = [*network, "backbone.weights=none", "question.glove=null", "precision=bfloat16", f"device={setup.device}"]
     settings = load_settings(CONFIG / "vqa_v1" / "modern_448.yaml", words)
     if setup.device.type != "cuda":
         _train(settings, 2, setup.device)

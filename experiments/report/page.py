@@ -28,14 +28,15 @@ _LEGEND = """\
 Overall and by answer type: mean ± sample standard deviation over seeds.
 Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed.
 Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
-trainings. Over seeds: the 95 % interval of the mean of the differences seed by seed (Student's t), from three seeds on.
-Only the second covers the variation between seeds, and neither covers another pretraining of the backbone.
+trainings. Over seeds, for these questions: the 95 % interval of the mean of the differences seed by seed (Student's t),
+from three seeds on. Only it covers the variation between seeds, {pretrainings}.
 {scored}
 Training: the time of all training steps, without validation.
 Memory: the peak of the training process (on a GPU: of its allocations there).
 """
 _CONTRASTS = """\
-In points: the mean of the differences seed by seed, with its 95 % interval over seeds (Student's t).
+In points: the mean of the differences seed by seed, with its 95 % interval over seeds (Student's t), not corrected for
+how many there are.
 """
 
 
@@ -106,9 +107,11 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
     about = f"Runs are deltas over `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
     if suite.paper:
         about += f" The paper's numbers are of {suite.paper}."
+    if changes := [f"{seed}: `{shlex.join(words)}`" for seed, words in suite.seeds.items() if words]:
+        about += f" What else changes with the seed: {'; '.join(changes)}."
     parts = [f"# {suite.title}\n", f"```sh\n{command}\n```\n", f"{about}\n", markdown_table(lines)]
     if trainings:
-        parts += [_legend(suite, lines), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
+        parts += [_legend(suite, lines, trainings), f"![Accuracy of every row and seed]({suite.report_name}.png)\n"]
     if kinds := markdown_kinds(lines):
         parts += ["## By question type\n", kinds]
     if contrasts:
@@ -120,9 +123,10 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
     return "\n".join(parts)
 
 
-def _legend(suite: Suite, lines: Sequence[Line]) -> str:
+def _legend(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str:
     compared = " or ".join(map(str, sorted({line["compared"] for line in lines if line["compared"]})))
-    split, validated = suite.tests[0].split, {run.settings.train.validate_on for run in suite.runs}
+    split = suite.tests[0].split
+    validated = {settings.train.validate_on for run in suite.runs for settings in run.settings.values()}
     best = " or ".join(f"split `{one}`" for one in sorted(validated - {None}))
     scored = f"Each run is scored at its best epoch on {best}" if best else "Each run is scored at its last epoch"
     if best and None in validated:
@@ -130,10 +134,26 @@ def _legend(suite: Suite, lines: Sequence[Line]) -> str:
     scored += f"; the accuracies are of `{split}`."
     if validated == {split}:
         scored = "Each run is scored at its best epoch on these same questions."
-    first = next(line for line in lines if line["row"] == suite.baseline)
-    if any(line["seeds"] != first["seeds"] for line in lines if line["difference"] is not None):
-        scored += "\nA row without all seeds of the baseline is compared with its own seeds of the baseline only."
-    return _LEGEND.format(questions=f"{compared} questions" if compared else "questions", scored=scored)
+    seeds = {line["row"]: set(line["seeds"].split()) for line in lines if line["seeds"]}
+    others = [seeds[line["row"]] for line in lines if line["difference"] is not None]
+    if any(own != seeds[suite.baseline] for own in others):
+        scored += "\nRows with different seeds are compared by the seeds that both have"
+        disjoint = any(own.isdisjoint(seeds[suite.baseline]) for own in others)
+        scored += ", or by all of theirs where they have none in common." if disjoint else "."
+    questions = f"{compared} questions" if compared else "questions"
+    return _LEGEND.format(questions=questions, pretrainings=_pretrainings(trainings), scored=scored)
+
+
+def _pretrainings(trainings: Sequence[Line]) -> str:
+    """Whether the interval over seeds covers the variation between pretrainings of the backbone."""
+    rows = dict.fromkeys(line["row"] for line in trainings)
+    backbones = [[line["backbone"] for line in trainings if line["row"] == row] for row in rows]
+    distinct = [(len({*own} - {None}), len(own)) for own in backbones if len(own) > 1]
+    if all(count <= 1 for count, _ in distinct):
+        return "and neither covers another pretraining of the backbone"
+    if all(count == seeds for count, seeds in distinct):
+        return "and with it that between pretrainings of the backbone: each seed of a row has its own"
+    return "and that between pretrainings of the backbone only as far as the seeds of a row have different ones"
 
 
 def _facts(lines: Sequence[Line]) -> list[str]:
@@ -141,15 +161,18 @@ def _facts(lines: Sequence[Line]) -> list[str]:
     trainings = {line["folder"]: line for line in lines}.values()  # a training may be tested in several rows
     machines, commits = (Counter(map(described, trainings)) for described in (_machine, _commit))
     backbones = Counter(line["backbone"] for line in trainings if line["backbone"])
+    seeds = {digest: sorted({line["seed"] for line in trainings if line["backbone"] == digest}) for digest in backbones}
     facts = [f"{_trainings(count)} on {machine}" for machine, count in machines.items()]
     if len(machines) > 1:
         facts.append("**several machines: times and memory of two rows, or of a row's seeds, may differ by them**")
     facts += [f"{_trainings(count)} with the code of {commit}" for commit, count in commits.items()]
-    facts += [f"{_trainings(count)} on the backbone {digest}" for digest, count in backbones.items()]
+    for digest, count in backbones.items():
+        of_seeds = f" (seed {', '.join(map(str, seeds[digest]))})" if len(backbones) > 1 else ""
+        facts.append(f"{_trainings(count)} on the backbone {digest}{of_seeds}")
     if unrecorded := len(trainings) - backbones.total():
         facts.append(f"{_trainings(unrecorded)} recorded no backbone")
-    if len(backbones) > 1:
-        facts.append("**several backbones: a difference between two trainings may be one between their backbones**")
+    if len(backbones) > 1 and (unrecorded or sum(map(len, seeds.values())) > len(set().union(*seeds.values()))):
+        facts.append("**several backbones of a seed: a difference between rows may be one between their backbones**")
     return [*facts, f"seeds {', '.join(map(str, sorted({line['seed'] for line in trainings})))}"]
 
 

@@ -94,7 +94,8 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
     if not epochs:
         raise InputError(f"{folder / 'metrics.jsonl'}: damaged (no epoch)")
     answered = _answered(answered_in)
-    if len(answered.ids) != metrics.questions or abs(100 * answered.accuracies.mean() - metrics.overall) > 1e-3:
+    overall = 100 * answered.accuracies.mean()
+    if len(answered.ids) != metrics.questions or not np.isclose(overall, metrics.overall, rtol=0, atol=1e-3):
         raise InputError(f"{scored}: not of the same test as {answered_in.name}; remove it and run again")
     validated = [epoch for epoch in epochs if epoch.val_overall is not None]
     best = max(validated, key=lambda epoch: epoch.val_overall) if validated else epochs[-1]  # its model was kept
@@ -154,10 +155,12 @@ def _answered(file: Path) -> Answered:
 def run_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     """A line for each row and seed."""
     columns = [*suite.columns, *_kinds(results)]
-    return [
-        _line(result.row, seed=result.seed, **{column: result.scores.get(column) for column in columns}, **result.facts)
-        for result in results
-    ]
+    lines = []
+    for result in results:
+        changes = {"seed_settings": shlex.join(suite.seeds[result.seed])} if any(suite.seeds.values()) else {}
+        scores = {column: result.scores.get(column) for column in columns}
+        lines.append(_line(result.row, seed=result.seed, **changes, **scores, **result.facts))
+    return lines
 
 
 def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
@@ -200,17 +203,22 @@ def contrast_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
     lines = []
     for row, controls in suite.contrasts.items():
         for control, column in product(controls, ["overall", *_kinds(results)]):
-            ours, theirs = (
-                {seed: result.scores[column] for seed, result in by_row[name].items() if column in result.scores}
-                for name in (row, control)
-            )
-            differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+            differences = _differences(by_row[row], by_row[control], column)
             low, high = seed_interval(differences) or (None, None)
             line = {"difference": float(np.mean(differences)) if differences else None}
             line |= {"seeds_low": low, "seeds_high": high}
             named = {"row": row, "less": control, "questions": column.removeprefix(KIND)}
             lines.append(named | _rounded(line) | {"seeds": len(differences)})
     return lines
+
+
+def _differences(ours: Mapping[int, Result], theirs: Mapping[int, Result], column: str) -> list[float]:
+    """The differences in a column of the seeds with which two rows were asked the same questions."""
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    same = [pair for pair in pairs if np.array_equal(*(result.answered.ids for result in pair))]
+    return [
+        our.scores[column] - their.scores[column] for our, their in same if column in our.scores.keys() & their.scores
+    ]
 
 
 def _kinds(results: Sequence[Result]) -> list[str]:

@@ -80,7 +80,8 @@ def compare(ours: Mapping[int, Answered], theirs: Mapping[int, Answered]) -> Dif
         low=100 * low,
         high=100 * high,
         questions=common.size,
-        per_seed={seed: 100 * float((our[seed] - their[seed]).mean()) for seed in both},
+        # rounded, so that a tie is 0 in whatever order its questions are added
+        per_seed={seed: round(100 * float((our[seed] - their[seed]).mean()), 9) for seed in both},
     )
 
 

@@ -85,17 +85,17 @@ class RunDirectory:
         device: torch.device,
         world_size: int,
         trained_parameters: int,
-        init_from: Path | None = None,
+        init_from: Sequence[Path] = (),
     ) -> None:
-        """Writes config.yaml and environment.json; `init_from` is the file of weights that it starts from."""
+        """Writes config.yaml and environment.json; `init_from` are the files of weights that it starts from."""
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         environment = {
             **surroundings(device),
             "processes": world_size,
             "seed": settings.seed,
-            "backbone": _digest_of(Path(settings.backbone.weights)),
-            "init_from": _digest_of(init_from) if init_from else None,
+            "backbone": _digest_of([Path(settings.backbone.weights)]),
+            "init_from": _digest_of(init_from),
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
@@ -153,12 +153,15 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 
 
-def _digest_of(file: Path) -> str | None:
-    """The first 12 digits of a file's SHA-256; None if there is no such file."""
-    if not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
+def _digest_of(files: Sequence[Path]) -> str | None:
+    """The first 12 digits of the SHA-256 of the files, one after the other; None if there is no such file."""
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return None
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return digest.hexdigest()[:12] if files else None
 
 
 def _values_in(file: Path, key: str) -> list[str]:

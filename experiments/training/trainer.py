@@ -27,7 +27,7 @@ from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
 from vqa.resnet import ModulatedResNet
-from vqa.saved_model.files import WEIGHTS, load_model, save_weights
+from vqa.saved_model.files import load_model, save_weights, weight_files
 from vqa.settings.schema import Settings
 
 
@@ -125,7 +125,7 @@ def prepare(
     trainer = Trainer(task, run, processes, state, choose_images(task, model.resnet, processes))
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
-        weights = warm.folder / WEIGHTS if warm is not None else None
+        weights = weight_files(warm.folder) if warm is not None else []
         run.start(settings, device, size, trainer.trained_count, weights)
         task.save_companions(run.model)
     return trainer
@@ -230,8 +230,7 @@ class Trainer:
         if self.processes.is_main:
             if is_best:
                 splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
-                facts = {"trained_on": list(splits)}
-                facts |= {key: line[key] for key in ("epoch", "val_overall")}
+                facts = {"trained_on": list(splits)} | {key: line[key] for key in ("epoch", "val_overall")}
                 save_weights(self.run.model, self.model, facts)
             self._write(line)
         self._save_checkpoint()
@@ -241,15 +240,9 @@ class Trainer:
         """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
         try:
             with self.stop.suspended():
-                classes = predict_classes(
-                    self.model,
-                    self.validation,
-                    self.settings,
-                    self.processes,
-                    prepare_images=self.images.prepare,
-                    what=f"{self.run.path}: validation {self.progress.epoch}",
-                )
-                return self.task.score(classes)
+                given = (self.model, self.validation, self.settings, self.processes)
+                what = f"{self.run.path}: validation {self.progress.epoch}"
+                return self.task.score(predict_classes(*given, prepare_images=self.images.prepare, what=what))
         except (Interrupted, OSError):  # as in `_train_epoch`
             self._save_if_alone()
             raise

@@ -11,10 +11,8 @@ from PIL import Image
 
 import data.sources
 from data import h5_file
-from data.batches import FileImages
 from data.h5_file import H5Images, Store
 from data.preprocess import preprocess
-from data.sources import number_images
 from tests.conftest import ROOT
 from tests.fabricated_games import NAMES, asked_in, edited, read_lines, source, split_files, target, write_lines
 from vqa.io.errors import InputError
@@ -143,11 +141,6 @@ def test_a_stopped_run_resumes_where_it_stopped(games, tmp_path, monkeypatch, de
     assert (tmp_path / "games.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
-def test_any_number_of_threads_gives_the_same_file(games, tmp_path):
-    files = [make(games, tmp_path / f"{threads}.h5", threads=threads).path.read_bytes() for threads in (1, 3)]
-    assert files[0] == files[1]
-
-
 def test_another_crop_or_other_games_are_refused_by_name(games, tmp_path):
     path = tmp_path / "games.h5"
     make(games, path)
@@ -228,14 +221,3 @@ def test_the_recipe_names_its_files(games, tmp_path, command, refused):
     said = refused(*recipe, *crops, "inputs=[image, question]")
     assert "crops.h5: made with guesswhat.images ['crop'], now ['crop', 'image']; name another data.h5" in said
     assert "split 'val' was made from other files" in refused(*recipe, *there, "data.splits.val.images='x/{file_name}'")
-
-
-def test_images_from_files_equal_those_of_the_h5(games, tmp_path):
-    reader, files = source(whole=True), split_files(games)["val"]
-    rows = {}
-    places = number_images(reader.images(files, reader.read(files)), rows)
-    store = make(games, tmp_path / "games.h5", source(whole=True))
-    one, other, table = FileImages(list(rows), 32), H5Images(store.path), store.table("val")
-    for place, stored in zip(places.ravel(), table.images.ravel(), strict=True):
-        assert np.array_equal(one[place], other[stored])
-    assert not one.bad.any()

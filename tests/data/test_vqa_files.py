@@ -118,14 +118,6 @@ def test_answers_of_another_form_are_refused(raw, answers):
         read_questions(raw["train"].questions, raw["train"].annotations)
 
 
-def test_malformed_json_is_named_with_its_line(raw):
-    raw["train"].questions.write_text('{"questions": [\n{"question_id": 1,}\n]}')
-    with pytest.raises(InputError, match="train_q.json: line 2"):
-        read_questions(raw["train"].questions, None)
-    with pytest.raises(InputError, match="absent.json: no such file"):
-        read_questions(Path("absent.json"), None)
-
-
 ENTRY = '{"question_id": 1, "image_id": 2, "question": "?"'
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import cluster
 from experiments.runner import jobs_of, run_job
-from tests.tiny_suite import TINY
+from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 
 pytest.importorskip("submitit")
 COMMANDS = {
@@ -75,6 +75,17 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     assert "no closing quotation" in refused(*words, "'")
     assert "patrition" in refused(*words, "patrition=gpu")
     assert "timeout_min" in refused(*words, "timeout_min=long")
+
+
+def test_seeds_with_backbones_of_their_own_are_other_tasks(suite, slurm, command):
+    words = ["--submit", "slurm", *TINY]
+    suite.file.write_text(TWO_BACKBONES)
+    assert "2 runs submitted" in command("experiment", "two.yaml", *words).out
+    (slurm / "queue").write_text("7_0\n7_1\n")
+    suite.file.write_text(SUITE[: SUITE.index("  lost")])
+    told = command("experiment", "two.yaml", *words).out
+    assert "1 runs are queued already" in told  # seed 1, which changes nothing else
+    assert "1 runs submitted" in told
 
 
 def run_script(slurm) -> subprocess.Popen:

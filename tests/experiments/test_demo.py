@@ -5,8 +5,6 @@ import re
 from collections import Counter
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from data.h5_file import Store
 from experiments.demo import MODELS, _recipe, best_blind_answers, run_demo
@@ -91,64 +89,3 @@ def test_the_blind_reference_is_the_best_answer_to_each_text(tiny):
         by_text.setdefault(text, Counter()).update(train.answers(row))
     best = sum(max(counts.values()) for counts in by_text.values()) / sum(c.total() for c in by_text.values())
     assert score(answers, train)["overall"] == pytest.approx(100 * best)
-
-
-def test_the_demo_does_not_overwrite_a_users_weights(tmp_path):
-    from experiments.pretrain import pretrain_backbone
-
-    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
-    (tmp_path / "mine.safetensors").write_bytes(b"mine")
-    for name in ("mine.safetensors", "mine.pth", "none"):
-        with pytest.raises(InputError, match=name):
-            pretrain_backbone(tmp_path / name, "resnet10", **made)
-    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
-
-
-def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
-    from experiments.pretrain import pretrain_backbone
-
-    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
-    file = tmp_path / "backbone.safetensors"
-    accuracy = pretrain_backbone(file, "resnet10", **made)
-    before = file.read_bytes()
-    assert pretrain_backbone(file, "resnet10", **made) == accuracy
-    assert file.read_bytes() == before
-    for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
-        with pytest.raises(InputError, match=f"pretrained with {next(iter(other))}"):
-            pretrain_backbone(file, "resnet10", **made | other)
-        assert file.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {file.name}
-
-
-def test_a_backbone_does_not_depend_on_the_number_of_cores(tmp_path):
-    from experiments.pretrain import pretrain_backbone
-
-    threads, made = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            file = tmp_path / f"{count}.safetensors"
-            pretrain_backbone(file, "resnet10", seed=1, image_size=32, images=128, epochs=1)
-            assert torch.get_num_threads() == count
-            made.append(file.read_bytes())
-    finally:
-        torch.set_num_threads(threads)
-    assert made[0] == made[1]
-
-
-def test_a_backbone_of_the_large_world_names_its_shapes(tmp_path):
-    from experiments.pretrain import pretrain_backbone
-
-    file = tmp_path / "new" / "backbone.safetensors"
-    pretrain_backbone(file, "resnet10", world="large", seed=1, image_size=64, images=64, epochs=1)
-    assert load_file(file)["fc.weight"].shape[0] == 8
-
-
-def test_a_backbone_that_does_not_say_all_it_was_made_with_is_refused(tmp_path):
-    from experiments.pretrain import pretrain_backbone
-
-    file = tmp_path / "backbone.safetensors"
-    said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
-    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
-    with pytest.raises(InputError, match="pretrained with world None, not small; remove it or name another"):
-        pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1)

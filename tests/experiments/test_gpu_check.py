@@ -1,6 +1,7 @@
 """`main.py gpu-check` on a CPU: every step runs, has its file in the archive, and one that fails stops no other."""
 
 import json
+import math
 import os
 import zipfile
 
@@ -9,6 +10,7 @@ import torch
 
 from experiments.gpu import check as gpu_check
 from experiments.gpu.check import Step
+from experiments.gpu.right import check_error, relative_error
 from experiments.training.run_directory import surroundings
 from tests.processes import fork_children
 
@@ -83,6 +85,21 @@ def test_a_step_that_takes_too_long_is_ended_and_the_exit_code_says_that_one_fai
     assert ended.code == 1
     assert ended.out.endswith("gpu-check.zip; failed: deltas\n")
     assert json.loads((tmp_path / "deltas.json").read_text())["error"] == "took too long"
+
+
+def test_a_step_that_was_not_reached_is_named_and_one_that_failed_before_still_counts(tmp_path, capsys):
+    (tmp_path / "deltas.json").write_text('{"state": "failed"}')
+    words = {"device": "cpu", "tiny": True, "suites": []}
+    assert gpu_check.gpu_check(tmp_path, minutes=-1, steps=["deltas", "modulate"], **words) == ["deltas"]
+    assert capsys.readouterr().out == "not run within -1 minutes: modulate\n"
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_an_error_among_others_that_are_right(wrong):
+    right = torch.ones(3)
+    for errors in ([right, right.clone().fill_(wrong)], [right.clone().fill_(wrong), right]):
+        with pytest.raises(AssertionError, match="relative error inf"):
+            check_error("y", max(relative_error(found, right) for found in errors), 1e-2)
 
 
 def test_a_copy_without_its_history_says_its_commit(monkeypatch):

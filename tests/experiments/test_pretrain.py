@@ -1,51 +1,31 @@
-"""`pretrain`: what it reads of folders and zip files, that it resumes bit for bit, and how it refuses."""
+"""`pretrain`, and the backbones of scenes: what is learnt, that it resumes bit for bit, and how it refuses."""
 
-import errno
 import json
-import os
 import signal
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from data.labelled_images import LabelledImages
 from experiments import pretrain
 from experiments.training.checkpoint import load_checkpoint
+from tests.photographs import COLOURS, coloured
 from vqa.backbone import build_resnet
 from vqa.io.errors import InputError
 from vqa.io.locks import held
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 OPTIONS = ("--backbone", "resnet10", "--image-size", "32", "--device", "cpu")
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of three classes of 20 noisy images, each of its colour."""
-    rng = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        folder = tmp_path / "photos" / name
-        folder.mkdir(parents=True)
-        for number in range(20):
-            pixels = np.clip(colour + rng.normal(0, 30, (24, 32, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number:02}.png")
-    return tmp_path / "photos"
-
-
-def zipped(folder, file, prefix=""):
-    with zipfile.ZipFile(file, "w") as archive:
-        for path in folder.rglob("*.*"):
-            archive.write(path, prefix + path.relative_to(folder).as_posix())
-    return file
+    return coloured(tmp_path / "photos")
 
 
 def header_of(file):
@@ -173,82 +153,6 @@ def test_a_signal_ends_the_step_and_saves_it(command, photos, tmp_path, monkeypa
     assert [path.name for path in tmp_path.glob("b.*")] == ["b.safetensors"]
 
 
-def test_a_folder_and_a_zip_file_of_it_are_the_same(photos, tmp_path):
-    folder, archive = LabelledImages(photos), LabelledImages(zipped(photos, tmp_path / "photos.zip"))
-    assert (folder.names, folder.digest) == (archive.names, archive.digest)
-    one, other = np.zeros((2, 60, 32, 32, 3), np.uint8)
-    folder.decode_into(one)
-    archive.decode_into(other)
-    assert one.any(axis=(1, 2, 3)).all()
-    assert np.array_equal(one, other)
-
-
-def test_a_folder_that_cannot_be_listed_is_not_an_absent_class(refused, photos, tmp_path, monkeypatch):
-    listed = os.scandir
-
-    def scandir(folder):
-        if Path(folder).name == "red":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        return listed(folder)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    line = refused("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", *OPTIONS)
-    assert line == f"error: {photos}/red: permission denied"
-
-
-def test_waiting_images_cost_no_memory_each(photos, monkeypatch):
-    submitted = []
-
-    class Pool(ThreadPoolExecutor):
-        def submit(self, *arguments):
-            submitted.append(arguments)
-            return super().submit(*arguments)
-
-    monkeypatch.setattr("data.labelled_images.ThreadPoolExecutor", Pool)
-    pixels = np.zeros((60, 32, 32, 3), np.uint8)
-    LabelledImages(photos).decode_into(pixels)
-    assert pixels.any(axis=(1, 2, 3)).all()
-    assert len(submitted) == 4
-
-
-def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
-    plain = LabelledImages(photos)
-    (photos / "red").rename(tmp_path / "elsewhere")
-    (photos / "red").symlink_to(tmp_path / "elsewhere")
-    for link, target in (("again", photos), ("blue/above", photos), ("blue/here", photos / "blue")):
-        (photos / link).symlink_to(target)
-    assert LabelledImages(photos).names == plain.names
-    assert LabelledImages(photos).digest == plain.digest
-
-
-def test_a_tenth_of_each_class_is_held_out_by_name(photos):
-    first = LabelledImages(photos)
-    held_out = first.names[first.training :]
-    assert sorted(name.split("/")[0] for name in held_out) == sorted([*COLOURS] * 2)
-    for path in (photos / "red").glob("*.png"):
-        path.write_bytes(path.read_bytes() + b"\0")  # by name, whatever the file holds
-    (photos / "red" / "notes.txt").write_text("skipped")
-    (photos / "red" / ".hidden.png").write_text("skipped")
-    again = LabelledImages(photos)
-    assert again.names[again.training :] == held_out
-    assert again.digest != first.digest
-
-
-def test_train_val_and_groups_are_read_as_they_are_given(photos, tmp_path):
-    (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\nblue,cold\n")
-    outer = tmp_path / "outer"
-    for split in ("train", "val", "test"):
-        zipped(photos, tmp_path / f"{split}.zip")
-        with zipfile.ZipFile(tmp_path / f"{split}.zip") as archive:
-            archive.extractall(outer / split)
-    images = LabelledImages(outer)
-    assert images.training == 60
-    assert {name.split("/")[0] for name in images.names[:60]} == {"train"}
-    assert {name.split("/")[0] for name in images.names[60:]} == {"val"}
-    assert images.groups == ["cold", "cold", "warm"]
-    assert [images.classes[label] for label in images.labels] == [name.split("/")[1] for name in images.names]
-
-
 def test_the_accuracy_by_group_counts_any_class_of_it(photos, tmp_path):
     (photos / "classes.csv").write_text("class,group\nred,all\ngreen,all\nblue,all\n")
     made = pretrain.pretrain_on_images(
@@ -338,16 +242,47 @@ def test_a_backbone_of_scenes_that_two_processes_need_is_made_once(tmp_path, mon
     assert trained == [1]
 
 
-def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):
-    for name in ("blue/03.png", "red/04.png"):
-        (photos / name).write_bytes(b"no image")
-    archive = zipped(photos, tmp_path / "photos.zip")
-    content = bytearray(archive.read_bytes())
-    place = content.index((photos / "green" / "05.png").read_bytes()) + 200
-    content[place] ^= 1
-    archive.write_bytes(content)
-    for images, count, others in ((photos, 1, "red/04.png"), (archive, 2, "green/05.png, red/04.png")):
-        line = refused("pretrain", "--images", images, "--out", tmp_path / "b.safetensors", *OPTIONS)
-        assert line.startswith(f"error: {images}/blue/03.png: cannot be read as an image")
-        assert line.endswith(f"; {count} more cannot be read: {others}; repair or remove them")
-    assert not (tmp_path / "b.safetensors").exists()
+def test_a_users_weights_are_not_overwritten(tmp_path):
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    for name in ("mine.safetensors", "mine.pth", "none"):
+        with pytest.raises(InputError, match=name):
+            pretrain.pretrain_backbone(tmp_path / name, "resnet10", **made)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+
+
+def test_a_pretrained_backbone_is_kept_and_never_overwritten(tmp_path):
+    made = {"seed": 1, "image_size": 64, "images": 64, "epochs": 1}
+    file = tmp_path / "backbone.safetensors"
+    accuracy = pretrain.pretrain_backbone(file, "resnet10", **made)
+    before = file.read_bytes()
+    assert pretrain.pretrain_backbone(file, "resnet10", **made) == accuracy
+    assert file.read_bytes() == before
+    for other in ({"seed": 2}, {"world": "large"}, {"precision": "bfloat16"}):
+        with pytest.raises(InputError, match=f"pretrained with {next(iter(other))}"):
+            pretrain.pretrain_backbone(file, "resnet10", **made | other)
+        assert file.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {file.name}
+
+
+def test_a_backbone_names_its_worlds_shapes_and_does_not_depend_on_the_number_of_cores(tmp_path):
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            file = tmp_path / f"{count}.safetensors"
+            pretrain.pretrain_backbone(file, "resnet10", world="large", seed=1, image_size=32, images=128, epochs=1)
+            assert torch.get_num_threads() == count
+            made.append(file.read_bytes())
+            assert load_file(file)["fc.weight"].shape[0] == 8
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1]
+
+
+def test_a_backbone_that_does_not_say_all_it_was_made_with_is_refused(tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    said = {"name": "resnet10", "seed": 1, "image_size": 64, "images": 64, "epochs": 1, "batch_size": 64}
+    save_file({"a": torch.zeros(1)}, file, {"pretrained": json.dumps(said | {"held_out_accuracy": 12.5})})
+    with pytest.raises(InputError, match="pretrained with world None, not small; remove it or name another"):
+        pretrain.pretrain_backbone(file, "resnet10", seed=1, image_size=64, images=64, epochs=1)

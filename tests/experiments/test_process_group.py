@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from experiments import process_group
 from experiments.process_group import Processes, this_process, together
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
@@ -117,8 +118,6 @@ def test_two_processes_train_as_one(tiny, tmp_path, choices):
 
 
 def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch):
-    from experiments import process_group
-
     def before_2_13(module, broadcast_buffers=True):
         return module, broadcast_buffers
 

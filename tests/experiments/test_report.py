@@ -87,13 +87,13 @@ def test_a_line_for_every_training(suite, tmp_path):
     assert (first["row"], first["seed"], second["row"], second["seed"]) == ("none", "1", "last", "3")
     assert (first["best_epoch"], first["epochs"], first["git_commit"]) == ("1", "2", "0123456789abcdef-dirty")
     assert float(second["overall"]) == pytest.approx(86.25)
-    assert second["folder"] == suite.runs[1].seeded(3).name
+    assert second["folder"] == suite.runs[1].settings[3].name
     assert not second["folder"].startswith("/")
 
 
 def test_what_is_not_finished_is_absent_and_a_row_without_seeds_not_run(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
-    unfinished = tmp_path / suite.runs[1].seeded(1).name
+    unfinished = tmp_path / suite.runs[1].settings[1].name
     unfinished.mkdir(parents=True)
     (unfinished / "metrics.jsonl").write_text("")
     told = write_report(suite, tmp_path, tmp_path / "out")
@@ -126,6 +126,9 @@ def test_rows_that_were_asked_other_questions(suite, tmp_path):
     finish(suite, tmp_path, "all", 1, ALWAYS_RIGHT, first=100)
     write_report(suite, tmp_path, tmp_path / "out")
     lines = lines_by_row(tmp_path / "out/stages.csv")
+    assert not (tmp_path / "out/stages.md").read_text().count("## Differences by question type")
+    contrasts = csv.DictReader((tmp_path / "out/stages_contrasts.csv").open())
+    assert {(line["difference"], line["seeds"]) for line in contrasts} == {("", "0")}  # only of the same questions
     assert lines["last"]["compared"] == "3"
     assert float(lines["last"]["difference"]) == pytest.approx(100 * 2.6 / 3, abs=1e-3)
     assert lines["all"]["difference"] == lines["all"]["compared"] == ""
@@ -157,7 +160,7 @@ def test_many_question_types_are_skipped(suite, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_run_is_named(suite, tmp_path, damage):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
-    file = tmp_path / suite.runs[0].seeded(1).name / "accuracies_val.npz"
+    file = tmp_path / suite.runs[0].settings[1].name / "accuracies_val.npz"
     file.write_bytes(file.read_bytes()[:50]) if damage == "cut" else file.unlink()
     with pytest.raises(InputError, match=r"accuracies_val.npz: missing or damaged"):
         collect(suite, tmp_path)

@@ -1,5 +1,6 @@
 """The page, figure and table of a report, and its publication with the evidence, from made-up run directories."""
 
+import csv
 import json
 import re
 import zipfile
@@ -79,13 +80,73 @@ def test_several_backbones_are_reported(suite, tmp_path):
     assert "several backbones" not in page
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
     write_report(suite, tmp_path, tmp_path / "out")
-    assert "several backbones" in (tmp_path / "out" / "stages.md").read_text()
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert "**several backbones of a seed: a difference between rows may be" in page
+    assert "neither covers another pretraining" in page
+
+
+SEEDS = """seeds:
+  1: ""
+  2: backbone.seed=2 backbone.weights=b2.safetensors
+  3: backbone.seed=3 backbone.weights=b3.safetensors
+"""
+
+
+@pytest.mark.parametrize(
+    ("backbones", "covers"),
+    [
+        (("a", "b", "c"), "and with it that between pretrainings of the backbone: each seed of a row has its own."),
+        (("a", "b", "b"), "and that between pretrainings of the backbone only as far as the seeds of a row"),
+        (("a", "b", None), "and that between pretrainings of the backbone only as far as the seeds of a row"),
+        (("a", "a", "a"), "and neither covers another pretraining of the backbone."),
+    ],
+)
+def test_seeds_with_backbones_of_their_own(tmp_path, backbones, covers):
+    """What a seed changes, the backbones of the seeds, and whether the interval over seeds covers pretraining."""
+    suite = suite_of(tmp_path, SUITE.replace("seeds: [1, 2, 3]\n", SEEDS))
+    for seed, backbone in enumerate(backbones, 1):
+        finish(suite, tmp_path, "none", seed, NEVER_RIGHT, backbone=backbone)
+        finish(suite, tmp_path, "all", seed, OFTEN_RIGHT, backbone=backbone)
+    finish(suite, tmp_path, "last", 1, OFTEN_RIGHT, backbone="a")
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert f"Only it covers the variation between seeds, {covers}" in page
+    assert "seed: 2: `backbone.seed=2 backbone.weights=b2.safetensors`; 3: `backbone.seed=3 backbone.weights=b3" in page
+    assert ("several backbones of a seed" in page) is (None in backbones)
+    if backbones == ("a", "b", "b"):
+        assert "- 3 trainings on the backbone a (seed 1)\n- 4 trainings on the backbone b (seed 2, 3)\n" in page
+    trainings = list(csv.DictReader((tmp_path / "out" / "stages_runs.csv").open()))
+    words = {line["seed"]: line["seed_settings"] for line in trainings}
+    assert words == {str(seed): " ".join(words) for seed, words in suite.seeds.items()}
+    assert len({line["folder"] for line in trainings}) == 7
+    keep_evidence(suite, tmp_path, tmp_path / "kept.zip")
+    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
+        archive.extractall(tmp_path / "kept")
+    assert run_lines(suite, collect(suite, tmp_path / "kept")) == run_lines(suite, collect(suite, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("none", "last", "said"),
+    [
+        ((1, 2), (1, 2), None),
+        ((1, 2), (2,), "compared by the seeds that both have.\n"),
+        ((1,), (1, 2), "compared by the seeds that both have.\n"),
+        ((1,), (2, 3), "compared by the seeds that both have, or by all of theirs where they have none in common.\n"),
+    ],
+)
+def test_the_page_says_which_seeds_of_two_rows_are_compared(suite, tmp_path, none, last, said):
+    for row, seeds in (("none", none), ("last", last)):
+        for seed in seeds:
+            finish(suite, tmp_path, row, seed, OFTEN_RIGHT)
+    write_report(suite, tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "stages.md").read_text()
+    assert (f"\nRows with different seeds are {said}" in page) if said else ("Rows with different seeds" not in page)
 
 
 def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_reported(suite, tmp_path):
     for row in ("none", "all"):
         finish(suite, tmp_path, row, 1, NEVER_RIGHT)
-    file = tmp_path / suite.runs[2].seeded(1).name / "environment.json"
+    file = tmp_path / suite.runs[2].settings[1].name / "environment.json"
     begun = json.loads(file.read_text())
     file.write_text(json.dumps(begun | {"resumed": [begun]}))
     write_report(suite, tmp_path, tmp_path / "out")
@@ -114,8 +175,9 @@ def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_re
 def test_the_page_says_which_epoch_is_scored(suite, tmp_path, words, said):
     for number, run in enumerate(suite.runs):
         if run.name in words:
-            train = run.settings.train.model_copy(update={"validate_on": None})
-            suite.runs[number] = replace(run, settings=run.settings.model_copy(update={"train": train}))
+            train = run.settings[1].train.model_copy(update={"validate_on": None})
+            settings = {seed: each.model_copy(update={"train": train}) for seed, each in run.settings.items()}
+            suite.runs[number] = replace(run, settings=settings)
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     write_report(suite, tmp_path, tmp_path / "out")
     assert said in (tmp_path / "out/stages.md").read_text()

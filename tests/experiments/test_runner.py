@@ -10,13 +10,15 @@ from dataclasses import replace
 
 import pytest
 
+from experiments.pretrain import header_of
 from experiments.report.results import keep_evidence
 from experiments.runner import _environments, jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.processes import MainProcess, fork_children
-from tests.tiny_suite import SUITE, TINY
+from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 from vqa.io.errors import InputError
+from vqa.settings.recipes import load_saved
 
 
 def test_a_failed_run_is_reported_and_the_others_continue(suite, tmp_path, monkeypatch, capsys, refused):
@@ -69,6 +71,25 @@ def test_commands_that_are_listed_run_one_job_each(command, refused):
     assert "no run 'nine'" in refused("experiment", "two.yaml", "--only", "nine", "--seed", 1)
     assert "no run 'none' with seed 9" in refused("experiment", "two.yaml", "--only", "none", "--seed", 9)
     assert "belong together" in refused("experiment", "two.yaml", "--only", "none")
+
+
+DARK = '"scenes.look=dark data.folder=dark data.h5=dark.h5"'
+
+
+def test_a_seed_is_prepared_trained_and_tested_with_what_it_changes(suite, tmp_path, command):
+    suite.file.write_text(f"{TWO_BACKBONES}tests: {{'': {{}}, dark: {{settings: {DARK}}}}}\n")
+    first, second = command("experiment", "two.yaml", "--list", *TINY).out.splitlines()
+    assert "--only none --seed 2 " in second
+    ended = command("experiment", "two.yaml", "--only", "none", "--seed", 2, *TINY)
+    assert ended.code == 0, ended.err
+    assert command("experiment", "two.yaml", "--list", *TINY).out.splitlines() == [first]
+    backbones = [file for file in tmp_path.rglob("*.safetensors") if file.parent.name != "model"]
+    assert [(file.name, header_of(file)["seed"]) for file in backbones] == [("five.safetensors", 5)]
+    (saved,) = map(load_saved, (tmp_path / "runs").rglob("seed_2/config.yaml"))
+    assert (saved.seed, saved.backbone.seed, saved.backbone.weights) == (2, 5, "five.safetensors")
+    keep_evidence(load_suite(suite.file, TINY), tmp_path / "runs", tmp_path / "kept.zip")
+    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
+        assert sum(name.endswith("accuracies_val.npz") for name in archive.namelist()) == 2
 
 
 def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp_path):

@@ -53,13 +53,6 @@ def test_questions_together_are_trained_on_all_the_same(tiny, tmp_path):
     assert one != other
 
 
-def test_recomputing_under_batch_statistics_is_refused(tiny, tmp_path, command):
-    words = ["speed.recompute=[4]", "backbone.statistics=batch", f"name={tmp_path.name}"]
-    ended = command("train", "--config", tiny, *words)
-    assert ended.code == 2
-    assert "averages would move twice" in ended.err
-
-
 @pytest.mark.parametrize("on", [True, False])
 def test_each_switch_reaches_what_it_switches(tiny, tmp_path, monkeypatch, on):
     word = str(on).lower()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.report.statistics import Answered, bootstrap_interval, compare, mean_and_deviation
+from experiments.report.statistics import Answered, bootstrap_interval, compare, mean_and_deviation, seed_interval
 
 OFFICIAL = np.array([0, 0.3, 0.6, 0.9, 1])
 
@@ -65,6 +65,14 @@ def test_identical_rows_differ_by_exactly_nothing():
     assert found.deviation == 0
 
 
+def test_a_tie_is_a_tie_whatever_the_order_of_its_questions():
+    """0.6 − 0.3 + 0.3 − 0.9 + 0.9 − 0.6 is not 0 in floating point in every order."""
+    values = np.array([0.3, 0.9, 0.6] * 7)
+    for shift in (1, 2):
+        found = compare(*({seed: answered(np.roll(values, part)) for seed in (1, 2, 3)} for part in (0, shift)))
+        assert (set(found.per_seed.values()), found.seeds_above, found.verdict) == ({0}, 0, "inconclusive")
+
+
 def test_sign():
     better, worse = ({n: answered(row) for n in (1, 2, 3)} for row in ([1, 1, 0.9, 1], [0, 0.3, 0.3, 0]))
     assert compare(better, worse).verdict == "holds"
@@ -108,6 +116,22 @@ def test_spread_over_seeds():
     assert (more.points, more.seed_interval) == (pytest.approx(20), compare(ours, theirs).seed_interval)
     assert mean_and_deviation([1, 2, 4]) == (pytest.approx(7 / 3), pytest.approx((7 / 3) ** 0.5))
     assert mean_and_deviation([5]) == (5, None)
+
+
+# t(0.975, S − 1) for S seeds, from a table
+STUDENTS = {3: 4.302653, 4: 3.182446, 5: 2.776445, 6: 2.570582, 7: 2.446912, 8: 2.364624, 9: 2.306004, 10: 2.262157}
+
+
+@pytest.mark.parametrize("seeds", [1, 2, *STUDENTS])
+def test_the_interval_over_a_number_of_seeds(seeds):
+    differences = [n * n for n in range(seeds)]
+    found = seed_interval(differences)
+    if seeds not in STUDENTS:
+        assert found is None
+        return
+    mean = sum(differences) / seeds
+    error = (sum((n - mean) ** 2 for n in differences) / (seeds - 1) / seeds) ** 0.5
+    assert found == pytest.approx((mean - STUDENTS[seeds] * error, mean + STUDENTS[seeds] * error), abs=1e-4)
 
 
 def test_the_interval_over_seeds_is_students():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.prepare import split_files
+from experiments.prepare import prepare_backbone, split_files
 from experiments.runner import Job, run_job
 from experiments.suite import load_suite
 from tests.conftest import ROOT
@@ -50,14 +50,15 @@ def paths_of(run, tests):
     The recipes as they are, with all their other settings, are trained by test_recipes.py.
     """
     changes = frozenset(word for word in run.words if not word.startswith(OF_SIZES))
-    return {(run.settings.task, run.settings.precision, changes, test.words, test.recalibrate) for test in tests}
+    settings = next(iter(run.settings.values()))
+    return {(settings.task, settings.precision, changes, test.words, test.recalibrate) for test in tests}
 
 
 @pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
 def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch):
     """But for runs that would walk where another one did."""
     monkeypatch.chdir(runs)
-    recipe = load_suite(file).runs[0].settings
+    seed, recipe = next(iter(load_suite(file).runs[0].settings.items()))
     drawn = recipe.scenes is not None
     words = TINY if drawn else tuple(word for word in TINY if "scenes" not in word) + OF_PHOTOGRAPHS
     if drawn and recipe.data.image_size == 224:
@@ -74,10 +75,9 @@ def test_the_runs_of_every_suite_take_two_steps(file, runs, walked, monkeypatch)
         if (paths := paths_of(run, suite.tests)) <= walked:
             continue
         walked |= paths
-        settings = load_settings(suite.recipe, (*run.words, *words))  # two runs may be the same with these words
-        job = Job(
-            replace(run, settings=settings.model_copy(update={"name": run.settings.name})), next(iter(suite.seeds))
-        )
+        # two runs may be the same with these words
+        settings = load_settings(suite.recipe, (*run.words, *words, f"seed={seed}", f"name={run.settings[seed].name}"))
+        job = Job(replace(run, settings={seed: settings}), seed)
         run_job(job, suite, runs)
         assert job.is_finished(runs, suite.tests)
         line = json.loads((job.folder(runs) / "metrics.jsonl").read_text())
@@ -91,16 +91,19 @@ def test_runs_of_the_same_settings_are_one_run_whatever_suite_asks():
     named = {}
     for file in SUITES:
         for run in load_suite(file).runs:
-            seeded = run.seeded(3)
-            named.setdefault(seeded.name, []).append(seeded)
+            for settings in run.settings.values():
+                named.setdefault(settings.name, []).append(settings)
     for same in named.values():
         assert all(settings == same[0] for settings in same)
     assert max(len(same) for same in named.values()) >= 4  # MODERN itself
+    suites = (load_suite(ROOT / f"experiments/suites/{name}.yaml") for name in ("pretrainings", "settled"))
+    one, other = ({run.name: run.settings for run in suite.runs}["MODERN"] for suite in suites)
+    assert [seed for seed in one if one[seed].name == other[seed].name] == [1]  # the seed that changes nothing else
 
 
 def test_a_seed_changes_nothing_but_the_seed_and_the_place():
     run = load_suite(ROOT / "experiments" / "suites" / "table2.yaml").runs[0]
-    one, two = run.seeded(1), run.seeded(2)
+    one, two = run.settings[1], run.settings[2]
     assert one.model_copy(update={"seed": 2, "name": two.name}) == two
     assert one.name != two.name
 
@@ -122,10 +125,39 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
     suite = load_suite(suite_of(GOOD), ("train.batch_size=8",))
     a, b = suite.runs
     recipe = load_settings(ROOT / "config" / "demo.yaml", ["train.batch_size=8"])
-    assert a.settings.model_copy(update={"name": "demo"}) == recipe
-    assert b.settings.train.epochs == 2
-    assert a.settings.name != b.settings.name
+    assert a.settings[1].model_copy(update={"name": "demo"}) == recipe
+    assert b.settings[1].train.epochs == 2
+    assert a.settings[1].name != b.settings[1].name
     assert [row.name for row in suite.rows] == ["a", "b"]
+
+
+ON_TWO = 'seeds: {{1: "", 2: "{}"}}\nbaseline: a\nruns: {{a: {{}}, b: {{settings: train.epochs=2}}}}\n'
+
+
+def test_a_seed_changes_the_recipe_before_the_run_and_the_command_line_do(suite_of):
+    plain, recipe = load_suite(suite_of(GOOD)), load_settings(ROOT / "config" / "demo.yaml")
+    text = ON_TWO.format("train.epochs=5 train.batch_size=7 cbn.stem=true")
+    a, b = load_suite(suite_of(text), ("cbn.stem=false",)).runs
+    for run, epochs in ((a, {1: recipe.train.epochs, 2: 5}), (b, {1: 2, 2: 2})):
+        assert {seed: settings.train.epochs for seed, settings in run.settings.items()} == epochs
+        assert {seed: settings.train.batch_size for seed, settings in run.settings.items()} == {1: 64, 2: 7}
+        assert not run.settings[2].cbn.stem
+    # a seed that changes nothing else has the run directory that it has where seeds are a list
+    assert [run.settings[1] for run in (a, b)] == [run.settings[1] for run in plain.runs]
+    names = {settings.name.rpartition("/")[0] for run in (a, b) for settings in run.settings.values()}
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(("words", "seed"), [((), 1), (("backbone.seed=7",), 7)])
+@pytest.mark.parametrize("recipe", ["demo", "photos", "guesswhat/games"])
+def test_the_seed_of_a_pretraining(monkeypatch, recipe, words, seed):
+    asked = []
+    for name in ("pretrain_backbone", "pretrain_on_images"):
+        monkeypatch.setattr(
+            f"experiments.prepare.{name}", lambda *_, **named: asked.append(named) or {"held_out_accuracy": 50.0}
+        )
+    prepare_backbone(load_settings(ROOT / "config" / f"{recipe}.yaml", words))
+    assert [named["seed"] for named in asked] == [seed]
 
 
 @pytest.mark.parametrize(
@@ -163,12 +195,32 @@ def test_a_suite_is_a_delta_over_its_recipe(suite_of):
             "b: data.folder=datasets/dark needs a data.h5 of its own",
         ),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
-        ("seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n", "split: no split 'tset'; there are train, val"),
+        (
+            "seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n",
+            "a: no split 'tset' to be tested on; there are train, val",
+        ),
         (
             "seeds: [1]\nbaseline: a\nruns: {a: {settings: data.splits.val.annotations=null}}\n",
-            "split: val has no annotations",
+            "a: split val has no annotations",
         ),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
+        ("seeds: {1: '', 1: ''}\nbaseline: a\nruns: {a: {}}\n", "key '1' is given twice"),
+        ("seeds: [one]\nbaseline: a\nruns: {a: {}}\n", "seeds: must be whole numbers: a list, or SEED:"),
+        ("seeds: {one: ''}\nbaseline: a\nruns: {a: {}}\n", "seeds: must be whole numbers: a list, or SEED:"),
+        ("seeds: 3\nbaseline: a\nruns: {a: {}}\n", "seeds: must be whole numbers: a list, or SEED:"),
+        ("seeds: {-1: ''}\nbaseline: a\nruns: {a: {}}\n", "seeds.-1: input should be greater than or equal to 0"),
+        ("seeds: {1: 5}\nbaseline: a\nruns: {a: {}}\n", "seeds.1: input should be a valid string"),
+        ("seeds: {}\nbaseline: a\nruns: {a: {}}\n", "seeds: dictionary should have at least 1 item"),
+        (ON_TWO.format("trian.epochs=2"), "suite.yaml: a, seed 2: unknown key trian; did you mean train"),
+        (ON_TWO.format("nonsense"), "suite.yaml: a, seed 2: 'nonsense' is not a setting"),
+        (ON_TWO.format("backbone.weights=none backbone.seed=2"), "a, seed 2: backbone.seed: needs weights that"),
+        (ON_TWO.format("seed=3"), "suite.yaml: a, seed 2: seed=3: a suite gives each run its seed and its name"),
+        (ON_TWO.format("train.epochs=2"), "suite.yaml: 'a' and 'b, seed 2' have the same settings"),
+        (ON_TWO.format("data.folder=dark"), "suite.yaml: a, seed 2: data.folder=dark needs a data.h5 of its own"),
+        (ON_TWO.format("backbone.seed=2"), "suite.yaml: a, seed 2: .*safetensors is of another backbone.seed; name a"),
+        (ON_TWO.format("train.splits=[val] train.validate_on="), "suite.yaml: a, seed 2: trains on val, which it is"),
+        (ON_TWO.format("data.splits.val=null"), "suite.yaml: a, seed 2: no split 'val' to be tested on"),
+        (ON_TWO.format("data.splits.val.annotations=null"), "suite.yaml: a, seed 2: split val has no annotations"),
         ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {}\n", "tests: dictionary should have at least 1 item"),
         (
             "seeds: [1]\nbaseline: a\nruns: {a: {}, 'a, b': {settings: cbn.beta=false}}\n"

@@ -62,10 +62,7 @@ CASES = [
     (f"demo --config {ROOT}/config/guesswhat/games.yaml", "scenes: the demo needs a VQA recipe with scenes"),
     ("preprocess --config {recipe:split}", "split.yaml: data.splits"),
     ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id.__class__}", "must hold {image_id}"),
-    (
-        "preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id:0999999d}",
-        "must hold {image_id}",
-    ),
+    ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id:0999999d}", "must hold {image_id}"),
     # questions and annotations
     *[
         (f"preprocess --config {{data:{name}}}", says)

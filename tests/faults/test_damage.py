@@ -16,6 +16,7 @@ from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from tests.experiments.training.test_stage_cache import encode
 from tests.raw_files import make, write_split
+from vqa.backbone import build_resnet
 from vqa.io.errors import InputError
 from vqa.io.weight_files import as_safetensors, read_safetensors
 from vqa.saved_model import load_model
@@ -201,8 +202,6 @@ def test_a_damaged_model_is_named(trained, tmp_path):
 
 
 def test_damaged_weights_of_a_backbone_are_named(tmp_path):
-    from vqa.backbone import build_resnet
-
     net = build_resnet("resnet10")
     for name, write in (("w.safetensors", None), ("w.pth", torch.save)):
         file = tmp_path / name

@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from experiments.training import stage_cache
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
-from tests.conftest import ROOT
 from tests.photographs import photographs
 from tests.processes import MainProcess
 from tests.raw_files import make, write_split
@@ -198,48 +196,11 @@ def test_pretraining_is_one_line_where_its_images_do_not_fit(disk, tmp_path, mon
         pretrain.pretrain_on_images(file, "resnet10", photos, **made)
 
 
-PRINTING = """
-import sys
-import main
-from vqa.io.errors import InputError
-def preprocess(config, settings):
-    print("nothing to do")
-    if not config.exists():
-        raise InputError(f"{config}: no such file")
-main.COMMANDS["preprocess"] = preprocess
-sys.exit(main.main())
-"""
-
-
 def test_a_full_disk_is_one_line_of_the_process(mounted, tiny):
     mounted.fill(space=0, length=0)
     ended = MainProcess("preprocess", "--config", tiny, f"data.h5={mounted.folder}/data.h5").end()
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert ended.err.startswith(f"error: {mounted.folder}/")
-
-
-def test_a_full_disk_under_the_log_is_one_line_of_the_process(tiny):
-    arguments = [sys.executable, "-c", PRINTING, "preprocess", "--config", str(tiny)]
-    for buffered in (None, "1"):  # whether or not lines wait in memory
-        surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        surroundings |= {"PYTHONUNBUFFERED": buffered} if buffered else {}
-        with Path("/dev/full").open("w") as full:
-            ended = subprocess.run(
-                arguments, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=surroundings
-            )
-            assert (ended.returncode, ended.stderr) == (2, "error: standard output: no space left on device\n")
-            wrong = [*arguments[:-1], "nowhere.yaml"]
-            ended = subprocess.run(wrong, cwd=ROOT, stdout=full, stderr=full, check=False, env=surroundings)
-            assert ended.returncode == 2
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_command_works_without_standard_output_and_error(tiny, closed):
-    for config, code in ((tiny, 0), ("nowhere.yaml", 2)):
-        words = shlex.join([sys.executable, "-c", PRINTING, "preprocess", "--config", str(config)])
-        ended = subprocess.run(["sh", "-c", f"{words} {closed}"], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert ended.returncode == code
-        assert "Traceback" not in ended.stderr
 
 
 def test_a_suite_reports_runs_that_a_full_disk_stops_and_continues(tmp_path, monkeypatch, capsys):

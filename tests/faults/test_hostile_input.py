@@ -122,8 +122,7 @@ def test_accuracies_that_would_run_code_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value",
-    ["!!python/object/apply:os.system ['touch ran']", "!!python/name:os.system", "!!python/module:os", "!x y"],
+    "value", ["!!python/object/apply:os.system ['touch ran']", "!!python/name:os.system", "!!python/module:os", "!x y"]
 )
 def test_a_tag_executes_nothing(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)

@@ -127,13 +127,7 @@ CASES = {
             ],
             "runs/.oracle.lock",
         ),
-        Case(
-            "eval",
-            _world_and_run,
-            lambda _: ["eval", "--run", "runs/tiny"],
-            "runs/tiny/.val.lock",
-            given="runs",
-        ),
+        Case("eval", _world_and_run, lambda _: ["eval", "--run", "runs/tiny"], "runs/tiny/.val.lock", given="runs"),
         Case(
             "experiment",
             lambda folder: _world(folder, 24),

@@ -122,8 +122,6 @@ def test_what_is_no_file_and_no_name_of_weights_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(tmp_path, suffix):
-    from safetensors.torch import save_file
-
     plain = with_statistics(torchvision.models.resnet18(num_classes=7))
     file = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(plain.state_dict(), file)

@@ -208,10 +208,7 @@ def test_a_compiled_network_gets_each_condition(where):
 def test_one_compiled_graph_is_refused():
     torch._dynamo.reset()
     compiled = torch.compile(random_network(), backend="aot_eager", fullgraph=True)
-    with (
-        conditioned(A),
-        pytest.raises(torch._dynamo.exc.Unsupported, match="is read outside of compiled graphs"),
-    ):
+    with conditioned(A), pytest.raises(torch._dynamo.exc.Unsupported, match="is read outside of compiled graphs"):
         compiled(X)
 
 

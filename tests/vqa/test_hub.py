@@ -99,6 +99,25 @@ def test_what_it_saves_is_equal_again(hub, images, saved, tmp_path):
     assert vqa.load(tmp_path / "again").ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
 
 
+def test_weights_that_it_saves_in_several_files_are_read(hub, images, saved, tmp_path, command, refused):
+    again = tmp_path / "again"
+    for part, options in zip(hub, ({"max_shard_size": "100KB"}, {}), strict=True):
+        part.save_pretrained(again, **options)
+    files = sorted(again.glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert not (again / WEIGHTS).exists()
+    read = [auto.from_pretrained(again) for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor)]
+    assert logits(read, images).equal(logits(hub, images))
+    assert vqa.load(again).ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
+    assert command("export", "--run", again, "--to", tmp_path / "one").code == 0
+    assert vqa.load(tmp_path / "one").ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
+    asked = ("ask", "--run", again, "--image", images[0], "--question", "what?")
+    files[0].unlink()
+    assert f"{files[0].name}: cannot be read as weights" in refused(*asked)
+    (again / f"{WEIGHTS}.index.json").write_text("{}")
+    assert f"{WEIGHTS}.index.json: must name the file of each weight in weight_map" in refused(*asked)
+
+
 def test_the_library_and_the_commands_take_the_folder(folder, saved, images, command, trained, tmp_path):
     loaded = vqa.load(folder)
     assert loaded.ask(images, QUESTIONS) == saved.ask(images, QUESTIONS)
@@ -297,6 +316,36 @@ def test_questions_without_words_and_padding_on_the_left_are_refused(hub, images
         model(inputs["pixel_values"], inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1))
     del inputs["attention_mask"]
     assert model(**inputs).logits.equal(logits(hub, images[:2], QUESTIONS[:2]))
+
+
+def test_the_processor_does_what_an_option_says(hub, images):
+    def made(**options):
+        return hub[1](images=images, text=QUESTIONS, **options)
+
+    whole = made()["input_ids"]
+    padded = made(padding="max_length", max_length=20)
+    assert padded["input_ids"].shape == (3, 20)
+    torch.testing.assert_close(hub[0](**padded).logits, logits(hub, images))
+    assert made(pad_to_multiple_of=16)["input_ids"].shape == (3, 16)
+    for options in ({"max_length": 2}, {"max_length": 2, "truncation": True, "padding": False}):
+        assert made(**options)["input_ids"].equal(whole[:, :2])
+    with pytest.raises(ValueError, match="padding=True"):
+        made(padding=False)
+    assert {type(value) for value in made(return_tensors="np").values()} == {np.ndarray}
+    assert [len(ids) for ids in made(return_tensors=None, padding=False)["input_ids"]] == whole.ne(0).sum(1).tolist()
+
+
+def test_the_processor_refuses_every_other_option(hub, folder, images):
+    for option in ("do_resize", "do_normalize", "size", "padding_side", "videos", "text_kwargs", "unknown"):
+        with pytest.raises(TypeError, match=option):
+            hub[1](images=images, text=QUESTIONS, **{option: None})
+        with pytest.raises(TypeError, match=option):
+            hub[1].image_processor(images, **{option: None})
+    with pytest.raises(TypeError, match="do_resize"):
+        AutoImageProcessor.from_pretrained(folder, do_resize=False)
+    for size in ({"height": 64, "width": 32}, {"shortest_edge": 64}, 64):
+        with pytest.raises(InputError, match="size: must name equal height and width"):
+            AutoImageProcessor.from_pretrained(folder, size=size)
 
 
 def test_images_are_prepared_as_everywhere(folder, saved, images):

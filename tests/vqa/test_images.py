@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from tests.bad_files import png, png_block
 from vqa.io.errors import InputError
@@ -30,16 +31,6 @@ def test_images_are_plainly_resized_rgb(tmp_path):
     assert pixels.dtype == np.uint8
     assert pixels[16, 4].tolist() == [255, 0, 0]
     assert pixels[16, 28].tolist() == [0, 0, 255]
-    for mode in ("L", "CMYK", "P"):
-        image.convert(mode).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-        assert decode_image(next(tmp_path.glob(f"{mode}.*")), 16).shape == (16, 16, 3)
-
-
-def test_sixteen_bits_a_pixel_keep_their_shades(tmp_path):
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    pixels = decode_image(tmp_path / "deep.png", 64)
-    assert abs(pixels.mean() - 127.5) < 2
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
@@ -50,8 +41,6 @@ def test_files_that_are_no_images_are_named(tmp_path, content):
 
 
 def test_normalisation_is_torchvisions(tmp_path):
-    from torchvision.transforms.v2.functional import normalize, to_dtype
-
     preprocessing = Preprocessing(8)
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     expected = normalize(to_dtype(images.permute(0, 3, 1, 2), scale=True), preprocessing.mean, preprocessing.std)
@@ -238,28 +227,7 @@ def test_odd_shapes(tmp_path, size):
     assert (pixels == (10, 200, 30)).all()
 
 
-def test_threads_leave_the_filters_of_warnings_as_they_were(monkeypatch):
-    begun, both, first_ended = threading.Event(), threading.Barrier(2, timeout=30), threading.Event()
-
-    def slow(image):
-        begun.set()
-        both.wait()
-        assert image.width == 1 or first_ended.wait(30)
-        return image
-
-    monkeypatch.setattr("vqa.io.images._upright_rgb", slow)
-    before = list(warnings.filters)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(read_image, png(1, 1, 8, 0, bytes(2)))
-        assert begun.wait(30)
-        second = pool.submit(read_image, png(2, 1, 8, 0, bytes(3)))
-        first.result()
-        first_ended.set()
-        second.result()
-    assert warnings.filters == before
-
-
-def test_a_thread_that_reads_weights_while_another_reads_an_image_leaves_them_too(monkeypatch):
+def test_threads_that_read_images_and_weights_leave_the_filters_of_warnings(monkeypatch):
     image_begun, weights_begun, image_ended = (threading.Event() for _ in range(3))
 
     def slow_image(image):

@@ -148,6 +148,33 @@ def test_two_readings_are_compared(tmp_path):
     assert sum(tag == "polyline" for tag, _ in page.tags) == 6
 
 
+def shifts_alone(one):
+    """The reading of a model that predicts no Δγ."""
+    for each in one["layers"]:
+        each.update(delta_gamma=[0.0] * each["channels"], gain=[1.0] * each["channels"])
+    return one
+
+
+def test_a_model_that_predicts_shifts_alone_is_ranked_by_them(tmp_path):
+    two = [shifts_alone(reading(q, DEMO_LAYERS, seed)) for seed, q in enumerate(("what color?", "how many?"))]
+    two[0]["layers"][4]["delta_beta"][17], two[1]["layers"][4]["delta_beta"][17] = 9.0, -9.0
+    shown = contents(written(tmp_path, inspection(*two)))
+    assert "Channels, by |Δβ A − Δβ B | layer channel β Δβ A Δβ B gain A gain B layer3.0.bn1 17" in shown
+    assert shown.count("Ranked by |Δβ|") == 2
+
+
+def test_questions_that_a_control_does_not_tell_apart(tmp_path):
+    content = inspection(*(reading(q, DEMO_LAYERS) for q in ("what color?", "how many?")))
+    content["model"] |= {"condition": "mean_question", "trained_on": [], "epoch": None, "recalibrated_on": "test"}
+    shown = contents(written(tmp_path, content))
+    assert "Nowhere: both have the same Δγ and Δβ." in shown
+    assert "conditioned on one fixed vector (a control)" in shown
+    assert "from one fixed vector (a control), the model predicts" in shown
+    assert "trained on not recorded statistics re-estimated on test" in shown
+    content["model"]["condition"] = "shuffled"
+    assert "a vector of ones takes its place" in contents(written(tmp_path, content))
+
+
 def test_readings_of_different_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         written(tmp_path, inspection(reading("what?", DEMO_LAYERS), reading("why?", DEMO_LAYERS[:3])))

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from data.question_table import QuestionTable
+from data.question_table import QuestionTable, question_table
 from data.vqa_files import Question
 from experiments.tasks.vqa import VQATask, score
 from vqa.metrics import normalise_answer, question_accuracy
 from vqa.text.answers import strip_answer
+from vqa.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +41,6 @@ def test_summary_of_the_reference_cases(cases):
 
 
 def table_of(questions) -> QuestionTable:
-    from data.question_table import question_table
-    from vqa.text.tokenizer import train_tokenizer
-
     return question_table(questions, {0: 0}, train_tokenizer(["what"], 1), [])
 
 

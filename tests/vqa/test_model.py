@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from experiments.training.optimiser import build_optimiser
 from tests.models import example
 from vqa.build import build_model
+from vqa.devices import autocast
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
@@ -119,14 +120,11 @@ def test_only_what_the_recipe_names_changes(tiny, recipe):
 
 
 def test_a_conditioned_network_must_predict_something(tiny):
-
     with pytest.raises(InputError, match="cbn"):
         build_model(load_settings(tiny, ["cbn.gamma=false", "cbn.beta=false"]), 20, 10, pretrained=False)
 
 
 def test_bfloat16_on_a_cpu_stays_near_float32(settings):
-    from vqa.devices import autocast
-
     model = build_model(settings, 20, 10, pretrained=False).eval()
     batch = example()
     with autocast(torch.device("cpu"), "bfloat16"):
@@ -183,10 +181,3 @@ def test_nothing_of_a_loaded_model_is_left_on_meta(trained):
     found = list(tensors_in(model, set()))
     assert len(found) > len(list(model.parameters()))
     assert not [tensor.shape for tensor in found if tensor.is_meta]
-
-
-def test_a_loaded_model_predicts_the_same_deltas_in_one_product_as_one_by_one(trained):
-    model = load_model(trained).model
-    hidden = torch.randn(3, len(model.predictor.gamma.hidden_bias))
-    for mlps in (model.predictor.gamma, model.predictor.beta):
-        torch.testing.assert_close(mlps._in_one_product(hidden), mlps._one_by_one(hidden))

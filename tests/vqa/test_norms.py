@@ -144,19 +144,6 @@ def test_a_group_norm_without_deltas_is_pytorchs(kind):
     torch.testing.assert_close(ours(x, Modulation(zero, zero)), expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, C, 2, 2, 2), (2, C, 3)])
-def test_a_map_of_another_shape_is_refused_before_the_statistics_move(shape):
-    x, delta = torch.randn(shape), torch.zeros(shape[:2])
-    for norm, argument in (
-        (ModulatedBatchNorm2d(C).train(), Modulation(delta, delta)),
-        (CategoricalConditionalBatchNorm2d(C, 3).train(), torch.tensor([0, 1])),
-    ):
-        with pytest.raises(ValueError, match=rf"a map must be \[B, C, H, W\] with C = {C}, got \[2"):
-            norm(x, argument)
-        assert norm.num_batches_tracked == 0
-        assert not norm.running_mean.any()
-
-
 def test_statistics_of_one_value_are_refused():
     with pytest.raises(ValueError, match="more than one value"):
         ConditionalInstanceNorm2d(C, 4, 5)(torch.randn(2, C, 1, 1), torch.randn(2, 4))

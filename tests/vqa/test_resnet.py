@@ -1,7 +1,6 @@
 """The modulated ResNet is torchvision's: equal to it with no or zero deltas, moved by every other one."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from vqa.resnet import ModulatedResNet
     ("name", "stages"),
     [
         *[(f"resnet{depth}", (1, 2, 3, 4)) for depth in (10, 18, 34, 50, 101, 152)],
-        *itertools.product(["resnet10", "resnet50"], [(2, 3, 4), (3, 4), (4,), (1, 3), ()]),
+        *(("resnet10", stages) for stages in [(2, 3, 4), (3, 4), (4,), (1, 3), ()]),
     ],
 )
 @torch.inference_mode()
@@ -57,10 +56,9 @@ def test_resnet50_has_the_papers_counts():
     assert norms < 0.01 * sum(p.numel() for p in net.parameters())
 
 
-def test_every_resnet_of_torchvision_can_be_modulated():
-    for name in ("resnext50_32x4d", "wide_resnet50_2"):
-        net = ModulatedResNet(name, stages=(4,))
-        assert net(torch.randn(1, 3, 32, 32), random_modulation(net, 1)).shape == (1, net.channels, 1, 1)
+def test_a_wide_resnet_of_torchvision_can_be_modulated():
+    net = ModulatedResNet("wide_resnet50_2", stages=(4,))
+    assert net(torch.randn(1, 3, 32, 32), random_modulation(net, 1)).shape == (1, net.channels, 1, 1)
 
 
 def test_a_block_of_another_kind_is_refused_by_name(monkeypatch):
@@ -88,8 +86,7 @@ def timms(name, **changed):
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
-@pytest.mark.parametrize("make", [pretrained, timms])
+@pytest.mark.parametrize(("make", "name"), [(pretrained, "resnet10"), (timms, "resnet50")])
 def test_a_network_itself_is_copied_with_its_weights(make, name):
     given = make(name)
     before = {key: value.clone() for key, value in given.state_dict().items()}
@@ -146,7 +143,7 @@ def test_parameters_are_in_the_order_of_the_forward_pass(name, last):
 
 
 def test_deltas_reach_their_layer_and_sample_only():
-    _, net = pair("resnet18")
+    _, net = pair("resnet10")
     x = torch.randn(3, 3, 64, 64)
     still = net(x)
     start = 0
@@ -172,20 +169,6 @@ def test_a_layers_slice_is_the_named_norms_delta():
     torch.testing.assert_close(net(x, Modulation(gamma, None)), stage4_map(plain, x), rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_a_batch_is_its_samples_in_any_order():
-    _, net = pair("resnet50")
-    x, modulation = torch.randn(4, 3, 64, 64), random_modulation(net, 4)
-    together = net(x, modulation)
-    scale = together.abs().max().item()
-    for i in range(4):
-        alone = net(x[i : i + 1], Modulation(modulation.gamma[i : i + 1], modulation.beta[i : i + 1]))
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-3, atol=1e-4 * scale)
-    order = torch.tensor([2, 0, 3, 1])
-    permuted = net(x[order], Modulation(modulation.gamma[order], modulation.beta[order]))
-    torch.testing.assert_close(permuted, together[order], rtol=1e-3, atol=1e-4 * scale)
-
-
 def test_nothing_is_kept_between_calls():
     _, net = pair("resnet18")
     x = torch.randn(2, 3, 64, 64)
@@ -194,16 +177,6 @@ def test_nothing_is_kept_between_calls():
     net(x, random_modulation(net, 2))
     assert torch.equal(net(x), before)
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
-
-
-def test_training_mode_thaws_nothing():
-    _, net = pair("resnet18")
-    net.train()
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    net(torch.randn(2, 3, 64, 64), random_modulation(net, 2)).sum()
-    net(torch.randn(2, 3, 64, 64))
-    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_what_can_be_trained():
@@ -234,9 +207,8 @@ def test_unknown_stages_and_networks_are_refused():
         ModulatedResNet("resnet18", "IMAGENET1K_V7")
 
 
-@pytest.mark.parametrize("recompute", [(), (2, 3)])
-def test_compiles_without_graph_breaks(recompute):
-    _, net = pair("resnet10", recompute=recompute)
+def test_compiles_without_graph_breaks_recomputed_or_not():
+    _, net = pair("resnet10", recompute=(2, 3))
     explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32), random_modulation(net, 2))
     assert explained.graph_break_count == 0
 

@@ -54,6 +54,7 @@ def test_population_statistics_are_those_of_a_network_in_evaluation_mode():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(net(x)[:1], net(x[:1]))
+    net(x, random_modulation(net, 2))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
@@ -72,7 +73,9 @@ def test_conversions_between_the_policies():
     assert torch.equal(net.network.get_submodule("bn1").running_var, torch.ones(64))
 
 
-def test_recomputed_stages_refuse_the_policy_batch_later_too():
+def test_recomputed_stages_refuse_the_policy_batch_at_once_and_later():
+    with pytest.raises(ValueError, match="averages would move twice"):
+        ModulatedResNet("resnet10", statistics="batch", recompute=(4,))
     net = ModulatedResNet("resnet10", recompute=(2,))
     with pytest.raises(ValueError, match="averages would move twice"):
         net.set_statistics("batch")

@@ -6,7 +6,7 @@ import yaml
 from experiments.prepare import preprocessing_of
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
-from vqa.settings.recipes import load_settings
+from vqa.settings.recipes import _OTHER_NAMES, load_settings
 from vqa.settings.schema import ROLES, SplitSettings, different_keys
 
 RECIPES = sorted(path for path in (ROOT / "config").rglob("*.yaml"))
@@ -157,6 +157,9 @@ def test_saved_settings_are_the_same_settings(base, tmp_path, word):
         ("use_cbn=true", "unknown key use_cbn"),
         ("cbn.use=true", "unknown key cbn.use"),
         ("train.epochs=two", "train.epochs: .*integer"),
+        ("backbone.seed=2", "backbone.seed: needs weights that are pretrained here, .*, not 'IMAGENET1K_V1'"),
+        ("backbone={seed: 2, weights: none}", "backbone.seed: needs weights that are pretrained here, .*, not 'none'"),
+        ("backbone={seed: 2, weights: b.safetensors}", "backbone.seed: belongs to a recipe with scenes"),
         ("train.epochs=2.5", "train.epochs: .*integer"),
         ("train.epochs=0", "train.epochs: .*greater than or equal to 1"),
         ("cbn.stages=[5]", "cbn.stages.0: input should be 1, 2, 3 or 4, got 5"),
@@ -198,10 +201,7 @@ def test_wrong_words_are_one_clear_line(base, word, message):
         ("name: x", "is missing"),
         ("name: !!python/object/apply:os.system ['touch ran']", "wrong.yaml: line 1"),
         ("? [a]\n: 1", "wrong.yaml"),
-        (
-            "data:\n  images: {image_id}.jpg\n",
-            "line 2: .*; a text with braces must be in quotes, as '{image_id}.jpg'",
-        ),
+        ("data:\n  images: {image_id}.jpg\n", "line 2: .*; a text with braces must be in quotes, as '{image_id}.jpg'"),
         ("data: {images: COCO_{image_id:012d}.jpg}", "line 1: .*; a text with braces must be in quotes"),
     ],
 )
@@ -215,8 +215,6 @@ def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, message):
 
 
 def test_other_programs_names_lead_to_settings_that_exist():
-    from vqa.settings.recipes import _OTHER_NAMES
-
     names = [name for names in _OTHER_NAMES.values() for name in names.split()]
     assert _OTHER_NAMES.keys() <= set(ROLES)
     assert len(names) == len(set(names))

@@ -111,7 +111,7 @@ def test_conversion_to_synchronised_norms_keeps_the_conditioning(kind):
         nn.SyncBatchNorm.convert_sync_batchnorm(Net(kind(C, *sizes)), process_group=object())
 
 
-@pytest.mark.parametrize("shape", [(2, C, 4, 4, 4), (2, C, 4), (2, C), (2, C + 1, 4, 4), (C, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, C, 4, 4, 4), (2, C, 4), (2, C), (2, 1, 4, 4), (C, 4, 4)])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_map_of_another_shape_is_refused_and_moves_nothing(kind, training, shape):

@@ -119,17 +119,8 @@ def test_special_tokens_are_never_made_from_text(tmp_path):
         assert not {PAD_ID, UNKNOWN_ID} & set(tokens.tolist())
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs(questions[1])["input_ids"] == tokens[6:12].tolist()
-
-
-def test_transformers_loads_the_tokenizer(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = train_tokenizer(["what colour is the cat?"], 1)
-    save_tokenizer(tokenizer, tmp_path)
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    asked = "What colour is the dog?"
-    assert theirs(asked)["input_ids"] == tokenizer.encode(asked).ids
     assert (theirs.pad_token_id, theirs.unk_token_id) == (PAD_ID, UNKNOWN_ID)
+    assert theirs("a dog")["input_ids"] == [UNKNOWN_ID, UNKNOWN_ID]
 
 
 def test_a_broken_tokenizer_is_named(tmp_path):

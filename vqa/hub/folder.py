@@ -12,6 +12,7 @@ from vqa.hub.processor import ModernImageProcessor, ModernProcessor
 from vqa.io.files import write_text
 from vqa.saved_model import SavedModel
 from vqa.saved_model.files import HUB_PREFIX, Training, save_weights
+from vqa.settings.schema import CONDITIONS
 from vqa.text.tokenizer import transformers_options
 
 _CARD = Path(__file__).with_name("templates") / "card.md"
@@ -51,14 +52,7 @@ def _card(saved: SavedModel, scores: Sequence[Mapping[str, Any]]) -> str:
         Training.model_validate(saved.training).model_dump(),
         name=settings.name,
         backbone=settings.backbone.name,
-        condition={
-            "question": "the question",
-            "kind": "the question's kind",
-            "image": "the image (a control)",
-            "constant": "a constant (a control)",
-            "mean_question": "one fixed vector (a control)",
-            "shuffled": "another question (a control)",
-        }[settings.cbn.condition],
+        condition=CONDITIONS[settings.cbn.condition],
         norms=len(layers),
         channels=sum(layer.channels for layer in layers),
         answers=len(saved.answers),

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from vqa.build import build_model
-from vqa.saved_model.files import WEIGHTS, load_weights
+from vqa.saved_model.files import download, load_weights
 from vqa.settings.recipes import saved_settings
 from vqa.settings.schema import Settings
 from vqa.text.encoder import empty_encoder
 from vqa.text.tokenizer import PAD_ID
 
-_OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_OF_FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _OF_AUTO_CLASSES = ("adapter_kwargs", "code_revision", "trust_remote_code")  # what they pass on to every model
 
 
@@ -89,11 +89,11 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
             name: the folder, or the model's name.
             config: by default that of the folder.
             dtype: float32, which the statistics of the norms need; autocast saves memory and time.
-            options: of `cached_file`: `revision`, `token`, `cache_dir`, …
+            options: `revision`, `subfolder`, `token`, `cache_dir`, … of a model of the Hub.
 
         Raises:
             ValueError: another dtype or an unknown option is asked for.
-            InputError: the weights are damaged, missing, unknown or of another shape.
+            InputError: the weights are damaged, missing, unknown or of another shape, or cannot be downloaded.
             OSError: there is no such folder or model.
         """
         if dtype not in (None, "auto", "float32", torch.float32):
@@ -104,7 +104,9 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
         config = config or ModernConfig.from_pretrained(name, **found)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model.model, Path(cached_file(name, WEIGHTS, **found)))
+        inside = found.pop("subfolder", "")
+        folder = Path(name) if Path(name).is_dir() else download(str(name), **found)
+        load_weights(model.model, folder / inside)
         return model.eval()
 
     def forward(

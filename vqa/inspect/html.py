@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
 from vqa.io.files import write_text
+from vqa.settings.schema import CONDITIONS
 
 STRIP_COLUMNS = 256  # a strip of more channels has several rows, so that every channel stays visible
 STRONGEST = 20
@@ -94,7 +95,8 @@ def inspection_view(inspection: dict[str, Any], image: Image.Image) -> dict[str,
     for layer in every:
         layer["gain_strip"] = _strip(_gain_levels(layer["gain"], gain_span), GAIN_COLOURS)
         layer["shift_strip"] = _strip(_levels(layer["delta_beta"], shift_span), SHIFT_COLOURS)
-    sizes = [[np.abs(layer["delta_gamma"]) for layer in layers] for layers in zip(*depth, strict=True)]
+    ranked = "gamma" if any(layer["delta_gamma"].any() for layer in every) else "beta"  # a model may predict one alone
+    sizes = [[np.abs(layer[f"delta_{ranked}"]) for layer in layers] for layers in zip(*depth, strict=True)]
     return {"box": None, "category": None, **inspection} | {
         "photo": inline_image(_with_box(image, inspection.get("box"))),
         "crop": inline_image(image.crop(inspection["crop"])) if "crop" in inspection else None,
@@ -104,10 +106,12 @@ def inspection_view(inspection: dict[str, Any], image: Image.Image) -> dict[str,
             for letter, reading in zip("AB", readings, strict=False)
         ],
         "depth": depth,
+        "condition": CONDITIONS[inspection["model"]["condition"]],
+        "ranked": ranked,
         "stages": [(stage, len(list(run))) for stage, run in groupby(layers[0]["stage"] for layers in depth)],
         "charts": [_chart(depth, "delta_gamma", "γ"), _chart(depth, "delta_beta", "β")] if depth else [],
         "strongest": [_strongest(depth, of_reading) for of_reading in sizes],
-        "difference": _difference(depth) if len(readings) > 1 else {},
+        "difference": _difference(depth, f"delta_{ranked}") if len(readings) > 1 else {},
         "numbers": [
             [[[_short(value) for value in layer[key]] for key in ("gain", "delta_beta")] for layer in layers]
             for layers in depth
@@ -164,9 +168,11 @@ def _strongest(depth: list[list[dict[str, Any]]], scores: list[np.ndarray]) -> l
     ]
 
 
-def _difference(depth: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Where two questions differ most: layers by mean |difference of Δγ|, channels by |difference of Δγ|."""
-    differences = [np.abs(first["delta_gamma"] - second["delta_gamma"]) for first, second in depth]
+def _difference(depth: list[list[dict[str, Any]]], delta: str) -> dict[str, Any]:
+    """Where two questions differ most: layers by mean |difference of Δ|, channels by |difference of Δ|; if they do."""
+    differences = [np.abs(first[delta] - second[delta]) for first, second in depth]
+    if not any(difference.any() for difference in differences):
+        return {}
     means = [(layers[0]["name"], float(np.mean(of_layer))) for layers, of_layer in zip(depth, differences, strict=True)]
     return {
         "layers": nlargest(STRONGEST, means, key=lambda entry: entry[1]),

@@ -41,8 +41,9 @@ def inspect(
         "model": {
             "backbone": saved.settings.backbone.name,
             "stages": list(saved.settings.cbn.stages),
+            "condition": saved.settings.cbn.condition,
             "image_size": saved.preprocessing.size,
-            **{"trained_on": [], "epoch": None, "val_overall": None, **saved.training},
+            **{"trained_on": [], "epoch": None, "val_overall": None, "recalibrated_on": "", **saved.training},
         },
         **asked_about,
         "readings": readings,
@@ -78,23 +79,35 @@ def write_inspection(inspection: dict[str, Any], folder: Path, image: Path) -> N
 
 
 def summary(inspection: dict[str, Any]) -> str:
-    """Lines for a terminal: the best answer to each question and the layers with the largest deltas."""
-    lines = []
-    for reading in inspection["readings"]:
+    """Lines for a terminal: the best answer to each question, the layers with the largest deltas and differences."""
+    lines, readings = [], inspection["readings"]
+    for reading in readings:
         best = reading["answers"][0]
         lines.append(printable(f"{reading['question']}  {best['answer']} ({100 * best['probability']:.1f} %)"))
-        moved = [
-            (float(np.mean(np.abs(layer["delta_gamma"]) + np.abs(layer["delta_beta"]))), layer)
-            for layer in reading["layers"]
-        ]
-        for size, layer in sorted(moved, key=lambda pair: -pair[0])[:3]:
+        for size, layer in _largest([_deltas(layer) for layer in reading["layers"]], reading["layers"]):
             lines.append(
                 f"  {layer['name']}: mean |Δγ| + |Δβ| {size:.3f}, {layer['sign_flips']} sign flips and "
                 f"{layer['nearly_shut']} nearly shut of {layer['channels']} channels"
             )
-        if not moved:
+        if not reading["layers"]:
             lines.append("  this model conditions no norm: there is no modulation to show")
+    if len(readings) == 2 and (layers := readings[0]["layers"]):
+        pairs = zip(layers, readings[1]["layers"], strict=True)
+        largest = _largest([_deltas(one) - _deltas(other) for one, other in pairs], layers)
+        told = ", ".join(f"{layer['name']} {size:.3f}" for size, layer in largest)
+        lines.append(f"difference of the two, mean |Δγ| + |Δβ|: {told}")
     return "\n".join(lines)
+
+
+def _deltas(layer: dict[str, Any]) -> np.ndarray:
+    """Δγ and Δβ, [2, C]."""
+    return np.array([layer["delta_gamma"], layer["delta_beta"]])
+
+
+def _largest(deltas: Sequence[np.ndarray], layers: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """The three layers whose deltas [2, C] have the largest mean |Δγ| + |Δβ|, with it."""
+    sizes = (float(np.abs(of_layer).sum(0).mean()) for of_layer in deltas)
+    return sorted(zip(sizes, layers, strict=True), key=lambda pair: -pair[0])[:3]
 
 
 def _layers(saved: SavedModel, modulation: Modulation) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from vqa.text.encoder import CONFIGURATION, check_tokenizer, empty_encoder
 from vqa.text.tokenizer import load_tokenizer, save_tokenizer, unusable
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # names the files into which `save_pretrained` splits the weights, if asked to
 CATEGORIES = "categories.json"
 HUB_CONFIGURATION = "question_encoder"  # the key of a text encoder's configuration in `config.json`
 HUB_PREFIX = "model."  # of the weights' names in a folder for `transformers`
@@ -67,6 +68,22 @@ def save_weights(folder: Path, model: ConditionedModel, training: dict[str, Any]
         aside.write_bytes(as_safetensors(weights, {"training": json.dumps(training)}))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The file of a model's weights, or those that its index names; none where there is no model.
+
+    Raises:
+        InputError: the index is malformed.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (index := folder / INDEX).is_file():
+        return []
+    try:
+        return [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f"{index}: must name the file of each weight in weight_map") from None
+
+
 def find_model(run: Path) -> Path:
     """Find the model directory of a run directory; a model directory is returned as it is.
 
@@ -74,7 +91,7 @@ def find_model(run: Path) -> Path:
         InputError: the model is missing, or its settings are not those of the run directory.
     """
     for folder in (run / "model", run):
-        if (folder / WEIGHTS).is_file():
+        if weight_files(folder):
             made, asked = settings_file(folder), run / "config.yaml"
             if made != asked and asked.exists() and (why := difference(load_saved(made), load_saved(asked))):
                 raise InputError(f"{made}: not a model of {asked}: {why}; resume the run, or name the model itself")
@@ -83,12 +100,13 @@ def find_model(run: Path) -> Path:
     raise InputError(f"{run}: no model here ({why}); `train` writes runs/NAME/model")
 
 
-def download(name: str) -> Path:
-    """Download a model from the Hub by its name, once. Raises InputError."""
+def download(name: str, **options: Any) -> Path:
+    """Download a model from the Hub by its name, once; options as of `snapshot_download`. Raises InputError."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "config.yaml", WEIGHTS]))
+        patterns = ["*.json", "*config.yaml", "*model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
     except Exception as error:  # of the name, the network, the access: of several libraries
         why = f"no such folder, and no model of this name could be downloaded ({first_line(error):.100})"
         raise InputError(f"{name}: {why}") from None
@@ -132,7 +150,7 @@ def load_model(run: Path, device: torch.device | None = None) -> SavedModel:
             model = build_model(settings, tokenizer.get_vocab_size(), **sizes, pretrained=False, text_encoder=encoder)
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"{made}: no model can be built from it ({error!s:.100})") from None
-    training = load_weights(model, folder / WEIGHTS)
+    training = load_weights(model, folder)
     model.to(device or torch.device("cpu")).eval().requires_grad_(False)
     return SavedModel(folder, model, settings, tokenizer, answers, preprocessing, training, text_encoder, categories)
 
@@ -165,18 +183,21 @@ def _checked_texts(texts: Any, file: Path, what: str) -> list[str]:
     return texts
 
 
-def load_weights(model: ConditionedModel, file: Path) -> dict[str, Any]:
-    """Load the weights into a model on the meta device; returns how it was trained."""
-    try:
-        weights, metadata = read_safetensors(file)
-        weights = {name.removeprefix(HUB_PREFIX): value for name, value in weights.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as weights ({error!s:.100})") from None
+def load_weights(model: ConditionedModel, folder: Path) -> dict[str, Any]:
+    """Load the weights of a folder into a model on the meta device; returns how it was trained."""
+    weights, metadata, file = {}, {}, folder / WEIGHTS
+    for part in weight_files(folder) or [file]:
+        try:
+            tensors, header = read_safetensors(part)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{part}: cannot be read as weights ({error!s:.100})") from None
+        weights |= {name.removeprefix(HUB_PREFIX): value for name, value in tensors.items()}
+        metadata |= header
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (weights, expected))
         if theirs != ours:
-            made = settings_file(file.parent).name
+            made = settings_file(folder).name
             raise InputError(f"{file}: not the weights of this folder's {made}: {name} is {theirs}, not {ours}")
     model.to_empty(device="cpu").float()  # whatever torch's default type is
     model.load_state_dict(weights)

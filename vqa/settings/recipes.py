@@ -21,6 +21,7 @@ MOST_NODES = 10_000  # keys and values of a file with its aliases expanded
 # What the code did before it had these keys. The defaults of base.yaml may change.
 _BEFORE: dict[str, Any] = {
     "guesswhat": None,
+    "backbone": {"seed": None},
     "data": {"photographs": None, "vocabulary_from": ["train"]},
     "question": {"text_encoder": None, "pooling": "mean", "frozen": True},
     "train": {
@@ -99,11 +100,7 @@ _Loader.add_implicit_resolver(*POWER_OF_TEN)
 
 
 def load_settings(
-    file: Path,
-    overrides: Iterable[str] = (),
-    *,
-    where: str = "command line",
-    under: Mapping[str, Any] | None = None,
+    file: Path, overrides: Iterable[str] = (), *, where: str = "command line", under: Mapping[str, Any] | None = None
 ) -> Settings:
     """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
 

@@ -23,11 +23,7 @@ SplitName = Annotated[str, Field(max_length=64, pattern=r"^\w[\w.\-]*$")]  # nam
 
 
 # `1e-3`, which YAML 1.1 takes for a text; recipes are read with it, so a text of this form is written in quotes.
-POWER_OF_TEN = (
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+POWER_OF_TEN = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -99,6 +95,22 @@ class BackboneSettings(_Section):
     seed: int | None = Field(ge=0, lt=2**63)
     train: Literal["none", "stage4", "batchnorm"]
     statistics: Literal["population", "reestimated", "batch"]
+
+    @model_validator(mode="after")
+    def _seed_is_of_a_file(self) -> "BackboneSettings":
+        if self.seed is not None and not self.weights.endswith(".safetensors"):
+            raise ValueError(f"seed: needs weights that are pretrained here, a .safetensors file, not {self.weights!r}")
+        return self
+
+
+CONDITIONS = {  # `cbn.condition` in words
+    "question": "the question",
+    "kind": "the question's kind",
+    "image": "the image (a control)",
+    "constant": "a constant (a control)",
+    "mean_question": "one fixed vector (a control)",
+    "shuffled": "another question (a control)",
+}
 
 
 class CBNSettings(_Section):
@@ -182,13 +194,9 @@ class TrainSettings(_Section):
     tensorboard: Annotated[bool, Role.COMPUTING]
 
     @model_validator(mode="after")
-    def _validation_is_unseen(self) -> "TrainSettings":
+    def _keys_agree(self) -> "TrainSettings":
         if self.validate_on in self.splits:
             raise ValueError(f"validate_on: split {self.validate_on!r} is trained on; use another split or null")
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_uses_its_keys(self) -> "TrainSettings":
         if self.warm_up and self.schedule not in ("cosine", "steps"):
             raise ValueError(f"warm_up: only schedules cosine and steps use it; for {self.schedule} it must be 0")
         if bool(self.decay_at) != (self.schedule == "steps"):
@@ -259,7 +267,7 @@ class Settings(_Section):
         return [name for name in ("crop", "image") if name in self.inputs]
 
     @model_validator(mode="after")
-    def _inputs_of_the_task(self) -> "Settings":
+    def _sections_agree(self) -> "Settings":
         if len(set(self.inputs)) < len(self.inputs):
             raise ValueError("inputs: duplicate value")
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
@@ -268,10 +276,6 @@ class Settings(_Section):
             raise ValueError("scenes.world: games belongs to the task guesswhat, which takes no other world")
         if self.backbone.seed is not None and self.scenes is None:
             raise ValueError("backbone.seed: belongs to a recipe with scenes, whose backbone is pretrained here")
-        return self
-
-    @model_validator(mode="after")
-    def _kinds_have_words(self) -> "Settings":
         if self.cbn.condition == "kind" and self.question.encoder == "transformers":
             raise ValueError("cbn.condition: kind needs whole words; question.encoder transformers uses parts of words")
         return self

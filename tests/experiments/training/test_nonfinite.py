@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from experiments import evaluate
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.nonfinite import first_place
 from experiments.training.trainer import Trainer, train
@@ -185,8 +186,6 @@ def test_a_constant_image_has_answers(command, trained, tmp_path):
 
 
 def test_unknown_words_and_answers_are_reported(command, trained, tmp_path, monkeypatch):
-    from experiments import evaluate
-
     split_data = evaluate.split_data
 
     def strange(*arguments):

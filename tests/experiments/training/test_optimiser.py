@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
+from experiments.training.optimiser import build_optimiser, build_schedule, rate_factor, trained_parameters
+from vqa.build import build_model
 from vqa.settings.recipes import load_settings
 
 
 def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
-    from experiments.training.optimiser import build_optimiser, trained_parameters
-    from vqa.build import build_model
-
     settings = load_settings(tiny, ["train.learning_rate=0.5", "train.predictor_learning_rate=0.25"])
     model = build_model(settings, 20, 10, pretrained=False)
     optimiser = build_optimiser(settings.train, model)
@@ -25,9 +25,6 @@ def test_the_predicting_mlps_can_have_a_learning_rate_of_their_own(tiny):
 )
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_optimisers_are_torchs_and_decay_no_biases_and_norms(tiny, name, reference, decay):
-    from experiments.training.optimiser import build_optimiser, trained_parameters
-    from vqa.build import build_model
-
     words = [f"train.optimiser={name}", f"train.weight_decay={decay}", "backbone.train=batchnorm"]
     settings = load_settings(tiny, [*words, "train.learning_rate=0.5", "train.predictor_learning_rate=0.25"])
     model = build_model(settings, 20, 10, pretrained=False)
@@ -53,8 +50,6 @@ def test_optimisers_are_torchs_and_decay_no_biases_and_norms(tiny, name, referen
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 1000])
 def test_one_cycle_rises_then_falls_to_zero(tiny, steps):
-    from experiments.training.optimiser import rate_factor
-
     settings = load_settings(tiny, ["train.schedule=one_cycle"]).train
     factors = [rate_factor(settings, step, steps) for step in range(steps)]
     assert max(factors) == 1.0
@@ -67,10 +62,6 @@ def test_one_cycle_rises_then_falls_to_zero(tiny, steps):
 @pytest.mark.parametrize("warm_up", [0.0, 0.25])
 @pytest.mark.parametrize("name", ["cosine", "steps"])
 def test_schedules_are_torchs(tiny, name, warm_up):
-    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
-
-    from experiments.training.optimiser import build_schedule
-
     words = [f"train.schedule={name}", f"train.warm_up={warm_up}"]
     words += ["train.decay_at=[0.5, 0.8]", "train.decay_by=0.2"] if name == "steps" else []
     steps, warm = 20, int(20 * warm_up)

@@ -9,6 +9,9 @@ import pytest
 import torch
 import yaml
 
+from data.preprocess import preprocess
+from data.scenes.write import write_world
+from experiments.prepare import split_files
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
 from experiments.training.trainer import train
@@ -179,10 +182,6 @@ def test_a_checkpoint_of_another_program_is_one_line(tiny, finished, tmp_path):
 
 
 def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
-    from data.preprocess import preprocess
-    from data.scenes.write import write_world
-    from experiments.prepare import split_files
-
     answers = (finished / "model" / "answers.json").read_bytes()
     other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
     write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor, AutoTokenizer
 
 import vqa
+from data.batches import padded_words
 from experiments.evaluate import evaluate
 from experiments.tasks.vqa import VQATask
 from experiments.training.trainer import train
@@ -159,8 +160,6 @@ def test_a_warm_start_takes_the_encoder_whole_or_not_at_all(tiny, run, tmp_path,
 def test_the_mean_question_is_the_mean_of_its_embeddings(tiny, encoder):
     task = VQATask(recipe(tiny, encoder, "cbn.condition=mean_question"))
     model = task.new_model(fresh=True, say=print)
-    from data.batches import padded_words
-
     with torch.inference_mode():
         embeddings = model.eval().question(*padded_words(task.training, range(len(task.training))))
     mean = embeddings.mean(0)

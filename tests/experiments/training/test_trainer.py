@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -10,11 +11,15 @@ import torch
 import yaml
 
 from data.h5_file import H5Images, _digest_of
+from data.preprocess import preprocess
+from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
+from experiments.recalibrate import recalibrate
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
 from tests.runs import lines, same_weights, weights
+from vqa.build import build_model
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
@@ -53,8 +58,6 @@ def test_the_same_seed_gives_the_same_weights(tiny, trained, tmp_path):
 def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
     settings = load_settings(tiny, ["name=frozen", "train.learning_rate=0.01"])
     torch.manual_seed(settings.seed)
-    from vqa.build import build_model
-
     before = build_model(settings, 5, 5, pretrained=True).resnet.state_dict()
     # the backbone is drawn first, so it is the same whatever follows it
     after = weights(train(settings, runs=tmp_path).path)
@@ -121,9 +124,6 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
 @pytest.fixture(scope="module")
 def at_32_px(tiny, tmp_path_factory):
     """Words for the tiny world at 32 px, where stage 4 has one position."""
-    from data.preprocess import preprocess
-    from experiments.prepare import preprocessing_of
-
     words = [f"data.h5={tmp_path_factory.mktemp('small')}/32.h5", "data.image_size=32"]
     preprocess(**preprocessing_of(load_settings(tiny, words)))
     return words
@@ -139,21 +139,20 @@ def test_statistics_of_one_value_are_refused_and_block_nothing(tiny, tmp_path, a
 
 
 def test_statistics_of_one_value_are_not_re_estimated(tiny, tmp_path, at_32_px):
-    from experiments.recalibrate import recalibrate
-
     run = train(load_settings(tiny, ["name=small", *at_32_px]), runs=tmp_path).path
     with pytest.raises(InputError, match="train.batch_size: statistics at 32 px need batches of 2 questions, not 1"):
         recalibrate(run, tmp_path / "new", "train", ["train.batch_size=1"])
 
 
-def test_the_best_epochs_model_is_kept_and_training_stops_early(tiny, tmp_path, monkeypatch):
+def test_the_best_epochs_model_is_kept_training_stops_early_and_tensorboard_has_it(tiny, tmp_path, monkeypatch):
     scores = iter([30.0, 50.0, 40.0, 45.0, 99.0])
     real = VQATask.score
     monkeypatch.setattr(VQATask, "score", lambda *given: real(*given) | {"overall": next(scores)})
-    settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2"])
+    settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2", "train.tensorboard=true"])
     run = train(settings, runs=tmp_path).path
     assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
     assert load_model(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
+    assert list((run / "tensorboard").glob("events.*"))
 
 
 def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
@@ -164,8 +163,6 @@ def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
 
 
 def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy.h5"
     shutil.copy(tiny.parent / "world.h5", copy)
     with h5py.File(copy, "r+") as file:
@@ -207,8 +204,3 @@ def test_glove_vectors_are_used_and_stored_with_the_model(tiny, tmp_path):
     loaded = load_model(run)
     row = loaded.tokenizer.token_to_id("red")
     assert loaded.model.question.fixed.weight[row].tolist() == [4, 5, 6]
-
-
-def test_tensorboard_files_are_written(tiny, tmp_path):
-    run = train(load_settings(tiny, ["name=board", "train.tensorboard=true"]), runs=tmp_path).path
-    assert list((run / "tensorboard").glob("events.*"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.batches import padded_words
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
@@ -88,8 +89,6 @@ def test_what_is_made_of_the_data_is_made_with_the_weights_that_were_taken(tiny,
     if condition == "mean_question":
         model = task.new_model(fresh=True, say=print)
         model.load_state_dict(warm)
-        from data.batches import padded_words
-
         model.set_mean_question(*padded_words(task.training, range(len(task.training))))
         torch.testing.assert_close(warm["mean_question"], model.mean_question)
 

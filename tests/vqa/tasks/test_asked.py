@@ -29,16 +29,8 @@ def test_views_and_numbers_of_an_object(image):
     assert views[1] is image
     assert extras["category"].tolist() == [2]
     # y upwards: its lower edge is 20 of 48 above the border
-    expected = [
-        2 * 10 / 64 - 1,
-        2 * 20 / 48 - 1,
-        2 * 40 / 64 - 1,
-        2 * 28 / 48 - 1,
-        2 * 25 / 64 - 1,
-        0,
-        60 / 64,
-        16 / 48,
-    ]
+    corners_and_centre = 2 * np.array([10, 20, 40, 28, 25, 24]) / ([64, 48] * 3) - 1
+    expected = [*corners_and_centre, 2 * 30 / 64, 2 * 8 / 48]
     np.testing.assert_allclose(extras["spatial"], [expected], rtol=1e-6)
 
 

@@ -17,7 +17,7 @@ from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, listen
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)  # why standard output may fail
+OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO)  # why standard output may fail
 RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep finished work
 
 
@@ -189,9 +189,9 @@ def recalibrate(
     if config is not None:
         from vqa.settings.recipes import load_settings
 
-        data = load_settings(config).data
-        files = ((key, json.dumps(getattr(data, key), ensure_ascii=False)) for key in ("folder", "h5"))  # as YAML
-        settings = [*(f"data.{key}={file}" for key, file in files), *settings]
+        data = load_settings(config).data.model_dump(include={"folder", "h5", "splits"})
+        words = (f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in data.items())  # as YAML
+        settings = [*words, *settings]
     out = out or run / "recalibrated"
     questions = estimate(run, out, split, settings, batches=batches)
     print(f"statistics re-estimated on the images of {questions} questions; next: python main.py eval --run {out}")

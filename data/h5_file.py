@@ -217,8 +217,9 @@ class Store:
 class H5Images(H5Rows):
     """The images of a store: uint8 [S, S, 3] each."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "images/pixels", _REMEDY)
+    def __init__(self, path: Path, expected: np.ndarray | None = None) -> None:
+        """`expected`: as `H5Rows`."""
+        super().__init__(path, "images/pixels", _REMEDY, expected)
 
     @property
     def bad(self) -> np.ndarray:

@@ -158,9 +158,13 @@ def set_rows(file: h5py.File, array: str, rows: Sequence[int], values: Sequence[
 class H5Rows:
     """Random access to the rows of an array in an h5 file, verified; safe to hand to worker processes and threads."""
 
-    def __init__(self, path: Path, array: str, remedy: str = "make it again") -> None:
-        """`remedy` is what the user should do with a damaged file."""
-        self.path, self.array, self.remedy = path, array, remedy
+    def __init__(
+        self, path: Path, array: str, remedy: str = "make it again", expected: np.ndarray | None = None
+    ) -> None:
+        """`remedy` is what the user should do with a damaged file; `expected` the rows' checksums, uint32 [N], 0 where
+        any is right: another file may be there when it is opened, in each worker process and each epoch.
+        """
+        self.path, self.array, self.remedy, self.expected = path, array, remedy, expected
         self._file = None
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -195,8 +199,12 @@ class H5Rows:
             raise InputError(f"{self.path}: cannot be read as an h5 file ({error!s:.100}); {self.remedy}") from None
         if self._offset is None:
             raise InputError(f"{self.path}: {self.array} is not stored in one piece; {self.remedy}")
+        if (expected := self.expected) is not None:
+            found = self._checksums[: len(expected)]
+            if len(found) < len(expected) or (found != expected)[expected != 0].any():
+                raise InputError(f"{self.path}: was replaced by other {self.array} while this command ran")
         self._bytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self._file = self.path.open("rb", buffering=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "array": self.array, "remedy": self.remedy, "_file": None}
+        return {name: getattr(self, name) for name in ("path", "array", "remedy", "expected")} | {"_file": None}

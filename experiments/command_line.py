@@ -12,6 +12,22 @@ from vqa.io.errors import InputError
 
 DEMO_CONFIG = ROOT / "config" / "demo.yaml"
 RUN = ("--run", "--model")  # one option; torchrun takes --run for its own
+_BELONG = {  # options of a command that do nothing without something else: what that is, and whether it is asked for
+    "pretrain": [("backbone image_size epochs seed", "training, not to --probe", lambda given: not given.only_probe)],
+    "bench": [
+        ("images", "the part scale", lambda given: not given.parts or "scale" in given.parts),
+        ("images", "real sizes, not to --tiny", lambda given: not given.tiny),
+    ],
+    "gpu-check": [("at_once", "suites, not to --no-suites", lambda given: given.suites != [])],
+    "experiment": [
+        (
+            "at_once",
+            "running all that is missing",
+            lambda given: given.does == "run" and not (given.only or given.cluster),
+        ),
+        ("resources", "--submit", lambda given: given.cluster),
+    ],
+}
 
 
 class _Once(argparse.Action):
@@ -33,7 +49,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
         """As in the base class, but settings may also follow options that come after a positional argument."""
         arguments, rest = self.parse_known_args(words, namespace)
-        vars(arguments).pop("given", None)
+        given = vars(arguments).pop("given", set())
+        for options, to, asked in _BELONG.get(arguments.command, ()):
+            for idle in given.intersection(options.split()) if not asked(arguments) else ():
+                self.error(f"--{idle.replace('_', '-')} belongs to {to}")
         if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
@@ -42,6 +61,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
+        if message.endswith("expected one argument"):
+            message += "; one that begins with a minus sign is written with =, as --box=-1,2,3,4"
         raise InputError(f"{message} (see {self.prog} --help)")
 
 

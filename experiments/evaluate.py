@@ -56,13 +56,15 @@ def evaluate(
         The scores; None for a split without annotations, of which only the results are written.
 
     Raises:
-        InputError: no model, no such split, no data, a split that was trained on, another process evaluates into
-            `out`, or the disk is full.
+        InputError: no model, no such split, no data, a split that was trained on, `out` holds another model or another
+            process evaluates into it, or the disk is full.
     """
     folder, settings = find_settings(run, overrides)
     out = out or run
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: must be a directory")
+    if (out / "config.yaml").exists() and out.resolve() not in (folder.resolve(), folder.parent.resolve()):
+        raise InputError(f"{out}: holds another model, with results of its own; --out must name another directory")
     processes = this_process()
     device = processes.device(settings.device)
     with together(processes, device), ExitStack() as stack:

@@ -18,7 +18,7 @@ from torchvision.models import ResNet
 
 from data.labelled_images import LabelledImages
 from data.scenes.write import WORLDS, draw_single_objects
-from experiments.training.checkpoint import load_checkpoint, save_checkpoint
+from experiments.training.checkpoint import load_checkpoint, read_as_checkpoint, save_checkpoint
 from vqa.backbone import build_resnet
 from vqa.devices import autocast
 from vqa.io.errors import InputError
@@ -167,9 +167,7 @@ def _train(
     """
     place, size, seed = torch.device(device), made["image_size"], made["seed"]
     checkpoint = _checkpoint_of(file)
-    saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
-    if saved is not None:
-        _check_same(checkpoint, saved["made"] if isinstance(saved, dict) and "made" in saved else {}, made)
+    saved = _saved(checkpoint, made) if checkpoint.exists() else None
     torch.manual_seed(seed)
     try:
         resnet = build_resnet(made["name"], classes=classes).to(place)
@@ -190,9 +188,11 @@ def _train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=len(batches), cycle_momentum=False)
         state, done = {"model": resnet, "optimiser": optimiser, "schedule": schedule}, 0
         if saved is not None:
-            done = saved["step"]
-            for part, content in state.items():
-                content.load_state_dict(saved[part])
+            with read_as_checkpoint(checkpoint):
+                for part, content in state.items():
+                    content.load_state_dict(saved[part])
+                if (done := schedule.last_epoch) != saved["step"]:
+                    raise ValueError(f"its schedule counts {done} steps, not {saved['step']!r:.20}")
         with StopRequest() as stop:
             steps = progress(batches[done:], len(batches), "pretraining", done=done)
             for step, rows in enumerate(steps, start=done + 1):
@@ -211,6 +211,14 @@ def _train(
         with torch.inference_mode():
             predicted = torch.cat([logits_of(some).argmax(1) for some in pixels[images:].split(256)])
     return resnet, (predicted.cpu().numpy(), labels[images:].cpu().numpy())
+
+
+def _saved(checkpoint: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint. Raises InputError if it is none, or of other arguments than `made`."""
+    saved = load_checkpoint(checkpoint)
+    with read_as_checkpoint(checkpoint):
+        _check_same(checkpoint, saved["made"], made)
+    return saved
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json
 from vqa.io.locks import held
 from vqa.io.processes import Interrupted, StopRequest, block_signals_in_children
+from vqa.saved_model.files import WEIGHTS
 from vqa.settings.recipes import load_saved, load_settings
 from vqa.settings.schema import Role, Settings, difference, role_of
 
@@ -117,7 +118,10 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
                 words = (*suite.seeds[job.seed], *job.run.words, *suite.words, *test.words)
                 prepare(load_settings(suite.recipe, words, where=str(suite.file)))
     with held(folder / ".lock", folder, wait=True):
-        if not RunDirectory(folder).checkpoint.exists():
+        run = RunDirectory(folder)
+        if (run.model / WEIGHTS).exists():
+            run.check(job.settings, resume=True)  # a run whose checkpoint alone is gone is not trained again
+        if not run.checkpoint.exists():
             _remove_results(folder)
         train(job.settings, resume=True, runs=runs)
         for test in suite.tests:
@@ -133,7 +137,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
 def _remove_results(folder: Path) -> None:
     """Remove results whose training is gone (they came from a zip file), so that they do not mix with new ones."""
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    names = ("metrics_*.json", "accuracies_*.npz", "results_*.json", "metrics.jsonl", "environment.json", "config.yaml")
+    names = ("metrics_*.json", "accuracies_*.npz", "results_*.json", "metrics.jsonl", "environment.json")
     for file in [file for name in names for file in folder.glob(name)]:
         file.unlink()
 

@@ -47,6 +47,43 @@ def test_words_may_stand_anywhere_and_options_once(refused):
     assert "--versus is given twice" in refused("inspect", *asked)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        *(
+            (["experiment", "--at-once", 2, *more], "--at-once belongs to running")
+            for more in (["--report"], ["--publish"], ["--list"], ["--submit", "slurm"], ["--only", "a", "--seed", 1])
+        ),
+        (["experiment", "--resources", "timeout_min=9"], "--resources belongs to --submit"),
+        (["experiment", "--resources", "timeout_min=9", "--list"], "--resources belongs to --submit"),
+        *(
+            (
+                ["pretrain", "--images", "a", "--out", "b", "--probe", option, 64],
+                f"{option} belongs to training, not to",
+            )
+            for option in ("--backbone", "--image-size", "--epochs", "--seed")
+        ),
+        (["bench", "step", "--images", 9], "--images belongs to the part scale"),
+        (["bench", "scale", "--images", 9, "--tiny"], "--images belongs to real sizes"),
+        (["gpu-check", "--out", "a", "--no-suites", "--at-once", 8], "--at-once belongs to suites"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(refused, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(words[0], *(["suite.yaml"] if words[0] == "experiment" else []), *words[1:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_begins_with_a_minus_sign_is_written_with_an_equals_sign(refused):
+    words = ["ask", "--run", "a", "--image", "b"]
+    assert "--box: expected one argument; one that begins with a minus sign is written with =" in refused(
+        *words, "--question", "what?", "--box", "-1,2,3,4"
+    )
+    assert "is written with =, as --box=-1,2,3,4" in refused(*words, "--question", "-what?")
+    given = build_parser(main.COMMANDS).parse_args([*words, "--question=-what?", "--box=-1,2,3,4"])
+    assert (given.question, given.box) == ("-what?", (-1, 2, 3, 4))
+
+
 def test_the_version_is_the_packages(command):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ended = command("--version")

@@ -83,6 +83,12 @@ def test_a_copied_model_is_evaluated_without_h5(command, trained, copied, tmp_pa
         assert ours == theirs
 
 
+def test_the_results_of_another_model_are_not_overwritten(refused, command, trained, finished):
+    assert f"{finished}: holds another model" in refused("eval", "--run", trained, "--out", finished)
+    assert not (finished / "metrics_val.json").exists()
+    assert command("eval", "--run", finished / "model", "--out", finished).code == 0  # its own
+
+
 def test_another_datasets_words_are_read_with_the_models_own(command, tiny, trained, tmp_path):
     expected = command("eval", "--run", trained, "--out", tmp_path / "a").out
     other = f"data.h5={tmp_path}/other.h5"

@@ -1,6 +1,4 @@
-"""A suite of two rows and two seeds, one row of which fails, one with other settings for
-its second seed, and settings that make the runs of a suite tiny.
-"""
+"""A suite of two rows, one of which fails; one whose second seed has another backbone; settings that make runs tiny."""
 
 from tests.conftest import ROOT
 

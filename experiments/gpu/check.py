@@ -86,7 +86,8 @@ def gpu_check(
         The names of the steps that failed, now or before.
 
     Raises:
-        InputError: an unknown step or suite, an unavailable device, or `out` is a file.
+        InputError: an unknown step or suite, an unavailable device, or `out` is a file or holds the results of another
+            device or size.
     """
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
@@ -100,7 +101,7 @@ def gpu_check(
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     files = [out / f"{name}.json" for name in steps or STEPS]
-    missing = [file for file in files if not file.exists() or read_json(file)["state"] != "passed"]
+    missing = [file for file in files if not (file.exists() and _passed(file, _command(file.stem, device, tiny)))]
     correctness, speed = ([file for file in missing if (file.stem in CORRECTNESS) is kind] for kind in (True, False))
     run = partial(_run_step, device=device, tiny=tiny, deadline=deadline)
     for chosen, processes in ((correctness, max((os.cpu_count() or 1) // 4, 1)), (speed, 1)):
@@ -120,6 +121,19 @@ def gpu_check(
     if left := [name for name, state in states.items() if state not in ("passed", "failed")]:
         print(f"not run within {minutes:g} minutes: {', '.join(left)}", flush=True)
     return [name for name, state in states.items() if state == "failed"]
+
+
+def _command(step: str, device: str, tiny: bool) -> str:
+    words = ["python main.py gpu-check --step", step, *(["--device", device] if device != "cuda" else [])]
+    return " ".join([*words, "--tiny"] if tiny else words)
+
+
+def _passed(file: Path, command: str) -> bool:
+    """Whether a step passed, from its file. Raises InputError if another command or program wrote it."""
+    content = read_json(file)
+    if not isinstance(content, dict) or "state" not in content or content.get("command", command) != command:
+        raise InputError(f"{file}: not written by `{command}`; name another --out")
+    return content["state"] == "passed"
 
 
 def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str, Any] | None:
@@ -153,8 +167,7 @@ def _write_rows(file: Path, rows: Measurement, device: str, tiny: bool) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     chosen, start, written = choose_device(device), time.monotonic(), []
-    command = f"python main.py gpu-check --step {file.stem}"
-    about = {"step": file.stem, "machine": surroundings(chosen), "command": command}
+    about = {"step": file.stem, "machine": surroundings(chosen), "command": _command(file.stem, device, tiny)}
 
     def write(state: str, **more: str) -> None:
         seconds = round(time.monotonic() - start, 1)

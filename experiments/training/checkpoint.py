@@ -1,6 +1,8 @@
 """Checkpoints: everything that a run resumes from, written whole or not at all, read without pickle."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,24 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not a checkpoint, or damaged: a single flipped byte is detected.
     """
-    try:
+    with read_as_checkpoint(file):
         return load_tensors(file)
-    except Exception as error:  # torch raises errors of several kinds on a damaged file
-        raise InputError(f"{file}: cannot be read as a checkpoint ({first_line(error):.100})") from None
+
+
+@contextmanager
+def read_as_checkpoint(file: Path) -> Iterator[None]:
+    """Turns an error of the block, which uses the content of `file`, into an error that names it.
+
+    Raises:
+        InputError: the file is damaged, or another program wrote it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # torch raises errors of several kinds on a damaged file, and on other content
+        why = f"{'no ' if isinstance(error, KeyError) else ''}{first_line(error):.100}"
+        raise InputError(f"{file}: cannot be read as a checkpoint ({why})") from None
 
 
 def save_checkpoint(file: Path, saved: dict[str, Any]) -> None:
@@ -102,7 +118,7 @@ class TrainingState:
         save_checkpoint(file, saved)
 
     def restore(self, saved: dict[str, Any], rank: int) -> None:
-        """Restores what `save` wrote and `load_checkpoint` read."""
+        """Restores what `save` wrote and `load_checkpoint` read, with `progress` as Progress."""
         mine = saved["processes"][rank]
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
@@ -112,7 +128,10 @@ class TrainingState:
                 if value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.schedule.load_state_dict(saved["schedule"])
-        self.progress = Progress(**saved["progress"] | {"loss_sum": mine["loss_sum"]})
+        self.progress = progress = replace(saved["progress"], loss_sum=mine["loss_sum"])
+        taken = sum(line["steps"] - line.get("steps_left_out", 0) for line in progress.history)
+        if (counted := self.schedule.last_epoch) != taken + progress.step - progress.left_out:
+            raise ValueError(f"its schedule counts {counted} steps, its epochs others")
         torch.set_rng_state(mine["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in mine["random"]:  # not where the run was on a CPU before
             torch.cuda.set_rng_state(mine["random"]["cuda"], self.device)

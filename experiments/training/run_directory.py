@@ -16,6 +16,7 @@ import torch
 
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json, read_text, write_json, write_text
+from vqa.saved_model.files import WEIGHTS
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, different_keys
 
@@ -44,9 +45,12 @@ class RunDirectory:
         Raises:
             InputError: the directory holds a run, and `resume` is false, its settings are others or its checkpoint is
                 gone; or a run without a checkpoint is resumed that began with another model's weights, and `init_from`
-                is None.
+                is None; or it holds a model that was copied or recalibrated.
         """
         if not self.holds_training():
+            began = (self.path / "config.yaml").exists()
+            if (self.path / WEIGHTS).exists() or ((self.model / WEIGHTS).exists() and not began):
+                raise InputError(f"{self.path}: holds a model that was not trained here; choose another `name`")
             file = self.path / "environment.json"
             begun = read_json(file) if resume and init_from is None and file.exists() else {}
             if isinstance(begun, dict) and begun.get("init_from"):
@@ -56,7 +60,9 @@ class RunDirectory:
             raise InputError(f"{self.path}: already holds a run; resume it with --resume, or choose another `name`")
         # after one epoch there may be none yet
         if not self.checkpoint.exists() and len(read_text(self.path / "metrics.jsonl").splitlines()) > 1:
-            raise InputError(f"{self.checkpoint}: missing, so that the run cannot be resumed; choose another `name`")
+            raise InputError(
+                f"{self.checkpoint}: missing, so that the run cannot be resumed; choose another `name`, or move it away"
+            )
         config = self.path / "config.yaml"
         begun, asked = load_saved(config), settings.train
         for key in different_keys(settings, begun, _RESUMABLE):

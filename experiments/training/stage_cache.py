@@ -64,7 +64,8 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
         InputError: as `cached_maps`.
     """
     store, settings = task.store, task.settings
-    images = H5Images(store.path) if settings.views else NoImages()
+    known = np.where(store.usable, store.checksums, 0)  # stand-ins may be repaired meanwhile
+    images = H5Images(store.path, known) if settings.views else NoImages()
     pixels = ImageSource(images, task.preprocessing, settings.speed.channels_last)
     if not settings.views:
         return pixels
@@ -139,7 +140,7 @@ def cached_maps(
                 _make(path, identity, count, encode)
     with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:
         _check_identity(path, file, identity)
-    return H5Rows(path, "maps", _REMEDY)
+        return H5Rows(path, "maps", _REMEDY, file["crc32"][:])
 
 
 def _make(path: Path, identity: dict[str, Any], count: int, encode: Callable[[Sequence[int]], np.ndarray]) -> None:

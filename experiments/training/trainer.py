@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from data.batches import Batch, EpochSampler
 from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
-from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint
+from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint, read_as_checkpoint
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import build_optimiser, build_schedule, trained_parameters
@@ -63,8 +64,8 @@ def train(
             raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
         saved = _last_checkpoint(run, task, processes) if seen[0] else None
-        if saved is not None and Progress(**saved["progress"]).is_finished(settings.train):
-            early = len(saved["progress"]["history"]) < settings.train.epochs
+        if saved is not None and saved["progress"].is_finished(settings.train):
+            early = len(saved["progress"].history) < settings.train.epochs
             why = ", stopped early by train.patience (raise it to continue)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
@@ -73,13 +74,14 @@ def train(
 
 
 def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
-    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
+    """Reads the checkpoint. Raises InputError if it is none, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
-    saved["progress"].pop("finished", None)  # of earlier versions
-    if saved["data"] != task.identity:
-        raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
-    if (count := len(saved["processes"])) != processes.world_size:
-        raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
+    with read_as_checkpoint(run.checkpoint):
+        saved["progress"] = TypeAdapter(Progress).validate_python(saved["progress"])
+        if saved["data"] != task.identity:
+            raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
+        if (count := len(saved["processes"])) != processes.world_size:
+            raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
     return saved
 
 
@@ -114,7 +116,8 @@ def prepare(
     schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
     state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=seen))
     if saved is not None:
-        state.restore(saved, processes.rank)
+        with read_as_checkpoint(run.checkpoint):
+            state.restore(saved, processes.rank)
         processes.say(f"{run.path}: resumes at epoch {state.progress.epoch}, step {state.progress.step}")
         if init_from is not None:
             processes.say(f"--init-from: {init_from} is not read again: the checkpoint holds all weights")
@@ -195,6 +198,9 @@ class Trainer:
                 if due:
                     self._save_checkpoint()
                 self._stop_if_asked(save=not due)
+        except OSError:  # standard output or error, as of a terminal that is gone
+            self._save_if_alone()
+            raise
         except NotFiniteError as error:
             raise InputError(
                 f"{self._at_step(error)}; a lower train.learning_rate or train.clip under another `name` may help, "
@@ -226,8 +232,9 @@ class Trainer:
                 splits = dict.fromkeys(progress.trained_before + self.settings.train.splits)
                 facts = {"trained_on": list(splits)} | {key: line[key] for key in ("epoch", "val_overall")}
                 save_weights(self.run.model, self.model, facts)
-            self._report(line)
+            self._write(line)
         self._save_checkpoint()
+        self._report(line)  # last: a closed or full standard output ends the run
 
     def _validate(self) -> Scores:
         """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
@@ -236,11 +243,11 @@ class Trainer:
                 given = (self.model, self.validation, self.settings, self.processes)
                 what = f"{self.run.path}: validation {self.progress.epoch}"
                 return self.task.score(predict_classes(*given, prepare_images=self.images.prepare, what=what))
-        except Interrupted:
+        except (Interrupted, OSError):  # as in `_train_epoch`
             self._save_if_alone()
             raise
 
-    def _report(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         self.run.write_metrics(self.progress.history)
         if self.writes_tensorboard:
             try:
@@ -248,10 +255,12 @@ class Trainer:
             except NotWrittenError as error:
                 print(f"{error}; training continues without TensorBoard", flush=True)
                 self.writes_tensorboard = False
+
+    def _report(self, line: dict[str, Any]) -> None:
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
         scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
         epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
-        print(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s", flush=True)
+        self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, from batch `start` on; a signal ends the wait for one."""

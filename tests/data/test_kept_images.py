@@ -1,6 +1,7 @@
 """Other words, other answer classes, more splits, repaired images: new tables, stored images are kept."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
 from data.vqa_files import SplitFiles
 from experiments.prepare import split_files
+from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask
+from experiments.training.stage_cache import choose_images
 from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split
@@ -79,6 +83,21 @@ def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decode
     assert made.read_bytes() == (tmp_path / "fresh.h5").read_bytes()
     make(raw | {"test": test}, made)
     assert len(decoded) == 5  # of the fresh one
+
+
+def test_a_run_takes_no_images_of_a_file_that_is_made_anew_meanwhile(tiny, raw, tmp_path):
+    h5 = Path(shutil.copy(tiny.parent / "world.h5", tmp_path / "copy.h5"))
+    task = VQATask(load_settings(tiny, [f"data.h5={h5}", "data.cache_gib=0.0"]))
+    images = choose_images(task, task.new_model(fresh=True, say=print).resnet, Processes()).images
+    whole = pickle.loads(pickle.dumps(images))[3]  # as in a worker process
+    splits, asked = split_files(task.settings), {"min_word_count": 2, "answers": 20}
+    make(splits | {"again": splits["val"]}, h5, image_size=64, **asked)
+    assert np.array_equal(pickle.loads(pickle.dumps(images))[3], whole)
+    for other, size in ((splits, 32), (raw, 64)):
+        h5.unlink()
+        make(other, h5, image_size=size, **asked | {"min_word_count": 1})
+        with pytest.raises(InputError, match="copy.h5: was replaced by other images/pixels while this command ran"):
+            pickle.loads(pickle.dumps(images))[1]
 
 
 def test_images_are_kept_when_their_folder_moves(raw, made, decoded):

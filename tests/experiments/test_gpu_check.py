@@ -115,3 +115,13 @@ def test_wrong_words_are_refused(refused, tmp_path):
     assert "device: cuda" in refused("gpu-check", *out)
     (tmp_path / "file").touch()
     assert refused("gpu-check", "--out", tmp_path / "file").endswith("must be a directory")
+
+
+def test_results_of_another_device_or_program_are_neither_taken_nor_overwritten(refused, tmp_path):
+    ours = {"step": "resume", "state": "passed", "command": "python main.py gpu-check --step resume"}
+    for content in ([1], {"step": 1}, ours, ours | {"command": f"{ours['command']} --device cpu"}):
+        (tmp_path / "resume.json").write_text(json.dumps(content))
+        said = refused("gpu-check", "--out", tmp_path, "--device", "cpu", "--tiny", "--no-suites")
+        command = "python main.py gpu-check --step resume --device cpu --tiny"
+        assert said.endswith(f"/resume.json: not written by `{command}`; name another --out")
+        assert json.loads((tmp_path / "resume.json").read_text()) == content

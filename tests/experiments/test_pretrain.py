@@ -120,6 +120,20 @@ def test_killed_it_resumes_bit_for_bit(photos, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+def test_a_checkpoint_of_another_program_is_one_line(photos, tmp_path, monkeypatch):
+    made = {"seed": 3, "image_size": 32, "epochs": 1, "device": "cpu"}
+    monkeypatch.setattr(pretrain, "save_checkpoint", lambda _, saved: parts.update(saved) or 1 / 0)
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
+    parts, file = {}, tmp_path / "b.safetensors.checkpoint"
+    with pytest.raises(ZeroDivisionError):
+        pretrain.pretrain_on_images(file.with_suffix(""), "resnet10", photos, **made)
+    wrongs = [parts | {part: wrong} for part in parts for wrong in ([1], {"a": 1}, None)]
+    for content in ([1], {"state_dict": {}}, *wrongs, parts | {"step": 100}):
+        torch.save(content, file)
+        with pytest.raises(InputError, match=r"checkpoint: (cannot be read as a checkpoint \(.|pretrained with)"):
+            pretrain.pretrain_on_images(file.with_suffix(""), "resnet10", photos, **made)
+
+
 @pytest.mark.usefixtures("listening")
 def test_a_signal_ends_the_step_and_saves_it(command, photos, tmp_path, monkeypatch):
     words = ("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--epochs", "3", *OPTIONS)

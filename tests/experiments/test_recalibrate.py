@@ -29,7 +29,7 @@ def test_only_the_running_statistics_change(command, trained, tmp_path):
 
 
 def test_the_same_images_give_the_same_statistics_again(command, trained, tiny, tmp_path):
-    for name in ("one", "two"):
+    for name in ("one", "two", "two"):  # its own model may be replaced
         assert command("recalibrate", "--run", trained, "--config", tiny, "--out", tmp_path / name).code == 0
     one, two = (load_model(tmp_path / name).model.state_dict() for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
@@ -42,6 +42,13 @@ def test_the_files_of_a_recipe_are_found_whatever_their_names(command, trained, 
     words = ["--config", recipe, "--out", tmp_path / "out", "--batches", 1]
     ended = command("recalibrate", "--run", trained, *words)
     assert ended.code == 0, ended.err
+
+
+def test_without_an_h5_file_the_raw_files_of_the_recipe_are_read(refused, trained, tiny, tmp_path):
+    recipe = tmp_path / "named.yaml"
+    recipe.write_text(f"base: {tiny}\ndata: {{h5: nowhere.h5, splits: {{train: {{questions: other.json}}}}}}\n")
+    said = refused("recalibrate", "--run", trained, "--config", recipe, "--out", tmp_path / "out")
+    assert "world/other.json: no such file, and no nowhere.h5" in said
 
 
 @pytest.mark.parametrize(
@@ -63,5 +70,7 @@ def test_a_condition_on_the_image_is_refused(refused, tiny, tmp_path):
     assert "cbn.condition=image passes each image" in refused("recalibrate", "--run", run, "--out", tmp_path / "out")
 
 
-def test_the_model_itself_is_not_overwritten(refused, trained):
-    assert "must name another directory" in refused("recalibrate", "--run", trained, "--out", trained)
+def test_no_trained_model_is_overwritten(refused, trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "copied" / "model")
+    for out in (trained, tmp_path / "copied"):
+        assert "must name another directory" in refused("recalibrate", "--run", trained, "--out", out)

@@ -17,6 +17,7 @@ from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
 from tests.processes import MainProcess, fork_children
 from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
+from vqa.io.errors import InputError
 from vqa.settings.recipes import load_saved
 
 
@@ -94,13 +95,27 @@ def test_a_seed_is_prepared_trained_and_tested_with_what_it_changes(suite, tmp_p
 def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp_path):
     runs, job = tmp_path / "runs", jobs_of(suite)[0]
     run_job(job, suite, runs)
-    shutil.rmtree(job.folder(runs) / "checkpoints")  # as when it was brought back from published evidence
+    for part in ("checkpoints", "model"):  # as when it was brought back from published evidence
+        shutil.rmtree(job.folder(runs) / part)
     suite = replace(suite, tests=(*suite.tests, SuiteTest("re-estimated", (), "train")))  # which needs the model
     (job.folder(runs) / "metrics_val.json").write_text("{}")
     (job.folder(runs) / "environment.json").write_text('{"git_commit": "of the old one"}')
     run_job(job, suite, runs)
     assert "of the old one" not in (job.folder(runs) / "environment.json").read_text()
     assert "overall" in json.loads((job.folder(runs) / "metrics_val.json").read_text())
+
+
+def test_a_run_whose_checkpoint_alone_is_gone_is_not_trained_again(suite, tmp_path):
+    """As when it was removed for its size, and a test is added to the suite."""
+    runs, suite = tmp_path / "runs", load_suite(suite.file, (*TINY, "train.epochs=2"))
+    job = jobs_of(suite)[0]
+    run_job(job, suite, runs)
+    shutil.rmtree(job.folder(runs) / "checkpoints")
+    before = {file: file.stat().st_mtime_ns for file in job.folder(runs).rglob("*.*")}
+    suite = replace(suite, tests=(*suite.tests, SuiteTest("re-estimated", (), "train")))
+    with pytest.raises(InputError, match="last.pt: missing, so that the run cannot be resumed"):
+        run_job(job, suite, runs)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 def test_runs_on_a_gpu_that_is_named_see_every_gpu(suite, monkeypatch):

@@ -8,7 +8,6 @@ from tests import bad_files
 from tests.conftest import ROOT
 from tests.processes import MainProcess
 
-ASK = "--question", "what color is the circle?"
 CASES = [
     # images
     *[

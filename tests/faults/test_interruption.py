@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and a cluster's SIGUSR2: what was done is saved, one line says how to resume, no torn files."""
+"""SIGTERM, Ctrl-C, a closed terminal, a cluster's SIGUSR2: work is saved, one line says how to resume, no torn file."""
 
 import os
 import shlex
@@ -27,7 +27,7 @@ from tests.tiny_suite import SUITE, TINY
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.settings.recipes import load_settings
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR2: 140}
 
 
 pytestmark = pytest.mark.usefixtures("listening")
@@ -104,7 +104,7 @@ def whole(tiny, tmp_path_factory):
     return train(load_settings(tiny, ["name=whole", *TWO_EPOCHS]), runs=tmp_path_factory.mktemp("whole")).path
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items())
 def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, tmp_path, monkeypatch, command, number, code):
     monkeypatch.chdir(tmp_path)
     words = TWO_EPOCHS

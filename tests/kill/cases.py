@@ -25,7 +25,6 @@ from tests.fabricated_games import write_games
 from vqa.io.weight_files import read_safetensors
 from vqa.settings.recipes import load_settings
 
-DEMO = Path(__file__).parents[2] / "config" / "demo.yaml"
 RECIPE = """\
 base: {demo}
 name: tiny

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import stat
 import subprocess
 
@@ -31,16 +32,34 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, left):
     with subprocess.Popen(["true"]) as ended:
         pass
     number = os.getpid() if left.endswith("number") else ended.pid
-    unfinished = tmp_path / f".a.json.{number}.unfinished"
+    us = f".a.json.{socket.gethostname()}"
+    unfinished = tmp_path / f"{us}-{number}.unfinished"
     if left == "folder":
         unfinished.mkdir()
         unfinished /= "part"
     unfinished.write_text("part")
-    others = {f".a.json.{os.getppid()}.unfinished", f".a.json.b.{ended.pid}.unfinished", ".a.json.unfinished.csv"}
+    others = {f"{us}-{os.getppid()}.unfinished", f"{us}.b-{ended.pid}.unfinished", ".a.json.unfinished.csv"}
     for name in others:
         (tmp_path / name).write_text("of another file, or of a process that is running")
     write_text(tmp_path / "a.json", "whole")
     assert names(tmp_path) == {"a.json", *others}
+
+
+def test_what_a_process_of_another_host_writes_is_not_removed(tmp_path, monkeypatch):
+    """On a disk that hosts share; here no process has its number, or it is this one's."""
+    file = tmp_path / "a.json"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for number in (ended.pid, os.getpid()):
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "gethostname", lambda: "other")
+            patched.setattr(os, "getpid", lambda: number)  # noqa: B023
+            theirs = written_whole(file)
+            theirs.__enter__().write_text("theirs")
+        write_text(file, "ours")
+        theirs.__exit__(None, None, None)
+        assert file.read_text() == "theirs"
+    assert names(tmp_path) == {"a.json"}
 
 
 def test_files_are_synchronised_opened_for_writing_as_windows_demands(tmp_path, monkeypatch):

@@ -173,6 +173,8 @@ def test_questions_that_a_control_does_not_tell_apart(tmp_path):
     assert "trained on not recorded statistics re-estimated on test" in shown
     content["model"]["condition"] = "shuffled"
     assert "a vector of ones takes its place" in contents(written(tmp_path, content))
+    content["readings"][0]["layers"][2]["delta_beta"][9] += 1
+    assert "Nowhere" not in contents(written(tmp_path, content))
 
 
 def test_readings_of_different_models_are_refused(tmp_path):

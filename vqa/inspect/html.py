@@ -169,10 +169,11 @@ def _strongest(depth: list[list[dict[str, Any]]], scores: list[np.ndarray]) -> l
 
 
 def _difference(depth: list[list[dict[str, Any]]], delta: str) -> dict[str, Any]:
-    """Where two questions differ most: layers by mean |difference of Δ|, channels by |difference of Δ|; if they do."""
-    differences = [np.abs(first[delta] - second[delta]) for first, second in depth]
-    if not any(difference.any() for difference in differences):
+    """Where two questions differ most in `delta`, by layer and by channel; empty where all Δγ and Δβ are the same."""
+    same = (np.array_equal(one[key], other[key]) for one, other in depth for key in ("delta_gamma", "delta_beta"))
+    if all(same):
         return {}
+    differences = [np.abs(first[delta] - second[delta]) for first, second in depth]
     means = [(layers[0]["name"], float(np.mean(of_layer))) for layers, of_layer in zip(depth, differences, strict=True)]
     return {
         "layers": nlargest(STRONGEST, means, key=lambda entry: entry[1]),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,16 +21,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is synchronised and renamed to `path` if the block ends without an error.
 
-    It may become a file or a folder. Each process has its own; those of processes that were killed are removed.
+    It may become a file or a folder. Each process has its own; those that killed processes of this host left are
+    removed. A process of another host that shares the disk cannot be looked for: its path stays.
 
     Raises:
         NotWrittenError: as `naming_write_errors`; `path` is unchanged.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    of_host = f".{path.name}.{socket.gethostname()}-"
+    aside = path.with_name(f"{of_host}{os.getpid()}.unfinished")
     with naming_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.iterdir():
-            of = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.unfinished", left.name)
+            of = re.fullmatch(rf"{re.escape(of_host)}(\d{{1,9}})\.unfinished", left.name)
             if of and (left == aside or not _is_running(int(of[1]))):
                 _remove(left)
         try:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn, Self
 
 from vqa.io.errors import InputError
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # SLURM sends the last two where `sbatch --signal` asks for them
+# A terminal that is closed sends SIGHUP, and SLURM the last two where `sbatch --signal` asks for them.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
 _Handler = Callable[[int, FrameType | None], None]
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps shared memory and semaphores

@@ -1,6 +1,9 @@
 """Resume: exact after any step, what may change, and what is refused; checkpoints are written whole."""
 
+import errno
+import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -158,6 +161,26 @@ def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
         train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
 
 
+def test_a_checkpoint_of_another_program_is_one_line(tiny, finished, tmp_path):
+    file = finished / "checkpoints/last.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["progress"] |= {"epoch": 1, "step": 3, "history": []}  # not finished
+    contents = [
+        [saved],
+        {"state_dict": saved["model"], "epoch": 3},
+        saved | {"progress": {"epoch": "first"}},
+        saved | {"schedule": {}},
+    ]
+    contents += [saved | {part: wrong} for part in saved for wrong in ([1], {"a": 1}, None)]
+    contents += [saved | {"processes": [{"loss_sum": 0.0, "random": wrong}]} for wrong in ({}, {"cpu": [1]})]
+    for content in contents:
+        torch.save(content, file)
+        with pytest.raises(
+            InputError, match=r"last.pt: (cannot be read as a checkpoint \(.|made by)|not the data that"
+        ):
+            train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+
+
 def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
     answers = (finished / "model" / "answers.json").read_bytes()
     other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
@@ -174,6 +197,40 @@ def test_a_checkpoint_without_its_settings_is_not_overwritten(tiny, finished, tm
     for resume in (False, True):
         with pytest.raises(InputError, match="trained"):
             train(load_settings(tiny, ["name=trained"]), resume=resume, runs=tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("copy", ["copy/model", "copy"])
+def test_a_copied_model_is_not_trained_over(tiny, trained, tmp_path, copy, resume):
+    shutil.copytree(trained / "model", tmp_path / copy)
+    with pytest.raises(InputError, match="copy: holds a model that was not trained here; choose another"):
+        train(load_settings(tiny, ["name=copy", "cbn.stages=[]"]), resume=resume, runs=tmp_path)
+    assert {file.name for file in (tmp_path / copy).iterdir()} == {file.name for file in (trained / "model").iterdir()}
+
+
+@pytest.mark.parametrize(("of", "steps"), [("trainer.shown", 2), ("loop.progress", 3)])  # in training, in validation
+def test_steps_are_kept_where_their_progress_cannot_be_shown(tiny, tmp_path, monkeypatch, of, steps):
+    def gone(batches, *_, **__):
+        yield from itertools.islice(batches, 2)
+        raise OSError(errno.EIO, "terminal")
+
+    monkeypatch.setattr(f"experiments.training.{of}", gone)
+    with pytest.raises(OSError, match="terminal"):
+        train(load_settings(tiny, ["name=mine", "train.checkpoint_every=0"]), runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert (saved["progress"]["step"], saved["schedule"]["last_epoch"]) == (steps, steps)
+
+
+def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny, tmp_path, monkeypatch):
+    def closed(text, **_):
+        if text.startswith("epoch "):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        train(load_settings(tiny, ["name=mine", "train.epochs=2", "train.checkpoint_every=0"]), runs=tmp_path)
+    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
+    assert (saved["progress"]["epoch"], len(lines(tmp_path / "mine"))) == (2, 1)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):

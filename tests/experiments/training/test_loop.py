@@ -102,6 +102,13 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+def test_steps_are_taken_with_dropout_after_a_validation_too():
+    model, modes = Fixed([1.0, 0.0]).eval(), []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    steps(model, [0, 1])
+    assert modes == [True]
+
+
 def test_answers_are_predicted_without_dropout_whatever_the_mode_of_the_model(trained):
     saved = load_model(trained / "model", torch.device("cpu"))
     settings = load_saved(trained / "model" / "config.yaml", ["workers=0"])

@@ -40,7 +40,7 @@ def finish(
     folder = runs / row.run.settings[seed].name
     tested = row.test.folder(folder)
     tested.mkdir(parents=True, exist_ok=True)
-    epochs = [{"epoch": n, "val_overall": value, "peak_memory_mib": 900.0 + n} for n, value in ((1, 40.0), (2, 39.0))]
+    epochs = [{"epoch": n, "val_overall": value, "peak_memory_mib": 903.0 - n} for n, value in ((1, 40.0), (2, 39.0))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e | {"seconds": seconds / 2}) + "\n" for e in epochs))
     environment = {
         "torch": "2.15.0",

@@ -117,6 +117,15 @@ def test_two_processes_train_as_one(tiny, tmp_path, choices):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
+def test_processes_begin_with_the_same_weights_and_dropout_masks_of_their_own(tiny, tmp_path):
+    task, states, masks = VQATask(load_settings(tiny, ["data.cache_gib=0"])), [], []
+    for rank in range(2):
+        states.append(prepare(task, RunDirectory(tmp_path / str(rank)), Processes(rank, rank, 2)).model.state_dict())
+        masks.append(torch.rand(9))
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert not torch.equal(*masks)
+
+
 def test_buffers_are_not_broadcast_on_older_versions_of_torch_either(monkeypatch):
     def before_2_13(module, broadcast_buffers=True):
         return module, broadcast_buffers

@@ -48,7 +48,7 @@ def test_pairing_takes_the_questions_difficulty_out():
     """Ours is right where theirs is, and 0.3 better on every tenth question: unpaired that would drown in the rest."""
     theirs = np.repeat([0.0, 0.6], 500)
     ours = theirs + np.where(np.arange(1000) % 10 == 0, 0.3, 0)
-    found = compare({1: answered(ours)}, {1: answered(theirs)})
+    found = compare({1: answered(ours)}, {1: Answered(np.arange(1000)[::-1], theirs[::-1])})
     assert found.points == pytest.approx(3)
     deviation = 0.3 * (0.1 * 0.9 / 1000) ** 0.5
     assert found.low == pytest.approx(3 - 196 * deviation, abs=0.1)

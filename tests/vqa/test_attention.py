@@ -42,4 +42,4 @@ def test_feature_normalisation():
     features = torch.randn(2, 6, 3, 3)
     torch.testing.assert_close(normalise_features(features, "map", 2.0).flatten(1).norm(dim=1), torch.full((2,), 2.0))
     torch.testing.assert_close(normalise_features(features, "position", 8.0).norm(dim=1), torch.full((2, 3, 3), 8.0))
-    assert torch.equal(normalise_features(features, "none", 1.0), features)
+    torch.testing.assert_close(normalise_features(features, "none", 3.0), 3 * features)

@@ -12,6 +12,7 @@ from tests.models import example
 from vqa.build import build_model
 from vqa.devices import autocast
 from vqa.io.errors import InputError
+from vqa.model import Fusion
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 
@@ -77,6 +78,22 @@ def test_the_loss_at_the_start_is_near_log_a(tiny, attention):
     images, tokens, lengths = example(batch=16)
     loss = F.cross_entropy(model(images, tokens, lengths).logits, torch.randint(50, (16,)))
     assert loss.item() == pytest.approx(math.log(50), rel=0.1)
+
+
+def test_fusion_is_its_formula():
+    fusion, question, visual = Fusion(4, 6, 5, 7, 3, dropout=0.5).eval(), torch.randn(2, 4), torch.randn(2, 6)
+    first, last = (layer for layer in fusion.answer if isinstance(layer, nn.Linear))
+    fused = (question @ fusion.question.weight.T).tanh() * (visual @ fusion.visual.weight.T).tanh()
+    hidden = (fused @ first.weight.T + first.bias).clamp(min=0)
+    torch.testing.assert_close(fusion(question, visual), hidden @ last.weight.T + last.bias)
+
+
+def test_attention_gets_features_of_the_length_that_the_settings_name(tiny):
+    model = build_model(load_settings(tiny, ["attention.scale=7"]), 20, 10, pretrained=False).eval()
+    seen = []
+    model.attention.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    model(*example())
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.full((3, 2, 2), 7.0))
 
 
 def test_dropout_is_the_probability_of_dropping(tiny):

@@ -39,6 +39,20 @@ def test_the_embedding_is_the_last_valid_state_of_packed_sequences():
     torch.testing.assert_close(model(tokens, lengths), state[-1])
 
 
+@pytest.mark.parametrize(("encoder", "forget"), [("lstm", [0, 1, 0, 0]), ("gru", [0, 0, 0])])
+def test_recurrent_layers_start_gate_by_gate(encoder, forget):
+    """In the order of torch's gates, input, forget, cell, output: 1 is the bias of the forget gate alone."""
+    recurrent = QuestionEncoder(20, 8, 16, encoder=encoder, layers=2).recurrent
+    for layer, size in ((0, 8), (1, 16)):
+        biases = getattr(recurrent, f"bias_ih_l{layer}") + getattr(recurrent, f"bias_hh_l{layer}")
+        assert torch.equal(biases.view(-1, 16), torch.tensor(forget).float()[:, None].expand(-1, 16))
+        for gate in getattr(recurrent, f"weight_hh_l{layer}").split(16):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(16))
+        bound = (6 / (size + 16)) ** 0.5  # Glorot's, of a uniform distribution
+        for gate in getattr(recurrent, f"weight_ih_l{layer}").split(16):
+            assert 0.9 * bound < gate.abs().max() <= bound
+
+
 def test_fixed_vectors_are_read_and_never_trained():
     model = QuestionEncoder(6, 3, 4, encoder="lstm", layers=1, fixed_size=2)
     tokens, lengths = torch.tensor([[2, 3]]), torch.tensor([2])

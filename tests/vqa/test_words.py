@@ -1,5 +1,6 @@
 """Words and answers: tokenizer, answer classes, tables of questions, GloVe vectors."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -19,7 +20,7 @@ from data.vqa_files import read_questions
 from tests.conftest import fuzzed
 from tests.raw_files import TRAIN, make
 from vqa.io.errors import InputError
-from vqa.text.answers import NO_ANSWER, answer_vocabulary
+from vqa.text.answers import NO_ANSWER, NOT_GIVEN, answer_vocabulary
 from vqa.text.tokenizer import PAD_ID, UNKNOWN_ID, encode, load_tokenizer, save_tokenizer, train_tokenizer, words
 
 
@@ -176,13 +177,16 @@ def test_a_table_keeps_what_was_asked_and_answered(raw):
     assert train.answers(1) == ["2"] * 6 + ["two"] * 4
     assert tokenizer.decode(train.words(2).tolist()) == "is it day ?"
     unanswered = question_table(read_questions(raw["val"].questions, None), np.array([5, 5]), tokenizer, ["2", "yes"])
-    both = joined([train, unanswered, train])
+    tables = [dataclasses.replace(of, extras={"row": of.ids + 0.5}) for of in (train, unanswered, train)]
+    both = joined(tables)
     assert both.ids.tolist() == [10, 11, 12, 20, 21, 10, 11, 12]
     assert both.images.tolist() == [0, 0, 1, 5, 5, 0, 0, 1]
     assert [both.answers(row) for row in (0, 3, 7)] == [["black"] * 10, [], ["yes"] * 7 + ["no"] * 3]
     assert both.labels()[6].tolist() == [0] * 10
+    assert both.labels()[3].tolist() == [NOT_GIVEN] * 10  # not given, and so no answer outside the vocabulary
     picked = both.select(np.array([7, 3]))
     assert picked.ids.tolist() == [12, 20]
+    assert picked.extras["row"].tolist() == [12.5, 20.5]
     assert picked.words(0).tolist() == train.words(2).tolist()
     assert picked.answers(0) == train.answers(2)
 

@@ -33,12 +33,12 @@ class Fixed(nn.Module):
         return Output(self.logits.expand(len(tokens), -1), torch.ones(len(tokens), 1, 1, 1), None)
 
 
-def steps(model, answers, accumulate=1):
+def steps(model, answers, accumulate=1, clip=5.0):
     rows = torch.arange(len(answers))
     labels = torch.tensor(answers)[:, None].expand(-1, 10)
     images = torch.zeros(len(answers), 4, 4, 3, dtype=torch.uint8)
     batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows, {})
-    settings = load_settings(ROOT / "config" / "demo.yaml", ["train.clip=5.0", f"train.accumulate={accumulate}"])
+    settings = load_settings(ROOT / "config" / "demo.yaml", [f"train.clip={clip}", f"train.accumulate={accumulate}"])
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
 
@@ -54,6 +54,13 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
     expected = F.cross_entropy(torch.tensor([logits] * 2), torch.tensor([0, 1]))
     assert steps(Fixed(logits), [0, 1]) == [pytest.approx(expected.item())]
     assert steps(Fixed(logits), [0])[0] < 0.01  # a second softmax could not fall below 0.5
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_the_settings_name():
+    model = Fixed([8.0, 0.0, -3.0])
+    before = model.logits.detach().clone()
+    steps(model, [1], clip=0.25)
+    assert (model.logits - before).norm().item() == pytest.approx(0.1 * 0.25, rel=1e-4)  # the learning rate is 0.1
 
 
 def test_parts_of_a_batch_add_up_to_it():
@@ -93,6 +100,27 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         steps(model, [1, 2])
     assert caught.value.rows == [0, 1]
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_steps_are_taken_with_dropout_after_a_validation_too():
+    model, modes = Fixed([1.0, 0.0]).eval(), []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    steps(model, [0, 1])
+    assert modes == [True]
+
+
+def test_answers_are_predicted_without_dropout_whatever_the_mode_of_the_model(trained):
+    saved = load_model(trained / "model", torch.device("cpu"))
+    settings = load_saved(trained / "model" / "config.yaml", ["workers=0"])
+    modes = []
+
+    def see(images):
+        modes.append(saved.model.fusion.training)
+        return saved.preprocessing.normalise(images)
+
+    saved.model.train()
+    predict_classes(saved.model, split_data(saved, settings, "val"), settings, Processes(), prepare_images=see, what="")
+    assert set(modes) == {False}
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -1,5 +1,7 @@
 """Optimisers and schedules are those of torch, with another learning rate for the predicting MLPs."""
 
+import math
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
@@ -54,6 +56,7 @@ def test_one_cycle_rises_then_falls_to_zero(tiny, steps):
     factors = [rate_factor(settings, step, steps) for step in range(steps)]
     assert max(factors) == 1.0
     peak = factors.index(1.0)
+    assert peak == math.ceil(0.1 * steps) - 1  # after a tenth of the steps
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
     assert 0 <= rate_factor(settings, steps, steps) < 1e-9 or steps == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.training.stage_cache import cached_maps
+from experiments.training.stage_cache import _digest, cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
@@ -71,6 +71,15 @@ def test_another_backbone_gets_another_file(tiny, tmp_path):
         words = [f"data.h5={tmp_path}/world.h5", f"seed={seed}", f"name=seed_{seed}", "cbn.stages=[]"]
         train(load_settings(tiny, words), runs=tmp_path)
     assert len(list(tmp_path.glob("world_stage4_*.h5"))) == 2
+
+
+def test_a_file_is_of_the_weights_and_statistics_of_all_its_stages():
+    net = ModulatedResNet("resnet10", stages=())
+    for part, is_of_stage_2 in (("bn1", True), ("layer1", True), ("layer2", True), ("layer3", False)):
+        for change in (next(net.network[part].parameters()), next(net.network[part].buffers())):
+            before = _digest(net, 2)
+            change.data += 1
+            assert (_digest(net, 2) != before) == is_of_stage_2, part
 
 
 def encode(rows):

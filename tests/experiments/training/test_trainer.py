@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import h5py
 import numpy as np
@@ -10,14 +11,17 @@ import pytest
 import torch
 import yaml
 
+from data.batches import EpochSampler
 from data.h5_file import H5Images, _digest_of
 from data.preprocess import preprocess
 from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
 from experiments.recalibrate import recalibrate
 from experiments.tasks.vqa import VQATask
+from experiments.training.nonfinite import NotFiniteError
+from experiments.training.optimiser import rate_factor
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare, train
+from experiments.training.trainer import Trainer, prepare, train
 from tests.runs import lines, same_weights, weights
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -53,6 +57,20 @@ def test_the_same_seed_gives_the_same_weights(tiny, trained, tmp_path):
     assert same_weights(trained, same)
     assert lines(trained) == lines(same)
     assert not same_weights(trained, other)
+
+
+def test_the_order_of_the_questions_is_that_of_the_settings(tiny):
+    task = VQATask(load_settings(tiny, ["seed=5", "train.together=3", "train.batch_size=8"]))
+    expected = EpochSampler(task.training.images, 8, 5, epoch=2, rank=1, world_size=2, together=3, start=1)
+    assert list(task.sampler(Processes(1, 1, 2), 2, 1)) == list(expected)
+
+
+def test_kinds_are_the_most_common_first_words_of_training_questions(tiny):
+    task = VQATask(load_settings(tiny, ["cbn.condition=kind"]))
+    counts = Counter(tuple(task.training.words(row)[:2].tolist()) for row in range(len(task.training)))
+    expected = sorted(counts, key=lambda pair: (-counts[pair], pair))
+    found = task.new_model(fresh=True, say=print).kinds.first_words[: len(expected)]
+    assert found.tolist() == [list(pair) for pair in expected]
 
 
 def test_frozen_weights_stay_bit_for_bit(tiny, tmp_path):
@@ -145,14 +163,38 @@ def test_statistics_of_one_value_are_not_re_estimated(tiny, tmp_path, at_32_px):
 
 
 def test_the_best_epochs_model_is_kept_training_stops_early_and_tensorboard_has_it(tiny, tmp_path, monkeypatch):
-    scores = iter([30.0, 50.0, 40.0, 45.0, 99.0])
+    scores = iter([30.0, 50.0, 50.0, 45.0, 99.0])  # of equal ones the first
     real = VQATask.score
     monkeypatch.setattr(VQATask, "score", lambda *given: real(*given) | {"overall": next(scores)})
     settings = load_settings(tiny, ["name=early", "train.epochs=5", "train.patience=2", "train.tensorboard=true"])
     run = train(settings, runs=tmp_path).path
-    assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 40.0, 45.0]
+    assert [line["val_overall"] for line in lines(run)] == [30.0, 50.0, 50.0, 45.0]
     assert load_model(run).training == {"trained_on": ["train"], "epoch": 2, "val_overall": 50.0}
     assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_a_line_of_the_metrics_is_of_its_epoch_alone(tiny, tmp_path, monkeypatch):
+    """The mean loss of the steps that were taken, the learning rate in the whole run, the time since its beginning."""
+    outcomes = iter([1.0, NotFiniteError("lost", [0]), 5.0, 2.0, 4.0, 6.0])
+
+    def steps(self, _model, batches):
+        for _ in batches:
+            self.state.optimiser.step()
+            self.state.schedule.step()
+            yield next(outcomes)
+
+    monkeypatch.setattr(Trainer, "steps", steps)
+    words = ["train.epochs=2", "train.skip_not_finite=1", "train.validate_on=null"]
+    trainer = prepare(VQATask(load_settings(tiny, words)), RunDirectory(tmp_path), Processes())
+    trainer.progress.seconds = 1000.0  # before a resume
+    trainer.run_epochs()
+    first, second = lines(tmp_path, without=())
+    assert (first["steps_left_out"], second["steps_left_out"]) == (1, 0)
+    assert [first["train_loss"], second["train_loss"]] == [3.0, 4.0]
+    assert first["seconds"] >= 1000 > second["seconds"]
+    train = trainer.settings.train
+    rates = [train.learning_rate * rate_factor(train, step, 6) for step in (3, 6)]
+    assert [first["learning_rate"], second["learning_rate"]] == pytest.approx(rates)
 
 
 def test_training_on_train_and_val_keeps_the_last_model(tiny, tmp_path):
@@ -172,6 +214,13 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
         count = len(file["splits/train/ids"])
     train(load_settings(tiny, ["name=fewer", f"data.h5={copy}"]), runs=tmp_path)
     assert f"{count - lost} questions" in capsys.readouterr().out
+    few = load_settings(tiny, [f"data.h5={tmp_path}/few.h5", "data.answers=2"])
+    preprocess(**preprocessing_of(few))
+    task = VQATask(few)
+    table, classes = task.store.table("train"), set(task.store.vocabulary)
+    known = [id_ for row, id_ in enumerate(table.ids) if classes & set(table.answers(row))]
+    assert 0 < len(known) < len(table)
+    assert task.training.ids.tolist() == known
 
 
 @pytest.mark.parametrize(

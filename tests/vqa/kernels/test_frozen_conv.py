@@ -129,6 +129,9 @@ def test_a_weight_is_ordered_anew_when_it_changes(ordering):
     with torch.no_grad():
         ours.weight.mul_(-2)
     equals_torchs()
+    with torch.no_grad():
+        ours.weight[1].mul_(-2)  # a filter that is not in the sample
+    equals_torchs()
     ours.load_state_dict({"weight": torch.randn(16, 8, 3, 3)})
     equals_torchs()
     for _ in range(3):  # what is freed may be given out again at the same address

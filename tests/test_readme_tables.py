@@ -74,12 +74,13 @@ def test_the_readme_shows_the_controls():
 def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
     """Recomputed from the accuracy of every question."""
     rows = rows_of(README, "| MODERN less |")
-    asked = [("settled", "mean question"), ("settled", "mean question, 32 epochs"), ("settled", "shuffled question")]
-    asked += [("controls", "constant"), ("controls", "shuffled question")]
+    asked = [("settled", "mean question"), ("pretrainings", "mean question"), ("settled", "mean question, 32 epochs")]
+    asked += [("settled", "shuffled question"), ("pretrainings", "shuffled question")]
     asked += [("gating", "mean question"), ("gating", "image")]
     for (suite, control), (name, *cells) in zip(asked, rows, strict=True):
         assert control.partition(",")[0].removesuffix(" question") in name
         assert ("32 epochs" in control) == ("32 epochs" in name)
+        assert (suite == "pretrainings") == ("3 pretrainings" in name)
         ours, theirs = answered(suite)["MODERN"], answered(suite)[control]
         seeds = sorted(ours.keys() & theirs.keys())
         for column, cell in zip(("overall", *(KIND + kind for kind in KINDS)), cells, strict=True):
@@ -156,8 +157,12 @@ def test_the_first_lines_say_what_the_table_says():
     points = rows["mean question, 16 epochs"][0].replace("+", "")
     assert f"is worth {points} points, four of them in counting** (three seeds" in said
     assert round(numbers(rows["mean question, 16 epochs"][1])[0] * 1078 / 4000) == 4  # so many test questions count
-    least, most = (numbers(rows[row][0])[0] for row in ("constant, 3 epochs", "mean question, 3 epochs, test"))
-    assert f"and after three epochs {least} to {most} points, depending on the control" in said
+    pretrainings = rows["mean question, 16 epochs, 3 pretrainings"][0].replace("+", "")
+    assert f"interval over seeds), {pretrainings} with three pretrainings of the ResNet, " in said
+    controls = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "controls.csv")}
+    least = controls["MODERN"] - controls["constant"]
+    most = numbers(rows["mean question, 3 epochs, test"][0])[0]
+    assert f"and after three epochs {least:.1f} to {most} points, depending on the control" in said
     longer = numbers(rows["mean question of 32 epochs, 1 seed"][0])[0]
     assert f", {longer} when the vector is trained twice as long (one seed)" in said
 

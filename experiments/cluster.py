@@ -120,6 +120,8 @@ def _parameters(resources: str) -> dict[str, Any]:
 def _still_queued(record: Path) -> dict[str, str]:
     """The ids, by what they do, of the tasks that were submitted and are still waiting or running."""
     submitted = read_json(record) if record.exists() else {}
+    if not isinstance(submitted, dict):
+        raise InputError(f"{record}: damaged; remove it when none of these tasks is queued")
     if not submitted:
         return {}
     words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]

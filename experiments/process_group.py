@@ -85,17 +85,30 @@ class Processes:
 
 
 def this_process() -> Processes:
-    """This process's place as torchrun sets it; without torchrun it is alone."""
+    """This process's place as torchrun sets it; without torchrun it is alone. Raises InputError if it is no number."""
     places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return Processes(*(int(os.environ.get(name, alone)) for name, alone in places.items()))
+    try:
+        return Processes(*(int(os.environ.get(name, alone)) for name, alone in places.items()))
+    except ValueError:
+        raise InputError(
+            f"{', '.join(places)} in the environment: must be whole numbers, as torchrun sets them"
+        ) from None
 
 
 @contextmanager
 def together(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Joins the process group for the block, if there are several processes."""
+    """Joins the process group for the block, if there are several processes.
+
+    Raises:
+        InputError: a launcher set only a part of what torchrun sets.
+    """
     if processes.world_size == 1:
         yield
         return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(
+            f"WORLD_SIZE is {processes.world_size}, but there is no {', '.join(missing)}; start it with torchrun"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -70,6 +70,10 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     (tmp_path / "again.yaml").write_text((tmp_path / "two.yaml").read_text())  # another suite with the same runs
     for file in ("./two.yaml", tmp_path / "again.yaml"):
         assert "3 runs are queued already" in command("experiment", file, *words[2:], "", *TINY).out
+    record = tmp_path / "runs" / "experiments" / "submitted" / "tasks.json"
+    record.write_text("[1]")
+    assert "tasks.json: damaged" in refused(*words, "", *TINY)
+    record.unlink()
     (slurm / "queue").write_text("")
     assert "'much' is not NAME=VALUE" in refused(*words, "much")
     assert "no closing quotation" in refused(*words, "'")

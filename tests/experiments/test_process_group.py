@@ -61,10 +61,27 @@ def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tm
 def _wait_for_the_main_one(rank, port):
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # of older versions of torch
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["LOCAL_RANK"] = str(rank)
     processes = this_process()
     with together(processes, torch.device("cpu")):
         set_timeout(timedelta(seconds=0.5), dist.group.WORLD)
         assert processes.on_main(lambda: time.sleep(1.5) or "made") == "made"
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"WORLD_SIZE": "two"}, "must be whole numbers, as torchrun sets them"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "WORLD_SIZE is 2, but there is no LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start it",
+        ),
+    ],
+)
+def test_what_a_launcher_must_set(told, why, monkeypatch, tiny, refused):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert why in refused("train", "--config", tiny)
 
 
 def test_the_others_wait_for_the_main_process_as_long_as_it_works():

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from data.batches import Batch, QuestionDataset
 from vqa.io.errors import InputError
@@ -81,11 +81,9 @@ def _start_workers(loader: DataLoader) -> Iterator[Batch | InputError]:
         # tried first, because torch prints a traceback where a worker cannot start
         require_files(_FILES_A_BATCH + 8 * loader.num_workers)
         loader.multiprocessing_context.Lock()
-        handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            return iter(loader)
-        finally:
-            signal.signal(signal.SIGCHLD, handler)  # torch's raises wherever the main process is
+        # torch's handler would raise wherever the main process is, also in a queue whose lock it never releases then
+        signal_handling._SIGCHLD_handler_set = True
+        return iter(loader)
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -153,6 +153,16 @@ def test_what_ends_a_worker_is_known_by_its_type(dataset, fail, error):
     assert str(raised.value) == ("disk.h5: full" if error is InputError else "a worker process was killed")
 
 
+def test_the_end_of_a_worker_interrupts_nothing(dataset, monkeypatch):
+    """Torch's handler of SIGCHLD raised while a queue held its lock, and the main process waited for it forever."""
+    handled, install = [], signal.signal
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handled.append(number) or install(number, handler))
+    batches = readable(make_loader(dataset, batches_by_image(dataset.table, 8), 1, torch.device("cpu")))
+    assert list(batches)
+    assert signal.SIGCHLD not in handled
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that never began
 def test_a_worker_that_is_killed_while_the_loader_starts_is_known_too(dataset, monkeypatch):
     def kill_the_worker(self, *_args, **_options):

@@ -36,7 +36,7 @@ def test_every_step_passes_and_is_in_the_archive(checked):
         told = {name: json.loads(archive.read(f"{name}.json")) for name in gpu_check.STEPS}
     for name, step in told.items():
         assert step["state"] == "passed"
-        assert step["command"].endswith(f"--step {name}")
+        assert step["command"] == f"python main.py gpu-check --step {name} --device cpu --tiny"
         assert step["machine"]["torch"]
     assert [row["type"] for row in told["modulate"]["rows"]] == ["float32", "bfloat16", "float16"]
     assert told["resume"]["rows"][0]["difference"] == "0.0e+00"

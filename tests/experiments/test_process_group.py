@@ -97,6 +97,8 @@ def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(monkeypatch):
     monkeypatch.setattr(dist, "new_group", lambda backend=None, **_: begun.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     with together(Processes(0, 0, 2), torch.device("cuda", 0)):
         assert begun == ["nccl", "gloo"]
 

@@ -142,7 +142,7 @@ CASES = [
             "no_runs": "no_runs.yaml: runs: ",
             "many": "many.yaml: line",
             "upwards": "absent.yaml: no such file",
-            "renamed": "renamed.yaml: a: name: ",
+            "renamed": "renamed.yaml: a: name=../../x: a suite gives each run its seed and its name",
             "recalibrate": "recalibrate.yaml: tests.t.recalibrate: ",
         }.items()
     ],

@@ -189,6 +189,14 @@ def raw(tmp_path):
 
 
 @pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of labelled images: three classes, each of its colour."""
+    from tests.photographs import coloured
+
+    return coloured(tmp_path / "photos")
+
+
+@pytest.fixture
 def left(monkeypatch):
     """Sets how much the disk has left; returns the folders that were asked about."""
     asked = []

@@ -109,16 +109,26 @@ def _run(
     run(program, run_name="__main__")
 
 
+def printed_by(code: str) -> str:
+    """What a Python process that is not forked prints, which has imported nothing yet."""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return ended.stdout.strip()
+
+
 def start_ranks(*words: object, folder: Path | None = None) -> list[MainProcess]:
     """A command in two processes, each with what torchrun would tell it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return [
         MainProcess(*words, folder=folder, environment=told | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]
+
+
+def free_port() -> int:
+    """A port of this machine that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def start_two(function: Callable[..., None], *arguments: object) -> None:

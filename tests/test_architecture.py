@@ -1,13 +1,12 @@
 """Imports run one way: main → experiments → data → vqa. The model uses neither files nor settings."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.processes import printed_by
 
 BELOW = {"vqa": {"vqa"}, "data": {"vqa", "data"}, "experiments": {"vqa", "data", "experiments"}}
 # The model, and what it may import of the library.
@@ -85,5 +84,4 @@ def test_decoding_processes_and_small_tools_do_without_torch():
     assert "torch" not in imported(ROOT / "vqa/io/images.py")  # not even within a function
     light = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("vqa/io", "vqa/text")]
     code = f"import sys, vqa, data.preprocess, data.scenes.write, {', '.join(light)}; print('torch' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "False"
+    assert printed_by(code) == "False"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 from collections import defaultdict
 from functools import cache
@@ -28,7 +29,7 @@ def answered(suite):
     """{row: {seed: result}} from a suite's published evidence."""
     by_row = defaultdict(dict)
     with TemporaryDirectory() as folder:
-        zipfile.ZipFile(RESULTS / f"{suite}_runs.zip").extractall(folder)
+        shutil.unpack_archive(RESULTS / f"{suite}_runs.zip", folder)
         for result in collect(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), Path(folder)):
             by_row[result.row.name][result.seed] = result
     return by_row

@@ -140,8 +140,7 @@ def test_every_command_of_the_pages(command):
             assert f"\n{words[1]}: .venv/installed\n" in (ROOT / "Makefile").read_text()
             continue
         if words[:2] == ("unzip", "-n"):
-            with zipfile.ZipFile(words[2]) as archive:
-                archive.extractall(words[4])
+            shutil.unpack_archive(words[2], words[4])
             continue
         if words[:3] == ("python", "-m", "tests.kill.harness"):
             assert words[3] in CASES  # test_kill.py runs them

@@ -19,25 +19,8 @@ from transformers import (
 SIZE = 16  # of a state
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 WORDS = [
-    "what",
-    "color",
-    "is",
-    "the",
-    "circle",
-    "square",
-    "triangle",
-    "left",
-    "of",
-    "how",
-    "many",
-    "are",
-    "there",
-    "a",
-    "in",
-    "?",
-    "re",
-    "##d",
-    "##s",
+    *("what", "color", "is", "the", "circle", "square", "triangle", "left", "of", "how", "many", "are"),
+    *("there", "a", "in", "?", "re", "##d", "##s"),
 ]
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data.sources
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.preprocess import preprocess
@@ -24,14 +23,6 @@ def make(folder: Path, path: Path, made=None, **changed) -> Store:
     settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
     preprocess(split_files(folder), path, source=made or source(), **(settings | changed))
     return Store(path)
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The files that are decoded from now on."""
-    names = []
-    monkeypatch.setattr(data.sources, "read_image", lambda path: (names.append(path), read_image(path))[1])
-    return names
 
 
 @pytest.mark.parametrize("whole", [False, True])

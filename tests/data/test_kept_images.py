@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 
-import data.sources
 from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
 from data.vqa_files import SplitFiles
@@ -23,7 +22,7 @@ from experiments.training.trainer import train
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split
 from vqa.io.errors import InputError
-from vqa.io.images import decode_image, read_image
+from vqa.io.images import decode_image
 from vqa.settings.recipes import load_settings
 
 
@@ -33,14 +32,6 @@ def made(raw, tmp_path):
     make(raw, tmp_path / "data.h5")
     os.link(tmp_path / "data.h5", tmp_path / "old.h5")
     return tmp_path / "data.h5"
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The files that are decoded from now on."""
-    names = []
-    monkeypatch.setattr(data.sources, "read_image", lambda path: (names.append(path), read_image(path))[1])
-    return names
 
 
 def checksums(path) -> list[int]:

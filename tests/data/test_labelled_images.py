@@ -8,15 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from data.labelled_images import LabelledImages
-from tests.photographs import COLOURS, coloured
-
-
-@pytest.fixture
-def photos(tmp_path):
-    return coloured(tmp_path / "photos")
+from tests.photographs import COLOURS
 
 
 def zipped(folder, file):

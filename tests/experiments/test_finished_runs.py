@@ -92,8 +92,7 @@ def test_results_of_an_earlier_model_are_refused(suite, tmp_path):
 def published(name, folder, to):
     """A suite beside the recipes in `folder`, and its published runs in `to`."""
     shutil.copytree(ROOT / "experiments" / "suites", folder / "experiments" / "suites", dirs_exist_ok=True)
-    with zipfile.ZipFile(ROOT / "experiments" / "results" / f"{name}_runs.zip") as archive:
-        archive.extractall(to)
+    shutil.unpack_archive(ROOT / "experiments" / "results" / f"{name}_runs.zip", to)
     return load_suite(folder / "experiments" / "suites" / f"{name}.yaml")
 
 

@@ -15,17 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from experiments import pretrain
 from experiments.training.checkpoint import load_checkpoint
-from tests.photographs import COLOURS, coloured
+from tests.photographs import COLOURS
 from vqa.backbone import build_resnet
 from vqa.io.errors import InputError
 from vqa.io.locks import held
 
 OPTIONS = ("--backbone", "resnet10", "--image-size", "32", "--device", "cpu")
-
-
-@pytest.fixture
-def photos(tmp_path):
-    return coloured(tmp_path / "photos")
 
 
 def header_of(file):

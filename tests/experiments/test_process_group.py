@@ -1,7 +1,6 @@
 """Training in several processes: equal to one process, resumed after a kill, refused by all."""
 
 import os
-import socket
 import time
 from datetime import timedelta
 
@@ -15,7 +14,7 @@ from experiments.process_group import Processes, this_process, together
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
-from tests.processes import start_ranks, start_two
+from tests.processes import free_port, start_ranks, start_two
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
@@ -85,10 +84,7 @@ def test_what_a_launcher_must_set(told, why, monkeypatch, tiny, refused):
 
 
 def test_the_others_wait_for_the_main_process_as_long_as_it_works():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_two(_wait_for_the_main_one, port)
+    start_two(_wait_for_the_main_one, free_port())
 
 
 def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(monkeypatch):

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-import zipfile
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -38,8 +38,7 @@ def test_the_evidence_holds_every_row_of_the_report(tmp_path):
     finish(suite, tmp_path / "runs", "none, recalibrated", 1, OFTEN_RIGHT)
     finish(suite, tmp_path / "runs", "all", 1, ALWAYS_RIGHT)
     keep_evidence(suite, tmp_path / "runs", tmp_path / "kept.zip")
-    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
-        archive.extractall(tmp_path / "kept")
+    shutil.unpack_archive(tmp_path / "kept.zip", tmp_path / "kept")
     kept, all_ = (run_lines(suite, collect(suite, tmp_path / folder)) for folder in ("kept", "runs"))
     assert kept == all_
     assert len(kept) == 3
@@ -120,8 +119,7 @@ def test_seeds_with_backbones_of_their_own(tmp_path, backbones, covers):
     assert words == {str(seed): " ".join(words) for seed, words in suite.seeds.items()}
     assert len({line["folder"] for line in trainings}) == 7
     keep_evidence(suite, tmp_path, tmp_path / "kept.zip")
-    with zipfile.ZipFile(tmp_path / "kept.zip") as archive:
-        archive.extractall(tmp_path / "kept")
+    shutil.unpack_archive(tmp_path / "kept.zip", tmp_path / "kept")
     assert run_lines(suite, collect(suite, tmp_path / "kept")) == run_lines(suite, collect(suite, tmp_path))
 
 
@@ -251,7 +249,6 @@ def test_published_results_are_not_replaced_by_fewer(command, refused, suite, tm
     told = refused("experiment", suite.file, "--publish")
     assert f"runs lacks 1 of the published results (none, seed 1): unzip -n {results}/stages_runs.zip -d runs" in told
     assert {file: file.read_bytes() for file in results.iterdir()} == kept
-    with zipfile.ZipFile(results / "stages_runs.zip") as archive:
-        archive.extractall(tmp_path / "runs")
+    shutil.unpack_archive(results / "stages_runs.zip", tmp_path / "runs")
     assert command("experiment", suite.file, "--publish").code == 0
     assert "- seeds 1, 2, 3\n" in (results / "stages.md").read_text()

@@ -1,7 +1,7 @@
 """Published reports follow from their published evidence."""
 
 import csv
-import zipfile
+import shutil
 
 import pytest
 
@@ -27,8 +27,7 @@ SUITES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem != "READ
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_published_report_is_what_its_evidence_gives(suite, tmp_path):
     if (RESULTS / f"{suite}_runs.zip").exists():  # else nothing of it was run
-        with zipfile.ZipFile(RESULTS / f"{suite}_runs.zip") as archive:
-            archive.extractall(tmp_path / "runs")
+        shutil.unpack_archive(RESULTS / f"{suite}_runs.zip", tmp_path / "runs")
     write_report(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), tmp_path / "runs", tmp_path / "out")
     for file in (tmp_path / "out").iterdir():
         if file.suffix == ".png":  # its bytes depend on matplotlib's version

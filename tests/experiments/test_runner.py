@@ -158,8 +158,7 @@ def test_evidence_brings_reports_back_without_training(suite, tmp_path, command)
     assert len(kept) < 20_000
     (tmp_path / "elsewhere").mkdir()
     runs.rename(tmp_path / "elsewhere" / "runs")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(runs)
+    shutil.unpack_archive(file, runs)
     assert job.is_finished(runs, suite.tests)
     assert command("experiment", "two.yaml", "--report", *TINY).out == reported
     assert "finished, nothing to do" in command("experiment", "two.yaml", "--only", "none", "--seed", 1, *TINY).out

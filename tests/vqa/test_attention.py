@@ -7,11 +7,6 @@ from torch.nn import functional as F
 from vqa.attention import MLBAttention, SpatialAttention, attend, normalise_features
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kind", [SpatialAttention, MLBAttention])
 @pytest.mark.parametrize("glimpses", [1, 3])
 def test_attention_weights_sum_to_one_over_positions_and_differ(kind, glimpses):

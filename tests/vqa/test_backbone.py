@@ -82,7 +82,6 @@ def timms_names():
 
 
 def test_a_file_of_timm(tmp_path):
-    torch.manual_seed(0)
     state = {key: torch.rand(shape) for key, shape in timms_names().items()}
     state |= {key: torch.tensor(7) for key in state if key.endswith("tracked")}
     save_file(state, tmp_path / "model.safetensors")

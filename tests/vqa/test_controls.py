@@ -10,11 +10,6 @@ from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_the_kind_of_a_question_alone_moves_the_feature_map(tiny):
     model = model_of(tiny, "cbn.condition=kind")
     model.kinds.set_from(torch.tensor([[5, 6], [7, 8]]))

@@ -22,11 +22,6 @@ def settings(tiny):
     return load_settings(tiny)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_the_feature_map_moves_when_only_the_question_changes(settings):
     model = build_model(settings, 20, 10, pretrained=False).eval()
     images, tokens, lengths = example()

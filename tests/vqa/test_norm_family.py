@@ -17,11 +17,6 @@ FAMILY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def random_layer(kind, training):
     layer = kind(C, 4, 5, dtype=torch.float64, eps=1e-3).train(training)
     for value in (*layer.parameters(), layer.running_mean):

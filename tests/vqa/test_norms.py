@@ -26,11 +26,6 @@ CONDITIONAL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def statistics(kind, x, norm):
     """Mean and variance of each value's own set, in the shape of x, stated set by set."""
     mean, var = torch.empty_like(x), torch.empty_like(x)

@@ -10,11 +10,6 @@ from vqa.question import KINDS, QuestionEncoder, QuestionKinds
 from vqa.text.tokenizer import PAD_ID
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_the_encoder_pads_as_the_tokenizer():
     assert question.PAD_ID == PAD_ID
 

@@ -244,7 +244,6 @@ def test_an_adaptive_norm_starts_as_the_pretrained_one_and_alone_is_trained():
 
 @pytest.mark.parametrize("normaliser", ["instance", "group", "layer"])
 def test_other_normalisers_keep_the_pretrained_gamma_and_beta(normaliser):
-    torch.manual_seed(0)
     batch = ModulatedResNet("resnet10", stages=(3, 4))
     for layer in batch.layers:
         nn.init.normal_(batch.norm(layer.name).weight)

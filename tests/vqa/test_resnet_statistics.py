@@ -12,7 +12,6 @@ from vqa.resnet import ModulatedResNet
 
 
 def test_batch_statistics_are_those_of_a_network_in_training_mode():
-    torch.manual_seed(0)
     plain = build_resnet("resnet10")
     net = ModulatedResNet("resnet10")
     net.load_state_dict({f"network.{k}": v for k, v in plain.state_dict().items() if not k.startswith("fc.")})

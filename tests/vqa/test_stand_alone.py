@@ -38,11 +38,6 @@ def pretrained(**made):
     return norm
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_layer_takes_the_place_of_a_pretrained_norm(kind, training):

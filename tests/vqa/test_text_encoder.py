@@ -64,7 +64,6 @@ def test_another_size_is_mapped_linearly(folders):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_encoder_has_neither_gradients_nor_dropout(folders, frozen):
-    torch.manual_seed(0)
     encoder, (tokenizer, _) = question_encoder(folders["bert"], 24, frozen=frozen), read_pretrained(folders["bert"])
     encoder.train()
     assert encoder.encoder.training is not frozen

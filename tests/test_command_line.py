@@ -56,10 +56,7 @@ def test_words_may_stand_anywhere_and_options_once(refused):
         (["experiment", "--resources", "timeout_min=9"], "--resources belongs to --submit"),
         (["experiment", "--resources", "timeout_min=9", "--list"], "--resources belongs to --submit"),
         *(
-            (
-                ["pretrain", "--images", "a", "--out", "b", "--probe", option, 64],
-                f"{option} belongs to training, not to",
-            )
+            (["pretrain", "--images", "a", "--out", "b", "--probe", option, 64], f"{option} belongs to training, not")
             for option in ("--backbone", "--image-size", "--epochs", "--seed")
         ),
         (["bench", "step", "--images", 9], "--images belongs to the part scale"),
@@ -67,10 +64,9 @@ def test_words_may_stand_anywhere_and_options_once(refused):
         (["gpu-check", "--out", "a", "--no-suites", "--at-once", 8], "--at-once belongs to suites"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(refused, tmp_path, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path)
+def test_an_option_that_would_do_nothing_is_refused(refused, here, words, says):
     assert says in refused(words[0], *(["suite.yaml"] if words[0] == "experiment" else []), *words[1:])
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())
 
 
 def test_a_value_that_begins_with_a_minus_sign_is_written_with_an_equals_sign(refused):
@@ -96,12 +92,11 @@ def test_help_and_the_library_import_nothing_heavy():
     assert printed_by(code) == "[]"
 
 
-def test_help_names_every_command(command):
-    ended = command("--help")
-    assert ended.code == 0
+def test_help_names_every_command(done):
+    ended = done("--help")
     for name in main.COMMANDS:
         assert re.search(rf"^ +{name}\b", ended.out, re.MULTILINE)
-        assert command(name, "--help").code == 0
+        done(name, "--help")
 
 
 @pytest.mark.parametrize(
@@ -112,19 +107,10 @@ def test_help_names_every_command(command):
         (["train"], "required: --config"),
         (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
         (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
-        (["train", "--config", "{tiny}", "cbn.stages=[5]"], "cbn.stages"),
-        (["train", "--config", "{tiny}", "train.epochs=many"], "train.epochs"),
-        (
-            ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"],
-            "absent/train_questions.json: no such",
-        ),
+        (["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"], "absent/train_questions.json: no"),
         (["eval", "--run", "absent"], "absent: no model here"),
-        (["eval", "--run", "{trained}", "--split", "dev"], "no split 'dev'"),
         (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
-        (
-            ["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"],
-            "b/val_questions.json: no such file, and no a.h5",
-        ),
+        (["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"], "b/val_questions.json: no such file, and no"),
         (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
         (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),
         (["ask", "--run", "{trained}", "--image", "{image}", "--question", ""], "holds no word"),
@@ -135,13 +121,11 @@ def test_help_names_every_command(command):
         ),
         (["eval", "--run", "{trained}", "--out", "{tiny}"], "must be a directory"),
         (["train", "--config", "{tiny}", "seed=99999999999999999999999"], "seed"),
-        (["ask", "--run", "{trained}", "--image", "{image}", "--question", "what?", "--top", "0"], "number from 1 to"),
         (["demo", "scenes=null"], "scenes"),
     ],
 )
-def test_bad_input_is_one_clear_line(refused, tiny, trained, image, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_clear_line(refused, tiny, trained, image, here, arguments, message):
     names = {"tiny": tiny, "trained": trained, "image": image}
     words = [word.format(**names) if word.startswith("{") else word for word in arguments]
     assert message in refused(*words)
-    assert not [path for path in tmp_path.iterdir() if path.name != "runs"]
+    assert not [path for path in here.iterdir() if path.name != "runs"]

@@ -36,19 +36,14 @@ def test_questions_are_joined_with_their_annotations(raw):
         (lambda c: c["questions"].append({"question_id": 99, "image_id": 1, "question": "?"}), "train_a.json: .*99"),
         (lambda c: c["questions"].append(c["questions"][0]), "question_id 10 occurs twice"),
         (lambda c: c["questions"][1].pop("question"), r"missing required field `question` - at `\$.questions\[1\]`"),
-        (
-            lambda c: c["questions"][1].update(image_id="1"),
-            r"Expected `int`, got `str` - at `\$.questions\[1\].image_id`",
-        ),
+        (lambda c: c["questions"][1].update(image_id="1"), r"`int`, got `str` - at `\$.questions\[1\].image_id`"),
+        (lambda c: c["questions"][0].update(question_id=True), r"`bool` - at `\$.questions\[0\].question_id`"),
+        (lambda c: c["questions"][0].update(question=None), r"`str`, got `null` - at `\$.questions\[0\].question`"),
         (lambda c: c["questions"][0].update(image_id=7), "annotation of question 10: image_id 1"),
         (lambda c: c["questions"][0].update(question="a\0b"), "a text that is not usable: it holds a null character"),
         (lambda c: c["questions"][0].update(question="\ud800"), "train_q.json: line 1, column .*escape"),
-        (
-            lambda c: c["questions"][0].update(image_id=10**30),
-            r"Expected `int` <= 9223372036854775807 - at `\$.questions\[0\].image_id`",
-        ),
+        (lambda c: c["questions"][0].update(image_id=10**30), r"<= 9223372036854775807 - at `\$.questions\[0\].image"),
         (lambda c: c["questions"].clear(), r"Expected `array` of length >= 1 - at `\$.questions`"),
-        (lambda c: c.pop("questions"), "not an official VQA file: Object missing required field `questions`"),
     ],
 )
 def test_wrong_question_files_are_named(raw, edit, message):
@@ -111,7 +106,9 @@ def test_equal_answers_are_one_text_in_memory(raw):
     assert all(len({id(answer) for answer in question.answers}) == len(set(question.answers)) for question in read)
 
 
-@pytest.mark.parametrize("answers", [[{"answer": ["2"]}], [{"answer": 2}], ["2"], [{}], [], [{"answer": "a\0"}], 2])
+@pytest.mark.parametrize(
+    "answers", [[{"answer": ["2"]}], [{"answer": 2}], ["2"], [{}], [], [{"answer": "a"}] * 101, [{"answer": "a\0"}], 2]
+)
 def test_answers_of_another_form_are_refused(raw, answers):
     change(raw["train"].annotations, lambda content: content["annotations"][1].update(answers=answers))
     with pytest.raises(InputError, match=r"train_a.json: .* - at `\$.annotations\[1\]"):
@@ -137,7 +134,7 @@ def test_only_the_list_of_the_outermost_object_is_read(tmp_path, text):
     ("text", "message"),
     [
         ("", "line 1, column 1: Input data was truncated"),
-        ("[]", "Expected `object`, got `array`"),
+        ("[]", "not an official VQA file: Expected `object`, got `array`"),
         ("{}", "missing required field `questions`"),
         ('{"questions": 1}', "Expected `array`, got `int` - at `$.questions`"),
         ('{"questions": [1]}', "Expected `object`, got `int` - at `$.questions[0]`"),
@@ -148,10 +145,8 @@ def test_only_the_list_of_the_outermost_object_is_read(tmp_path, text):
         ('{"questions": [1]} 2', "line 1, column 21: JSON is malformed: trailing characters"),
         ('{"questions" [1]}', "line 1, column 14: JSON is malformed: expected ':'"),
         ('{"questions": [1]', "line 1, column 18: Input data was truncated"),
-        ('{"questions": [NaN]}', "line 1, column 16: JSON is malformed: invalid character"),
         ('{"questions": [], "x": Infinity}', "line 1, column 24: JSON is malformed: invalid character"),
         ("{1: 2}", "line 1, column 2: JSON is malformed: object keys must be strings"),
-        ('{"questions": [' + "[" * 100_000, "nested too deeply"),
         ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     ],
 )
@@ -177,11 +172,7 @@ def test_whatever_stands_beside_the_questions_is_read_over(tmp_path_factory, bes
 
 
 def test_a_pattern_without_an_image_id_is_refused():
-    with pytest.raises(InputError, match="image_id"):
-        SplitFiles(Path("q"), None, "images/{id}.jpg").image(3)
-    with pytest.raises(InputError, match="image_id"):
-        SplitFiles(Path("q"), None, "images/one.jpg").image(3)
-    for pattern in ("{image_id.x}", "{image_id[0]}", "{image_id:x y}", "{"):
+    for pattern in ("images/{id}.jpg", "images/one.jpg", "{image_id.x}", "{image_id[0]}", "{image_id:x y}", "{"):
         with pytest.raises(InputError, match="image_id"):
             SplitFiles(Path("q"), None, pattern).image(3)
     files = SplitFiles(Path("q"), None, "val2014/COCO_val2014_{image_id:012d}.jpg")

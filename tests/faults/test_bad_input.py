@@ -15,12 +15,10 @@ CASES = [
         for name, says in {
             "empty.png": "cannot be read as an image",
             "text.jpg": "cannot be read as an image (none of JPEG",
-            "script.jpg": "cannot be read as an image (none of JPEG",
             "truncated.png": "cannot be read as an image",
             "truncated.jpg": "cannot be read as an image",
             "float.tiff": "cannot be read as an image (32 bits",
             "bomb.png": "too large an image: 10000 x 10000",
-            "bigger_bomb.png": "too large an image",
             "folder.png": "not a regular file",
             "pipe.png": "not a regular file",
         }.items()
@@ -29,6 +27,7 @@ CASES = [
     # questions
     ("ask --run {trained} --image {good} --question " + "x" * 10_001, "question: longer than 10000"),
     ("inspect --run {trained} --image {good} --question ... --versus \u3000 --out out", "holds no word"),
+    ("ask --run {trained} --image {good} --question a --top 0", "a number from 1 to 1000000000"),
     ("ask --run {trained} --image {good} --question a --top 99999999999", "a number from 1 to 1000000000"),
     # recipes
     *[
@@ -36,9 +35,7 @@ CASES = [
         for name, says in {
             "empty": "empty.yaml: ",
             "list": "list.yaml: must hold",
-            "tag": "tag.yaml: line 2: could not determine a constructor",
             "laughs": "more than 10000 values",
-            "itself": "more than 10000 values, with aliases expanded",
             "upwards": "upwards.yaml: name: ",
             "absolute": "absolute.yaml: name: ",
             "split": "split.yaml: data.splits",
@@ -61,30 +58,18 @@ CASES = [
     (f"demo --config {ROOT}/config/guesswhat/games.yaml", "scenes: the demo needs a VQA recipe with scenes"),
     ("preprocess --config {recipe:split}", "split.yaml: data.splits"),
     ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id.__class__}", "must hold {image_id}"),
-    ("preprocess --config {tiny} data.h5=x.h5 data.splits.train.images=x/{image_id:0999999d}", "must hold {image_id}"),
     # questions and annotations
     *[
         (f"preprocess --config {{data:{name}}}", says)
         for name, says in {
-            "no_id": "Object missing required field `question_id` - at `$.questions[0]`",
             "text_id": "Expected `int`, got `str` - at `$.questions[0].question_id`",
-            "true_id": "Expected `int`, got `bool` - at `$.questions[0].question_id`",
-            "twice": "question_id 10 occurs twice",
-            "huge_id": "Expected `int` <= 9223372036854775807 - at `$.questions[0].image_id`",
-            "null_text": "Expected `str`, got `null` - at `$.questions[0].question`",
             "long_text": "holds a text that is longer than 10000 characters",
-            "half_pair": "train_q.json: line 1, column",
-            "unknown_image": "annotation of question 10: image_id 1, but the question has 77",
-            "no_answers": "Expected `array` of length >= 1 - at `$.annotations[0].answers`",
-            "number_answer": "Expected `str`, got `int` - at `$.annotations[0].answers[0].answer`",
-            "many_answers": "Expected `array` of length <= 100 - at `$.annotations[0].answers`",
             "utf16": "train_q.json: not UTF-8 text",
             "gzip": "train_q.json: not UTF-8 text",
             "latin1": "train_q.json: not UTF-8 text (byte 32)",
             "empty": "train_q.json: line 1, column 1",
             "cut": "train_q.json: line 1, column",
             "trailing": "train_q.json: line 1, column",
-            "list": "train_q.json: not an official VQA file: Expected `object`, got `array`",
             "deep": "train_q.json: nested too deeply",
             "nan": "train_q.json: line 1, column 32: JSON is malformed: invalid character",
             "digits": "Integer value out of range - at `$.questions[0].question_id`",
@@ -114,7 +99,6 @@ CASES = [
         for name, says in {
             "header": "model.safetensors: cannot be read as weights",
             "cut": "model.safetensors: cannot be read as weights",
-            "not_finite": "not finite",
             "boasting": "model.safetensors: its header",
             "enormous": "not the weights of this folder's config.yaml",
             "no_answers": "answers.json: must be a list",
@@ -131,7 +115,6 @@ CASES = [
     ("recalibrate --run {trained} --split ../x --out out", "no split '../x'"),
     ("recalibrate --run {trained} --config {recipe:laughs} --out out", "laughs.yaml: "),
     ("features --run {model:cut} --out out", "model.safetensors: cannot be read"),
-    ("features --run {trained} --out out --pairs 0", "a number from 1 to 1000000000"),
     # suites
     *[
         (f"experiment {{suite:{name}}} --list", says)
@@ -146,8 +129,7 @@ CASES = [
             "recalibrate": "recalibrate.yaml: tests.t.recalibrate: ",
         }.items()
     ],
-    ("experiment {recipe:pipe}", "pipe.yaml: not a regular file"),
-    ("bench nonsense", "no part nonsense"),
+    ("bench nonsense", "no part nonsense; parts are step, memory, sharing, cache, waiting, loading, scale"),
     ("bench step --tiny --device nonsense", "unknown device 'nonsense'; use auto, cpu, cuda"),
     ("bench step --tiny --device cuda:99", "device: cuda:99 is not available"),
     ("bench step --tiny --repeats 0", "a number from 1 to 1000000000"),
@@ -184,7 +166,6 @@ def test_one_line_names_what_is_wrong_and_nothing_whole_is_left(refused, words, 
     left = {path.suffix for path in (tmp_path / "here").rglob("*") if path.is_file()}
     assert not left & {".h5", ".safetensors", ".json", ".html", ".csv", ".png", ".jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == {"given", "here"}
-    assert not (tmp_path / "given" / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ class Command(NamedTuple):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The test's own folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def command(capsys, monkeypatch):
     """Runs `python main.py …` in this process."""
     import main
@@ -76,6 +83,18 @@ def command(capsys, monkeypatch):
             code = int(stopped.code or 0)
         out, err = capsys.readouterr()
         return Command(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def done(command):
+    """Runs a command that must end with exit code 0; returns how it ended."""
+
+    def run(*arguments: object) -> Command:
+        ended = command(*arguments)
+        assert ended.code == 0, (arguments, ended)
+        return ended
 
     return run
 
@@ -222,11 +241,10 @@ def listening():
 
 
 @pytest.fixture
-def suite(tmp_path, monkeypatch):
+def suite(here):
     """The suite of `tests.tiny_suite`, loaded in its own working directory."""
     from experiments.suite import load_suite
     from tests.tiny_suite import SUITE, TINY
 
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "two.yaml").write_text(SUITE)
-    return load_suite(tmp_path / "two.yaml", TINY)
+    (here / "two.yaml").write_text(SUITE)
+    return load_suite(here / "two.yaml", TINY)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from experiments.report.page import write_report
 from experiments.suite import load_suite
 from tests.conftest import ROOT
 
@@ -58,6 +59,12 @@ def finish(
     types = {"number": 100 * values[::2].mean(), "yes/no": 100 * values[1::2].mean()}
     scores = {"overall": 100 * values.mean(), "per_answer_type": types, "per_question_type": by_kind}
     (tested / "metrics_val.json").write_text(json.dumps({"questions": len(values)} | scores))
+
+
+def report(suite, runs):
+    """Writes the report of a suite into `runs/out`; returns what is told and the page."""
+    told = write_report(suite, runs, runs / "out")
+    return told, (runs / "out" / f"{suite.report_name}.md").read_text()
 
 
 def lines_by_row(file):

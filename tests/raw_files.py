@@ -9,25 +9,33 @@ from data.preprocess import preprocess
 from data.vqa_files import SplitFiles
 
 
-def write_split(folder: Path, name: str, entries, annotated=True) -> SplitFiles:
-    """Writes official files of (question id, image id, question, answers)."""
+def write_official(files: SplitFiles, entries, answer_type=lambda _: "other", size=(40, 30)) -> None:
+    """Writes questions, annotations and images of (question id, image id, question, answers)."""
     questions = [{"question_id": q, "image_id": i, "question": text} for q, i, text, _ in entries]
     annotations = [
         {
             "question_id": q,
             "image_id": i,
             "question_type": next(iter(text.split()), ""),
-            "answer_type": "other",
+            "answer_type": answer_type(q),
             "answers": [{"answer": answer, "answer_id": n} for n, answer in enumerate(answers)],
         }
         for q, i, text, answers in entries
     ]
-    (folder / f"{name}_q.json").write_text(json.dumps({"questions": questions}))
-    (folder / f"{name}_a.json").write_text(json.dumps({"annotations": annotations}))
+    files.questions.parent.mkdir(parents=True, exist_ok=True)
+    files.questions.write_text(json.dumps({"questions": questions}))
+    files.annotations.write_text(json.dumps({"annotations": annotations}))
     for i in {entry[1] for entry in entries}:
-        Image.new("RGB", (40, 30), (i % 256, 0, 100)).save(folder / f"{name}_{i:012d}.png")
-    pattern = str(folder / (name + "_{image_id:012d}.png"))
-    return SplitFiles(folder / f"{name}_q.json", folder / f"{name}_a.json" if annotated else None, pattern)
+        files.image(i).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i % 256, 0, 100)).save(files.image(i))
+
+
+def write_split(folder: Path, name: str, entries) -> SplitFiles:
+    """Writes such files of a split into a folder that is there."""
+    images = str(folder / (name + "_{image_id:012d}.png"))
+    files = SplitFiles(folder / f"{name}_q.json", folder / f"{name}_a.json", images)
+    write_official(files, entries)
+    return files
 
 
 TRAIN = [
@@ -114,6 +122,7 @@ def write_vqa_v2(folder: Path) -> None:
 
 
 def many(folder, count):
+    """A split `train` of that many questions, each on an image of its own."""
     entries = [(n, n, f"what is {n}", ["yes"] * 10) for n in range(count)]
     return {"train": write_split(folder, "train", entries)}
 

@@ -18,48 +18,42 @@ from vqa.saved_model import load_model
 
 
 @pytest.fixture
-def copied(trained, tmp_path, monkeypatch):
+def copied(trained, here):
     """A copy of `model/` alone, in another place."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained / "model", tmp_path / "copy")
-    return tmp_path / "copy"
+    shutil.copytree(trained / "model", here / "copy")
+    return here / "copy"
 
 
 # ---- train, eval
 
 
-def test_preprocess_train_eval(command, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    h5 = f"data.h5={tmp_path}/new.h5"
-    assert command("preprocess", "--config", tiny, h5).code == 0
-    assert "nothing to do" in command("preprocess", "--config", tiny, h5).out
-    ended = command("train", "--config", tiny, "name=cli", h5)
-    assert ended.code == 0, ended.err
+def test_preprocess_train_eval(done, tiny, here):
+    h5 = f"data.h5={here}/new.h5"
+    done("preprocess", "--config", tiny, h5)
+    assert "nothing to do" in done("preprocess", "--config", tiny, h5).out
+    ended = done("train", "--config", tiny, "name=cli", h5)
     assert re.search(r"epoch 1/1  loss \d", ended.out)
-    ended = command("eval", "--run", "runs/cli")
-    assert ended.code == 0, ended.err
+    ended = done("eval", "--run", "runs/cli")
     assert "val: 24 questions" in ended.out
     for kind in ("overall", "yes/no", "number", "other"):
         assert re.search(rf"^{kind} +\d+\.\d\d %$", ended.out, re.MULTILINE)
-    metrics = json.loads((tmp_path / "runs/cli/metrics_val.json").read_text())
+    metrics = json.loads((here / "runs/cli/metrics_val.json").read_text())
     assert {"split", "trained_on", "questions", "overall", "per_answer_type", "per_question_type"} == metrics.keys()
     assert (metrics["split"], metrics["trained_on"], metrics["questions"]) == ("val", ["train"], 24)
-    logged = json.loads((tmp_path / "runs/cli/metrics.jsonl").read_text())
+    logged = json.loads((here / "runs/cli/metrics.jsonl").read_text())
     assert metrics["overall"] == logged["val_overall"]
     assert metrics["per_answer_type"] == logged["val_per_answer_type"]
-    results = json.loads((tmp_path / "runs/cli/results_val.json").read_text())
+    results = json.loads((here / "runs/cli/results_val.json").read_text())
     asked = json.loads((tiny.parent / "world/val_questions.json").read_text())["questions"]
     assert {entry["question_id"] for entry in results} == {entry["question_id"] for entry in asked}
     assert all(entry.keys() == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in results)
 
 
-def test_a_run_starts_from_another_runs_weights(command, refused, tiny, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ended = command("train", "--config", tiny, "--init-from", trained, "name=warm", "attention.units=4")
-    assert ended.code == 0, ended.err
+def test_a_run_starts_from_another_runs_weights(done, refused, tiny, trained, here):
+    ended = done("train", "--config", tiny, "--init-from", trained, "name=warm", "attention.units=4")
     assert re.search(rf"{trained}/model: \d+ of \d+ tensors taken, .*; not taken: attention\.", ended.out)
-    told = refused("train", "--config", tiny, "--init-from", tmp_path, "name=nothing")
-    assert f"{tmp_path}: no model here" in told
+    told = refused("train", "--config", tiny, "--init-from", here, "name=nothing")
+    assert f"{here}: no model here" in told
 
 
 def test_other_raw_files_are_not_passed_over_for_the_h5_file(refused, trained, tmp_path):
@@ -73,41 +67,39 @@ def test_other_raw_files_are_not_passed_over_for_the_h5_file(refused, trained, t
     )
 
 
-def test_a_copied_model_is_evaluated_without_h5(command, trained, copied, tmp_path):
-    expected = command("eval", "--run", trained, "--out", tmp_path / "h5").out
-    ended = command("eval", "--run", copied, "--out", tmp_path / "raw", "data.h5=absent.h5")
-    assert ended.code == 0, ended.err
+def test_a_copied_model_is_evaluated_without_h5(done, trained, copied, tmp_path):
+    expected = done("eval", "--run", trained, "--out", tmp_path / "h5").out
+    ended = done("eval", "--run", copied, "--out", tmp_path / "raw", "data.h5=absent.h5")
     assert ended.out == expected
     for name in ("metrics_val.json", "results_val.json"):
         ours, theirs = (json.loads((tmp_path / place / name).read_text()) for place in ("raw", "h5"))
         assert ours == theirs
 
 
-def test_the_results_of_another_model_are_not_overwritten(refused, command, trained, finished):
+def test_the_results_of_another_model_are_not_overwritten(refused, done, trained, finished):
     assert f"{finished}: holds another model" in refused("eval", "--run", trained, "--out", finished)
     assert not (finished / "metrics_val.json").exists()
-    assert command("eval", "--run", finished / "model", "--out", finished).code == 0  # its own
+    done("eval", "--run", finished / "model", "--out", finished)  # its own
 
 
-def test_another_datasets_words_are_read_with_the_models_own(command, tiny, trained, tmp_path):
-    expected = command("eval", "--run", trained, "--out", tmp_path / "a").out
+def test_another_datasets_words_are_read_with_the_models_own(done, tiny, trained, tmp_path):
+    expected = done("eval", "--run", trained, "--out", tmp_path / "a").out
     other = f"data.h5={tmp_path}/other.h5"
-    assert command("preprocess", "--config", tiny, other, "data.min_word_count=20").code == 0
-    assert command("eval", "--run", trained, "--out", tmp_path / "b", other).out == expected
+    done("preprocess", "--config", tiny, other, "data.min_word_count=20")
+    assert done("eval", "--run", trained, "--out", tmp_path / "b", other).out == expected
 
 
-def test_a_split_that_was_trained_on_is_refused_unless_asked_for(command, refused, trained, tmp_path):
+def test_a_split_that_was_trained_on_is_refused_unless_asked_for(done, refused, trained, tmp_path):
     assert "was trained on split 'train'" in refused("eval", "--run", trained, "--split", "train", "--out", tmp_path)
     assert not list(tmp_path.iterdir())
-    assert command("eval", "--run", trained, "--split", "train", "--out", tmp_path, "--allow-trained").code == 0
+    done("eval", "--run", trained, "--split", "train", "--out", tmp_path, "--allow-trained")
     assert json.loads((tmp_path / "metrics_train.json").read_text())["seen_in_training"] is True
 
 
-def test_a_split_without_annotations_gives_results_only(command, trained, tmp_path):
-    split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
-    words = (f"data.splits.test={split}", "data.h5=absent.h5")
-    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, *words)
-    assert ended.code == 0, ended.err
+@pytest.mark.parametrize("words", [["data.h5=absent.h5"], []], ids=["absent", "without the split"])
+def test_a_split_without_annotations_that_the_h5_does_not_hold_gives_results_only(done, trained, tmp_path, words):
+    split = "data.splits.test={questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
+    ended = done("eval", "--run", trained, "--split", "test", "--out", tmp_path, split, *words)
     assert "no annotations" in ended.out
     assert [path.name for path in tmp_path.iterdir()] == ["results_test.json"]
     results = json.loads((tmp_path / "results_test.json").read_text())
@@ -115,51 +107,47 @@ def test_a_split_without_annotations_gives_results_only(command, trained, tmp_pa
     assert all(result["answer"] for result in results)
 
 
-def test_a_split_that_the_h5_does_not_hold_is_read_from_its_files(command, trained, tmp_path):
-    split = "{questions: val_questions.json, images: 'val/{image_id:012d}.png'}"
-    ended = command("eval", "--run", trained, "--split", "test", "--out", tmp_path, f"data.splits.test={split}")
-    assert ended.code == 0, ended.err
-
-
 # ---- ask, inspect
 
 
-def test_ask_lists_the_most_probable_answers_first(command, copied, image):
-    ended = command("ask", "--run", copied, "--image", image, "--question", "what color is the circle?", "--top", "3")
-    assert ended.code == 0, ended.err
+def test_ask_lists_the_most_probable_answers_first(done, copied, image):
+    ended = done("ask", "--run", copied, "--image", image, "--question", "what color is the circle?", "--top", "3")
     probabilities = [float(line.split("%")[0]) for line in ended.out.splitlines()]
     assert len(probabilities) == 3
     assert probabilities == sorted(probabilities, reverse=True)
-    ended = command("ask", "--run", copied, "--image", image, "--question", "what zebra?", "--json", "--top", "99")
+    ended = done("ask", "--run", copied, "--image", image, "--question", "what zebra?", "--json", "--top", "99")
     said = json.loads(ended.out)
     assert sum(entry["probability"] for entry in said["answers"]) == pytest.approx(1, abs=1e-4)
     assert said["question"] == "what zebra?"
     assert "not in the vocabulary: zebra" in ended.err
 
 
-def test_ask_answers_as_eval_does(command, trained, tiny, tmp_path):
-    assert command("eval", "--run", trained, "--out", tmp_path).code == 0
+def test_ask_answers_as_eval_does(done, trained, tiny, tmp_path):
+    done("eval", "--run", trained, "--out", tmp_path)
     results = json.loads((tmp_path / "results_val.json").read_text())
     asked = json.loads((tiny.parent / "world/val_questions.json").read_text())["questions"]
     answers = {entry["question_id"]: entry["answer"] for entry in results}
     for entry in asked[:6]:
         image = tiny.parent / f"world/val/{entry['image_id']:012d}.png"
         said = json.loads(
-            command("ask", "--run", trained, "--image", image, "--question", entry["question"], "--json").out
+            done("ask", "--run", trained, "--image", image, "--question", entry["question"], "--json").out
         )
         assert said["answers"][0]["answer"] == answers[entry["question_id"]]
 
 
-def test_inspect_writes_what_the_question_does_to_every_channel(command, copied, image, tmp_path):
+def test_inspect_writes_what_the_question_does_to_every_channel(done, copied, image, tmp_path):
     out = tmp_path / "seen"
     questions = ("--question", "what color is the circle?", "--versus", "how many circles are there?")
-    ended = command("inspect", "--run", copied, "--image", image, *questions, "--out", out)
-    assert ended.code == 0, ended.err
+    ended = done("inspect", "--run", copied, "--image", image, *questions, "--out", out)
     assert {path.name for path in out.iterdir()} == {"modulation.json", "modulation.csv", "report.html"}
     seen = json.loads((out / "modulation.json").read_text())
     first, second = seen["readings"]
     assert [layer["name"] for layer in first["layers"]] == [f"layer{s}.0.bn{n}" for s in (1, 2, 3, 4) for n in (1, 2)]
     assert sum(layer["channels"] for layer in first["layers"]) == 480
+    for layer in first["layers"]:
+        lists = ("gamma", "beta", "delta_gamma", "delta_beta", "gain")
+        assert {len(layer[key]) for key in lists} == {layer["channels"]}
+    assert len(first["answers"]) == len(first["answers_without_modulation"]) == 5
     assert first["layers"][0]["delta_gamma"] != second["layers"][0]["delta_gamma"]
     assert first["layers"][0]["gamma"] == second["layers"][0]["gamma"]
     apart = {
@@ -213,21 +201,18 @@ def test_gain_flips_and_shut_channels():
     assert json.loads(json.dumps(tiny, allow_nan=False))["gain"] == pytest.approx([1e40], rel=0.01)
 
 
-def test_a_model_without_conditioned_norms_can_be_inspected(command, tiny, image, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert command("train", "--config", tiny, "name=plain", "cbn.stages=[]").code == 0
-    ended = command("inspect", "--run", "runs/plain", "--image", image, "--question", "what shape is the red object?")
-    assert ended.code == 0, ended.err
+def test_a_model_without_conditioned_norms_can_be_inspected(done, tiny, image, here):
+    done("train", "--config", tiny, "name=plain", "cbn.stages=[]")
+    ended = done("inspect", "--run", "runs/plain", "--image", image, "--question", "what shape is the red object?")
     assert "conditions no norm" in ended.out
-    assert (tmp_path / "runs/plain/inspect/report.html").exists()
+    assert (here / "runs/plain/inspect/report.html").exists()
 
 
 @pytest.mark.parametrize(
     "question", ["这是什么？", "ما هذا؟", "🐈 or 🐕?", "?!", "what \x1b[2J\t?", "=1+1", "word " * 1_999]
 )
-def test_odd_questions_are_answered(command, copied, image, question):
-    ended = command("ask", "--run", copied, "--image", image, "--question", question, "--json")
-    assert ended.code == 0
+def test_odd_questions_are_answered(done, copied, image, question):
+    ended = done("ask", "--run", copied, "--image", image, "--question", question, "--json")
     said = json.loads(ended.out)
     assert said["question"] == question
     assert sum(entry["probability"] for entry in said["answers"]) <= 1 + 1e-4
@@ -248,14 +233,6 @@ def test_odd_questions_are_answered(command, copied, image, question):
 def test_a_broken_model_directory_is_named(refused, copied, image, file, content, message):
     (copied / file).write_bytes(content)
     assert message in refused("ask", "--run", copied, "--image", image, "--question", "what?")
-
-
-def test_weights_of_another_model_are_refused(refused, copied, image):
-    config = copied / "config.yaml"
-    config.write_text(config.read_text().replace("hidden_size: 16", "hidden_size: 24"))
-    assert "not the weights of this folder's config.yaml" in refused(
-        "ask", "--run", copied, "--image", image, "--question", "what?"
-    )
 
 
 def test_progress_is_lines_in_a_log(capsys, monkeypatch):

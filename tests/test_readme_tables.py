@@ -24,6 +24,10 @@ ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN") 
 KINDS = ("how many", "is there", "what color", "what shape")
 
 
+def by_row(suite):
+    return {line["row"]: line for line in read_lines(RESULTS / f"{suite}.csv")}
+
+
 @cache
 def answered(suite):
     """{row: {seed: result}} from a suite's published evidence."""
@@ -56,9 +60,7 @@ def test_the_readme_is_short_and_in_order():
 
 
 def test_the_readme_shows_the_controls():
-    settled, controls = (
-        {line["row"]: line for line in read_lines(RESULTS / f"{name}.csv")} for name in ("settled", "controls")
-    )
+    settled, controls = map(by_row, ("settled", "controls"))
     rows = rows_of(README, "| accuracy, % | 16 epochs, test")
     assert [row[0].split(":")[0] for row in rows] == [*ROWS]
     for name, (_, *cells) in zip(ROWS, rows, strict=True):
@@ -146,8 +148,7 @@ def test_the_features_hold_the_question_in_modern_alone():
 
 
 def test_the_first_lines_say_what_the_table_says():
-    line = {line["row"]: line for line in read_lines(RESULTS / "settled.csv")}
-    overall = {row: float(found["overall_mean"]) for row, found in line.items() if found["overall_mean"]}
+    overall = {row: float(line["overall_mean"]) for row, line in by_row("settled").items() if line["overall_mean"]}
     said = " ".join(README[: README.index("## Quick start")].replace(">", "").split())
     assert f"MODERN answers {overall['MODERN']:.1f} %" in said
     assert f"without modulation {overall['baseline']:.1f} %" in said
@@ -160,7 +161,7 @@ def test_the_first_lines_say_what_the_table_says():
     assert round(numbers(rows["mean question, 16 epochs"][1])[0] * 1078 / 4000) == 4  # so many test questions count
     pretrainings = rows["mean question, 16 epochs, 3 pretrainings"][0].replace("+", "")
     assert f"interval over seeds), {pretrainings} with three pretrainings of the ResNet, " in said
-    controls = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "controls.csv")}
+    controls = {row: float(line["overall_mean"]) for row, line in by_row("controls").items()}
     least = controls["MODERN"] - controls["constant"]
     most = numbers(rows["mean question, 3 epochs, test"][0])[0]
     assert f"and after three epochs {least:.1f} to {most} points, depending on the control" in said
@@ -170,11 +171,10 @@ def test_the_first_lines_say_what_the_table_says():
 
 def test_the_demos_page_says_what_the_tables_say():
     said = (ROOT / "experiments/templates/demo.html").read_text(encoding="utf-8")
-    gating = {line["row"]: line for line in read_lines(RESULTS / "gating.csv")}
-    fixed, whole = (float(gating[row]["difference"]) for row in ("mean question", "MODERN"))
+    fixed, whole = (float(by_row("gating")[row]["difference"]) for row in ("mean question", "MODERN"))
     assert f"gains {fixed:.0f} of {whole:.0f} points in three epochs" in said
-    settled = {line["row"]: float(line["overall_mean"] or 0) for line in read_lines(RESULTS / "settled.csv")}
-    assert round(settled["MODERN"] - settled["mean question"]) == 5  # "within five points"
+    settled, unheard = (float(by_row("settled")[row]["overall_mean"]) for row in ("MODERN", "mean question"))
+    assert round(settled - unheard) == 5  # "within five points"
 
 
 def test_what_is_said_of_validation_is_in_the_epochs():
@@ -241,7 +241,7 @@ def test_the_papers_tables(suite, header):
     ids=["photos", "guesswhat_games"],
 )
 def test_tables_by_question_type(page, suite, header):
-    lines = {line["row"]: line for line in read_lines(RESULTS / f"{suite}.csv")}
+    lines = by_row(suite)
     names = page[page.index(header) :].splitlines()[0].strip("|").split("|")
     kinds = [name.strip().strip("*") for name in names[2:] if name.strip() != "seeds"]
     for name, overall, *cells in rows_of(page, header):
@@ -294,7 +294,7 @@ def test_the_backbone_of_every_three_epoch_suite_is_the_one_that_is_said():
 
 
 def test_the_two_seeds_of_the_hints_are_those_of_the_tables():
-    lines = {line["row"]: line for line in read_lines(RESULTS / "statistics.csv")}
+    lines = by_row("statistics")
     said = re.search(r"two seeds MODERN has (.*?) % and the baseline (.*?) %", " ".join(EXPERIMENTS.split()))
     for cell, name in zip(said.groups(), ("MODERN", "baseline"), strict=True):
         line = lines[f"{name} (population), as trained"]

@@ -1,6 +1,5 @@
 """Every shipped recipe, and every command of the README and of `docs/`, is run on tiny data of the same format."""
 
-import json
 import re
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from experiments.prepare import split_files
 from tests.conftest import ROOT
 from tests.fabricated_games import write_games
 from tests.kill.cases import CASES
+from tests.raw_files import write_official
 from vqa.io.errors import InputError
 from vqa.resnet import Modulation
 from vqa.settings.recipes import load_saved, load_settings
@@ -80,38 +80,19 @@ def project(tmp_path, monkeypatch):
 
 
 def write_split(files, ids):
-    ids = list(ids)
-    files.questions.parent.mkdir(parents=True, exist_ok=True)
-    asked = [{"question_id": n, "image_id": n, "question": f"What is cat {n % 3}?"} for n in ids]
-    kinds = ("yes/no", "number", "other")
-    given = [
-        {
-            "question_id": n,
-            "image_id": n,
-            "question_type": "what is",
-            "answer_type": kinds[n % 3],
-            "answers": [{"answer": str(n % 2), "answer_id": k, "answer_confidence": "yes"} for k in range(1, 11)],
-        }
-        for n in ids
-    ]
-    files.questions.write_text(json.dumps({"questions": asked}))
-    files.annotations.write_text(json.dumps({"annotations": given}))
-    for n in ids:
-        files.image(n).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (64, 48), (n, 0, 0)).save(files.image(n))
+    entries = [(n, n, f"What is cat {n % 3}?", [str(n % 2)] * 10) for n in ids]
+    write_official(files, entries, lambda n: ("yes/no", "number", "other")[n % 3], (64, 48))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains(command, project, recipe):
+def test_every_recipe_trains(done, project, recipe):
     settings = load_settings(recipe)
     drawn = settings.scenes is not None
     if drawn and settings.task == "vqa":
-        ended = command("demo", "--config", recipe, *SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD)
-        assert ended.code == 0, ended.err
+        done("demo", "--config", recipe, *SMALL_MODEL[:1], *SMALL_MODEL[2:], *SMALL_WORLD)
         return
     for words in (["preprocess"], ["train"]):
-        ended = command(*words, "--config", recipe, *SMALL_MODEL, *(SMALL_WORLD if drawn else ()))
-        assert ended.code == 0, ended.err
+        done(*words, "--config", recipe, *SMALL_MODEL, *(SMALL_WORLD if drawn else ()))
     assert (project / "runs" / settings.name / "model" / "model.safetensors").exists()
 
 
@@ -132,7 +113,7 @@ def commands_of(page):
 
 
 @pytest.mark.usefixtures("project")
-def test_every_command_of_the_pages(command):
+def test_every_command_of_the_pages(done):
     pages = [page for page in PAGES if page != "docs/vqa_v2.md"]
     lines = [("python", "main.py", "demo"), *(tuple(words) for page in pages for words in commands_of(page))]
     for words in dict.fromkeys(lines):
@@ -158,8 +139,7 @@ def test_every_command_of_the_pages(command):
             small = []
         if name == "experiment" and "--report" not in options:  # test_runner.py and test_suites.py run suites
             small = ["--list"]
-        ended = command(name, *options, *small)
-        assert ended.code == 0, (words, ended.err)
+        done(name, *options, *small)
 
 
 def test_the_pages_have_the_commands():
@@ -178,10 +158,9 @@ def test_files_named_on_a_page_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_code_of_the_readme_and_of_the_page_on_inspection_runs(trained, image, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "runs" / "demo" / "modern")
-    shutil.copy(image, tmp_path / "runs" / "demo" / "example.png")
-    monkeypatch.chdir(tmp_path)
+def test_code_of_the_readme_and_of_the_page_on_inspection_runs(trained, image, here):
+    shutil.copytree(trained, here / "runs" / "demo" / "modern")
+    shutil.copy(image, here / "runs" / "demo" / "example.png")
     images, gamma, beta = torch.randn(1, 3, 32, 32), *torch.zeros(2, 1, 22_656)
     names = {
         "x": torch.randn(2, 64, 4, 4),

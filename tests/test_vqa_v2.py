@@ -17,14 +17,13 @@ PAGE = "docs/vqa_v2.md"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(here):
     """A folder as a fresh checkout into which the downloads were put; it is the working directory."""
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    monkeypatch.chdir(tmp_path)
-    write_vqa_v2(tmp_path / "datasets" / "vqa_v2")
+    (here / "config").symlink_to(ROOT / "config")
+    write_vqa_v2(here / "datasets" / "vqa_v2")
     with zipfile.ZipFile("datasets/glove.42B.300d.zip", "w") as archive:
         archive.writestr("glove.42B.300d.txt", "cat " + " ".join(["0.1"] * 300))
-    return tmp_path
+    return here
 
 
 def questions_of(folder, name):
@@ -32,12 +31,11 @@ def questions_of(folder, name):
     return [question["question_id"] for question in json.loads(file.read_text())["questions"]]
 
 
-def test_the_page_leads_from_the_downloads_to_the_files_for_the_server(command, refused, folder):
+def test_the_page_leads_from_the_downloads_to_the_files_for_the_server(done, refused, folder):
     for line in commands_of(PAGE):
         assert line[:2] == ["python", "main.py"]
         name, *options = line[2:]
-        ended = command(name, *options, *ON_TINY_DATA.get(name, []))
-        assert ended.code == 0, (line, ended.err)
+        done(name, *options, *ON_TINY_DATA.get(name, []))
 
     plain, both = (Store(folder / "datasets" / f"vqa_v2_{name}224.h5") for name in ("", "trainval_"))
     kinds = [kind for images in COCO_IMAGES.values() for kind in images.values()]
@@ -74,16 +72,14 @@ def test_the_page_leads_from_the_downloads_to_the_files_for_the_server(command, 
         assert given["test-dev"] < given["test"]
 
 
-def test_the_test_splits_can_be_added_later(command, folder):
+def test_the_test_splits_can_be_added_later(done, command, folder):
     hidden = (folder / "datasets" / "vqa_v2" / "test2015").rename(folder / "test2015")
     asked = ("preprocess", "--config", "config/vqa_v2/modern.yaml", "data.image_size=64")
     assert command(*asked).code == 2
-    ended = command(*asked, "data.splits.test-dev=null", "data.splits.test=null")
-    assert ended.code == 0, ended.err
+    done(*asked, "data.splits.test-dev=null", "data.splits.test=null")
     assert len(Store(folder / "datasets" / "vqa_v2_224.h5").usable) == 5
     hidden.rename(folder / "datasets" / "vqa_v2" / "test2015")
-    ended = command(*asked)
-    assert ended.code == 0, ended.err
+    ended = done(*asked)
     assert "its 5 images are kept" in ended.out
 
 

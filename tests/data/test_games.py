@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from math import dist
 
@@ -14,6 +14,7 @@ from data.scenes.games import ask, official, sample_scene
 from data.scenes.large import CLEAR
 from data.scenes.small import COLOURS, SHAPES
 from data.scenes.write import write_world
+from tests.guessing import best_guess
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
 from vqa.tasks.objects import check_box
@@ -95,14 +96,6 @@ def test_what_is_not_clear_is_not_asked(asked):
             assert max(abs(place - 0.5) for place in target.centre) > CLEAR
 
 
-def guessed(asked, known):
-    """How often the best answer to what is `known` is right, chosen on the very questions that it is scored on."""
-    answers = defaultdict(Counter)
-    for scene, question in asked:
-        answers[known(scene, question.text)][question.answer] += 1
-    return sum(max(some.values()) for some in answers.values()) / len(asked)
-
-
 @pytest.mark.parametrize(
     ("kind", "by_text", "by_category"),
     [
@@ -119,8 +112,8 @@ def guessed(asked, known):
 def test_neither_the_question_nor_the_category_gives_the_answer(asked, kind, by_text, by_category):
     of_kind = [(scene, question) for scene, question in asked if question.question_type == kind]
     assert len(of_kind) > 0.06 * len(asked)
-    assert guessed(of_kind, lambda _, text: text) < by_text
-    assert guessed(of_kind, lambda scene, _: scene[0].shape) < by_category
+    assert best_guess(of_kind, lambda _, question: question.text) < by_text
+    assert best_guess(of_kind, lambda scene, _: scene[0].shape) < by_category
 
 
 def test_some_questions_presuppose_what_is_not_so(asked):

@@ -12,6 +12,7 @@ from PIL import Image
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.preprocess import preprocess
+from tests.calls import calling, interrupt
 from tests.conftest import ROOT
 from tests.fabricated_games import NAMES, asked_in, edited, read_lines, source, split_files, target, write_lines
 from vqa.io.errors import InputError
@@ -19,9 +20,10 @@ from vqa.io.images import read_image
 from vqa.tasks.objects import crop_region, spatial_features
 
 
-def make(folder: Path, path: Path, made=None, **changed) -> Store:
+def make(folder: Path, path: Path, made=None, splits=tuple(NAMES), **changed) -> Store:
     settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
-    preprocess(split_files(folder), path, source=made or source(), **(settings | changed))
+    files = {name: files for name, files in split_files(folder).items() if name in splits}
+    preprocess(files, path, source=made or source(), **(settings | changed))
     return Store(path)
 
 
@@ -109,23 +111,13 @@ def test_a_truncated_download_is_named(copied, tmp_path):
 def test_a_stopped_run_resumes_where_it_stopped(games, tmp_path, monkeypatch, decoded):
     make(games, tmp_path / "whole.h5", source(whole=True))
     monkeypatch.setattr("data.preprocess._IMAGES_A_FLUSH", 4)
-    real, marked = h5_file.mark, []
-
-    def stopping(file, written):
-        if len(marked) == 2:
-            raise KeyboardInterrupt
-        marked.append(len(written))
-        real(file, written)
-
-    for _ in range(3):
-        marked.clear()
-        monkeypatch.setattr(h5_file, "mark", stopping)
-        with pytest.raises(KeyboardInterrupt):
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(h5_file, "mark", calling(h5_file.mark, 3, interrupt))
             make(games, tmp_path / "games.h5", source(whole=True))
     assert not (tmp_path / "games.h5").exists()
     with pytest.raises(InputError, match=r"begun with data.min_word_count=1; finish it with these first"):
         make(games, tmp_path / "games.h5", source(whole=True), min_word_count=2)
-    monkeypatch.setattr(h5_file, "mark", real)
     decoded.clear()
     make(games, tmp_path / "games.h5", source(whole=True))
     assert 0 < len(decoded) < 12
@@ -149,15 +141,12 @@ def test_another_crop_or_other_games_are_refused_by_name(games, tmp_path):
 
 def test_other_words_and_an_added_split_decode_nothing_twice(games, tmp_path, decoded):
     path = tmp_path / "games.h5"
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
-    files = split_files(games)
-    preprocess({"train": files["train"]}, path, source=source(), **settings)
-    first, before = Store(path), len(decoded)
-    preprocess(files, path, source=source(), **settings)
+    first, before = make(games, path, splits=["train"]), len(decoded)
+    make(games, path)
     assert len(decoded) == before + 2 + 3  # val's and test's
     assert Store(path).checksums[: len(first.usable)].tolist() == first.checksums.tolist()
     decoded.clear()
-    preprocess(files, path, source=source(), **settings | {"min_word_count": 3})
+    make(games, path, min_word_count=3)
     assert decoded == []
 
 
@@ -198,17 +187,16 @@ def test_bad_images_are_listed_once_and_can_be_skipped(copied, tmp_path, capsys)
     assert make(copied, tmp_path / "games.h5", source(whole=True)).usable.all()
 
 
-def test_the_recipe_names_its_files(games, tmp_path, command, refused):
+def test_the_recipe_names_its_files(games, tmp_path, done, refused):
     recipe = ["preprocess", "--config", f"{ROOT}/config/guesswhat/cbn.yaml", "data.image_size=32"]
     missing = [f"data.folder={tmp_path}", f"data.h5={tmp_path}/games.h5"]
     assert refused(*recipe, *missing) == f"error: {tmp_path}/guesswhat.train.jsonl.gz: no such file (split 'train')"
     there = [f"data.folder={games}", f"data.h5={tmp_path}/games.h5"]
-    ended = command(*recipe, *there, "inputs=[image, question]")
-    assert ended.code == 0, ended
+    done(*recipe, *there, "inputs=[image, question]")
     assert Store(tmp_path / "games.h5").splits == ["test", "train", "val"]
-    assert "complete, nothing to do" in command(*recipe, *there).out  # that it holds whole images, too, does not matter
+    assert "complete, nothing to do" in done(*recipe, *there).out  # that it holds whole images, too, does not matter
     crops = [*there, f"data.h5={tmp_path}/crops.h5"]
-    assert command(*recipe, *crops).code == 0
+    done(*recipe, *crops)
     said = refused(*recipe, *crops, "inputs=[image, question]")
     assert "crops.h5: made with guesswhat.images ['crop'], now ['crop', 'image']; name another data.h5" in said
     assert "split 'val' was made from other files" in refused(*recipe, *there, "data.splits.val.images='x/{file_name}'")

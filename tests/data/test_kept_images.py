@@ -19,6 +19,7 @@ from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.stage_cache import choose_images
 from experiments.training.trainer import train
+from tests.calls import interrupt
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split
 from vqa.io.errors import InputError
@@ -172,7 +173,7 @@ def test_stand_ins_of_a_stopped_run_are_no_longer_taken(raw, made, tmp_path, mon
     whole = image.read_bytes()
     image.unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(h5_file, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(h5_file, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make(raw, path, skip_bad_images=True)
     with pytest.raises(InputError, match="1 image"):

@@ -13,6 +13,7 @@ import pytest
 from data import h5_file
 from data.h5_file import H5Images, Store
 from data.vqa_files import SplitFiles
+from tests.calls import failing
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, TRAIN, VAL, change, make, many, write_split
 from vqa.io.errors import InputError
@@ -30,32 +31,6 @@ def test_a_finished_file_of_other_images_is_not_touched(raw, tmp_path):
     with pytest.raises(InputError, match="split 'val' was made from other files"):
         make(raw, tmp_path / "data.h5")
     assert (tmp_path / "data.h5").read_bytes() == before
-
-
-def test_a_stopped_run_resumes_where_it_stopped(tmp_path, monkeypatch):
-    splits, path = many(tmp_path, 600), tmp_path / "data.h5"
-    real, decoded = h5_file.mark, []
-
-    def stopping(file, written):
-        decoded.extend(written)
-        if len(decoded) > 300:
-            raise KeyboardInterrupt
-        real(file, written)
-
-    monkeypatch.setattr(h5_file, "mark", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        make(splits, path)
-    assert not path.exists()
-    with pytest.raises(InputError, match="not finished"):
-        Store(path)
-    again = []
-    monkeypatch.setattr(h5_file, "mark", lambda file, written: (again.extend(dict(written)), real(file, written)))
-    make(splits, path)
-    assert sorted(again) == list(range(256, 600))
-    whole = tmp_path / "whole.h5"
-    make(splits, whole)
-    with h5py.File(path) as one, h5py.File(whole) as other:
-        assert np.array_equal(one["images/pixels"][:], other["images/pixels"][:])
 
 
 def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
@@ -78,6 +53,8 @@ def test_a_run_killed_at_any_flush_keeps_what_it_marked(tmp_path):
             filled = file["images/filled"][:]
             assert filled.sum() == kept
             assert np.array_equal(file["images/pixels"][:][filled], expected[filled])
+    with pytest.raises(InputError, match="not finished"):
+        Store(tmp_path / "data.h5")
     make(splits, tmp_path / "data.h5")
     with h5py.File(tmp_path / "data.h5") as file:
         assert np.array_equal(file["images/pixels"][:], expected)
@@ -145,16 +122,13 @@ def test_the_folder_of_the_sources_may_move_while_it_is_not_finished(tmp_path, s
 
 
 def test_pixels_that_cannot_be_written_are_one_error(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr("os.pwrite", failing(errno.ENOSPC))
     with pytest.raises(
         InputError, match=r"data.h5.partial: cannot be written \(no space left on device\); free some space, then"
     ):
         make(many(tmp_path, 3), tmp_path / "data.h5")
     monkeypatch.undo()
-    real = os.pwrite
+    real = os.pwrite  # writes less than it is given, as it may
     monkeypatch.setattr("os.pwrite", lambda file, data, offset: real(file, data[:1000], offset))
     make(many(tmp_path, 3), tmp_path / "data.h5")
     assert np.array_equal(H5Images(tmp_path / "data.h5")[2], decode_image(tmp_path / "train_000000000002.png", 32))

@@ -21,6 +21,7 @@ from data.scenes.small import COLOURS
 from data.scenes.write import write_world
 from data.sources import Source
 from data.vqa_files import SplitFiles, read_questions
+from tests.calls import failing
 from tests.raw_files import make
 from vqa.io.errors import InputError
 from vqa.io.images import decode_image
@@ -197,10 +198,7 @@ def test_questions_per_image_has_bounds(tmp_path, count):
 
 @pytest.mark.parametrize("world", ["small", "games"])
 def test_an_image_that_cannot_be_written_is_named(tmp_path, monkeypatch, world):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("PIL.Image.Image.save", failing(errno.ENOSPC))
     with pytest.raises(InputError, match=r"train/0+1.png: cannot be written \(no space left on device\); free some"):
         write_world(tmp_path, seed=1, images={"train": 2}, world=world, processes=1)
     assert not list(tmp_path.glob("*.json*"))

@@ -52,24 +52,24 @@ def slurm(tmp_path, monkeypatch):
     return kept
 
 
-def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp_path, command, refused):
+def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp_path, done, refused):
     run_job(jobs_of(suite)[0], suite, tmp_path / "runs")
     words = ["experiment", "two.yaml", "--submit", "slurm", "--resources"]
-    assert "3 runs submitted" in command(*words, "timeout_min=240 slurm_partition=gpu", *TINY).out
+    assert "3 runs submitted" in done(*words, "timeout_min=240 slurm_partition=gpu", *TINY).out
     script = (slurm / "script_0").read_text()
     for line in ("array=0-2%3", "time=240", "partition=gpu", "signal=USR2@90", "requeue", "job-name=two"):
         assert f"#SBATCH --{line}\n" in script
     assert "squeue cannot list the queued tasks" in refused(*words, "", *TINY)
     (slurm / "queue").write_text("7_0\n7_2\n")  # the second has failed
-    told = command(*words, "", *TINY).out
+    told = done(*words, "", *TINY).out
     assert "2 runs are queued already and not submitted again" in told
     assert "1 runs submitted" in told
     assert "--array" not in (slurm / "script_1").read_text()
     (slurm / "queue").write_text("7_0\n7_2\n8\n")
-    assert "0 runs submitted" in command(*words, "", *TINY).out
+    assert "0 runs submitted" in done(*words, "", *TINY).out
     (tmp_path / "again.yaml").write_text((tmp_path / "two.yaml").read_text())  # another suite with the same runs
     for file in ("./two.yaml", tmp_path / "again.yaml"):
-        assert "3 runs are queued already" in command("experiment", file, *words[2:], "", *TINY).out
+        assert "3 runs are queued already" in done("experiment", file, *words[2:], "", *TINY).out
     record = tmp_path / "runs" / "experiments" / "submitted" / "tasks.json"
     record.write_text("[1]")
     assert "tasks.json: damaged" in refused(*words, "", *TINY)
@@ -81,13 +81,13 @@ def test_missing_runs_are_submitted_as_one_array_and_only_once(suite, slurm, tmp
     assert "timeout_min" in refused(*words, "timeout_min=long")
 
 
-def test_seeds_with_backbones_of_their_own_are_other_tasks(suite, slurm, command):
+def test_seeds_with_backbones_of_their_own_are_other_tasks(suite, slurm, done):
     words = ["--submit", "slurm", *TINY]
     suite.file.write_text(TWO_BACKBONES)
-    assert "2 runs submitted" in command("experiment", "two.yaml", *words).out
+    assert "2 runs submitted" in done("experiment", "two.yaml", *words).out
     (slurm / "queue").write_text("7_0\n7_1\n")
     suite.file.write_text(SUITE[: SUITE.index("  lost")])
-    told = command("experiment", "two.yaml", *words).out
+    told = done("experiment", "two.yaml", *words).out
     assert "1 runs are queued already" in told  # seed 1, which changes nothing else
     assert "1 runs submitted" in told
 

@@ -13,15 +13,13 @@ def small(shared):
     return [f"data.folder={shared / 'daquar'}", "data.image_size=32"]
 
 
-def test_daquar_is_preprocessed_trained_evaluated_asked_and_inspected(command, shared, small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_daquar_is_preprocessed_trained_evaluated_asked_and_inspected(done, shared, small, here):
     config = ROOT / "config" / "daquar.yaml"
-    words = [*small, f"data.h5={tmp_path}/daquar.h5"]
-    ended = command("preprocess", "--config", config, *words)
-    assert ended.code == 0, ended.err
+    words = [*small, f"data.h5={here}/daquar.h5"]
+    ended = done("preprocess", "--config", config, *words)
     assert "train: 6795 questions about 794 images" in ended.out
     assert "val: 5673 questions about 653 images" in ended.out
-    store = Store(tmp_path / "daquar.h5")
+    store = Store(here / "daquar.h5")
     assert len(store.usable) == 794 + 653
     train = store.table("train")
     assert (len(train), len(store.table("val"))) == (6795, 5673)
@@ -32,13 +30,12 @@ def test_daquar_is_preprocessed_trained_evaluated_asked_and_inspected(command, s
 
     small = ["train.epochs=1", "train.validate_on=null"]
     small += ["cbn.stages=[4]", "cbn.hidden_size=32", "question.hidden_size=64"]
-    ended = command("train", "--config", config, *words, *small)
-    assert ended.code == 0, ended.err
-    assert command("eval", "--run", "runs/daquar").code == 0
-    metrics = json.loads((tmp_path / "runs/daquar/metrics_val.json").read_text())
+    done("train", "--config", config, *words, *small)
+    done("eval", "--run", "runs/daquar")
+    metrics = json.loads((here / "runs/daquar/metrics_val.json").read_text())
     assert metrics["questions"] == 5673
     assert metrics["overall"] > 6  # always answering "2" gives 4.97
     image = next((shared / "daquar/images/val2014").glob("*.jpg"))
     question = ("--image", image, "--question", "what is on the table?")
-    assert command("ask", "--run", "runs/daquar", *question).code == 0
-    assert command("inspect", "--run", "runs/daquar", *question).code == 0
+    done("ask", "--run", "runs/daquar", *question)
+    done("inspect", "--run", "runs/daquar", *question)

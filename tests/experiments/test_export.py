@@ -50,11 +50,10 @@ def exported(trained, tmp_path_factory):
 
 
 @pytest.fixture
-def there(finished, images, tmp_path, monkeypatch):
+def there(finished, images, here):
     """The working directory has the image that the page names; returns the run directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    shutil.copy(images[0], tmp_path / "runs" / "demo" / "example.png")
+    (here / "runs" / "demo").mkdir(parents=True)
+    shutil.copy(images[0], here / "runs" / "demo" / "example.png")
     return finished
 
 
@@ -63,9 +62,9 @@ def images(tiny):
     return sorted((tiny.parent / "world").rglob("*.png"))
 
 
-def test_a_folder_for_transformers(command, finished, images, tmp_path):
-    assert command("eval", "--run", finished).code == 0
-    ended = command("export", "--run", finished, "--to", tmp_path / "hub")
+def test_a_folder_for_transformers(done, finished, images, tmp_path):
+    done("eval", "--run", finished)
+    ended = done("export", "--run", finished, "--to", tmp_path / "hub")
     assert ended == (0, f"{tmp_path / 'hub'}\n", "")
     written = {file.name for file in (tmp_path / "hub").iterdir()}
     assert written == {
@@ -78,8 +77,7 @@ def test_a_folder_for_transformers(command, finished, images, tmp_path):
         "tokenizer_config.json",
     }
     said = [
-        command("ask", "--run", run, "--image", images[0], "--question", "what?")
-        for run in (finished, tmp_path / "hub")
+        done("ask", "--run", run, "--image", images[0], "--question", "what?") for run in (finished, tmp_path / "hub")
     ]
     assert said[0] == said[1]
 
@@ -100,11 +98,11 @@ def test_hub_folder_onnx_file_and_model_give_the_same_answers_to_two_hundred_que
         assert logits.argmax(1).equal(expected.argmax(1))
 
 
-def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
-    assert command("export", "--run", finished, "--to", tmp_path / "before").code == 0
+def test_the_card_says_what_was_measured_and_where(done, finished, tmp_path):
+    done("export", "--run", finished, "--to", tmp_path / "before")
     assert "its accuracy is not stated" in (tmp_path / "before" / "README.md").read_text()
-    assert command("eval", "--run", finished).code == 0
-    assert command("export", "--run", finished, "--to", tmp_path / "after").code == 0
+    done("eval", "--run", finished)
+    done("export", "--run", finished, "--to", tmp_path / "after")
     card = (tmp_path / "after" / "README.md").read_text()
     overall = read_json(finished / "metrics_val.json")["overall"]
     assert f"| val | 24 | {overall:.2f} | no | `metrics_val.json` |" in card
@@ -117,7 +115,7 @@ def test_the_card_says_what_was_measured_and_where(command, finished, tmp_path):
     ):
         assert part in card
     os.utime(finished / "metrics_val.json", (0, 0))
-    ended = command("export", "--run", finished, "--to", tmp_path / "stale")
+    ended = done("export", "--run", finished, "--to", tmp_path / "stale")
     assert "metrics_val.json: older than the model" in ended.out
     assert "metrics_val.json" not in (tmp_path / "stale" / "README.md").read_text()
 
@@ -144,8 +142,8 @@ def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_code_of_the_page_answers_as_the_model_does(command, there):
-    assert command("export", "--run", there, "--to", "exported/hub").code == 0
+def test_the_code_of_the_page_answers_as_the_model_does(done, there):
+    done("export", "--run", there, "--to", "exported/hub")
     exec(code_of_the_page(0), names := {})
     assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "is there a red circle?")[0]["answer"]
 

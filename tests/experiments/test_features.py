@@ -97,16 +97,15 @@ def test_a_frozen_run_lends_the_raw_resnet_and_a_baseline_is_it(runs):
     assert [np.array_equal(*both) for both in zip(raw, fine, strict=True)] == [True, True, True, False]
 
 
-def test_re_estimated_statistics_make_another_resnet(command, trained, tmp_path):
-    assert command("recalibrate", "--run", trained, "--out", tmp_path / "moved").code == 0
+def test_re_estimated_statistics_make_another_resnet(done, trained, tmp_path):
+    done("recalibrate", "--run", trained, "--out", tmp_path / "moved")
     assert list(networks([tmp_path / "moved"])) == ["moved"]
     assert list(networks([tmp_path / "moved", trained])) == [RAW, "moved", "trained"]
 
 
-def test_runs_of_different_resnets_are_refused(refused, tiny, trained, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    assert command("train", "--config", tiny, "name=other", "seed=5").code == 0
-    line = refused("features", "--run", trained, "--run", "runs/other")
+def test_runs_of_different_resnets_are_refused(refused, tiny, trained, here, done):
+    done("train", "--config", tiny, "name=other", "seed=5")
+    line = refused("features", "--run", trained, "--run", here / "runs/other")
     assert "other: its frozen ResNet differs from that of trained" in line
 
 
@@ -175,14 +174,9 @@ def test_points_are_the_same_for_the_same_seed():
     assert not project(np.ones((50, 8), np.float32), seed=1).any()
 
 
-@pytest.mark.parametrize("answer", ["red", "Black and white", "gray.", "red, white and blue"])
-def test_colours(answer):
-    assert is_colour(answer)
-
-
-@pytest.mark.parametrize("answer", ["", "and", "red car", "2", "yes", "colour"])
-def test_no_colours(answer):
-    assert not is_colour(answer)
+def test_colours():
+    assert all(map(is_colour, ["red", "Black and white", "gray.", "red, white and blue"]))
+    assert not any(map(is_colour, ["", "and", "red car", "2", "yes", "colour"]))
 
 
 # ---- the figure
@@ -207,10 +201,9 @@ def test_an_image_of_many_classes_and_any_name(tmp_path):
 # ---- the command
 
 
-def test_the_command_writes_everything(command, tiny, runs, tmp_path):
+def test_the_command_writes_everything(done, tiny, runs, tmp_path):
     given = [word for run in runs for word in ("--run", run)]
-    ended = command("features", *given, "--seed", 1, "--out", tmp_path / "a")
-    assert ended.code == 0, ended.err
+    ended = done("features", *given, "--seed", 1, "--out", tmp_path / "a")
     assert "split 'val' has only 24 pairs" in ended.out
     assert "question type (4 classes, chance" in ended.out
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
@@ -240,9 +233,9 @@ def test_the_command_writes_everything(command, tiny, runs, tmp_path):
         assert f"{entry['accuracy']:.1f}" in ended.out
 
 
-def test_the_same_seed_gives_the_same_files_from_raw_files_and_a_copied_model_too(command, trained, tmp_path):
+def test_the_same_seed_gives_the_same_files_from_raw_files_and_a_copied_model_too(done, trained, tmp_path):
     def run(folder, out, *words):
-        assert command("features", "--run", folder, "--pairs", 20, "--out", tmp_path / out, *words).code == 0
+        done("features", "--run", folder, "--pairs", 20, "--out", tmp_path / out, *words)
         return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
 
     shutil.copytree(trained / "model", tmp_path / "trained")
@@ -282,11 +275,10 @@ def test_more_wrong_input_is_refused(refused, trained, tmp_path):
     assert "has no annotations" in refused(*given, "--split", "test", "--out", tmp_path / "out", *words)
 
 
-def test_runs_of_other_questions_are_refused(refused, command, tiny, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_world(tmp_path / "world", seed=8, images={"train": 12, "val": 6}, processes=1)
-    words = (f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/world.h5")
-    assert command("preprocess", "--config", tiny, *words).code == 0
-    assert command("train", "--config", tiny, "name=elsewhere", *words).code == 0
-    line = refused("features", "--run", trained, "--run", "runs/elsewhere", "--out", tmp_path / "out")
+def test_runs_of_other_questions_are_refused(refused, done, tiny, trained, here):
+    write_world(here / "world", seed=8, images={"train": 12, "val": 6}, processes=1)
+    words = (f"data.folder={here}/world", f"data.h5={here}/world.h5")
+    done("preprocess", "--config", tiny, *words)
+    done("train", "--config", tiny, "name=elsewhere", *words)
+    line = refused("features", "--run", trained, "--run", "runs/elsewhere", "--out", here / "out")
     assert "elsewhere: its split 'val' holds other questions than that of trained" in line

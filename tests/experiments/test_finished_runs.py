@@ -45,15 +45,14 @@ def suite(tmp_path, changed):  # noqa: ARG001 (the recipes are its copies)
     return suite
 
 
-def test_results_of_other_settings_are_refused_wherever_they_are_taken(suite, tmp_path, changed, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
+def test_results_of_other_settings_are_refused_wherever_they_are_taken(suite, here, changed, refused):
     changed("clip: 5.0", "clip: 0.5")
-    now, runs = load_suite(suite.file), tmp_path / "runs"
+    now, runs = load_suite(suite.file), here / "runs"
     assert jobs_of(now)[0].folder(runs) == jobs_of(suite)[0].folder(runs)
     for take in (
         lambda: missing_jobs(now, runs),
         lambda: collect(now, runs),
-        lambda: keep_evidence(now, runs, tmp_path / "kept.zip"),
+        lambda: keep_evidence(now, runs, here / "kept.zip"),
     ):
         with pytest.raises(InputError, match=r"seed_1: its results .* train.clip is 5.0, not 0.5; move the directory"):
             take()

@@ -46,7 +46,7 @@ def test_colours_are_learnt_and_the_file_is_a_backbone(command, photos, tmp_path
     assert file.read_bytes() == before
 
 
-def test_a_probe_reads_what_is_in_held_out_images_and_nothing_else(command, photos, tmp_path):
+def test_a_probe_reads_what_is_in_held_out_images_and_nothing_else(done, photos, tmp_path):
     """In images of one colour there is no up, down, left or right."""
     for path in photos.rglob("*.png"):
         shade = tuple(int(part) // 2 + int(path.stem) for part in COLOURS[path.parent.name])
@@ -54,10 +54,9 @@ def test_a_probe_reads_what_is_in_held_out_images_and_nothing_else(command, phot
     (photos / "classes.csv").write_text("class,group\nred,warm\ngreen,cold\nblue,cold\n")
     file = tmp_path / "b.safetensors"
     words = ("pretrain", "--images", photos, "--out", file)
-    assert command(*words, "--epochs", 1, *OPTIONS).code == 0
+    done(*words, "--epochs", 1, *OPTIONS)
     before, report = file.read_bytes(), tmp_path / "b.safetensors.probe.json"
-    ended = command(*words, "--probe", "--device", "cpu")
-    assert ended.code == 0, ended.err
+    ended = done(*words, "--probe", "--device", "cpu")
     assert file.read_bytes() == before
     written = json.loads(report.read_text())
     assert written["backbone"] == header_of(file)
@@ -74,7 +73,7 @@ def test_a_probe_reads_what_is_in_held_out_images_and_nothing_else(command, phot
     assert len(lines) == 6
     assert lines[1].split() == ["stage", "1", *(f"{found[target, 1]['accuracy']:.1f}" for target in targets)]
     again = report.read_bytes()
-    assert command(*words, "--probe", "--device", "cpu").out == ended.out
+    assert done(*words, "--probe", "--device", "cpu").out == ended.out
     assert report.read_bytes() == again
 
 
@@ -130,7 +129,7 @@ def test_a_checkpoint_of_another_program_is_one_line(photos, tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("listening")
-def test_a_signal_ends_the_step_and_saves_it(command, photos, tmp_path, monkeypatch):
+def test_a_signal_ends_the_step_and_saves_it(done, command, photos, tmp_path, monkeypatch):
     words = ("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--epochs", "3", *OPTIONS)
     change = pretrain._shifted_and_mirrored
 
@@ -144,7 +143,7 @@ def test_a_signal_ends_the_step_and_saves_it(command, photos, tmp_path, monkeypa
     assert ended.err.startswith("interrupted; to resume: pretrain --images ")
     assert load_checkpoint(tmp_path / "b.safetensors.checkpoint")["step"] == 1
     monkeypatch.setattr(pretrain, "_shifted_and_mirrored", change)
-    assert command(*words).code == 0
+    done(*words)
     assert [path.name for path in tmp_path.glob("b.*")] == ["b.safetensors"]
 
 

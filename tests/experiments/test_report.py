@@ -6,9 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.report.page import write_report
 from experiments.report.results import collect
-from tests.fabricated_runs import ALWAYS_RIGHT, NEVER_RIGHT, OFTEN_RIGHT, SUITE, finish, lines_by_row, suite_of
+from tests.fabricated_runs import ALWAYS_RIGHT, NEVER_RIGHT, OFTEN_RIGHT, SUITE, finish, lines_by_row, report, suite_of
 from vqa.io.errors import InputError
 
 
@@ -23,7 +22,7 @@ def test_means_spreads_and_differences(suite, tmp_path):
     finish(suite, tmp_path, "last", 1, [1.0] * 4 + [0.0] * 4, seconds=50)
     finish(suite, tmp_path, "last", 2, [1.0] * 4 + [0.6] + [0.0] * 3, seconds=90)
     finish(suite, tmp_path, "all", 2, OFTEN_RIGHT)
-    write_report(suite, tmp_path, tmp_path / "out")
+    _, page = report(suite, tmp_path)
     lines = lines_by_row(tmp_path / "out/stages.csv")
     last = lines["last"]
     assert (last["settings"], last["test"], last["seeds"]) == ("'cbn.stages=[4]' train.epochs=2", "plain", "1 2")
@@ -37,7 +36,7 @@ def test_means_spreads_and_differences(suite, tmp_path):
     assert (lines["none"]["difference"], lines["none"]["overall_std"]) == ("", "0.0")
     assert lines["all"]["difference_std"] == lines["all"]["overall_std"] == ""
     assert [lines[row]["seeds_low"] for row in ("none", "last", "all")] == ["", "", ""]  # too few seeds
-    assert (tmp_path / "out/stages.md").read_text().count("| too few seeds |") == 2
+    assert page.count("| too few seeds |") == 2
 
 
 def test_the_error_of_guesswhat_stands_beside_the_papers(tmp_path):
@@ -46,7 +45,7 @@ def test_the_error_of_guesswhat_stands_beside_the_papers(tmp_path):
     )
     suite = suite_of(tmp_path, text)
     finish(suite, tmp_path, "last", 1, [1.0] * 6 + [0.0] * 2)
-    told = write_report(suite, tmp_path, tmp_path / "out")
+    told, _ = report(suite, tmp_path)
     last = lines_by_row(tmp_path / "out/stages.csv")["last"]
     assert [float(last[key]) for key in ("overall_mean", "error_mean", "paper_error")] == [75, 25, 57.68]
     assert not {"number_mean", "paper_overall"} & {key for key in last if last[key]}
@@ -60,7 +59,7 @@ def test_intervals_over_seeds_and_contrasts_by_question_type(suite, tmp_path):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, right)
     finish(suite, tmp_path, "last", 2, ALWAYS_RIGHT)
-    told = write_report(suite, tmp_path, tmp_path / "out")
+    told, page = report(suite, tmp_path)
     half = 4.302653 * 50 / 3**0.5
     line = lines_by_row(tmp_path / "out/stages.csv")["all"]
     assert [float(line[key]) for key in ("seeds_low", "seeds_high")] == pytest.approx([50 - half, 50 + half], abs=1e-3)
@@ -73,7 +72,6 @@ def test_intervals_over_seeds_and_contrasts_by_question_type(suite, tmp_path):
     counting = pytest.approx([100 / 3, 100 / 3 - half, 100 / 3 + half, 3], abs=1e-3)
     assert list(map(float, found["none", "how many"])) == counting
     assert found["last", "how many"] == ["-100.0", "", "", "1"]
-    page = (tmp_path / "out/stages.md").read_text()
     assert "| all less | last | none |\n" in page
     assert "| how many | −100.00 (too few seeds: 1) | +33.33 [−110.09, +176.76] |\n" in page
     assert re.search(r"how many +−100.00 \(too few seeds: 1\) +\+33.33 \[−110.09, \+176.76\]\n", told)
@@ -82,7 +80,7 @@ def test_intervals_over_seeds_and_contrasts_by_question_type(suite, tmp_path):
 def test_a_line_for_every_training(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     finish(suite, tmp_path, "last", 3, OFTEN_RIGHT)
-    write_report(suite, tmp_path, tmp_path / "out")
+    report(suite, tmp_path)
     first, second = csv.DictReader((tmp_path / "out/stages_runs.csv").open())
     assert (first["row"], first["seed"], second["row"], second["seed"]) == ("none", "1", "last", "3")
     assert (first["best_epoch"], first["epochs"], first["git_commit"]) == ("1", "2", "0123456789abcdef-dirty")
@@ -96,9 +94,8 @@ def test_what_is_not_finished_is_absent_and_a_row_without_seeds_not_run(suite, t
     unfinished = tmp_path / suite.runs[1].settings[1].name
     unfinished.mkdir(parents=True)
     (unfinished / "metrics.jsonl").write_text("")
-    told = write_report(suite, tmp_path, tmp_path / "out")
+    told, page = report(suite, tmp_path)
     assert "last above none: not compared, as one of them was not run" in told
-    page = (tmp_path / "out/stages.md").read_text()
     assert "| last | not run | 57.68 |" in page
     assert r"| MCB \| ResNet-152 | not run | 62.50 |" in page
     assert list(lines_by_row(tmp_path / "out/stages_runs.csv")) == ["none"]
@@ -109,31 +106,29 @@ def test_the_claimed_order(suite, tmp_path):
         finish(suite, tmp_path, "none", seed, OFTEN_RIGHT)
         finish(suite, tmp_path, "last", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, ALWAYS_RIGHT if seed == 1 else NEVER_RIGHT)
-    told = write_report(suite, tmp_path, tmp_path / "out")
+    told, page = report(suite, tmp_path)
     assert "last above none: reversed, −86.25 points, 95 % interval over questions [−100.00, " in told
     assert "all above last: inconclusive, +33.33 points, 95 % interval over questions [+33.33, +33.33], " in told
     assert "above in 1 of 3 seeds, 95 % interval over seeds [−110.09, +176.76]" in told
-    assert "- all above last: inconclusive" in (tmp_path / "out/stages.md").read_text()
+    assert "- all above last: inconclusive" in page
     for seed in (1, 2, 3):
         finish(suite, tmp_path, "last", seed, OFTEN_RIGHT[::-1])
-    told = write_report(suite, tmp_path, tmp_path / "out")
-    assert "last above none: inconclusive, 0.00 points" in told
+    assert "last above none: inconclusive, 0.00 points" in report(suite, tmp_path)[0]
 
 
 def test_rows_that_were_asked_other_questions(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     finish(suite, tmp_path, "last", 1, OFTEN_RIGHT, first=5)
     finish(suite, tmp_path, "all", 1, ALWAYS_RIGHT, first=100)
-    write_report(suite, tmp_path, tmp_path / "out")
+    _, page = report(suite, tmp_path)
     lines = lines_by_row(tmp_path / "out/stages.csv")
-    assert not (tmp_path / "out/stages.md").read_text().count("## Differences by question type")
+    assert "## Differences by question type" not in page
     contrasts = csv.DictReader((tmp_path / "out/stages_contrasts.csv").open())
     assert {(line["difference"], line["seeds"]) for line in contrasts} == {("", "0")}  # only of the same questions
     assert lines["last"]["compared"] == "3"
     assert float(lines["last"]["difference"]) == pytest.approx(100 * 2.6 / 3, abs=1e-3)
     assert lines["all"]["difference"] == lines["all"]["compared"] == ""
-    page = " ".join((tmp_path / "out/stages.md").read_text().split())
-    assert "over the 3 questions that both rows were asked" in page
+    assert "over the 3 questions that both rows were asked" in " ".join(page.split())
 
 
 def test_a_run_in_several_tests(tmp_path):
@@ -141,11 +136,10 @@ def test_a_run_in_several_tests(tmp_path):
     suite = suite_of(tmp_path, SUITE.replace("order: [none, last, all]\n", tests))
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     finish(suite, tmp_path, "none, recalibrated", 1, OFTEN_RIGHT)
-    told = write_report(suite, tmp_path, tmp_path / "out")
+    told, page = report(suite, tmp_path)
     lines = lines_by_row(tmp_path / "out/stages.csv")
     assert (lines["none"]["paper_overall"], lines["none, recalibrated"]["paper_overall"]) == ("56.12", "")
     assert float(lines["none, recalibrated"]["difference"]) == pytest.approx(86.25)
-    page = (tmp_path / "out/stages.md").read_text()
     assert "- 1 training on EPYC (2 CPU cores, 2 threads), torch 2.15.0" in page
     assert "claimed order" not in page
     assert "above" not in told
@@ -153,8 +147,8 @@ def test_a_run_in_several_tests(tmp_path):
 
 def test_many_question_types_are_skipped(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, [0.5] * 26, kinds=[f"kind {n}" for n in range(13)])
-    write_report(suite, tmp_path, tmp_path / "out")
-    assert "kind 3" not in (tmp_path / "out/stages.csv").read_text() + (tmp_path / "out/stages.md").read_text()
+    _, page = report(suite, tmp_path)
+    assert "kind 3" not in (tmp_path / "out/stages.csv").read_text() + page
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

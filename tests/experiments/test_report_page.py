@@ -14,7 +14,7 @@ from experiments.report.figure import draw
 from experiments.report.page import write_report
 from experiments.report.results import collect, keep_evidence, row_lines, run_lines
 from experiments.report.tables import duration, markdown_table, terminal_table
-from tests.fabricated_runs import ALWAYS_RIGHT, NEVER_RIGHT, OFTEN_RIGHT, SUITE, finish, suite_of
+from tests.fabricated_runs import ALWAYS_RIGHT, NEVER_RIGHT, OFTEN_RIGHT, SUITE, finish, report, suite_of
 
 
 @pytest.fixture
@@ -49,9 +49,8 @@ def test_the_page(suite, tmp_path):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT)
         finish(suite, tmp_path, "all", seed, OFTEN_RIGHT)
     altered = replace(suite, words=("train.epochs=2", "cbn.stages=[4]"))
-    told = write_report(altered, tmp_path, tmp_path / "out")
+    told, page = report(altered, tmp_path)
     assert altered.report_name.startswith("stages-")  # beside the report of the suite as it is
-    page = (tmp_path / "out" / f"{altered.report_name}.md").read_text()
     assert page.startswith("# Which stages, by how much\n")
     assert f"python main.py experiment {tmp_path}/stages.yaml train.epochs=2 'cbn.stages=[4]'\n" in page
     assert "deltas over `config/demo.yaml`" in page
@@ -72,14 +71,12 @@ def test_the_page(suite, tmp_path):
 def test_several_backbones_are_reported(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT, backbone="4e467da68ac9")
     finish(suite, tmp_path, "none", 2, NEVER_RIGHT)  # made before it was written down
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert "- 1 training on the backbone 4e467da68ac9\n" in page
     assert "- 1 training recorded no backbone\n" in page
     assert "several backbones" not in page
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert "**several backbones of a seed: a difference between rows may be" in page
     assert "neither covers another pretraining" in page
 
@@ -107,8 +104,7 @@ def test_seeds_with_backbones_of_their_own(tmp_path, backbones, covers):
         finish(suite, tmp_path, "none", seed, NEVER_RIGHT, backbone=backbone)
         finish(suite, tmp_path, "all", seed, OFTEN_RIGHT, backbone=backbone)
     finish(suite, tmp_path, "last", 1, OFTEN_RIGHT, backbone="a")
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert f"Only it covers the variation between seeds, {covers}" in page
     assert "seed: 2: `backbone.seed=2 backbone.weights=b2.safetensors`; 3: `backbone.seed=3 backbone.weights=b3" in page
     assert ("several backbones of a seed" in page) is (None in backbones)
@@ -136,8 +132,7 @@ def test_the_page_says_which_seeds_of_two_rows_are_compared(suite, tmp_path, non
     for row, seeds in (("none", none), ("last", last)):
         for seed in seeds:
             finish(suite, tmp_path, row, seed, OFTEN_RIGHT)
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert (f"\nRows with different seeds are {said}" in page) if said else ("Rows with different seeds" not in page)
 
 
@@ -147,14 +142,12 @@ def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_re
     file = tmp_path / suite.runs[2].settings[1].name / "environment.json"
     begun = json.loads(file.read_text())
     file.write_text(json.dumps(begun | {"resumed": [begun]}))
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert "several machines" not in page
     assert "then" not in page
     elsewhere = begun | {"git_commit": "fedcba9876543210", "device": "NVIDIA H200", "cpu": "Xeon", "threads": 1}
     file.write_text(json.dumps(begun | {"resumed": [begun, elsewhere]}))
-    write_report(suite, tmp_path, tmp_path / "out")
-    page = (tmp_path / "out" / "stages.md").read_text()
+    _, page = report(suite, tmp_path)
     assert "- 1 training on EPYC, then NVIDIA H200 (2 CPU cores, 2, then 1 threads), torch 2.15.0" in page
     assert "- **several machines: times and memory" in page
     committed = "commit 0123456789 with changes that are not committed"
@@ -177,8 +170,7 @@ def test_the_page_says_which_epoch_is_scored(suite, tmp_path, words, said):
             settings = {seed: each.model_copy(update={"train": train}) for seed, each in run.settings.items()}
             suite.runs[number] = replace(run, settings=settings)
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
-    write_report(suite, tmp_path, tmp_path / "out")
-    assert said in (tmp_path / "out/stages.md").read_text()
+    assert said in report(suite, tmp_path)[1]
 
 
 def test_the_terminal_table_is_aligned_and_narrow(suite, tmp_path):
@@ -218,37 +210,33 @@ def test_durations():
     assert [duration(seconds) for seconds in (None, 83.2, 900, 9000)] == ["", "83 s", "15 min", "2.5 h"]
 
 
-def test_the_command_reports_without_running(command, suite, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    finish(suite, tmp_path / "runs", "none", 1, NEVER_RIGHT)
-    ended = command("experiment", suite.file, "--report")
-    assert ended.code == 0, ended.err
+def test_the_command_reports_without_running(done, suite, here):
+    finish(suite, here / "runs", "none", 1, NEVER_RIGHT)
+    ended = done("experiment", suite.file, "--report")
     assert "runs/experiments/reports/stages.md" in ended.out
-    assert (tmp_path / "runs/experiments/reports/stages.csv").exists()
+    assert (here / "runs/experiments/reports/stages.csv").exists()
 
 
-def test_the_command_publishes(command, refused, suite, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("experiments.report.page.RESULTS", tmp_path / "results")
-    finish(suite, tmp_path / "runs", "none", 1, OFTEN_RIGHT)
-    assert command("experiment", suite.file, "--publish").code == 0
-    assert "| none | 86.25 | 56.12 |" in (tmp_path / "results/stages.md").read_text()
+def test_the_command_publishes(done, refused, suite, here, monkeypatch):
+    monkeypatch.setattr("experiments.report.page.RESULTS", here / "results")
+    finish(suite, here / "runs", "none", 1, OFTEN_RIGHT)
+    done("experiment", suite.file, "--publish")
+    assert "| none | 86.25 | 56.12 |" in (here / "results/stages.md").read_text()
     assert "not allowed with" in refused("experiment", suite.file, "--publish", "--only", "none", "--seed", "1")
 
 
-def test_published_results_are_not_replaced_by_fewer(command, refused, suite, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("experiments.report.page.RESULTS", results := tmp_path / "results")
+def test_published_results_are_not_replaced_by_fewer(done, refused, suite, here, monkeypatch):
+    monkeypatch.setattr("experiments.report.page.RESULTS", results := here / "results")
     for seed in (1, 2):
-        finish(suite, tmp_path / "runs", "none", seed, OFTEN_RIGHT)
-    assert command("experiment", suite.file, "--publish").code == 0
+        finish(suite, here / "runs", "none", seed, OFTEN_RIGHT)
+    done("experiment", suite.file, "--publish")
     kept = {file: file.read_bytes() for file in results.iterdir()}
-    (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    finish(suite, tmp_path / "runs", "none", 2, OFTEN_RIGHT)
-    finish(suite, tmp_path / "runs", "none", 3, OFTEN_RIGHT)
+    (here / "runs").rename(here / "elsewhere")
+    finish(suite, here / "runs", "none", 2, OFTEN_RIGHT)
+    finish(suite, here / "runs", "none", 3, OFTEN_RIGHT)
     told = refused("experiment", suite.file, "--publish")
     assert f"runs lacks 1 of the published results (none, seed 1): unzip -n {results}/stages_runs.zip -d runs" in told
     assert {file: file.read_bytes() for file in results.iterdir()} == kept
-    shutil.unpack_archive(results / "stages_runs.zip", tmp_path / "runs")
-    assert command("experiment", suite.file, "--publish").code == 0
+    shutil.unpack_archive(results / "stages_runs.zip", here / "runs")
+    done("experiment", suite.file, "--publish")
     assert "- seeds 1, 2, 3\n" in (results / "stages.md").read_text()

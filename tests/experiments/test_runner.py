@@ -36,7 +36,7 @@ def test_a_failed_run_is_reported_and_the_others_continue(suite, tmp_path, monke
 
 
 @pytest.mark.usefixtures("wide")  # a run is started by a process that is not forked
-def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, command):
+def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, done):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
     words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=10"]
     runs = tmp_path / "runs"
@@ -52,8 +52,7 @@ def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, com
     assert not second.is_finished(runs, suite.tests)
     made = (first.folder(runs) / "model" / "model.safetensors").stat().st_mtime_ns
     fork_children(monkeypatch, "experiments.runner")
-    ended = command("experiment", *words)
-    assert ended.code == 0, ended.err
+    ended = done("experiment", *words)
     assert "2 runs, 1 of them finished" in ended.out
     assert "resumes at epoch" in (second.folder(runs) / "log.txt").read_text()
     assert not missing_jobs(suite, runs)
@@ -61,13 +60,13 @@ def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, com
 
 
 @pytest.mark.usefixtures("suite")
-def test_commands_that_are_listed_run_one_job_each(command, refused):
+def test_commands_that_are_listed_run_one_job_each(done, refused):
     words = list(TINY)
-    listed = command("experiment", "two.yaml", "--list", *words).out.splitlines()
+    listed = done("experiment", "two.yaml", "--list", *words).out.splitlines()
     assert len(listed) == 4
     assert "--only none --seed 1 " in listed[0]
-    assert command("experiment", "two.yaml", "--only", "none", "--seed", 1, *words).code == 0
-    assert len(command("experiment", "two.yaml", "--list", *words).out.splitlines()) == 3
+    done("experiment", "two.yaml", "--only", "none", "--seed", 1, *words)
+    assert len(done("experiment", "two.yaml", "--list", *words).out.splitlines()) == 3
     assert "no run 'nine'" in refused("experiment", "two.yaml", "--only", "nine", "--seed", 1)
     assert "no run 'none' with seed 9" in refused("experiment", "two.yaml", "--only", "none", "--seed", 9)
     assert "belong together" in refused("experiment", "two.yaml", "--only", "none")
@@ -76,13 +75,12 @@ def test_commands_that_are_listed_run_one_job_each(command, refused):
 DARK = '"scenes.look=dark data.folder=dark data.h5=dark.h5"'
 
 
-def test_a_seed_is_prepared_trained_and_tested_with_what_it_changes(suite, tmp_path, command):
+def test_a_seed_is_prepared_trained_and_tested_with_what_it_changes(suite, tmp_path, done):
     suite.file.write_text(f"{TWO_BACKBONES}tests: {{'': {{}}, dark: {{settings: {DARK}}}}}\n")
-    first, second = command("experiment", "two.yaml", "--list", *TINY).out.splitlines()
+    first, second = done("experiment", "two.yaml", "--list", *TINY).out.splitlines()
     assert "--only none --seed 2 " in second
-    ended = command("experiment", "two.yaml", "--only", "none", "--seed", 2, *TINY)
-    assert ended.code == 0, ended.err
-    assert command("experiment", "two.yaml", "--list", *TINY).out.splitlines() == [first]
+    done("experiment", "two.yaml", "--only", "none", "--seed", 2, *TINY)
+    assert done("experiment", "two.yaml", "--list", *TINY).out.splitlines() == [first]
     backbones = [file for file in tmp_path.rglob("*.safetensors") if file.parent.name != "model"]
     assert [(file.name, header_of(file)["seed"]) for file in backbones] == [("five.safetensors", 5)]
     (saved,) = map(load_saved, (tmp_path / "runs").rglob("seed_2/config.yaml"))
@@ -146,11 +144,11 @@ def test_a_suite_is_not_run_by_torchrun(suite, refused, monkeypatch):
         assert "experiment: torchrun runs only train and eval" in refused("experiment", suite.file, *words, *TINY)
 
 
-def test_evidence_brings_reports_back_without_training(suite, tmp_path, command):
+def test_evidence_brings_reports_back_without_training(suite, tmp_path, done):
     runs, file = tmp_path / "runs", tmp_path / "two_runs.zip"
     job = jobs_of(suite)[0]
     run_job(job, suite, runs)
-    reported = command("experiment", "two.yaml", "--report", *TINY).out
+    reported = done("experiment", "two.yaml", "--report", *TINY).out
     keep_evidence(suite, runs, file)
     kept = file.read_bytes()
     keep_evidence(suite, runs, file)
@@ -160,6 +158,6 @@ def test_evidence_brings_reports_back_without_training(suite, tmp_path, command)
     runs.rename(tmp_path / "elsewhere" / "runs")
     shutil.unpack_archive(file, runs)
     assert job.is_finished(runs, suite.tests)
-    assert command("experiment", "two.yaml", "--report", *TINY).out == reported
-    assert "finished, nothing to do" in command("experiment", "two.yaml", "--only", "none", "--seed", 1, *TINY).out
+    assert done("experiment", "two.yaml", "--report", *TINY).out == reported
+    assert "finished, nothing to do" in done("experiment", "two.yaml", "--only", "none", "--seed", 1, *TINY).out
     assert not (job.folder(runs) / "checkpoints").exists()

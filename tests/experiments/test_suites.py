@@ -118,7 +118,9 @@ def suite_of(tmp_path):
     return write
 
 
-GOOD = "seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: train.epochs=2}}\n"
+ONE_SEED = "seeds: [1]\nbaseline: a\nruns: "
+ONE_RUN = ONE_SEED + "{a: {}}\n"
+GOOD = ONE_SEED + "{a: {}, b: {settings: train.epochs=2}}\n"
 
 
 def test_a_suite_is_a_delta_over_its_recipe(suite_of):
@@ -165,44 +167,32 @@ def test_the_seed_of_a_pretraining(monkeypatch, recipe, words, seed):
     [
         ("seeds: [1]\nbaseline: c\nruns: {a: {}}\n", "no row 'c'; rows are a"),
         ("seeds: []\nbaseline: a\nruns: {a: {}}\n", "seeds"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {setings: x}}\n", "runs.a.setings"),
-        (
-            "seeds: [1]\nbaseline: a\nruns: {a: {paper: {error: 1.0}}}\n",
-            "a: no column 'error'; columns are overall, yes/no",
-        ),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: trian.epochs=2}}\n", "did you mean train"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {settings: nonsense}}\n", "'nonsense' is not a setting"),
-        (
-            "seeds: [1]\nbaseline: a\nruns: {a: {paper: {overal: 1.0}}}\n",
-            "runs.a.paper.overal.*should be 'overall'",
-        ),
+        (ONE_SEED + "{a: {setings: x}}\n", "runs.a.setings"),
+        (ONE_SEED + "{a: {paper: {error: 1.0}}}\n", "a: no column 'error'; columns are overall, yes/no"),
+        (ONE_SEED + "{a: {settings: trian.epochs=2}}\n", "did you mean train"),
+        (ONE_SEED + "{a: {settings: nonsense}}\n", "'nonsense' is not a setting"),
+        (ONE_SEED + "{a: {paper: {overal: 1.0}}}\n", "runs.a.paper.overal.*should be 'overall'"),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
         ("seeds: [1]\nbaseline: a\ncontrasts: {a: [b]}\nruns: {a: {}}\n", "no row 'b'"),
-        ('seeds: [1]\nbaseline: a\nruns: {a: {settings: "\'"}}\n', "quotation"),
+        (ONE_SEED + '{a: {settings: "\'"}}\n', "quotation"),
         ("seeds: [-1]\nbaseline: a\nruns: {a: {}}\n", "seeds"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: cbn.gamma=true}}\n", "have the same settings"),
+        (ONE_SEED + "{a: {}, b: {settings: cbn.gamma=true}}\n", "have the same settings"),
+        (ONE_SEED + "{a: {settings: 'train.splits=[val] train.validate_on='}}\n", "trains on val"),
+        (ONE_RUN + "tests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
         (
-            "seeds: [1]\nbaseline: a\nruns: {a: {settings: 'train.splits=[val] train.validate_on='}}\n",
-            "trains on val",
-        ),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {settings: cbn.stem=true}}\n", "a test can change only"),
-        (
-            "seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {dark: {settings: data.folder=datasets/dark}}\n",
+            ONE_RUN + "tests: {dark: {settings: data.folder=datasets/dark}}\n",
             "dark: data.folder=datasets/dark needs a data.h5 of its own",
         ),
         (
-            "seeds: [1]\nbaseline: a\nruns: {a: {}, b: {settings: data.folder=datasets/dark}}\n",
+            ONE_SEED + "{a: {}, b: {settings: data.folder=datasets/dark}}\n",
             "b: data.folder=datasets/dark needs a data.h5 of its own",
         ),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
+        (ONE_RUN + "tests: {'': {recalibrate: trian}}\n", "no split 'trian'"),
         (
             "seeds: [1]\nbaseline: a\nsplit: tset\nruns: {a: {}}\n",
             "a: no split 'tset' to be tested on; there are train, val",
         ),
-        (
-            "seeds: [1]\nbaseline: a\nruns: {a: {settings: data.splits.val.annotations=null}}\n",
-            "a: split val has no annotations",
-        ),
+        (ONE_SEED + "{a: {settings: data.splits.val.annotations=null}}\n", "a: split val has no annotations"),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
         ("seeds: {1: '', 1: ''}\nbaseline: a\nruns: {a: {}}\n", "key '1' is given twice"),
         ("seeds: [one]\nbaseline: a\nruns: {a: {}}\n", "seeds: must be whole numbers: a list, or SEED:"),
@@ -221,10 +211,9 @@ def test_the_seed_of_a_pretraining(monkeypatch, recipe, words, seed):
         (ON_TWO.format("train.splits=[val] train.validate_on="), "suite.yaml: a, seed 2: trains on val, which it is"),
         (ON_TWO.format("data.splits.val=null"), "suite.yaml: a, seed 2: no split 'val' to be tested on"),
         (ON_TWO.format("data.splits.val.annotations=null"), "suite.yaml: a, seed 2: split val has no annotations"),
-        ("seeds: [1]\nbaseline: a\nruns: {a: {}}\ntests: {}\n", "tests: dictionary should have at least 1 item"),
+        (ONE_RUN + "tests: {}\n", "tests: dictionary should have at least 1 item"),
         (
-            "seeds: [1]\nbaseline: a\nruns: {a: {}, 'a, b': {settings: cbn.beta=false}}\n"
-            "tests: {'': {}, b: {recalibrate: train}}\n",
+            ONE_SEED + "{a: {}, 'a, b': {settings: cbn.beta=false}}\ntests: {'': {}, b: {recalibrate: train}}\n",
             "two rows have the name 'a, b'",
         ),
     ],

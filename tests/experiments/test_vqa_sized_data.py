@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.vqa_files import read_questions
 from experiments.bench.vqa_sized_data import QUESTIONS, sample_questions, write_coco_like
+from tests.calls import failing
 from tests.raw_files import make
 from vqa.io.errors import InputError
 from vqa.text.answers import answer_vocabulary, normalise_answer
@@ -93,10 +94,7 @@ def test_words_and_answers_are_distributed_as_people_use_them():
 
 
 def test_an_image_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("PIL.Image.Image.save", failing(errno.ENOSPC))
     monkeypatch.setattr("experiments.bench.vqa_sized_data._noise", lambda: np.zeros((1024, 1024, 3), np.uint8))
     with pytest.raises(InputError, match=r"train2014_0+1.jpg: cannot be written \(no space left on device\); free"):
         write_coco_like(tmp_path, {"train": 1}, {"train": 1}, processes=1)

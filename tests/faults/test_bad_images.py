@@ -25,12 +25,11 @@ def bad(tiny, tmp_path):
 
 
 @pytest.fixture
-def skipped(tiny, bad, tmp_path, command):
+def skipped(tiny, bad, tmp_path, done):
     """The h5 file of that world."""
     h5 = tmp_path / "bad.h5"
     words = (f"data.folder={bad}", f"data.h5={h5}", "data.skip_bad_images=true")
-    ended = command("preprocess", "--config", tiny, *words)
-    assert ended.code == 0, ended.err
+    ended = done("preprocess", "--config", tiny, *words)
     assert "3 of its 18 images were missing or unreadable" in ended.out
     return h5
 
@@ -51,12 +50,11 @@ def test_evaluation_from_raw_files_lists_all_bad_images(command, trained, bad, t
 
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_skipped_in_evaluation_they_are_what_they_are_in_the_h5(command, trained, bad, skipped, tmp_path, workers):
+def test_skipped_in_evaluation_they_are_what_they_are_in_the_h5(done, trained, bad, skipped, tmp_path, workers):
     said = {"raw": "2 image(s) missing or unreadable:", "h5": "2 image(s) of split 'val' were missing or unreadable"}
     for name, h5, count in (("raw", "absent.h5", workers), ("h5", skipped, 0)):
         words = (f"data.h5={h5}", f"data.folder={bad}", "data.skip_bad_images=true", f"workers={count}")
-        ended = command("eval", "--run", trained, "--out", tmp_path / name, *words)
-        assert ended.code == 0, ended.err
+        ended = done("eval", "--run", trained, "--out", tmp_path / name, *words)
         assert said[name] in ended.out
     results = [json.loads((tmp_path / name / "results_val.json").read_text()) for name in ("raw", "h5")]
     assert results[0] == results[1]
@@ -70,23 +68,22 @@ def test_a_split_without_any_image_is_one_line_in_evaluation(refused, trained, b
     assert "no such file, nor any other image of split 'val'; see data.splits.val.images" in said
 
 
-def test_training_reports_how_many_there_are_and_accepts_no_others(tiny, bad, skipped, tmp_path, command, capsys):
+def test_training_reports_how_many_there_are_and_accepts_no_others(tiny, bad, skipped, tmp_path, done, capsys):
     settings = load_settings(tiny, ["name=some", f"data.folder={bad}", f"data.h5={skipped}"])
     train(settings, runs=tmp_path)
     assert "bad.h5: 3 image(s) were missing or unreadable: their questions are not trained" in capsys.readouterr().out
     train(settings, resume=True, runs=tmp_path)
     shutil.copytree(tiny.parent / "world", bad, dirs_exist_ok=True)  # all are mended
-    assert command("preprocess", "--config", tiny, f"data.folder={bad}", f"data.h5={skipped}").code == 0
+    done("preprocess", "--config", tiny, f"data.folder={bad}", f"data.h5={skipped}")
     with pytest.raises(InputError, match="bad.h5: not the data that"):
         train(settings, resume=True, runs=tmp_path)
 
 
-def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_path, command):
+def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_path, done):
     made = []
     for name, words in (("h5", [f"data.h5={skipped}"]), ("raw", ["data.h5=absent.h5", "data.skip_bad_images=true"])):
         out = ("--out", tmp_path / name, "--split", "val")
-        ended = command("recalibrate", "--run", trained, *out, f"data.folder={bad}", "train.batch_size=24", *words)
-        assert ended.code == 0, ended.err
+        ended = done("recalibrate", "--run", trained, *out, f"data.folder={bad}", "train.batch_size=24", *words)
         assert "statistics re-estimated on the images of 16 questions" in ended.out
         made.append(load_model(tmp_path / name).model.state_dict())
     assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())

@@ -15,7 +15,7 @@ from data.h5_file import H5Images, Store, partial_path
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from tests.experiments.training.test_stage_cache import encode
-from tests.raw_files import make, write_split
+from tests.raw_files import make, many, write_split
 from vqa.backbone import build_resnet
 from vqa.io.errors import InputError
 from vqa.io.weight_files import as_safetensors, read_safetensors
@@ -77,12 +77,11 @@ def test_a_damaged_image_is_named(small):
 
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_on_a_damaged_image_is_one_line(tiny, tmp_path, refused, monkeypatch, workers):
-    monkeypatch.chdir(tmp_path)
+def test_training_on_a_damaged_image_is_one_line(tiny, here, refused, workers):
     whole = Path(load_settings(tiny).data.h5)
     with h5py.File(whole) as file:
         place = file["images/pixels"].id.get_offset() + 5 * 64 * 64 * 3
-    copy = shutil.move(flipped(whole, place), tmp_path / "copy.h5")
+    copy = shutil.move(flipped(whole, place), here / "copy.h5")
     said = refused("train", "--config", tiny, f"data.h5={copy}", "data.cache_gib=0.0", f"workers={workers}")
     assert said.startswith(f"error: {copy}: row 5 of images/pixels is damaged")
 
@@ -241,8 +240,7 @@ def test_a_flipped_bit_of_stored_maps_is_refused_or_changes_nothing(tmp_path, fi
 
 
 def test_an_image_that_was_mended_after_a_kill_counts_again(tmp_path):
-    entries = [(n, n, "what is it", ["yes"] * 10) for n in range(3)]
-    splits, path = {"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5"
+    splits, path = many(tmp_path, 3), tmp_path / "data.h5"
     damaged = splits["train"].image(1)
     whole = damaged.read_bytes()
     damaged.write_bytes(b"no image")

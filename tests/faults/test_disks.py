@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -16,17 +17,16 @@ import data.h5_file
 from data.h5_file import partial_path
 from experiments import pretrain, runner
 from experiments.runner import run_suite
-from experiments.suite import load_suite
 from experiments.tasks.vqa import VQATask
 from experiments.training import stage_cache
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from experiments.training.trainer import train
+from tests.calls import calling, failing
 from tests.photographs import photographs
 from tests.processes import MainProcess
-from tests.raw_files import make, write_split
+from tests.raw_files import make, many
 from tests.runs import lines, same_weights
-from tests.tiny_suite import SUITE, TINY
 from vqa.io.errors import InputError
 from vqa.io.files import write_text
 from vqa.settings.recipes import load_settings
@@ -86,26 +86,10 @@ def disk(request, tmp_path):
     limited.make_space()
 
 
-@pytest.fixture
-def splits(tmp_path):
-    """A split of 40 images of 3 KiB."""
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    return {"train": write_split(folder, "train", [(n, n, f"what is {n}", ["yes"] * 10) for n in range(40)])}
-
-
-def after(what, real):
-    """`real`, before which `what` is done."""
-
-    def function(*arguments, **named):
-        what()
-        return real(*arguments, **named)
-
-    return function
-
-
-def test_preprocessing_resumes_when_there_is_space(disk, splits, tmp_path, monkeypatch):
+def test_preprocessing_resumes_when_there_is_space(disk, tmp_path, monkeypatch):
     monkeypatch.setattr("data.preprocess._IMAGES_A_FLUSH", 32)
+    (raw := tmp_path / "raw").mkdir()
+    splits = many(raw, 40)
     path, whole = disk.folder / "data.h5", tmp_path / "whole.h5"
     make(splits, whole)
     disk.fill(space=10_000, length=10_000)
@@ -121,7 +105,7 @@ def test_preprocessing_resumes_when_there_is_space(disk, splits, tmp_path, monke
         disk.fill(space=110_000, length=pixels + 36 * 3 * 32**2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(data.h5_file, "opened_for_filling", after(fill, data.h5_file.opened_for_filling))
+        patched.setattr(data.h5_file, "opened_for_filling", calling(data.h5_file.opened_for_filling, 1, fill))
         with pytest.raises(InputError, match=rf"/data.h5.partial: {FULL}"):
             make(splits, path)
     disk.make_space()
@@ -156,19 +140,13 @@ def test_stored_maps_resume_when_there_is_space(disk, monkeypatch):
     assert all((stored[row] == row).all() for row in range(20))
 
 
-def test_training_resumes_when_there_is_space(disk, tiny, tmp_path, monkeypatch, command):
+def test_training_resumes_when_there_is_space(disk, tiny, tmp_path, monkeypatch, done, command):
     words = ["train.epochs=3", "answer.dropout=0.3"]
     whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
     monkeypatch.chdir(disk.folder)
-    scored = []
-
-    def fill():
-        scored.append(1)
-        if len(scored) == 2:
-            disk.fill(space=50_000, length=100_000)
-
     with monkeypatch.context() as patched:
-        patched.setattr(VQATask, "score", after(fill, VQATask.score))
+        fill = partial(disk.fill, space=50_000, length=100_000)
+        patched.setattr(VQATask, "score", calling(VQATask.score, 2, fill))
         ended = command("train", "--config", tiny, "name=full", *words)
     disk.make_space()
     assert ended.code == 2
@@ -178,7 +156,7 @@ def test_training_resumes_when_there_is_space(disk, tiny, tmp_path, monkeypatch,
     progress = load_checkpoint(Path("runs/full/checkpoints/last.pt"))["progress"]
     assert (progress["epoch"], progress["step"]) == (2, 0)
     assert not list(Path("runs").rglob("*.unfinished"))
-    assert command("train", "--config", tiny, "--resume", "name=full", *words).code == 0
+    done("train", "--config", tiny, "--resume", "name=full", *words)
     assert same_weights(whole, Path("runs/full"))
     assert lines(whole) == lines(Path("runs/full"))
 
@@ -187,10 +165,8 @@ def test_pretraining_is_one_line_where_its_images_do_not_fit(disk, tmp_path, mon
     """The room is taken before it is written to: the disk may become full meanwhile, or a quota have less than it."""
     file, photos = disk.folder / "b.safetensors", photographs(tmp_path / "photographs")
 
-    def fill():
-        disk.fill(space=50_000, length=50_000)  # of 98 304 bytes
-
-    monkeypatch.setattr(pretrain, "check_room", after(fill, lambda *_: None))
+    # of 98 304 bytes
+    monkeypatch.setattr(pretrain, "check_room", lambda *_: disk.fill(space=50_000, length=50_000))
     made = {"seed": 0, "image_size": 32, "epochs": 1, "device": "cpu"}
     with pytest.raises(InputError, match=rf"/b.safetensors: {FULL}"):
         pretrain.pretrain_on_images(file, "resnet10", photos, **made)
@@ -203,10 +179,8 @@ def test_a_full_disk_is_one_line_of_the_process(mounted, tiny):
     assert ended.err.startswith(f"error: {mounted.folder}/")
 
 
-def test_a_suite_reports_runs_that_a_full_disk_stops_and_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("two.yaml").write_text(SUITE)
-    suite, runs = load_suite(Path("two.yaml"), TINY), tmp_path / "runs"
+def test_a_suite_reports_runs_that_a_full_disk_stops_and_continues(suite, tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
     child = "import sys; print('error: last.pt: cannot be written (no space left on device)'); sys.exit(2)"
     monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", child])
     (runner.jobs_of(suite)[1].folder(runs) / "log.txt").mkdir(parents=True)  # no log can be begun
@@ -228,21 +202,19 @@ def test_a_read_only_disk_is_named(mounted, tiny, trained, refused, monkeypatch)
 
 
 def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_training_continues(
-    mounted, tiny, tmp_path, monkeypatch, command
+    mounted, tiny, here, done, command
 ):
-    monkeypatch.chdir(tmp_path)
     h5 = mounted.folder / "world.h5"
     shutil.copyfile(load_settings(tiny).data.h5, h5)
     words = ["train", "--config", tiny, f"data.h5={h5}", "train.validate_on=null"]
-    assert command(*words, "name=makes", "cbn.stages=[4]").code == 0
+    done(*words, "name=makes", "cbn.stages=[4]")
     before = sorted(mounted.folder.iterdir())
     subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
     ended = command(*words, "name=reads", "cbn.stages=[4]")
     assert (ended.code, ended.err) == (0, "")
     assert "stored feature maps" not in ended.out
-    assert Path("runs/reads/metrics.jsonl").read_text().splitlines()
-    ended = command(*words, "name=without", "cbn.stages=[]", "train.epochs=2")
-    assert ended.code == 0, ended.err
+    assert (here / "runs/reads/metrics.jsonl").read_text().splitlines()
+    ended = done(*words, "name=without", "cbn.stages=[]", "train.epochs=2")
     assert (
         ended.out.count("cannot be written (read-only file system); training continues without stored feature maps\n")
         == 1
@@ -250,36 +222,32 @@ def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_train
     assert sorted(mounted.folder.iterdir()) == before
 
 
-def test_maps_that_do_not_fit_are_done_without(tiny, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(load_settings(tiny).data.h5, "world.h5")
+def test_maps_that_do_not_fit_are_done_without(tiny, here, monkeypatch, done):
+    shutil.copyfile(load_settings(tiny).data.h5, here / "world.h5")
     monkeypatch.setattr("vqa.io.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    ended = command("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[3, 4]")
-    assert ended.code == 0, ended.err
+    ended = done("train", "--config", tiny, "name=new", "data.h5=world.h5", "cbn.stages=[3, 4]")
     assert (
         "left; make room or set data.cache_gib=0 to do without; training continues without stored feature maps\n"
         in ended.out
     )
 
 
-def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/new").mkdir(parents=True)
-    Path("runs/new/tensorboard").write_text("in the way")
-    ended = command("train", "--config", tiny, "name=new", "train.epochs=2", "train.tensorboard=true")
-    assert ended.code == 0, ended.err
+def test_tensorboard_that_cannot_be_written_is_said_once_and_done_without(tiny, here, done):
+    (here / "runs/new").mkdir(parents=True)
+    (here / "runs/new/tensorboard").write_text("in the way")
+    ended = done("train", "--config", tiny, "name=new", "train.epochs=2", "train.tensorboard=true")
     assert (
         ended.out.count("tensorboard: cannot be written (file exists); training continues without TensorBoard\n") == 1
     )
 
 
-def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, tmp_path, command):
+def test_an_evaluation_of_a_read_only_run_names_out(mounted, trained, refused, tmp_path, done):
     run = mounted.folder / "run"
     shutil.copytree(trained, run)
     subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
     said = refused("eval", "--run", run)
     assert said.endswith("cannot be written (read-only file system); --out can name another directory")
-    assert command("eval", "--run", run, "--out", tmp_path / "out").code == 0
+    done("eval", "--run", run, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS])
@@ -287,10 +255,7 @@ def test_the_systems_reason_is_reported_and_the_file_before_is_kept(tmp_path, mo
     file = tmp_path / "file.json"
     write_text(file, "before")
 
-    def failing(_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing(number))
     with pytest.raises(InputError, match=rf"file.json: cannot be written \({os.strerror(number).lower()}\)"):
         write_text(file, "after")
     assert file.read_text() == "before"

@@ -16,14 +16,13 @@ import torch
 import data.preprocess
 from data.h5_file import Store, partial_path
 from experiments import runner
-from experiments.suite import load_suite
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
 from experiments.training.trainer import train
+from tests.calls import calling
 from tests.conftest import ROOT
 from tests.processes import MainProcess
 from tests.runs import lines, same_weights
-from tests.tiny_suite import SUITE, TINY
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.settings.recipes import load_settings
 
@@ -37,19 +36,6 @@ def ask(number):
     """Send the signal as from outside, and wait for its handler."""
     os.kill(os.getpid(), number)
     time.sleep(0)
-
-
-def calling(real, at, what):
-    """`real`, which in its call number `at` first does `what`."""
-    calls = []
-
-    def function(*arguments, **named):
-        calls.append(1)
-        if len(calls) == at:
-            what()
-        return real(*arguments, **named)
-
-    return function
 
 
 def test_a_signal_waits_for_the_end_of_what_holds_it_back():
@@ -105,8 +91,7 @@ def whole(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS.items())
-def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, tmp_path, monkeypatch, command, number, code):
-    monkeypatch.chdir(tmp_path)
+def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, here, monkeypatch, done, command, number, code):
     words = TWO_EPOCHS
     stopping = calling(loop.nn.utils.clip_grad_norm_, 2, lambda: ask(number))
     with monkeypatch.context() as patched:
@@ -114,28 +99,27 @@ def test_training_ends_after_the_step_with_a_checkpoint(tiny, whole, tmp_path, m
         ended = command("train", "--config", tiny, "name=stopped", *words)
     assert ended.code == code
     assert ended.err == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume\n"
-    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    progress = torch.load(here / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 2)
-    assert command("train", "--config", tiny, "--resume", "name=stopped", *words).code == 0
-    assert same_weights(whole, tmp_path / "runs/stopped")
-    assert lines(whole) == lines(tmp_path / "runs/stopped")
+    done("train", "--config", tiny, "--resume", "name=stopped", *words)
+    assert same_weights(whole, here / "runs/stopped")
+    assert lines(whole) == lines(here / "runs/stopped")
 
 
-def test_in_validation_the_epoch_is_kept(tiny, trained, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
+def test_in_validation_the_epoch_is_kept(tiny, trained, here, monkeypatch, done, command):
     with monkeypatch.context() as patched:
         patched.setattr(VQATask, "score", calling(VQATask.score, 1, lambda: ask(signal.SIGTERM)))
         assert command("train", "--config", tiny, "name=stopped").code == 143
-    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    progress = torch.load(here / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)  # all three steps
     with monkeypatch.context() as patched:
         patched.setattr(loop.nn.utils, "clip_grad_norm_", pytest.fail)  # not one more
-        assert command("train", "--config", tiny, "--resume", "name=stopped").code == 0
-    assert same_weights(trained, tmp_path / "runs/stopped")
-    assert lines(trained) == lines(tmp_path / "runs/stopped")
+        done("train", "--config", tiny, "--resume", "name=stopped")
+    assert same_weights(trained, here / "runs/stopped")
+    assert lines(trained) == lines(here / "runs/stopped")
 
 
-def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, command):
+def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, done, command):
     h5 = tmp_path / "new.h5"
 
     def stopping(decoded, *_, **__):
@@ -151,7 +135,7 @@ def test_preprocessing_keeps_what_it_decoded(tiny, tmp_path, monkeypatch, comman
     assert ended.err == f"interrupted; to resume: preprocess --config {tiny} data.h5={h5}\n"
     with h5py.File(partial_path(h5)) as file:
         assert file["images/filled"][:].sum() == 6
-    assert command("preprocess", "--config", tiny, f"data.h5={h5}").code == 0
+    done("preprocess", "--config", tiny, f"data.h5={h5}")
     one, other = Store(h5), Store(tiny.parent / "world.h5")
     assert one.identity(one.splits) == other.identity(other.splits)
 
@@ -190,18 +174,17 @@ def worker_of(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tiny, tmp_path, monkeypatch, command):
+def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tiny, here, done):
     """As by the kernel where memory is short."""
     words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
-    begun = MainProcess(*words, folder=tmp_path)
+    begun = MainProcess(*words, folder=here)
     os.kill(worker_of(begun.pid), signal.SIGKILL)
     ended = begun.end()
     assert ended.code == 2, ended.err
     last = ended.err.splitlines()[-1]
     assert last.startswith("error: a worker process was killed, probably because memory ran out")
     assert last.endswith(f"to resume: {shlex.join(words)} --resume")
-    monkeypatch.chdir(tmp_path)
-    assert command(*words, "--resume", "workers=0").code == 0
+    done(*words, "--resume", "workers=0")
 
 
 POOL = """
@@ -251,10 +234,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_suite_ends_its_runs_after_they_saved(tmp_path, monkeypatch, number):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "two.yaml").write_text(SUITE)
-    suite, told = load_suite(tmp_path / "two.yaml", TINY), tmp_path / "told"
+def test_a_suite_ends_its_runs_after_they_saved(suite, tmp_path, monkeypatch, number):
+    told = tmp_path / "told"
     monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", CHILD, str(told)])
 
     def outside():

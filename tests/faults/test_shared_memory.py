@@ -126,9 +126,8 @@ def after_the_first_step(arrived, what):
 
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
-def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    words, arrived = ["workers=1"], tmp_path / "arrived"
+def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, here, monkeypatch, command):
+    words, arrived = ["workers=1"], here / "arrived"
     with monkeypatch.context() as patched:
         patched.setattr(data.loader, "_SECONDS_OF_WAITING", 1)
         patched.setattr(trainer, "make_loader", lambda dataset, *rest: make_loader(Stopping(dataset, arrived), *rest))
@@ -138,7 +137,7 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, tmp_path, 
     assert ended.code == 143
     last = ended.err.splitlines()[-1]  # if this takes long, progress is printed before
     assert last == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume"
-    progress = torch.load(tmp_path / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
+    progress = torch.load(here / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)
 
 

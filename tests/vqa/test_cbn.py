@@ -26,21 +26,14 @@ def random_norm(channels=5, kind=ModulatedBatchNorm2d):
     return norm
 
 
-def test_population_statistics_give_the_formula():
-    norm = random_norm().eval()
-    x, gamma, beta = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    expected = formula(x, norm.running_mean, norm.running_var, norm.weight + gamma, norm.bias + beta, norm.eps)
-    torch.testing.assert_close(norm(x, Modulation(gamma, beta)), expected)
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
-    norm(x, Modulation(gamma, beta))
-    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
-
-
-def test_batch_statistics_give_the_formula_and_move_the_running_ones_as_batchnorm2d():
-    norm, plain = random_norm().train(), nn.BatchNorm2d(5).double().train()
+@pytest.mark.parametrize("training", [False, True])
+def test_the_formula_and_running_statistics_that_move_as_those_of_batchnorm2d(training):
+    norm, plain = random_norm().train(training), nn.BatchNorm2d(5).double().train(training)
     plain.load_state_dict(norm.state_dict())
     x, gamma, beta = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    mean, var = norm.running_mean, norm.running_var
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
     expected = formula(x, mean, var, norm.weight + gamma, norm.bias + beta, norm.eps)
     torch.testing.assert_close(norm(x, Modulation(gamma, beta)), expected)
     plain(x)

@@ -14,9 +14,8 @@ import pytest
 
 from data.h5_file import partial_path
 from experiments.runner import run_suite
-from experiments.suite import load_suite
+from tests.calls import failing
 from tests.conftest import ROOT
-from tests.tiny_suite import SUITE, TINY
 from vqa.io.errors import InputError
 from vqa.io.locks import held
 
@@ -74,12 +73,11 @@ def test_who_waits_says_for_whom_and_gets_it(tmp_path, capsys):
     assert second.wait() == 0
 
 
-def test_a_second_training_of_a_run_is_refused(tiny, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    with held(tmp_path / "runs/.mine.lock", "it"):
+def test_a_second_training_of_a_run_is_refused(tiny, here, refused):
+    with held(here / "runs/.mine.lock", "it"):
         for resume in ([], ["--resume"]):
             assert refused("train", "--config", tiny, *resume, "name=mine").startswith(f"error: runs/mine: {US}")
-    assert not (tmp_path / "runs/mine").exists()
+    assert not (here / "runs/mine").exists()
 
 
 def test_a_second_preprocessing_is_refused(tiny, tmp_path, refused):
@@ -89,17 +87,14 @@ def test_a_second_preprocessing_is_refused(tiny, tmp_path, refused):
     assert not partial_path(h5).exists()
 
 
-def test_a_second_evaluation_into_a_folder_is_refused(trained, tmp_path, refused, command):
+def test_a_second_evaluation_into_a_folder_is_refused(trained, tmp_path, refused, done):
     with held(tmp_path / ".val.lock", "it"):
         assert f"{tmp_path}, split 'val': {US}" in refused("eval", "--run", trained, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
-    assert command("eval", "--run", trained, "--out", tmp_path).code == 0
+    done("eval", "--run", trained, "--out", tmp_path)
 
 
-def test_a_second_run_of_a_suite_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "two.yaml").write_text(SUITE)
-    suite = load_suite(tmp_path / "two.yaml", TINY)
+def test_a_second_run_of_a_suite_is_refused(suite, tmp_path):
     lock = tmp_path / "runs/experiments" / f".{suite.report_name}.lock"
     with held(lock, "it"), pytest.raises(InputError, match=f"suite {suite.report_name}: {US}"):
         run_suite(suite, tmp_path / "runs")
@@ -159,21 +154,14 @@ def test_disks_without_locks_are_said_and_worked_on(tiny, tmp_path):
     assert ended.stdout.count(said) == 3
 
 
-def fail_with(number):
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_the_errors_that_mean_no_locks(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr("fcntl.flock", fail_with(number))
+    monkeypatch.setattr("fcntl.flock", failing(number))
     with held(tmp_path / ".lock", "it"):
         assert "this disk has no locks; make sure that no other process works on it" in capsys.readouterr().out
 
 
 def test_an_error_of_locking_names_the_lock(tiny, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr("fcntl.flock", fail_with(errno.EIO))
+    monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
     said = refused("preprocess", "--config", tiny, f"data.h5={tmp_path}/new.h5")
     assert said == f"error: {tmp_path}/.new.h5.lock: cannot be locked (input/output error)"

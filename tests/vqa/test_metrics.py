@@ -115,4 +115,3 @@ def test_means_are_over_questions_not_over_types():
     assert scores["overall"] == pytest.approx(200 / 3)
     assert scores["per_answer_type"] == {"other": 100.0, "yes/no": 50.0}
     assert scores["questions"] == 3
-    assert np.isfinite(scores["overall"])

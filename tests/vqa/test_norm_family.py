@@ -1,7 +1,5 @@
 """The relatives of conditional batch normalisation against independent statements of their formulas."""
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -120,8 +118,3 @@ def test_a_condition_of_another_batch_is_refused_before_the_statistics_move(kind
 def test_bfloat16_maps_keep_their_type(kind):
     layer = kind(C, 4, 5).eval()
     assert layer(torch.randn(2, C, 4, 4).bfloat16(), torch.randn(FAMILY[kind])).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", FAMILY)
-def test_a_layer_is_at_most_thirty_lines(kind):
-    assert len(inspect.getsourcelines(kind)[0]) <= 30

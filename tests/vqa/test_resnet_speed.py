@@ -59,17 +59,18 @@ def test_the_fused_network_has_the_second_derivatives_of_the_composed_one(option
     equal_to_rounding(penalties[1], penalties[2])
 
 
-@pytest.mark.parametrize("options", [{"shortcuts": True, "stem": True}, {"normaliser": "group"}, {"stages": (2, 4)}])
-def test_the_fused_network_with_other_norms_conditioned(options):
-    fused, modulation = in_float64("resnet18", **options)
-    composed, _ = in_float64("resnet18", fused=False, **options)
-    x = torch.randn(3, 3, 64, 64).double()
-    equal_to_rounding(*(loss_gradients(net, x, modulation) for net in (fused, composed)))
-
-
-def test_fused_and_composed_agree_on_batch_statistics():
-    fused, modulation = in_float64("resnet10", statistics="batch")
-    composed, _ = in_float64("resnet10", statistics="batch", fused=False)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {"shortcuts": True, "stem": True}),
+        ("resnet18", {"normaliser": "group"}),
+        ("resnet18", {"stages": (2, 4)}),
+        ("resnet10", {"statistics": "batch"}),
+    ],
+)
+def test_the_fused_network_with_other_norms_and_statistics(name, options):
+    fused, modulation = in_float64(name, **options)
+    composed, _ = in_float64(name, fused=False, **options)
     x = torch.randn(3, 3, 64, 64).double()
     equal_to_rounding(*(loss_gradients(net.train(), x, modulation) for net in (fused, composed)))
     state = composed.state_dict()

@@ -48,12 +48,14 @@ def test_the_least_batch_whose_statistics_can_be_taken(size, where, least):
             net(torch.randn(least - 1, 3, size, size))
 
 
-def test_population_statistics_are_those_of_a_network_in_evaluation_mode():
+def test_population_statistics_are_those_of_evaluation_mode_and_nothing_is_kept_between_calls():
     net = ModulatedResNet("resnet10", statistics="population").train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(net(x)[:1], net(x[:1]))
-    net(x, random_modulation(net, 2))
+    plain = net(x)
+    torch.testing.assert_close(plain[:1], net(x[:1]))
+    assert not torch.allclose(net(x, random_modulation(net, 2)), plain)
+    assert torch.equal(net(x), plain)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 

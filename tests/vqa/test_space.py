@@ -5,7 +5,7 @@ import pytest
 
 from data import h5_file
 from experiments.training.stage_cache import cached_maps
-from tests.raw_files import make, write_split
+from tests.raw_files import make, many, write_split
 from vqa.io.errors import InputError
 from vqa.io.files import check_room
 
@@ -48,8 +48,7 @@ def test_the_estimate_is_near_the_size_of_the_file(tmp_path, monkeypatch):
 
 
 def test_a_begun_file_needs_only_the_rest(tmp_path, left):
-    entries = [(n, n, "what is it", ["yes"] * 10) for n in range(40)]
-    splits, path = {"train": write_split(tmp_path, "train", entries)}, tmp_path / "data.h5"
+    splits, path = many(tmp_path, 40), tmp_path / "data.h5"
     bad = splits["train"].image(39)
     whole = bad.read_bytes()
     bad.write_bytes(b"no image")

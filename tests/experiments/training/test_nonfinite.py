@@ -178,14 +178,13 @@ def test_a_constant_map_and_zero_variance_stay_finite(kind):
         assert all(value.isfinite().all() for value in (y, *gradients) if value is not None)
 
 
-def test_a_constant_image_has_answers(command, trained, tmp_path):
+def test_a_constant_image_has_answers(done, trained, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
-    ended = command("ask", "--run", trained, "--image", tmp_path / "black.png", "--question", "what color is it?")
-    assert ended.code == 0, ended.err
+    ended = done("ask", "--run", trained, "--image", tmp_path / "black.png", "--question", "what color is it?")
     assert "nan" not in ended.out
 
 
-def test_unknown_words_and_answers_are_reported(command, trained, tmp_path, monkeypatch):
+def test_unknown_words_and_answers_are_reported(done, trained, tmp_path, monkeypatch):
     split_data = evaluate.split_data
 
     def strange(*arguments):
@@ -197,7 +196,6 @@ def test_unknown_words_and_answers_are_reported(command, trained, tmp_path, monk
         return data
 
     monkeypatch.setattr(evaluate, "split_data", strange)
-    ended = command("eval", "--run", trained, "--out", tmp_path / "out")
-    assert ended.code == 0, ended.err
+    ended = done("eval", "--run", trained, "--out", tmp_path / "out")
     assert "all words of 23 of 24 questions are unknown to the model" in ended.out
     assert "none of the given answers is among the model's" in ended.out

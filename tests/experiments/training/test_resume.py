@@ -14,7 +14,9 @@ from data.scenes.write import write_world
 from experiments.prepare import split_files
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
+from experiments.training.checkpoint import load_checkpoint, save_checkpoint
 from experiments.training.trainer import train
+from tests.calls import calling, failing, interrupt
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
@@ -35,34 +37,18 @@ from vqa.settings.recipes import load_settings
 def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch, words, stops):
     words = [*words, "train.epochs=2", "train.checkpoint_every=1", "answer.dropout=0.3", "train.batch_size=16"]
     whole = train(load_settings(tiny, ["name=whole", *words]), runs=tmp_path).path
-    real = loop.nn.utils.clip_grad_norm_
     for stop in stops:
-        steps = []
-
-        def stopping(*arguments, steps=steps, stop=stop):
-            steps.append(1)
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
         settings = load_settings(tiny, [f"name=stopped{stop}", *words])
-        monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            stopping = calling(loop.nn.utils.clip_grad_norm_, stop, interrupt)
+            patched.setattr(loop.nn.utils, "clip_grad_norm_", stopping)
             train(settings, runs=tmp_path)
-        monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", real)
         resumed = train(settings, resume=True, runs=tmp_path).path
         assert same_weights(whole, resumed), stop
         assert lines(whole) == lines(resumed), stop
 
 
-def test_a_finished_run_is_left_alone(tiny, finished, tmp_path, capsys):
-    before = (finished / "checkpoints/last.pt").read_bytes()
-    train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
-    assert "finished, nothing to do" in capsys.readouterr().out
-    assert (finished / "checkpoints/last.pt").read_bytes() == before
-
-
-def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
+def test_a_finished_run_is_left_alone_or_trained_longer(tiny, tmp_path, capsys):
     words = ["train.schedule=constant", "answer.dropout=0.3", "train.validate_on=null"]
     whole = train(load_settings(tiny, ["name=whole", *words, "train.epochs=2"]), runs=tmp_path).path
     train(load_settings(tiny, ["name=longer", *words]), runs=tmp_path)
@@ -73,8 +59,10 @@ def test_a_finished_run_can_be_trained_longer(tiny, tmp_path, capsys):
     for folder in (run, run / "model"):
         assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
     capsys.readouterr()
+    before = (run / "checkpoints/last.pt").read_bytes()
     train(longer, resume=True, runs=tmp_path)
     assert "finished, nothing to do" in capsys.readouterr().out
+    assert (run / "checkpoints/last.pt").read_bytes() == before
     with pytest.raises(InputError, match="another train.epochs"):
         train(load_settings(tiny, ["name=longer", *words]), resume=True, runs=tmp_path)
 
@@ -155,12 +143,6 @@ def test_a_run_whose_checkpoint_is_gone_is_not_trained_over(tiny, finished, tmp_
     assert "of the lost one" not in (finished / "environment.json").read_text()
 
 
-def test_a_damaged_checkpoint_is_named(tiny, finished, tmp_path):
-    (finished / "checkpoints/last.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match="last.pt: cannot be read"):
-        train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
-
-
 def test_a_checkpoint_of_another_program_is_one_line(tiny, finished, tmp_path):
     file = finished / "checkpoints/last.pt"
     saved = torch.load(file, weights_only=True)
@@ -233,20 +215,11 @@ def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny, tmp_path, monke
     assert (saved["progress"]["epoch"], len(lines(tmp_path / "mine"))) == (2, 1)
 
 
-def test_a_failed_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
-    settings = load_settings(tiny, ["name=mine", "train.epochs=2"])
-    real, saves = torch.save, []
-
-    def failing(value, file):
-        saves.append(file)
-        if len(saves) == 2:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        real(value, file)
-
-    monkeypatch.setattr(torch, "save", failing)
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    file = tmp_path / "last.pt"
+    save_checkpoint(file, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda _, opened: opened.write(b"half") and failing(errno.ENOSPC)())
     with pytest.raises(InputError, match=r"last.pt: cannot be written \(no space left on device\); free some space"):
-        train(settings, runs=tmp_path)
-    saved = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)
-    assert saved["progress"]["epoch"] == 2
-    assert [path.name for path in (tmp_path / "mine/checkpoints").iterdir()] == ["last.pt"]
+        save_checkpoint(file, {"step": 2})
+    assert load_checkpoint(file) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]

@@ -55,7 +55,7 @@ def logits(saved, image):
     return torch.cat([saved.run(image, question).logits for question in QUESTIONS])
 
 
-def test_a_copied_model_does_everything_without_the_encoder(moved, run, image, command, tmp_path):
+def test_a_copied_model_does_everything_without_the_encoder(moved, run, image, done, tmp_path):
     expected = json.loads((run / "metrics.jsonl").read_text())["val_overall"]
     assert evaluate(moved, "val", tmp_path / "scores")["overall"] == pytest.approx(expected)
     raw = [f"data.h5={tmp_path}/absent.h5"]
@@ -63,17 +63,17 @@ def test_a_copied_model_does_everything_without_the_encoder(moved, run, image, c
     saved = vqa.load(moved)
     assert len(saved.ask(image, QUESTIONS)) == 3
     assert saved.inspect(image, QUESTIONS[2])["unknown_words"] == ["zebra", "[", "pad", "]"]
-    assert command("ask", "--run", moved, "--image", image, "--question", QUESTIONS[0]).code == 0
-    assert command("recalibrate", "--run", moved, "--out", tmp_path / "other").code == 0
-    assert command("inspect", "--run", tmp_path / "other", "--image", image, "--question", "how many?").code == 0
+    done("ask", "--run", moved, "--image", image, "--question", QUESTIONS[0])
+    done("recalibrate", "--run", moved, "--out", tmp_path / "other")
+    done("inspect", "--run", tmp_path / "other", "--image", image, "--question", "how many?")
     files = {file.name for file in moved.iterdir()} - {"scores", "inspect"}
     assert files - {file.name for file in (tmp_path / "other" / "model").iterdir()} == set()
     tokens = AutoTokenizer.from_pretrained(moved)(QUESTIONS[2])["input_ids"]
     assert tokens == encode(saved.tokenizer, [QUESTIONS[2]])[0].tolist()
 
 
-def test_the_exported_folder_answers_as_the_model_does(moved, image, command, tmp_path):
-    assert command("export", "--run", moved, "--to", tmp_path / "hub").code == 0
+def test_the_exported_folder_answers_as_the_model_does(moved, image, done, tmp_path):
+    done("export", "--run", moved, "--to", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "a text encoder of `transformers` (`bert`), of each at most 38 tokens" in card
     assert "the pretrained backbone and text encoder that" in card
@@ -93,9 +93,8 @@ def test_the_exported_folder_answers_as_the_model_does(moved, image, command, tm
     assert logits(vqa.load(tmp_path / "again"), image).equal(logits(saved, image))
 
 
-def test_an_onnx_file_answers_as_the_model_does(moved, image, command, tmp_path):
-    ended = command("export", "--run", moved, "--to", tmp_path / "onnx", "--format", "onnx")
-    assert ended.code == 0, ended
+def test_an_onnx_file_answers_as_the_model_does(moved, image, done, tmp_path):
+    done("export", "--run", moved, "--to", tmp_path / "onnx", "--format", "onnx")
     saved = vqa.load(moved)
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for question in QUESTIONS:

@@ -11,11 +11,12 @@ from data.batches import Batch
 from experiments.bench.loading import prepared_scenes, time_training
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import cases, interleaved, peak_mib, rows_of
-from experiments.gpu.right import CONFIG, normalised, random_model
+from experiments.gpu.right import CONFIG, random_model
 from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
 from vqa.kernels.modulate import modulate
+from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
@@ -74,14 +75,14 @@ def operation_rows(setup: Setup) -> Rows:
 def uncompiled_rows(setup: Setup) -> Rows:
     """`bench step` without the compiled ways."""
     for case in cases(setup):
-        yield from rows_of(case._replace(compiled=False), setup.repeats, setup.device)
+        yield from rows_of(case._replace(compiled=False), setup)
 
 
 def compiled_rows(setup: Setup) -> Rows:
     """The cases of `bench step` that have compiled ways."""
     for case in cases(setup):
         if case.compiled:
-            yield from rows_of(case, setup.repeats, setup.device)
+            yield from rows_of(case, setup)
 
 
 def epoch_rows(setup: Setup) -> Rows:
@@ -111,15 +112,12 @@ def epoch_rows(setup: Setup) -> Rows:
         words = [
             f"device={setup.device}",
             f"workers={workers}",
-            f"data.folder={scenes.data.folder}",
             f"data.h5={scenes.data.h5}",
             f"data.image_size={size}",
-            "data.splits={}",
             "data.cache_gib=0",
             f"backbone.name={network}",
             "backbone.weights=none",
             "question.glove=null",
-            "train.validate_on=null",
             *setup.pick(["train.batch_size=8", *SMALL], []),
             *differences,
         ]
@@ -179,8 +177,10 @@ def _train(settings: Settings, batch: int, device: torch.device) -> None:
     optimiser = build_optimiser(settings.train, model)
     schedule = build_schedule(settings.train, optimiser, 2)
 
+    prepare_images = Preprocessing(settings.data.image_size).normalise
+
     def loss_of(batch: Batch, reduction: str) -> Tensor:
-        logits = answer_logits(model, batch, normalised, settings.precision)
+        logits = answer_logits(model, batch, prepare_images, settings.precision)
         return answer_loss(logits, batch.labels, settings.train.loss, reduction)
 
     list(train_steps(model, [made] * 2, loss_of, settings.train, optimiser, schedule))  # takes them

@@ -22,7 +22,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from data.labelled_images import LabelledImages
 from data.scenes.photos import PLAIN, TINTS, changed
@@ -69,7 +68,7 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
     def features(pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
         prepare, parts = Preprocessing(size).normalise, []
         for part in torch.from_numpy(np.stack(pixels)).split(256):
-            maps: tuple[Tensor, ...] = resnet.stage_maps(prepare(part.to(device)))
+            maps = resnet.stage_maps(prepare(part.to(device)))
             parts.append([map_.mean((2, 3)).cpu().numpy() for map_ in maps])
         return [np.concatenate(of_stage) for of_stage in zip(*parts, strict=True)]
 

@@ -11,6 +11,7 @@ from data.batches import Batch
 from experiments.bench.loading import prepared_scenes, time_training
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import cases, interleaved, peak_mib, rows_of
+from experiments.bench.vqa_sized_data import QUESTIONS
 from experiments.gpu.right import CONFIG, random_model
 from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, train_steps
@@ -21,7 +22,6 @@ from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
 SMALL = ("question.hidden_size=32", "cbn.hidden_size=8", "answer.fusion_size=32")
-QUESTIONS_OF_20_EPOCHS = 20 * 248_349  # VQA v1, as long as the paper trains
 
 
 def ceilings_rows(setup: Setup) -> Rows:
@@ -38,9 +38,9 @@ def ceilings_rows(setup: Setup) -> Rows:
 
 
 def operation_rows(setup: Setup) -> Rows:
-    """`modulate` alone, forward and backward with a residual and a ReLU: `fused`, which saves the least (on a GPU by
-    torch's operations, too), `composed`, whose backward pass is autograd's, and composed and `compiled`; and the share
-    of the copy speed that is reached, from the bytes that must be moved. Maps are so large that launches are free.
+    """`modulate` alone, forward and backward with a residual and a ReLU: `fused`, whose backward pass saves the least;
+    `composed`, whose backward pass is autograd's; and that one `compiled`. Each reaches a share of the copy speed, as
+    computed from the bytes that must be moved. The maps are so large that the time of launches does not count.
     """
     copy = next(ceilings_rows(setup))["value"] * 1e9
     composed = partial(modulate, relu=True, fused=False)
@@ -133,7 +133,7 @@ def epoch_rows(setup: Setup) -> Rows:
             "compiled": settings.speed.compile,
             "questions_a_second": round(rate, 1),
             "share_waiting": round(share, 3),
-            "hours_of_20_epochs_of_vqa_v1": round(QUESTIONS_OF_20_EPOCHS / rate / 3600, 2),
+            "hours_of_20_epochs_of_vqa_v1": round(20 * QUESTIONS["train"] / rate / 3600, 2),
         }
 
 
@@ -176,7 +176,6 @@ def _train(settings: Settings, batch: int, device: torch.device) -> None:
     model, made = random_model(settings, batch, device)
     optimiser = build_optimiser(settings.train, model)
     schedule = build_schedule(settings.train, optimiser, 2)
-
     prepare_images = Preprocessing(settings.data.image_size).normalise
 
     def loss_of(batch: Batch, reduction: str) -> Tensor:

@@ -50,17 +50,18 @@ def scale_rows(setup: Setup) -> Rows:
         raw, h5, run = here / "raw", here / "data.h5", here / "run"
         val = max(1, count // 5)
         splits = write_coco_like(raw, {"train": count - val, "val": val}, questions, setup.pick(1, 2))
-        files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
         words = [f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
-        jobs: dict[str, tuple[Callable[..., int], ...]] = {
-            "reading questions": (_read, splits),
-            "decoding alone": (decode_alone, files, size, 2),
+        jobs: dict[str, tuple[Any, ...]] = {
             "preprocess": (_preprocess, h5, words),
             f"train, {steps} steps": (_train, run, words, steps),
-            "eval": (_evaluate, run, words),
         }
-        if count < images:  # the others do not depend on the number of images, or would take long
-            jobs = {name: job for name, job in jobs.items() if name.startswith(("preprocess", "train"))}
+        if count == images:  # they do not depend on the number of images, or take long
+            files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
+            jobs |= {
+                "reading questions": (_read, splits),
+                "decoding alone": (decode_alone, files, size, 2),
+                "eval": (_evaluate, run, words),
+            }
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
         for turn in range(setup.repeats):
             for name, job in jobs.items():

@@ -16,12 +16,11 @@ from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
 from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
-from experiments.report.tables import aligned
+from experiments.report.tables import aligned, write_lines
 from vqa.io.errors import InputError
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.progress import progress
 
-_ACCURACIES = ("labelling", "network", "stage", "accuracy", "chance", "classes", "pairs", "neighbours")
 _POINTS = ("network", "stage", "question_id", "x", "y", "answer_type", "question_type", "answer")
 
 Stages = dict[tuple[str, int], np.ndarray]  # an array [N, …] for each network (by its name) and stage
@@ -76,7 +75,7 @@ def compare_features(
     of_stages = progress(features.items(), len(features), "t-SNE")
     points = {place: project(of_stage, seed) for place, of_stage in of_stages}
     write_json(out / "neighbours.json", comparison)
-    write_csv(out / "neighbours.csv", _ACCURACIES, (entry.values() for entry in comparison["accuracies"]))
+    write_lines(out / "neighbours.csv", comparison["accuracies"])
     write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
     for labelling, labels in classes.items():
         if len(set(labels)) > 1:

@@ -37,7 +37,7 @@ MOST = 4000  # photographs to train with, and to test with
 CHANGED = ("grey", "dark", "upside down")
 STRENGTH = 0.1  # inverse of the regression's L2 penalty
 SEED = 0  # of the photographs, the tints and the mirroring
-Labelled = tuple[list[np.ndarray], np.ndarray]  # the features after each stage, [N, C] each, and what they are, [N]
+Labelled = tuple[list[np.ndarray], np.ndarray]  # the features after each stage, [N, C] each, and their labels, [N]
 
 
 def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]]:

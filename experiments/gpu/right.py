@@ -131,7 +131,7 @@ def network_rows(setup: Setup) -> Rows:
 
 
 def compile_rows(setup: Setup) -> Rows:
-    """The compiled network against the network, forward and backward."""
+    """The compiled network against the uncompiled one, forward and backward."""
     name, size = setup.pick(("resnet10", 64), ("resnet18", 128))
     net, inputs = _net_and_inputs(name, size)
     start = time.monotonic()
@@ -203,7 +203,7 @@ def _commands_row(setup: Setup, recipe: str, question: str, *words: str, **about
 
 
 def resume_rows(setup: Setup) -> Rows:
-    """End a bfloat16 training by SIGTERM in its second epoch and resume it: the loss is that of one which was not."""
+    """End a bfloat16 training by SIGTERM in its second epoch and resume it: its loss is that of an undisturbed one."""
     words = ("train.checkpoint_every=1", "train.epochs=3")
     train(_small_settings(setup, "name=whole", *words), runs=setup.folder / "runs")
     recipe = setup.folder / "resumed.yaml"
@@ -228,8 +228,8 @@ def _last_metrics(setup: Setup, name: str) -> dict[str, Any]:
 
 
 def nccl_rows(setup: Setup) -> Rows:
-    """A process group of one: the wrapped model's gradients are the bare one's, and batch statistics are exchanged; and
-    objects, by a group on the host.
+    """A process group of one: the wrapped model's gradients are those of the bare one, with batch statistics that are
+    exchanged; objects are exchanged by a group on the host.
     """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{setup.folder}/rendezvous", rank=0, world_size=1)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import zipfile
 from collections import defaultdict
 from functools import cache
@@ -30,16 +29,12 @@ ROWS = {  # of the README's table of results: names of the suite `settled`
 KINDS = ("how many", "is there", "what color", "what shape")
 
 
-def by_row(suite):
-    return {line["row"]: line for line in read_lines(RESULTS / f"{suite}.csv")}
-
-
 @cache
 def answered(suite):
     """{row: {seed: result}} from a suite's published evidence."""
     by_row = defaultdict(dict)
     with TemporaryDirectory() as folder:
-        shutil.unpack_archive(RESULTS / f"{suite}_runs.zip", folder)
+        zipfile.ZipFile(RESULTS / f"{suite}_runs.zip").extractall(folder)
         for result in collect(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), Path(folder)):
             by_row[result.row.name][result.seed] = result
     return by_row
@@ -156,6 +151,10 @@ def test_the_features_hold_the_question_in_modern_alone():
         if line["labelling"] == "answer type":
             above = float(line["accuracy"]) - float(line["chance"])
             assert above > 30 if line["network"] == "MODERN" else above <= 0
+
+
+def by_row(suite):
+    return {line["row"]: line for line in read_lines(RESULTS / f"{suite}.csv")}
 
 
 def test_the_first_lines_say_what_the_table_says():

@@ -44,15 +44,15 @@ def preprocess(config: Path, settings: list[str]) -> None:
 def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:
     """Pretrains a ResNet for `backbone.weights` on labelled images, one folder per class; resumes where it stopped."""
     from experiments.pretrain import pretrain_on_images
-    from vqa.devices import choose_device
 
     if only_probe:
         from experiments.features.probe import probe, table_of
         from experiments.report.tables import aligned
+        from vqa.devices import choose_device
 
         print(aligned(table_of(probe(out, images, choose_device(device)))))
         return
-    made = pretrain_on_images(out, backbone, images, device=str(choose_device(device)), **options)
+    made = pretrain_on_images(out, backbone, images, device=device, **options)
     right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
     if "held_out_group_accuracy" in made:
         right += f", {made['held_out_group_accuracy']:.1f} % by group"

@@ -20,11 +20,7 @@ _BELONG = {  # options of a command that do nothing without something else: what
     ],
     "gpu-check": [("at_once", "suites, not to --no-suites", lambda given: given.suites != [])],
     "experiment": [
-        (
-            "at_once",
-            "running all that is missing",
-            lambda given: given.does == "run" and not (given.only or given.cluster),
-        ),
+        ("at_once", "running what is missing", lambda given: given.does == "run" and not (given.only or given.cluster)),
         ("resources", "--submit", lambda given: given.cluster),
     ],
 }
@@ -164,17 +160,10 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file per step, and gpu-check.zip")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
-    added.add_argument(
-        "--step", dest="steps", action="append", default=[], metavar="STEP", help="run only this step; can be repeated"
-    )
-    suites = added.add_mutually_exclusive_group()
-    suites.add_argument(
-        "--suite",
-        dest="suites",
-        action="append",
-        metavar="NAME",
-        help="a suite, instead of the default; can be repeated",
-    )
+    only = "run only this step; can be repeated"
+    added.add_argument("--step", dest="steps", action="append", default=[], metavar="STEP", help=only)
+    suites, instead = added.add_mutually_exclusive_group(), "a suite, instead of the default; can be repeated"
+    suites.add_argument("--suite", dest="suites", action="append", metavar="NAME", help=instead)
     suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="run no suite")
     added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")

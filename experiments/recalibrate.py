@@ -60,13 +60,12 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
             questions += int(good.sum())
             moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
             with autocast(device, settings.precision):
-                # as many as in training
+                # one image per question, as in training
                 images = saved.preprocessing.normalise(moved.images)[moved.places.flatten()]
                 model(images, moved.tokens, moved.lengths, **moved.extras)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    about_texts = (saved.tokenizer, saved.answers)
-    companions = (saved.settings, *about_texts, saved.preprocessing, saved.text_encoder, saved.categories)
-    save_companions(out / "model", *companions)
+    parts = saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder, saved.categories
+    save_companions(out / "model", *parts)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

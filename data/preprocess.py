@@ -214,7 +214,7 @@ def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
         return  # begun before the finished file came here: its images have other rows
     images, writer = h5_file.H5Images(finished.path), RowWriter(file, "images/pixels")
     pending = np.flatnonzero(finished.usable & ~file["images/filled"][:count]).tolist()
-    written = (_write_images(writer, [row], lambda rows: [images[rows[0]]]) for row in pending)
+    written = (_write_images(writer, [row], lambda rows: [images[row] for row in rows]) for row in pending)
     if damaged := _fill(file, chain.from_iterable(written)):
         print(f"{finished.path}: {len(damaged)} image(s) are damaged and decoded again")
 

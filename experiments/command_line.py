@@ -43,7 +43,9 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)  # the default action
 
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
-        """As in the base class, but settings may also follow options that come after a positional argument."""
+        """As in the base class, but settings may also follow options that come after a positional argument, and options
+        that would do nothing, and a file in the place of an output folder, are refused.
+        """
         arguments, rest = self.parse_known_args(words, namespace)
         given = vars(arguments).pop("given", set())
         for options, to, asked in _BELONG.get(arguments.command, ()):
@@ -53,6 +55,9 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
             arguments.settings = [*arguments.settings, *rest]
+        out = getattr(arguments, "out", None)
+        if out is not None and out.exists() and not out.is_dir():
+            raise InputError(f"{out}: must be a directory")
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -136,7 +141,7 @@ def _question_options(added: argparse.ArgumentParser) -> None:
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
-    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    added.add_argument("--out", dest="file", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
     added.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")

@@ -32,8 +32,6 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
     """
     folder, settings = find_settings(run, overrides)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     copied = (out / "model" / WEIGHTS).exists() and not load_model(out).training.get("recalibrated_on")
     if copied or (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
         raise InputError(f"{out}: holds a trained model; --out must name another directory")

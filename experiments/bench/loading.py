@@ -20,6 +20,7 @@ import torch
 from data.batches import Batch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
+from data.sources import Source
 from experiments.bench.scale import decode_alone
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import interleaved
@@ -182,7 +183,7 @@ def loading_rows(setup: Setup) -> Rows:
 
     def preprocess_all() -> None:
         h5.unlink(missing_ok=True)
-        options = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
+        options = {"image_size": size, "min_word_count": 1, "source": Source(2), "skip_bad_images": False}
         preprocess(splits, h5, **options, threads=threads)
 
     jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, threads)}

@@ -17,7 +17,6 @@ from experiments.features.figure import write_scatter
 from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
 from experiments.report.tables import aligned, write_lines
-from vqa.io.errors import InputError
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.progress import progress
 
@@ -46,8 +45,6 @@ def compare_features(
         InputError: a run, the split or its data are missing; runs have different questions or ResNets; the split has
             too few pairs or no annotations.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     runs = select_pairs(open_runs(folders, split, overrides), split, pairs, seed)
     networks = networks_of(runs)
     features = {

@@ -21,7 +21,7 @@ from vqa.tasks.objects import crop_region, spatial_features
 
 
 def make(folder: Path, path: Path, made=None, splits=tuple(NAMES), **changed) -> Store:
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
+    settings = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
     files = {name: files for name, files in split_files(folder).items() if name in splits}
     preprocess(files, path, source=made or source(), **(settings | changed))
     return Store(path)

@@ -208,7 +208,7 @@ def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, st
 
     Where a run names its own GPU, as `cuda:1`, all see every GPU.
     """
-    # a cluster gives a job some cores of a machine; macOS and Windows cannot tell
+    # a cluster gives a job some cores of a machine; macOS cannot tell
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if all(job.settings.device == "cpu" for job in jobs):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

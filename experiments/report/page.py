@@ -41,18 +41,11 @@ how many there are.
 
 
 def write_report(suite: Suite, runs: Path, out: Path) -> str:
-    """Report the finished runs of a suite.
+    """Report the finished runs of a suite into the folder `out`.
 
     Writes `SUITE.csv` (a line per row), `SUITE.md`. If anything is finished, also `SUITE_runs.csv` (one line per row
-    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type).
-
-    Args:
-        suite: what was run.
-        runs: where run directories are.
-        out: where the report is written.
-
-    Returns:
-        The tables as plain text, the claims about the order of rows, and where the page is.
+    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type). Returns
+    the tables as plain text, the claims about the order of rows, and where the page is.
 
     Raises:
         InputError: a file of a finished run is missing or damaged.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -57,9 +57,6 @@ class _Environment(msgspec.Struct):
     python: str | None = None
     backbone: str | None = None
     resumed: list["_Environment"] = []
-
-
-_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def _made(environment: _Environment) -> Line:
     return first
 
 
-def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
+def _decoded(file: Path, kind: type, *, lines: bool = False) -> Any:
     """The content of a JSON file, or of each of its lines."""
     decoder = msgspec.json.Decoder(kind)
     try:

@@ -41,22 +41,22 @@ def preprocess(config: Path, settings: list[str]) -> None:
     run(**preprocessing_of(loaded))
 
 
-def pretrain(images: Path, out: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:
+def pretrain(images: Path, file: Path, backbone: str, device: str, only_probe: bool, **options: int) -> None:
     """Pretrains a ResNet for `backbone.weights` on labelled images, one folder per class; resumes where it stopped."""
     from experiments.pretrain import pretrain_on_images
-    from vqa.devices import choose_device
 
     if only_probe:
         from experiments.features.probe import probe, table_of
         from experiments.report.tables import aligned
+        from vqa.devices import choose_device
 
-        print(aligned(table_of(probe(out, images, choose_device(device)))))
+        print(aligned(table_of(probe(file, images, choose_device(device)))))
         return
-    made = pretrain_on_images(out, backbone, images, device=str(choose_device(device)), **options)
+    made = pretrain_on_images(file, backbone, images, device=device, **options)
     right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
     if "held_out_group_accuracy" in made:
         right += f", {made['held_out_group_accuracy']:.1f} % by group"
-    print(f"{out}: accuracy on {made['held_out_images']} held-out images: {right}")
+    print(f"{file}: accuracy on {made['held_out_images']} held-out images: {right}")
 
 
 def train(config: Path, settings: list[str], resume: bool, init_from: Path | None) -> None:
@@ -101,8 +101,6 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
     from vqa.inspect.inspection import summary, write_inspection
 
     out = out or run / "inspect"
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     questions = [question] if versus is None else [question, versus]
     inspection = inspection_of(vqa.load(run), image, questions, **of_object)
     write_inspection(inspection, out, image)

@@ -28,25 +28,14 @@ import h5py
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.h5_rows import (
-    H5Rows,
-    damage_named,
-    mark_rows,
-    opened_for_filling,
-    reserve_rows,
-    set_rows,
-    structured,
-    write_rows,
-)
-from data.question_table import QuestionTable
+from data.h5_rows import H5Rows, damage_named, mark_rows, reserve_rows, set_rows, structured, write_rows
+from data.question_table import ARRAYS, TEXTS, QuestionTable
 from data.sources import NeededImage
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, written_whole
 from vqa.text.tokenizer import read_tokenizer
 
 FORMAT, VERSION = "modern-vqa", 2
-_ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")
-_TEXTS = ("texts", "question_types", "answer_types", "spellings")
 _TEXT = h5py.string_dtype("utf-8")
 _REMEDY = "remove it and run `preprocess` again"
 _NO_DIGEST = "0" * 64  # until the file is complete
@@ -92,9 +81,9 @@ def begin(
             file.create_dataset("categories", data=list(categories), dtype=_TEXT)
         for name, table in splits.items():
             group = file.create_group(f"splits/{name}")
-            for array in _ARRAYS:
+            for array in ARRAYS:
                 group.create_dataset(array, data=getattr(table, array))
-            for text in _TEXTS:
+            for text in TEXTS:
                 group.create_dataset(text, data=getattr(table, text), dtype=_TEXT, shape=(len(getattr(table, text)),))
             for extra, values in table.extras.items():
                 group.create_dataset(f"extras/{extra}", data=values)
@@ -118,12 +107,6 @@ def fill_unusable(file: h5py.File, rows: Sequence[int], image: np.ndarray) -> No
     write_rows(file, "images/pixels", rows, [image] * len(rows))
     set_rows(file, "images/usable", rows, [False] * len(rows))
     mark_rows(file, "images/pixels", rows)
-
-
-def opened_for_writing(partial: Path) -> h5py.File:
-    """Open a partial file to fill its rows. Raises InputError if it is damaged, or of another version."""
-    _opened(partial).close()
-    return opened_for_filling(partial)
 
 
 def finish(partial: Path, path: Path) -> None:
@@ -205,8 +188,8 @@ class Store:
             if file.attrs["digest"].decode() != self._digest:
                 raise InputError(f"{self.path}: was replaced while this command ran; run it again")
             group = file[f"splits/{split}"]
-            arrays = {name: group[name][:] for name in _ARRAYS}
-            texts = {name: list(group[name].asstr()[:]) for name in _TEXTS}
+            arrays = {name: group[name][:] for name in ARRAYS}
+            texts = {name: list(group[name].asstr()[:]) for name in TEXTS}
             extras = {name: values[:] for name, values in group.get("extras", {}).items()}
             table = QuestionTable(**arrays, **texts, extras=extras)
             if group.attrs["digest"].decode() != _digest_of_table(table):
@@ -264,10 +247,10 @@ def _digest_of(file: h5py.File) -> str:
 
 def _digest_of_table(table: QuestionTable) -> str:
     digest = hashlib.sha256()
-    arrays = {name: getattr(table, name) for name in _ARRAYS} | dict(sorted(table.extras.items()))
+    arrays = {name: getattr(table, name) for name in ARRAYS} | dict(sorted(table.extras.items()))
     for name, values in arrays.items():
         array = np.ascontiguousarray(values)
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    for name in _TEXTS:
+    for name in TEXTS:
         digest.update(json.dumps([name, *getattr(table, name)]).encode())
     return digest.hexdigest()

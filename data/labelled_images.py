@@ -76,8 +76,8 @@ class LabelledImages:
         said = [(name, self._sizes[name]) for name in self.names], self.training, self.classes, self.groups
         self.digest = hashlib.sha256(ascii(said).encode()).hexdigest()
 
-    def decode_into(self, pixels: np.ndarray) -> None:
-        """Decode all images into uint8 [N, S, S, 3], each resized to S x S.
+    def decode_into(self, pixels: np.ndarray) -> np.ndarray:
+        """Decode all images into uint8 [N, S, S, 3], each resized to S x S; return `labels`.
 
         Raises:
             InputError: some cannot be read; it names the first few.
@@ -105,6 +105,7 @@ class LabelledImages:
             named = ", ".join(others[: _NAMED - 1]) + (", …" if len(others) >= _NAMED else "")
             more = f"; {len(others)} more cannot be read: {named}" if others else ""
             raise InputError(f"{bad[first]}{more}; repair or remove them")
+        return self.labels
 
     def decode(self, name: str, size: int) -> np.ndarray:
         """Decode one image, uint8 [S, S, 3]. Raises InputError if it cannot be read."""

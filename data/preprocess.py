@@ -23,7 +23,7 @@ import numpy as np
 
 from data import h5_file
 from data.bad_images import check_any_exists, settle_bad_images, stand_in
-from data.h5_rows import RowWriter, set_rows
+from data.h5_rows import RowWriter, opened_for_filling, set_rows
 from data.provenance import TRAINING_SPLIT, check_same, is_made, provenance_of, settings_of, stand_ins_note
 from data.question_table import NO_ANSWER
 from data.sources import Crop, NeededImage, Source, decode, defect_of, number_images
@@ -46,11 +46,10 @@ def preprocess(
     *,
     image_size: int,
     min_word_count: int,
-    answers: int,
+    source: Source,
     skip_bad_images: bool,
     threads: int,
     vocabulary_from: Sequence[str] = (TRAINING_SPLIT,),
-    source: Source | None = None,
 ) -> None:
     """Make the h5 file `path`; a second run resumes where the first stopped, or prints that there is nothing to do.
 
@@ -59,18 +58,16 @@ def preprocess(
         path: the file to make.
         image_size: side S of the stored images, in pixels.
         min_word_count: how often the questions of `vocabulary_from` must hold a word of the vocabulary.
-        answers: number of answer classes of VQA.
+        source: how the raw files are read.
         skip_bad_images: continue without images that are missing or unreadable: training skips their questions,
             evaluation answers them from an image of the mean colour. False decodes those of a finished file again.
         threads: images that are decoded at the same time.
         vocabulary_from: splits, with annotations, whose questions give the words and the answer classes.
-        source: how the raw files are read; None: as those of VQA.
 
     Raises:
         InputError: a source is missing or malformed, `path` was made otherwise or is locked by another process, images
             are bad and not skipped, or the disk is full.
     """
-    source = source or Source(answers)
     _check_splits(splits, vocabulary_from, source)
     settings = {"image_size": image_size, "min_word_count": min_word_count, **source.settings}
     wanted = provenance_of(splits, settings, vocabulary_from)
@@ -89,7 +86,7 @@ def preprocess(
             moved = _images_of({name: splits[name] for name in begun["sources"]}, source)
         else:
             _begin(partial, splits, wanted, finished, source)
-        with h5_file.opened_for_writing(partial) as file:
+        with opened_for_filling(partial) as file:
             if finished is not None:
                 _copy_images(finished, file)
             bad = _decode_images(file, threads, moved)
@@ -217,7 +214,7 @@ def _copy_images(finished: h5_file.Store, file: h5py.File) -> None:
         return  # begun before the finished file came here: its images have other rows
     images, writer = h5_file.H5Images(finished.path), RowWriter(file, "images/pixels")
     pending = np.flatnonzero(finished.usable & ~file["images/filled"][:count]).tolist()
-    written = (_write_images(writer, [row], lambda rows: [images[rows[0]]]) for row in pending)
+    written = (_write_images(writer, [row], lambda rows: [images[row] for row in rows]) for row in pending)
     if damaged := _fill(file, chain.from_iterable(written)):
         print(f"{finished.path}: {len(damaged)} image(s) are damaged and decoded again")
 
@@ -227,7 +224,7 @@ def _decode_images(file: h5py.File, threads: int, moved: Sequence[NeededImage]) 
 
     `moved` are the images of a begun file as they are named now; none: as in the file.
 
-    Threads do it, since Pillow decodes and resizes without Python's lock.
+    Threads do it, since Pillow releases Python's global lock while it decodes and resizes.
     """
     stand_ins = np.flatnonzero(~file["images/usable"][:]).tolist()
     set_rows(file, "images/filled", stand_ins, [False] * len(stand_ins))  # their images may have been repaired

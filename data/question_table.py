@@ -11,6 +11,9 @@ from data.vqa_files import Question
 from vqa.text.answers import NO_ANSWER, NOT_GIVEN, normalise_answer
 from vqa.text.tokenizer import encode
 
+ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")  # of a table
+TEXTS = ("texts", "question_types", "answer_types", "spellings")  # its lists of texts
+
 
 @dataclass(frozen=True)
 class QuestionTable:
@@ -104,11 +107,10 @@ def joined(tables: Sequence[QuestionTable]) -> QuestionTable:
         shifted = np.where(table.given == NO_ANSWER, NO_ANSWER, table.given + np.int32(first))
         given.append(np.pad(shifted, ((0, 0), (0, width - shifted.shape[1])), constant_values=NO_ANSWER))
         first += len(table.spellings)
-    arrays = ("ids", "images", "tokens", "lengths", "classes")
-    texts = ("texts", "question_types", "answer_types", "spellings")
+    arrays = [name for name in ARRAYS if name != "given"]
     return QuestionTable(
         given=np.concatenate(given),
         extras={name: np.concatenate([table.extras[name] for table in tables]) for name in tables[0].extras},
         **{name: np.concatenate([getattr(table, name) for table in tables]) for name in arrays},
-        **{name: [text for table in tables for text in getattr(table, name)] for name in texts},
+        **{name: [text for table in tables for text in getattr(table, name)] for name in TEXTS},
     )

@@ -99,30 +99,21 @@ def _check_pattern(images: str, named: bool) -> None:
         raise InputError(f"data.splits: images {images!r} must hold {example}, for example {{image_id:012d}}")
 
 
-def read_questions(questions: Path, annotations: Path | None) -> list[Question]:
-    """Read the questions of a split, in the order of the question file, with their annotations.
+def read_questions(questions: Path, annotations: Path | None = None) -> list[Question]:
+    """Read the questions of a split, in the order of the question file, with their annotations if there are any.
 
     Raises:
         InputError: a file is missing or malformed, an id occurs twice, or the two files do not hold the same ids.
     """
-    asked = read_asked(questions)
-    return asked if annotations is None else with_annotations(asked, questions, annotations)
-
-
-def read_asked(questions: Path) -> list[Question]:
-    """Read the questions of a split without annotations. Raises InputError as `read_questions`."""
-    entries = _read(questions, _QuestionFile).entries
-    return [Question(entry.question_id, entry.image_id, entry.question) for entry in entries]
-
-
-def with_annotations(asked: Sequence[Question], questions: Path, annotations: Path) -> list[Question]:
-    """Join questions of the file `questions` with their annotations. Raises InputError as `read_questions`."""
+    asked = [Question(one.question_id, one.image_id, one.question) for one in _read(questions, _QuestionFile).entries]
+    if annotations is None:
+        return asked
     shared: dict[str, str] = {}  # equal texts are kept once
-    known = {question.question_id: question for question in asked}
+    known = {question.question_id for question in asked}
     given = {entry.question_id: entry for entry in _read(annotations, _AnnotationFile).entries}
     for missing, where, present in (
-        (known.keys() - given.keys(), annotations, questions),
-        (given.keys() - known.keys(), questions, annotations),
+        (known - given.keys(), annotations, questions),
+        (given.keys() - known, questions, annotations),
     ):
         if missing:
             raise InputError(

@@ -20,11 +20,7 @@ _BELONG = {  # options of a command that do nothing without something else: what
     ],
     "gpu-check": [("at_once", "suites, not to --no-suites", lambda given: given.suites != [])],
     "experiment": [
-        (
-            "at_once",
-            "running all that is missing",
-            lambda given: given.does == "run" and not (given.only or given.cluster),
-        ),
+        ("at_once", "running what is missing", lambda given: given.does == "run" and not (given.only or given.cluster)),
         ("resources", "--submit", lambda given: given.cluster),
     ],
 }
@@ -47,7 +43,9 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)  # the default action
 
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
-        """As in the base class, but settings may also follow options that come after a positional argument."""
+        """As in the base class, but settings may also follow options that come after a positional argument, and options
+        that would do nothing, and a file in the place of an output folder, are refused.
+        """
         arguments, rest = self.parse_known_args(words, namespace)
         given = vars(arguments).pop("given", set())
         for options, to, asked in _BELONG.get(arguments.command, ()):
@@ -57,6 +55,9 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
             arguments.settings = [*arguments.settings, *rest]
+        out = getattr(arguments, "out", None)
+        if out is not None and out.exists() and not out.is_dir():
+            raise InputError(f"{out}: must be a directory")
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -140,7 +141,7 @@ def _question_options(added: argparse.ArgumentParser) -> None:
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
-    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    added.add_argument("--out", dest="file", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
     added.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
@@ -164,17 +165,10 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file per step, and gpu-check.zip")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
-    added.add_argument(
-        "--step", dest="steps", action="append", default=[], metavar="STEP", help="run only this step; can be repeated"
-    )
-    suites = added.add_mutually_exclusive_group()
-    suites.add_argument(
-        "--suite",
-        dest="suites",
-        action="append",
-        metavar="NAME",
-        help="a suite, instead of the default; can be repeated",
-    )
+    only = "run only this step; can be repeated"
+    added.add_argument("--step", dest="steps", action="append", default=[], metavar="STEP", help=only)
+    suites, instead = added.add_mutually_exclusive_group(), "a suite, instead of the default; can be repeated"
+    suites.add_argument("--suite", dest="suites", action="append", metavar="NAME", help=instead)
     suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="run no suite")
     added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")

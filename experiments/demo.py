@@ -21,7 +21,7 @@ from PIL import Image
 from data.h5_file import Store
 from data.preprocess import preprocess
 from data.question_table import QuestionTable
-from data.vqa_files import read_asked
+from data.vqa_files import read_questions
 from experiments.evaluate import evaluate
 from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
 from experiments.report.tables import aligned
@@ -180,7 +180,7 @@ def _answers(run: Path, table: QuestionTable) -> list[str]:
 def _image_files(settings: Settings, table: QuestionTable) -> list[Path]:
     """The image file of each question of the table."""
     files = split_files(settings)["val"]
-    image_ids = {question.question_id: question.image_id for question in read_asked(files.questions)}
+    image_ids = {question.question_id: question.image_id for question in read_questions(files.questions)}
     return [files.image(image_ids[id_]) for id_ in table.ids.tolist()]
 
 

@@ -61,8 +61,6 @@ def evaluate(
     """
     folder, settings = find_settings(run, overrides)
     out = out or run
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     if (out / "config.yaml").exists() and out.resolve() not in (folder.resolve(), folder.parent.resolve()):
         raise InputError(f"{out}: holds another model, with results of its own; --out must name another directory")
     processes = this_process()

@@ -12,7 +12,6 @@ from data.scenes.write import GAMES, PHOTOS, write_world
 from data.sources import Source
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
-from vqa.devices import choose_device
 from vqa.settings.schema import Settings
 
 
@@ -34,31 +33,16 @@ def prepare_world(settings: Settings) -> None:
 
 def prepare_backbone(settings: Settings) -> float:
     """Pretrains the backbone on synthetic scenes, or keeps an existing one; returns its held-out accuracy, %."""
-    scenes = settings.scenes
-    seed = scenes.seed if settings.backbone.seed is None else settings.backbone.seed
+    scenes, backbone = settings.scenes, settings.backbone
+    file, made = Path(backbone.weights), {"image_size": scenes.pretrain_size, "epochs": scenes.pretrain_epochs}
+    made |= {"seed": scenes.seed if backbone.seed is None else backbone.seed, "device": settings.device}
     if scenes.world == PHOTOS:
-        made = pretrain_on_images(
-            Path(settings.backbone.weights),
-            settings.backbone.name,
-            Path(settings.data.photographs),
-            seed=seed,
-            image_size=scenes.pretrain_size,
-            epochs=scenes.pretrain_epochs,
-            device=str(choose_device(settings.device)),
-            change=changed_at_random,
-        )
-        return made["held_out_accuracy"]
-    return pretrain_backbone(
-        Path(settings.backbone.weights),
-        settings.backbone.name,
-        world="small" if scenes.world == GAMES else scenes.world,  # the games' objects are those of the small scenes
-        seed=seed,
-        image_size=scenes.pretrain_size,
-        images=scenes.pretrain_images,
-        epochs=scenes.pretrain_epochs,
-        precision=settings.precision,
-        device=str(choose_device(settings.device)),
-    )
+        photographs = Path(settings.data.photographs)
+        header = pretrain_on_images(file, backbone.name, photographs, change=changed_at_random, **made)
+        return header["held_out_accuracy"]
+    made |= {"images": scenes.pretrain_images, "precision": settings.precision}
+    world = "small" if scenes.world == GAMES else scenes.world  # the games' objects are those of the small scenes
+    return pretrain_backbone(file, backbone.name, world=world, **made)
 
 
 def prepare_scenes(settings: Settings) -> None:
@@ -83,14 +67,13 @@ def prepare(settings: Settings) -> None:
 def preprocessing_of(settings: Settings) -> dict[str, Any]:
     """The arguments of `data.preprocess.preprocess`."""
     data = settings.data
-    names = ("image_size", "min_word_count", "answers", "vocabulary_from", "skip_bad_images")
-    named = {name: getattr(data, name) for name in names}
+    named = data.model_dump(include={"image_size", "min_word_count", "vocabulary_from", "skip_bad_images"})
     path, views = Path(data.h5), ["crop", *({"image"} & set(settings.inputs))]
     if settings.guesswhat is not None and path.exists():  # whole images that it holds are no reason to make it again
         stored = read_provenance(path)["settings"].get("guesswhat.images", views)
         views = stored if set(views) <= set(stored) else views
-    named |= {"source": source_of(settings, views)}
-    return {"splits": split_files(settings), "path": path, "threads": data.processes, **named}
+    named |= {"splits": split_files(settings), "source": source_of(settings, views)}
+    return {"path": path, "threads": data.processes, **named}
 
 
 def source_of(settings: Settings, views: Sequence[str], categories: Sequence[str] | None = None) -> Source:

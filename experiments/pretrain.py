@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,7 +21,7 @@ from data.labelled_images import LabelledImages
 from data.scenes.write import WORLDS, draw_single_objects
 from experiments.training.checkpoint import load_checkpoint, read_as_checkpoint, save_checkpoint
 from vqa.backbone import build_resnet
-from vqa.devices import autocast
+from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, naming_write_errors, written_whole
 from vqa.io.locks import held
@@ -51,7 +52,7 @@ def pretrain_backbone(
     two points better or worse.
 
     Args:
-        file: a .safetensors file, by torchvision's names.
+        file: a .safetensors file, by torchvision's names; a checkpoint is kept beside it until it is finished.
         name: the ResNet.
         world: whose objects, one of WORLDS.
         seed: of the objects, the initial weights and the order.
@@ -59,7 +60,7 @@ def pretrain_backbone(
         images: objects to train on; a tenth as many others are held out.
         epochs: passes over them.
         precision: `float32`, or `bfloat16` (autocast).
-        device: where it is trained.
+        device: where it is trained, as `choose_device` names it.
 
     Returns:
         How often the shape of a held-out object is named, in percent. A file that was made with the same arguments (on
@@ -70,20 +71,19 @@ def pretrain_backbone(
     """
     made = {"name": name, "world": world, "seed": seed, "image_size": image_size, "images": images, "epochs": epochs}
     made |= {"batch_size": BATCH, "precision": precision}
-    if (found := _results_in(file, made)) is not None:
-        return found["held_out_accuracy"]
     count, shapes = images + max(images // 10, 1), len(WORLDS[world].SHAPES)
+    draw = partial(draw_single_objects, WORLDS[world], seed)
 
-    def draw(pixels: np.ndarray) -> np.ndarray:
-        return draw_single_objects(WORLDS[world], seed, pixels)
+    def train() -> tuple[ResNet, dict[str, Any]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            resnet, (predicted, true) = _train(file, made, draw, images, count, shapes, device)
+        finally:
+            torch.set_num_threads(threads)
+        return resnet, {"held_out_accuracy": _percent(predicted == true)}
 
-    with held(_lock_of(file), file, wait=True), _one_thread():
-        if (found := _results_in(file, made)) is not None:  # another process has made it since
-            return found["held_out_accuracy"]
-        resnet, right = _train(file, made, draw, images, count, shapes, device)
-        accuracy = _percent(right[0] == right[1])
-        _write(file, resnet, made | {"held_out_accuracy": accuracy})
-    return accuracy
+    return _kept_or_trained(file, made, train, wait=True)["held_out_accuracy"]
 
 
 def pretrain_on_images(
@@ -100,13 +100,9 @@ def pretrain_on_images(
     """Trains torchvision's network to name the classes of labelled images, which are shifted and mirrored at random.
 
     Args:
-        file: a .safetensors file, by torchvision's names; a checkpoint is kept beside it until it is finished.
-        name: the ResNet.
+        file, name, image_size, epochs, device: as of `pretrain_backbone`.
         source: what `LabelledImages` reads.
         seed: of the initial weights, the order, the shifts.
-        image_size: side S in pixels, at least 32.
-        epochs: passes over the images.
-        device: where it is trained.
         change: what else is done to images to train on, uint8 [B, S, S, 3]; its name is in the header.
 
     Returns:
@@ -120,31 +116,46 @@ def pretrain_on_images(
     """
     if not 32 <= image_size <= MAX_SIZE:
         raise InputError(f"the image size must be 32 to {MAX_SIZE}, not {image_size}")
-    with held(_lock_of(file), file):
-        images = LabelledImages(source)
-        made = {"name": name, "seed": seed, "image_size": image_size, "images": identity_of(images), "epochs": epochs}
-        made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
-        if (found := _results_in(file, made)) is not None:
-            print(f"{file}: complete, nothing to do")
-            return found
+    images = LabelledImages(source)
+    made = {"name": name, "seed": seed, "image_size": image_size, "images": identity_of(images), "epochs": epochs}
+    made |= {"batch_size": BATCH, "precision": "float32", "change": change and change.__name__}
+    count, classes = len(images.names), len(images.classes)
 
-        def decode(pixels: np.ndarray) -> np.ndarray:
-            images.decode_into(pixels)
-            return images.labels
+    def varied(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+        shifted = _shifted_and_mirrored(pixels, rng)
+        return shifted if change is None else torch.from_numpy(change(shifted.numpy(), rng))
 
-        def varied(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-            shifted = _shifted_and_mirrored(pixels, rng)
-            return shifted if change is None else torch.from_numpy(change(shifted.numpy(), rng))
-
-        count, classes = len(images.names), len(images.classes)
+    def train() -> tuple[ResNet, dict[str, Any]]:
+        decode = images.decode_into
         resnet, (predicted, true) = _train(file, made, decode, images.training, count, classes, device, change=varied)
         results = {"classes": images.classes, "held_out_images": len(true)}
         results["held_out_accuracy"] = _percent(predicted == true)
         if images.groups is not None:
             groups = np.array(images.groups)
             results["held_out_group_accuracy"] = _percent(groups[predicted] == groups[true])
-        _write(file, resnet, made | results)
-        return made | results
+        return resnet, results
+
+    return _kept_or_trained(file, made, train, wait=False)
+
+
+def _kept_or_trained(
+    file: Path, made: Mapping[str, Any], train: Callable[[], tuple[ResNet, dict[str, Any]]], *, wait: bool
+) -> dict[str, Any]:
+    """The header of the file of these arguments; if there is none, the network that `train` returns is written to it,
+    with its results. `wait`: for another process that trains it, rather than raise InputError.
+    """
+    if (found := _results_in(file, made)) is not None:
+        print(f"{file}: complete, nothing to do")
+        return found
+    with held(file.with_name(f".{file.name}.lock"), file, wait=wait):
+        if (found := _results_in(file, made)) is not None:  # another process has made it since
+            return found
+        resnet, results = train()
+        header = made | results
+        with written_whole(file) as aside:
+            aside.write_bytes(as_safetensors(resnet.state_dict(), {"pretrained": json.dumps(header)}))
+        _checkpoint_of(file).unlink(missing_ok=True)
+    return header
 
 
 def _train(
@@ -165,9 +176,12 @@ def _train(
     Returns:
         The network in evaluation mode, and for the other images the classes it predicts and the true ones.
     """
-    place, size, seed = torch.device(device), made["image_size"], made["seed"]
-    checkpoint = _checkpoint_of(file)
-    saved = _saved(checkpoint, made) if checkpoint.exists() else None
+    place, size, seed = choose_device(device), made["image_size"], made["seed"]
+    checkpoint, saved = _checkpoint_of(file), None
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        with read_as_checkpoint(checkpoint):
+            _check_same(checkpoint, saved["made"], made)
     torch.manual_seed(seed)
     try:
         resnet = build_resnet(made["name"], classes=classes).to(place)
@@ -213,14 +227,6 @@ def _train(
     return resnet, (predicted.cpu().numpy(), labels[images:].cpu().numpy())
 
 
-def _saved(checkpoint: Path, made: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint. Raises InputError if it is none, or of other arguments than `made`."""
-    saved = load_checkpoint(checkpoint)
-    with read_as_checkpoint(checkpoint):
-        _check_same(checkpoint, saved["made"], made)
-    return saved
-
-
 @contextmanager
 def _array_beside(file: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """An array of uint8 in a temporary file beside `file`, not in memory: 20 000 images of 224 px are 3 GB."""
@@ -244,32 +250,12 @@ def _shifted_and_mirrored(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _percent(right: np.ndarray) -> float:
     return 100 * int(right.sum()) / len(right)
 
 
-def _lock_of(file: Path) -> Path:
-    return file.with_name(f".{file.name}.lock")
-
-
 def _checkpoint_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.checkpoint")
-
-
-def _write(file: Path, resnet: ResNet, header: Mapping[str, Any]) -> None:
-    with written_whole(file) as aside:
-        aside.write_bytes(as_safetensors(resnet.state_dict(), {"pretrained": json.dumps(header)}))
-    _checkpoint_of(file).unlink(missing_ok=True)
 
 
 def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:

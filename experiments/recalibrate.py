@@ -32,8 +32,6 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         InputError: no model, no data, a model without batch norms, or `out` holds a trained model.
     """
     folder, settings = find_settings(run, overrides)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     copied = (out / "model" / WEIGHTS).exists() and not load_model(out).training.get("recalibrated_on")
     if copied or (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
         raise InputError(f"{out}: holds a trained model; --out must name another directory")
@@ -60,13 +58,12 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
             questions += int(good.sum())
             moved = (batch if good.all() else batch.of(good.nonzero().flatten())).to(device)
             with autocast(device, settings.precision):
-                # as many as in training
+                # one image per question, as in training
                 images = saved.preprocessing.normalise(moved.images)[moved.places.flatten()]
                 model(images, moved.tokens, moved.lengths, **moved.extras)
         if not questions:
             raise InputError(f"split {split!r}: too few of its images can be read")
-    about_texts = (saved.tokenizer, saved.answers)
-    companions = (saved.settings, *about_texts, saved.preprocessing, saved.text_encoder, saved.categories)
-    save_companions(out / "model", *companions)
+    parts = saved.settings, saved.tokenizer, saved.answers, saved.preprocessing, saved.text_encoder, saved.categories
+    save_companions(out / "model", *parts)
     save_weights(out / "model", model, saved.training | {"recalibrated_on": split})
     return questions

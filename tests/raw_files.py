@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.preprocess import preprocess
+from data.sources import Source
 from data.vqa_files import SplitFiles
 
 
@@ -40,9 +41,9 @@ TRAIN = [
 VAL = [(20, 3, "What zebra is the cat?", ["lilac"] * 10), (21, 3, "", ["yes"] * 10)]
 
 
-def make(splits, path, **changed):
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 10, "skip_bad_images": False, "threads": 1}
-    preprocess(splits, path, **(settings | changed))
+def make(splits, path, *, answers=10, **changed):
+    settings = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
+    preprocess(splits, path, source=Source(answers), **(settings | changed))
 
 
 def change(file: Path, edit):
@@ -122,6 +123,7 @@ KILLED_IN_A_FLUSH = """
 import os, sys
 from pathlib import Path
 from data.preprocess import preprocess
+from data.sources import Source
 from data.vqa_files import SplitFiles
 import data.preprocess
 data.preprocess._IMAGES_A_FLUSH = 16
@@ -135,5 +137,6 @@ os.fsync = killed
 folder = Path(sys.argv[1])
 images = str(folder / "train_{image_id:012d}.png")
 splits = {"train": SplitFiles(folder / "train_q.json", folder / "train_a.json", images)}
-preprocess(splits, folder / "data.h5", image_size=32, min_word_count=1, answers=10, skip_bad_images=False, threads=1)
+made = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
+preprocess(splits, folder / "data.h5", source=Source(answers=10), **made)
 """

@@ -78,6 +78,11 @@ class SceneObject:
     size: str = ""  # name of its radius, in worlds that ask for it
     tilt: float = 0.0  # clockwise, in radians
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Shape and colour."""
+        return self.shape, self.colour
+
 
 Scene = Sequence[SceneObject]  # they do not overlap
 

@@ -6,6 +6,7 @@ first word of a question is its kind. Neither the words of a question nor the ca
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,11 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return [SceneObject(*three, radius, jittered(rng, three[1]), size) for *three, radius, size in values]
 
 
-def _colours(scene: Scene) -> Candidates:
-    target, *others = scene
-    there = {item.colour for item in others} - {target.colour}
-    return existence([target.colour], sorted(there), _without(COLOURS, there | {target.colour}))
-
-
-def _shapes(scene: Scene) -> Candidates:
-    target, *others = scene
-    there = {item.shape for item in others} - {target.shape}
-    return existence([target.shape], sorted(there), _without(SHAPES, there | {target.shape}))
+def _attribute(name: str, values: Sequence[str], scene: Scene) -> Candidates:
+    """Ask for the target's colour or shape; absent ones are those of other objects, or nowhere."""
+    target, *others = (getattr(item, name) for item in scene)
+    there = {*others} - {target}
+    return existence([target], sorted(there), _without(values, there | {target}))
 
 
 def _pairs(scene: Scene) -> Candidates:
@@ -86,17 +82,13 @@ def _twins(scene: Scene) -> Candidates:
     return [(f"{_SAID.get(side, side)} one of the two {kind}", answer, weight) for side, answer, weight in found]
 
 
-def _pair(item: SceneObject) -> Pair:
-    return item.shape, item.colour
-
-
 def _by_distance(scene: Scene) -> tuple[list[Pair], list[Pair], list[Pair]]:
     """Shapes and colours of the objects next to the target, of those that are not, of those where it is not clear."""
     target, *others = scene
     near, far, unclear = [], [], []
     for item in others:
         distance = np.hypot(*np.subtract(item.centre, target.centre))
-        (near if distance <= NEAR else far if distance >= FAR else unclear).append(_pair(item))
+        (near if distance <= NEAR else far if distance >= FAR else unclear).append(item.pair)
     return near, far, unclear
 
 
@@ -105,7 +97,7 @@ def _neighbours(scene: Scene) -> Candidates:
 
     Absent ones are the target's or of objects that are not next to it, mix what is near, or are nowhere.
     """
-    target, (near, far, unclear) = _pair(scene[0]), _by_distance(scene)
+    target, (near, far, unclear) = scene[0].pair, _by_distance(scene)
     if not near:
         return []
     found: Candidates = []
@@ -119,7 +111,7 @@ def _neighbours(scene: Scene) -> Candidates:
 
 def _beside(scene: Scene) -> Candidates:
     """Ask for *the* object of a shape and colour: n/a if there is none in the scene."""
-    number = Counter(map(_pair, scene))
+    number = Counter(item.pair for item in scene)
     near, far = (_named(pair for pair in pairs if number[pair] == 1) for pairs in _by_distance(scene)[:2])
     absent = _named(pair for kind in pair_kinds([*number], SHAPES, COLOURS)[1:] for pair in kind)
     if not near or not far:
@@ -137,8 +129,8 @@ def _named(pairs: Iterable[Pair], article: str = "") -> list[str]:
 
 
 _KINDS = (
-    Kind("is it", "yes/no", ("{}?", "a {} one?"), _colours),
-    Kind("does it", "yes/no", ("look like a {}?", "have the shape of a {}?"), _shapes),
+    Kind("is it", "yes/no", ("{}?", "a {} one?"), partial(_attribute, "colour", COLOURS)),
+    Kind("does it", "yes/no", ("look like a {}?", "have the shape of a {}?"), partial(_attribute, "shape", SHAPES)),
     Kind("a", "yes/no", ("{}?",), _pairs),
     Kind("one of", "yes/no", ("the {} ones?", "the {} objects?"), _sizes),
     Kind("in the", "yes/no", ("{} half?", "{} half of the image?"), _halves),

@@ -210,7 +210,7 @@ def _existence(items: Scene) -> Candidates:
 
 def _pairs(items: Scene) -> Candidates:
     """Is there an object of a colour and a shape?"""
-    kinds = pair_kinds([(item.shape, item.colour) for item in items], SHAPES, COLOURS)
+    kinds = pair_kinds([item.pair for item in items], SHAPES, COLOURS)
     return existence(*([with_article(colour, shape) for shape, colour in kind] for kind in kinds))
 
 
@@ -228,10 +228,10 @@ def _triples(items: Scene) -> Candidates:
 def _pairs_beside(items: Scene) -> Candidates:
     """Is there an object of a colour and a shape beside another one? An absent one is elsewhere, or a mixture."""
     kinds: tuple[list[str], list[str], list[str]] = ([], [], [])  # there, elsewhere, mixtures
-    everywhere = {(item.shape, item.colour) for item in items}
+    everywhere = {item.pair for item in items}
     for anchor, direction, side in beside(items):
-        pairs = [(item.shape, item.colour) for item in side]
-        others = {(item.shape, item.colour) for item in items if item is not anchor}
+        pairs = [item.pair for item in side]
+        others = {item.pair for item in items if item is not anchor}
         for kind, found in zip(kinds, (set(pairs), others - set(pairs), mixtures(pairs) - everywhere), strict=True):
             kind += [
                 f"{with_article(colour, shape)} {direction} the {one}"

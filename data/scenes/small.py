@@ -86,4 +86,4 @@ _KINDS = (
 
 def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
     """Ask `count` (at most MAX_QUESTIONS) different questions; the ten counts can always be asked."""
-    return ask_in_rounds(_KINDS, [(item.shape, item.colour) for item in scene], rng, count)
+    return ask_in_rounds(_KINDS, [item.pair for item in scene], rng, count)

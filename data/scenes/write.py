@@ -182,13 +182,11 @@ def _write_asked(
         "license": {"url": "", "name": ""},
     }
     files = folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
-    write_questions(files, questions, header, {"task_type": "Open-Ended"})
+    write_questions(files, questions, header)
 
 
-def write_questions(
-    files: tuple[Path, Path], questions: Iterable[Question], header: Mapping[str, Any], task: Mapping[str, str]
-) -> None:
-    """Write the official files of a split: questions and annotations, both behind `header`, `task` only in the first.
+def write_questions(files: tuple[Path, Path], questions: Iterable[Question], header: Mapping[str, Any]) -> None:
+    """Write the official files of a split: questions and annotations, both behind `header`.
 
     One entry is written at a time: all of them as Python objects would take gigabytes for data of VQA's size.
     """
@@ -196,7 +194,7 @@ def write_questions(
         asked, annotated = (
             stack.enter_context(stack.enter_context(written_whole(file)).open("w", encoding="utf-8")) for file in files
         )
-        asked.write(json.dumps({**header, **task, "questions": []}).removesuffix("]}"))
+        asked.write(json.dumps({**header, "task_type": "Open-Ended", "questions": []}).removesuffix("]}"))
         annotated.write(json.dumps({**header, "annotations": []}).removesuffix("]}"))
         for row, question in enumerate(questions):
             entry = {"image_id": question.image_id, "question_id": question.question_id}

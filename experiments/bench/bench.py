@@ -48,14 +48,12 @@ def bench(
         `machine`, `repeats` and `parts`: each part's rows.
 
     Raises:
-        InputError: the part or device is unknown, or `out` is a file.
+        InputError: the part or device is unknown.
     """
     if unknown := set(parts) - set(PARTS):
         raise InputError(f"bench: no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     if images < 8:
         raise InputError(f"--images: at least 8, got {images}")
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"{out}: must be a directory")
     chosen = choose_device(device)
     machine, results = surroundings(chosen), {}
     columns = {key: machine[key] for key in ("cpu", "threads", "device", "torch")} | {"commit": machine["git_commit"]}

@@ -56,7 +56,7 @@ def write_coco_like(
         numbered = [(image_id, files.image(image_id)) for image_id in image_ids]
         list(progress(in_order(_write_image, numbered, processes), count, "images"))  # writes them
         sampled = sample_questions(questions[split], image_ids, first_question)
-        write_questions((files.questions, files.annotations), sampled, {}, {})
+        write_questions((files.questions, files.annotations), sampled, {})
         first_image, first_question = first_image + count, first_question + questions[split]
     return splits
 

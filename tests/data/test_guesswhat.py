@@ -21,7 +21,7 @@ from vqa.tasks.objects import crop_region, spatial_features
 
 
 def make(folder: Path, path: Path, made=None, **changed) -> Store:
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
+    settings = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
     preprocess(split_files(folder), path, source=made or source(), **(settings | changed))
     return Store(path)
 
@@ -158,7 +158,7 @@ def test_another_crop_or_other_games_are_refused_by_name(games, tmp_path):
 
 def test_other_words_and_an_added_split_decode_nothing_twice(games, tmp_path, decoded):
     path = tmp_path / "games.h5"
-    settings = {"image_size": 32, "min_word_count": 1, "answers": 3, "skip_bad_images": False, "threads": 1}
+    settings = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
     files = split_files(games)
     preprocess({"train": files["train"]}, path, source=source(), **settings)
     first, before = Store(path), len(decoded)

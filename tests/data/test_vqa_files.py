@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.vqa_files import Question, SplitFiles, read_asked, read_questions, remarks
+from data.vqa_files import Question, SplitFiles, read_questions, remarks
 from tests.conftest import fuzzed
 from tests.raw_files import change
 from vqa.io.errors import InputError
@@ -130,7 +130,7 @@ ENTRY = '{"question_id": 1, "image_id": 2, "question": "?"'
 )
 def test_only_the_list_of_the_outermost_object_is_read(tmp_path, text):
     (tmp_path / "file").write_text(text, encoding="utf-8")
-    assert read_asked(tmp_path / "file") == [Question(1, 2, "?")]
+    assert read_questions(tmp_path / "file") == [Question(1, 2, "?")]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_only_the_list_of_the_outermost_object_is_read(tmp_path, text):
 def test_a_malformed_file_is_named_with_its_place(tmp_path, text, message):
     (tmp_path / "file").write_text(text)
     with pytest.raises(InputError, match=f"file: .*{re.escape(message)}"):
-        read_asked(tmp_path / "file")
+        read_questions(tmp_path / "file")
 
 
 @fuzzed(max_examples=60)
@@ -169,11 +169,11 @@ def test_whatever_stands_beside_the_questions_is_read_over(tmp_path_factory, bes
     asked = {"question_id": 1, "image_id": 2, "question": "?", "more": more}
     whole = json.dumps(beside | {"questions": [asked], "z": more}, indent=indent)
     file.write_text(whole)
-    assert read_asked(file) == [Question(1, 2, "?")]
+    assert read_questions(file) == [Question(1, 2, "?")]
     if whole[:cut] != whole:
         file.write_text(whole[:cut])
         with pytest.raises(InputError, match="line"):
-            read_asked(file)
+            read_questions(file)
 
 
 def test_a_pattern_without_an_image_id_is_refused():

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
+from data.h5_rows import opened_for_filling, set_rows
+from data.question_table import ARRAYS, TEXTS
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
 from tests.experiments.training.test_stage_cache import encode
@@ -44,8 +46,8 @@ def all_of(path: Path) -> tuple:
     """All that training reads of an h5 file."""
     opened, images = Store(path), H5Images(path)
     table = opened.table("train")
-    parts = [getattr(table, name).tobytes() for name in h5_file._ARRAYS]
-    parts += [getattr(table, name) for name in h5_file._TEXTS]
+    parts = [getattr(table, name).tobytes() for name in ARRAYS]
+    parts += [getattr(table, name) for name in TEXTS]
     parts += [images[row].tobytes() for row in range(len(opened.usable))]
     return opened.identity(opened.splits), opened.usable.tobytes(), opened.vocabulary, opened.tokenizer.to_str(), parts
 
@@ -112,7 +114,7 @@ def test_a_file_of_another_version_is_neither_read_nor_filled(small):
         Store(small)
     small.rename(partial_path(small))
     with pytest.raises(InputError, match=said):
-        h5_file.opened_for_writing(partial_path(small))
+        h5_file.read_provenance(partial_path(small))
 
 
 def test_rows_without_checksums_are_refused(small):
@@ -248,8 +250,8 @@ def test_an_image_that_was_mended_after_a_kill_counts_again(tmp_path):
     damaged.write_bytes(b"no image")
     with pytest.raises(InputError, match="1 image"):
         make(splits, path)
-    with h5_file.opened_for_writing(partial_path(path)) as file:  # killed before the row was marked as filled
-        h5_file.set_rows(file, "images/usable", [1], [False])
+    with opened_for_filling(partial_path(path)) as file:  # killed before the row was marked as filled
+        set_rows(file, "images/usable", [1], [False])
     damaged.write_bytes(whole)
     make(splits, path)
     assert Store(path).usable.all()

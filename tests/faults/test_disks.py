@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-import data.h5_file
+import data.preprocess
 from data.h5_file import partial_path
+from data.h5_rows import opened_for_filling
 from experiments import pretrain, runner
 from experiments.runner import run_suite
 from experiments.suite import load_suite
@@ -121,7 +122,7 @@ def test_preprocessing_resumes_when_there_is_space(disk, splits, tmp_path, monke
         disk.fill(space=110_000, length=pixels + 36 * 3 * 32**2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(data.h5_file, "opened_for_filling", after(fill, data.h5_file.opened_for_filling))
+        patched.setattr(data.preprocess, "opened_for_filling", after(fill, opened_for_filling))
         with pytest.raises(InputError, match=rf"/data.h5.partial: {FULL}"):
             make(splits, path)
     disk.make_space()

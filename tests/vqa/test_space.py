@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data import h5_file
+from data.h5_rows import opened_for_filling
 from experiments.training.stage_cache import cached_maps
 from tests.raw_files import make, write_split
 from vqa.io.errors import InputError
@@ -57,7 +58,7 @@ def test_a_begun_file_needs_only_the_rest(tmp_path, left):
         make(splits, path, image_size=256)
     bad.write_bytes(whole)
     partial = h5_file.partial_path(path)
-    with h5_file.opened_for_writing(partial) as file:
+    with opened_for_filling(partial) as file:
         missing = file.id.get_filesize() - partial.stat().st_blocks * 512
     assert 0 < missing < 2 * 3 * 256**2
     left(missing - 1)

@@ -11,6 +11,7 @@ import yaml
 
 from data.preprocess import preprocess
 from data.scenes.write import write_world
+from data.sources import Source
 from experiments.prepare import split_files
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
@@ -185,7 +186,7 @@ def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
     answers = (finished / "model" / "answers.json").read_bytes()
     other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
     write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)
-    made = {"image_size": 64, "min_word_count": 2, "answers": 20, "skip_bad_images": False, "threads": 1}
+    made = {"image_size": 64, "min_word_count": 2, "source": Source(20), "skip_bad_images": False, "threads": 1}
     preprocess(split_files(other), tmp_path / "other.h5", **made)
     with pytest.raises(InputError, match="not the data that"):
         train(other, resume=True, runs=tmp_path)

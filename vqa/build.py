@@ -84,8 +84,7 @@ def _build_question(
 ) -> QuestionEncoder | TextEncoder:
     asked = settings.question
     if asked.encoder == "transformers":
-        states = text_encoder.config.hidden_size
-        return TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
+        return TextEncoder(text_encoder, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
     fixed, sizes = asked.glove_size if asked.glove else 0, (asked.embedding_size, asked.hidden_size)
     return QuestionEncoder(vocabulary_size, *sizes, encoder=asked.encoder, layers=asked.layers, fixed_size=fixed)
 

@@ -7,7 +7,6 @@ For a norm and a condition e (in the paper: the question's embedding),
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,8 +76,8 @@ class CategoricalPredictor(_Predictor):
 
     def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
         """As `ModulationPredictor`."""
-        zeros = partial(torch.zeros, num_classes, sum(channels))
-        super().__init__(lambda: nn.Embedding.from_pretrained(zeros(), freeze=False), gamma, beta)
+        zeros = torch.zeros(num_classes, sum(channels))
+        super().__init__(lambda: nn.Embedding.from_pretrained(zeros.clone(), freeze=False), gamma, beta)
 
 
 JOINED = ("hidden_weight", "hidden_bias", "weight", "bias")  # the parameters of `DeltaMLPs`

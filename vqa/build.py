@@ -70,7 +70,19 @@ def build_model(
             dropout=answer.dropout,
         )
     else:
-        model = _vqa_model(settings, question, resnet, predictor, answers)
+        attention = settings.attention
+        sizes = (asked.hidden_size, resnet.channels * attention.glimpses, answer.fusion_size, answer.hidden_size)
+        model = VQAModel(
+            question,
+            resnet,
+            predictor,
+            ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
+            Fusion(*sizes, answers, dropout=answer.dropout),
+            condition=cbn.condition,
+            normalise=attention.normalise,
+            scale=attention.scale,
+            sees_image="image" in settings.inputs,
+        )
     if settings.backbone.train != "none" and not settings.views:
         raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
     model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
@@ -87,34 +99,6 @@ def _build_question(
         return TextEncoder(text_encoder, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
     fixed, sizes = asked.glove_size if asked.glove else 0, (asked.embedding_size, asked.hidden_size)
     return QuestionEncoder(vocabulary_size, *sizes, encoder=asked.encoder, layers=asked.layers, fixed_size=fixed)
-
-
-def _vqa_model(
-    settings: Settings,
-    question: QuestionEncoder | TextEncoder | None,
-    resnet: ModulatedResNet,
-    predictor: ModulationPredictor | CategoricalPredictor | None,
-    answers: int,
-) -> VQAModel:
-    asked, attention, answer = settings.question, settings.attention, settings.answer
-    return VQAModel(
-        question,
-        resnet,
-        predictor,
-        ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
-        Fusion(
-            asked.hidden_size,
-            resnet.channels * attention.glimpses,
-            answer.fusion_size,
-            answer.hidden_size,
-            answers,
-            dropout=answer.dropout,
-        ),
-        condition=settings.cbn.condition,
-        normalise=attention.normalise,
-        scale=attention.scale,
-        sees_image="image" in settings.inputs,
-    )
 
 
 def _build_predictor(

@@ -8,7 +8,7 @@ from torch import nn
 from vqa.attention import ATTENTIONS
 from vqa.io.errors import InputError
 from vqa.model import ConditionedModel, Fusion, VQAModel
-from vqa.predictor import CategoricalPredictor, ModulationPredictor
+from vqa.predictor import CategoricalPredictor, ModulationPredictor, Predictor
 from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
@@ -101,9 +101,7 @@ def _build_question(
     return QuestionEncoder(vocabulary_size, *sizes, encoder=asked.encoder, layers=asked.layers, fixed_size=fixed)
 
 
-def _build_predictor(
-    settings: Settings, layers: Sequence[ConditionedNorm]
-) -> ModulationPredictor | CategoricalPredictor | None:
+def _build_predictor(settings: Settings, layers: Sequence[ConditionedNorm]) -> Predictor | None:
     cbn = settings.cbn
     if not layers:
         return None

@@ -32,7 +32,7 @@ class DeltaMLP(nn.Sequential):
         nn.init.zeros_(self[2].bias)
 
 
-class _Predictor(nn.Module):
+class Predictor(nn.Module):
     """Δγ and Δβ of all conditioned norms of a network from one condition, each by a module or not at all."""
 
     def __init__(self, make: Callable[[], nn.Module], gamma: bool, beta: bool) -> None:
@@ -47,7 +47,7 @@ class _Predictor(nn.Module):
         return Modulation(*(None if part is None else part(condition) for part in (self.gamma, self.beta)))
 
 
-class ModulationPredictor(_Predictor):
+class ModulationPredictor(Predictor):
     """The deltas of all conditioned norms of a network from one condition [B, D]: two MLPs per norm."""
 
     def __init__(
@@ -68,7 +68,7 @@ class ModulationPredictor(_Predictor):
         super().__init__(lambda: DeltaMLPs(condition_size, names, channels, hidden_size), gamma, beta)
 
 
-class CategoricalPredictor(_Predictor):
+class CategoricalPredictor(Predictor):
     """The deltas of all conditioned norms of a network from classes, int64 [B]: tables that start with zeros.
 
     γ + Δγ and β + Δβ are then those of `CategoricalConditionalBatchNorm2d`, starting at the pretrained γ and β.

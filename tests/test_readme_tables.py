@@ -19,7 +19,13 @@ from experiments.suite import load_suite
 from tests.conftest import ROOT
 from tests.published import EXPERIMENTS, README, RESULTS, numbers, read_lines, rows_of, shown
 
-ROWS = ("baseline", "constant", "mean question", "shuffled question", "MODERN")  # of the README's table of results
+ROWS = {  # of the README's table of results: names of the suite `settled`
+    "baseline: no modulation": "baseline",
+    "mean question: one fixed embedding": "mean question",
+    "mean question, 32 epochs": "mean question, 32 epochs",
+    "shuffled question: another sample's": "shuffled question",
+    "MODERN: the question": "MODERN",
+}
 KINDS = ("how many", "is there", "what color", "what shape")
 
 
@@ -54,26 +60,32 @@ def test_the_readme_is_short_and_in_order():
     assert README.index("Δγ = MLP_γ(e_q)") < README.index("VQA v1") < README.index("## Quick start")
 
 
+def gain(suite, row, other, column="overall"):
+    """`row` less `other` over the seeds that both have: the mean, and its interval where there are three seeds."""
+    ours, theirs = answered(suite)[row], answered(suite)[other]
+    differences = [ours[seed].scores[column] - theirs[seed].scores[column] for seed in ours.keys() & theirs.keys()]
+    return over_seeds(differences) if len(differences) > 2 else [np.mean(differences)]
+
+
 def test_the_readme_shows_the_controls():
-    settled, controls = (
-        {line["row"]: line for line in read_lines(RESULTS / f"{name}.csv")} for name in ("settled", "controls")
-    )
-    rows = rows_of(README, "| accuracy, % | 16 epochs, test")
-    assert [row[0].split(":")[0] for row in rows] == [*ROWS]
-    for name, (_, *cells) in zip(ROWS, rows, strict=True):
-        for lines, (overall, gain, seeds) in ((settled, cells[:3]), (controls, cells[3:])):
-            if name not in lines:
-                assert (overall, gain, seeds) == ("not run", "", "")
-                continue
-            line = lines[name]
-            assert shown(overall, *(float(line[key]) for key in ("overall_mean", "overall_std") if line[key]))
-            assert shown(gain, *(float(line[key]) for key in ("difference", "seeds_low", "seeds_high") if line[key]))
-            assert int(seeds) == len(line["seeds"].split())
-
-
-def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
     """Recomputed from the accuracy of every question."""
-    rows = rows_of(README, "| MODERN less |")
+    rows = rows_of(README, "| 16 epochs, test |")
+    assert [row[0] for row in rows] == [*ROWS]
+    for row, accuracy, more, less, counting, seeds in rows:
+        name = ROWS[row]
+        overall = [result.scores["overall"] for result in answered("settled")[name].values()]
+        assert int(seeds) == len(overall)
+        assert shown(accuracy, *([np.mean(overall), np.std(overall, ddof=1)] if len(overall) > 1 else overall))
+        assert shown(more, *(gain("settled", name, "baseline") if name != "baseline" else []), digits=1)
+        for cell, column in ((less, "overall"), (counting, KIND + "how many")):
+            assert shown(
+                cell, *([] if name in ("baseline", "MODERN") else gain("settled", "MODERN", name, column)), digits=1
+            )
+
+
+def test_what_the_question_adds_to_each_kind_of_question():
+    """Recomputed from the accuracy of every question."""
+    rows = rows_of(EXPERIMENTS, "| MODERN less |")
     asked = [("settled", "mean question"), ("pretrainings", "mean question"), ("settled", "mean question, 32 epochs")]
     asked += [("settled", "shuffled question"), ("pretrainings", "shuffled question")]
     asked += [("gating", "mean question"), ("gating", "image")]
@@ -81,11 +93,8 @@ def test_the_readme_shows_what_the_question_adds_to_each_kind_of_question():
         assert control.partition(",")[0].removesuffix(" question") in name
         assert ("32 epochs" in control) == ("32 epochs" in name)
         assert (suite == "pretrainings") == ("3 pretrainings" in name)
-        ours, theirs = answered(suite)["MODERN"], answered(suite)[control]
-        seeds = sorted(ours.keys() & theirs.keys())
         for column, cell in zip(("overall", *(KIND + kind for kind in KINDS)), cells, strict=True):
-            differences = [ours[seed].scores[column] - theirs[seed].scores[column] for seed in seeds]
-            assert shown(cell, *(over_seeds(differences) if len(seeds) > 1 else differences), digits=1), (name, column)
+            assert shown(cell, *gain(suite, "MODERN", control, column), digits=1), (name, column)
 
 
 @cache
@@ -113,7 +122,7 @@ def published(triple, differences):
     "page", ["README.md", "docs/experiments.md", "docs/guesswhat.md", "experiments/results/README.md"]
 )
 def test_an_interval_in_a_sentence_is_one_of_a_table(page):
-    text = re.sub(r"MODERN is 4\.9 .*?9\.2\s\[.*?\]", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"MODERN is 4\.9\s.*?9\.2\s\[.*?\]", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     said = SAID.findall(text.replace("\n>", "\n"))
     assert len(said) >= 2
     for triple in said:
@@ -151,20 +160,13 @@ def test_the_first_lines_say_what_the_table_says():
     assert f"MODERN answers {overall['MODERN']:.1f} %" in said
     assert f"without modulation {overall['baseline']:.1f} %" in said
     assert f"reaches {overall['mean question']:.1f} %" in said
-    gain, unheard = (overall[row] - overall["baseline"] for row in ("MODERN", "mean question"))
-    assert f"{unheard:.0f} of the {gain:.0f} points need no question" in said
-    rows = {row[0]: row[1:] for row in rows_of(README, "| MODERN less |")}
-    points = rows["mean question, 16 epochs"][0].replace("+", "")
-    assert f"is worth {points} points, four of them in counting** (three seeds" in said
-    assert round(numbers(rows["mean question, 16 epochs"][1])[0] * 1078 / 4000) == 4  # so many test questions count
-    pretrainings = rows["mean question, 16 epochs, 3 pretrainings"][0].replace("+", "")
-    assert f"interval over seeds), {pretrainings} with three pretrainings of the ResNet, " in said
-    controls = {line["row"]: float(line["overall_mean"]) for line in read_lines(RESULTS / "controls.csv")}
-    least = controls["MODERN"] - controls["constant"]
-    most = numbers(rows["mean question, 3 epochs, test"][0])[0]
-    assert f"and after three epochs {least:.1f} to {most} points, depending on the control" in said
-    longer = numbers(rows["mean question of 32 epochs, 1 seed"][0])[0]
-    assert f", {longer} when the vector is trained twice as long (one seed)" in said
+    heard, unheard = (overall[row] - overall["baseline"] for row in ("MODERN", "mean question"))
+    assert f"{unheard:.0f} of the {heard:.0f} points need no question" in said
+    points, low, high = gain("settled", "MODERN", "mean question")
+    seeds = {3: "three", 5: "five"}[len(answered("settled")["MODERN"])]
+    assert f"is worth {points:.1f} [{low:.1f}, {high:.1f}] points, four of them in counting** ({seeds} seeds;" in said
+    (counting, *_) = gain("settled", "MODERN", "mean question", KIND + "how many")
+    assert round(counting * 1078 / 4000) == 4  # so many test questions count
 
 
 def test_the_demos_page_says_what_the_tables_say():

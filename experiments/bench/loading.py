@@ -3,7 +3,6 @@
 All data are generated: synthetic scenes, and JPEGs like COCO's.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch
 from data.batches import Batch
 from data.h5_rows import H5Rows
 from data.preprocess import preprocess
-from experiments.bench.decoding import decode_alone
+from experiments.bench.scale import decode_alone
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import interleaved
 from experiments.bench.vqa_sized_data import write_coco_like
@@ -31,6 +30,7 @@ from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare as prepare_training
 from experiments.training.trainer import train
+from vqa.io.files import read_json
 from vqa.io.images import decode_image
 from vqa.norms import Modulation
 from vqa.resnet import ModulatedResNet, StageMap
@@ -97,17 +97,14 @@ def _network_words(setup: Setup, images: int) -> tuple[str, ...]:
 def cache_rows(setup: Setup) -> Rows:
     """An epoch of `train` with stage 4 conditioned, from cached feature maps and from images."""
     images = setup.pick(16, 128)
-    seconds: dict[str, list[float]] = {"images": [], "maps": []}
-    losses = {}
+    lines: dict[str, list[dict[str, float]]] = {"images": [], "maps": []}  # of metrics.jsonl
     for turn in range(setup.repeats + 1):  # the first one fills the cache and does not count
         for way, gib in (("images", 0), ("maps", 8)):
             words = (f"name={way}_{turn}", f"data.cache_gib={gib}", "cbn.stages=[4]")
             settings = prepared_scenes(setup, *_network_words(setup, images), *words)
             run = train(settings, runs=setup.folder / "runs")
-            line = json.loads((run.path / "metrics.jsonl").read_text(encoding="utf-8"))
-            seconds[way].append(line["seconds"])
-            losses[way] = line["train_loss"]
-    from_images, from_maps = (median(values[1:]) for values in seconds.values())
+            lines[way].append(read_json(run.path / "metrics.jsonl"))
+    from_images, from_maps = (median(line["seconds"] for line in of_way[1:]) for of_way in lines.values())
     network, size = setup.network
     yield {
         "network": network,
@@ -117,8 +114,8 @@ def cache_rows(setup: Setup) -> Rows:
         "epoch_seconds_images": round(from_images, 2),
         "epoch_seconds_maps": round(from_maps, 2),
         "times_faster": round(from_images / from_maps, 2),
-        "train_loss_images": round(losses["images"], 6),
-        "train_loss_maps": round(losses["maps"], 6),
+        "train_loss_images": round(lines["images"][-1]["train_loss"], 6),
+        "train_loss_maps": round(lines["maps"][-1]["train_loss"], 6),
         "largest_relative_difference": f"{_half_precision_error(network, size):.1e}",
     }
 
@@ -175,20 +172,20 @@ def time_training(
 
 def loading_rows(setup: Setup) -> Rows:
     """Images a second: random batches from an h5 file and from the same JPEGs, in one process; `preprocess` and
-    decoding alone, with as many processes. And the memory that reading from few and many images takes.
+    decoding alone, with as many threads. And the memory that reading from few and many images takes.
     """
     (_, size), images, folder = setup.network, setup.pick(64, 3072), setup.folder
     splits = write_coco_like(folder, {"train": images}, {"train": images}, setup.pick(1, 2))
     files = sorted((folder / "train2014").iterdir())
     batch = np.random.default_rng(0).permutation(images)[:64]
-    h5, processes = folder / "photographs.h5", 2
+    h5, threads = folder / "photographs.h5", 2
 
     def preprocess_all() -> None:
         h5.unlink(missing_ok=True)
         options = {"image_size": size, "min_word_count": 1, "answers": 2, "skip_bad_images": False}
-        preprocess(splits, h5, **options, threads=processes)
+        preprocess(splits, h5, **options, threads=threads)
 
-    jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, processes)}
+    jobs = {"preprocess": preprocess_all, "decode": partial(decode_alone, files, size, threads)}
     seconds = interleaved(jobs, setup.repeats, CPU)
     stored = H5Rows(h5, "images/pixels")
     reads = {

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import get_context
 from operator import itemgetter
@@ -21,10 +21,10 @@ from data.h5_file import Store
 from data.preprocess import preprocess
 from data.question_table import question_table
 from data.vqa_files import SplitFiles, read_questions
-from experiments.bench.decoding import decode_alone
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.vqa_sized_data import QUESTIONS, write_coco_like
 from vqa.io.files import check_room
+from vqa.io.images import decode_image
 from vqa.text.answers import answer_vocabulary
 from vqa.text.tokenizer import train_tokenizer
 
@@ -50,22 +50,23 @@ def scale_rows(setup: Setup) -> Rows:
         raw, h5, run = here / "raw", here / "data.h5", here / "run"
         val = max(1, count // 5)
         splits = write_coco_like(raw, {"train": count - val, "val": val}, questions, setup.pick(1, 2))
-        files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
         words = [f"data.folder={raw}", f"data.h5={h5}", f"data.image_size={size}", f"workers={workers}"]
-        jobs: dict[str, tuple[Callable[..., int], ...]] = {
-            "reading questions": (_read, splits),
-            "decoding alone": (decode_alone, files, size, 2),
+        jobs: dict[str, tuple[Any, ...]] = {
             "preprocess": (_preprocess, h5, words),
             f"train, {steps} steps": (_train, run, words, steps),
-            "eval": (_evaluate, run, words),
         }
-        if count < images:  # the others do not depend on the number of images, or would take long
-            jobs = {name: job for name, job in jobs.items() if name.startswith(("preprocess", "train"))}
-        results = {name: [measured(*job)] for name, job in jobs.items()}
-        for name in [
-            name for _ in range(setup.repeats - 1) for name in ("decoding alone", "preprocess") if name in jobs
-        ]:
-            results[name].append(measured(*jobs[name]))
+        if count == images:  # they do not depend on the number of images, or take long
+            files = [path for split in splits.values() for path in sorted(Path(split.images).parent.iterdir())]
+            jobs |= {
+                "reading questions": (_read, splits),
+                "decoding alone": (decode_alone, files, size, 2),
+                "eval": (_evaluate, run, words),
+            }
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+        for turn in range(setup.repeats):
+            for name, job in jobs.items():
+                if turn == 0 or name in ("decoding alone", "preprocess"):
+                    results[name].append(measured(*job))
         for name, several in results.items():
             row = {"job": name, "images": count, "questions": sum(questions.values()), "pixels": size}
             row |= sorted(several, key=itemgetter("seconds"))[len(several) // 2]
@@ -124,6 +125,12 @@ def _read(splits: Mapping[str, SplitFiles]) -> int:
     return sum(map(len, asked.values()))
 
 
+def decode_alone(files: Sequence[Path], size: int, threads: int) -> int:
+    """Decode and resize images in so many threads, as `preprocess`, without storing them; return their number."""
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(1 for _ in pool.map(lambda file: decode_image(file, size), files))
+
+
 def _preprocess(h5: Path, words: Sequence[str]) -> int:
     from experiments.prepare import preprocessing_of
     from vqa.settings.recipes import load_settings
@@ -145,5 +152,5 @@ def _train(run: Path, words: Sequence[str], steps: int) -> int:
 def _evaluate(run: Path, words: Sequence[str]) -> int:
     from experiments.evaluate import evaluate
 
-    words = [word for word in words if word.startswith(("data.folder", "data.h5", "device", "workers"))]
+    words = [word for word in words if not word.startswith("data.image_size")]  # which the model has
     return evaluate(run, "val", run, [*words, "train.batch_size=256"])["questions"]

@@ -142,12 +142,13 @@ def _inputs(case: Case, device: torch.device) -> list[Tensor]:
 def step_rows(setup: Setup) -> Rows:
     """Yield the rows of every case."""
     for case in cases(setup):
-        yield from rows_of(case, setup.repeats, setup.device)
+        yield from rows_of(case, setup)
 
 
-def rows_of(case: Case, repeats: int, device: torch.device) -> Rows:
+def rows_of(case: Case, setup: Setup) -> Rows:
     """Yield a row for each way: milliseconds (medians), bytes kept, and the ratio of ours to it."""
     torch.manual_seed(0)
+    device = setup.device
     ways, inputs = _ways(case, device), _inputs(case, device)
 
     def run(way: str, train: bool) -> None:
@@ -157,7 +158,7 @@ def rows_of(case: Case, repeats: int, device: torch.device) -> Rows:
             torch.autograd.grad(y, inputs[:1] if way == "plain" else inputs, torch.ones_like(y))
 
     forward, training = (
-        interleaved({way: partial(run, way, train) for way in ways}, repeats, device) for train in (False, True)
+        interleaved({way: partial(run, way, train) for way in ways}, setup.repeats, device) for train in (False, True)
     )
     peaks = {way: peak_mib(partial(run, way, True), device) for way in ways}
     kept = {way: _kept_bytes(function, inputs, case.precision) for way, function in ways.items()}

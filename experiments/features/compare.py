@@ -5,6 +5,8 @@ network the question itself separates them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
 from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
+from experiments.report.tables import aligned, write_lines
 from vqa.io.errors import InputError
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.progress import progress
 
-_ACCURACIES = ("labelling", "network", "stage", "accuracy", "chance", "classes", "pairs", "neighbours")
 _POINTS = ("network", "stage", "question_id", "x", "y", "answer_type", "question_type", "answer")
 
 Stages = dict[tuple[str, int], np.ndarray]  # an array [N, …] for each network (by its name) and stage
@@ -73,7 +75,7 @@ def compare_features(
     of_stages = progress(features.items(), len(features), "t-SNE")
     points = {place: project(of_stage, seed) for place, of_stage in of_stages}
     write_json(out / "neighbours.json", comparison)
-    write_csv(out / "neighbours.csv", _ACCURACIES, (entry.values() for entry in comparison["accuracies"]))
+    write_lines(out / "neighbours.csv", comparison["accuracies"])
     write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
     for labelling, labels in classes.items():
         if len(set(labels)) > 1:
@@ -83,18 +85,14 @@ def compare_features(
 
 def table_of(comparison: Mapping[str, Any]) -> str:
     """The accuracies as a table for a terminal."""
-    names = [network["name"] for network in comparison["networks"]]
-    width = max(map(len, names)) + 2
-    cells = {(entry["labelling"], entry["network"], entry["stage"]): entry for entry in comparison["accuracies"]}
-    lines = [f"{comparison['pairs']} pairs of split {comparison['split']}: % right by the nearest neighbours"]
-    lines.append(" " * width + "".join(f"{f'stage {stage}':>9}" for stage in STAGES))
-    for labelling in dict.fromkeys(entry["labelling"] for entry in comparison["accuracies"]):
-        first = cells[labelling, names[0], STAGES[0]]
-        lines.append(f"{labelling} ({first['classes']} classes, chance {first['chance']:.1f} %)")
-        for name in names:
-            values = "".join(f"{cells[labelling, name, stage]['accuracy']:9.1f}" for stage in STAGES)
-            lines.append(f"  {name:<{width - 2}}{values}")
-    return "\n".join(lines)
+    rows = [["", *(f"stage {stage}" for stage in STAGES)]]
+    heading = itemgetter("labelling", "classes", "chance")
+    for (labelling, classes, chance), of_labelling in groupby(comparison["accuracies"], heading):
+        rows.append([f"{labelling} ({classes} classes, chance {chance:.1f} %)", *("" for _ in STAGES)])
+        for name, of_network in groupby(of_labelling, itemgetter("network")):
+            rows.append([f"  {name}", *(f"{entry['accuracy']:.1f}" for entry in of_network)])
+    title = f"{comparison['pairs']} pairs of split {comparison['split']}: % right by the nearest neighbours"
+    return f"{title}\n{aligned(rows)}"
 
 
 def _point_rows(points: Stages, table: QuestionTable) -> Iterable[Sequence[Any]]:

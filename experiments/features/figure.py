@@ -64,5 +64,5 @@ def write_scatter(
 
 def class_colours(labels: Sequence[str]) -> dict[str, str]:
     """Colours of the most common classes, most common first, ties in alphabetical order."""
-    ranked = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))
-    return {label: colour for (label, _), colour in zip(ranked, COLOURS, strict=False)}
+    common = Counter(sorted(labels)).most_common(len(COLOURS))  # equally common ones stay in order
+    return {label: colour for (label, _), colour in zip(common, COLOURS, strict=False)}

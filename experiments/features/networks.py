@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from data.batches import QuestionDataset, batches_by_image
+from data.loader import moved
 from experiments.evaluate import find_settings, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
@@ -62,8 +63,8 @@ def open_runs(folders: Sequence[Path], split: str, overrides: Sequence[str]) -> 
         InputError: a run, the split or its data are missing, or a model has no image input.
     """
     runs = []
-    asked = [find_settings(folder, overrides) for folder in folders]
-    for name, (folder, settings) in zip(shown_names(folders), asked, strict=True):
+    for name, folder in zip(shown_names(folders), folders, strict=True):
+        _, settings = find_settings(folder, overrides)
         if not settings.views:
             raise InputError(f"{folder}: a model without image input has no features to show")
         saved = load_model(folder, choose_device(settings.device))
@@ -148,19 +149,18 @@ def stage_features(network: Network) -> list[np.ndarray]:
     """
     _, saved, settings, data = network.run
     device = choose_device(settings.device)
-    rows, maps = [], []
+    rows: list[int] = []
+    maps: list[list[np.ndarray]] = []
     in_order = batches_by_image(data.table, settings.train.batch_size)
-    for batch in read_batches(data, in_order, settings, device, f"{network.name}: features"):
-        moved = batch.to(device)
-        first = moved.places.reshape(len(moved.rows), -1)[:, 0]  # of a question about several images
-        images, modulation = saved.preprocessing.normalise(moved.images)[first], None
+    for batch in moved(read_batches(data, in_order, settings, device, f"{network.name}: features"), device):
+        first = batch.places.reshape(len(batch.rows), -1)[:, 0]  # of a question about several images
+        images = saved.preprocessing.normalise(batch.images)[first]
         with autocast(device, settings.precision):
-            if network.modulate:
-                _, modulation = saved.model.encode(images, moved.tokens, moved.lengths)
+            _, modulation = saved.model.encode(images, batch.tokens, batch.lengths, modulate=network.modulate)
             stages = saved.model.resnet.stage_maps(images, modulation)
         maps.append([of_stage.float().mean((2, 3)).cpu().numpy() for of_stage in stages])
-        rows.append(batch.rows.numpy().copy())  # a view would keep the worker's shared memory
-    order = np.argsort(np.concatenate(rows))
+        rows += batch.rows.tolist()  # a tensor would keep the worker's shared memory
+    order = np.argsort(rows)
     features = [np.concatenate(of_stage)[order] for of_stage in zip(*maps, strict=True)]
     if not all(np.isfinite(of_stage).all() for of_stage in features):
         raise InputError(f"{saved.folder}: its feature maps are not finite")

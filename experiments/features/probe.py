@@ -12,7 +12,7 @@ In the last four each photograph occurs both ways, so that chance is 50 %; else 
 class, group or tint in what is tested.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from data.labelled_images import LabelledImages
 from data.scenes.photos import PLAIN, TINTS, changed
@@ -38,7 +37,7 @@ MOST = 4000  # photographs to train with, and to test with
 CHANGED = ("grey", "dark", "upside down")
 STRENGTH = 0.1  # inverse of the regression's L2 penalty
 SEED = 0  # of the photographs, the tints and the mirroring
-Labelled = tuple[list[np.ndarray], np.ndarray]  # the features after each stage, [N, C] each, and what they are, [N]
+Labelled = tuple[list[np.ndarray], np.ndarray]  # the features after each stage, [N, C] each, and their labels, [N]
 
 
 def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]]:
@@ -64,20 +63,11 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
     except ValueError as error:
         raise InputError(f"{file}: {error}") from None
     size, rng = header["image_size"], np.random.default_rng(SEED)
-
-    @torch.inference_mode()
-    def features(pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        prepare, parts = Preprocessing(size).normalise, []
-        for part in torch.from_numpy(np.stack(pixels)).split(256):
-            maps: tuple[Tensor, ...] = resnet.stage_maps(prepare(part.to(device)))
-            parts.append([map_.mean((2, 3)).cpu().numpy() for map_ in maps])
-        return [np.concatenate(of_stage) for of_stage in zip(*parts, strict=True)]
-
     chosen = [
         np.sort(rng.permutation(np.arange(*ends))[:MOST])
         for ends in ((0, images.training), (images.training, len(images.names)))
     ]
-    known, held_out = (_labelled(images, rows, size, features, rng) for rows in chosen)
+    known, held_out = (_labelled(images, rows, size, resnet, rng) for rows in chosen)
     found = []
     for target, (seen, labels) in progress(known.items(), len(known), "probes"):
         tested, true = held_out[target]
@@ -102,12 +92,18 @@ def probe(file: Path, source: Path, device: torch.device) -> list[dict[str, Any]
     return found
 
 
+@torch.inference_mode()
+def _features(resnet: ModulatedResNet, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The averaged map after each stage, [N, C] each, of images uint8 [S, S, 3]."""
+    device, prepare, parts = next(resnet.parameters()).device, Preprocessing(len(pixels[0])).normalise, []
+    for part in torch.from_numpy(np.stack(pixels)).split(256):
+        maps = resnet.stage_maps(prepare(part.to(device)))
+        parts.append([map_.mean((2, 3)).cpu().numpy() for map_ in maps])
+    return [np.concatenate(of_stage) for of_stage in zip(*parts, strict=True)]
+
+
 def _labelled(
-    images: LabelledImages,
-    rows: np.ndarray,
-    size: int,
-    features: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
-    rng: np.random.Generator,
+    images: LabelledImages, rows: np.ndarray, size: int, resnet: ModulatedResNet, rng: np.random.Generator
 ) -> dict[str, Labelled]:
     """The features and labels of each target."""
     pixels = [images.decode(images.names[row], size) for row in progress(rows.tolist(), len(rows), "photographs")]
@@ -117,7 +113,7 @@ def _labelled(
         return both, np.repeat([False, True], len(rows))
 
     def after(changes: Sequence[str]) -> list[np.ndarray]:
-        return features([changed(one, change, rng) for one, change in zip(pixels, changes, strict=True)])
+        return _features(resnet, [changed(one, change, rng) for one, change in zip(pixels, changes, strict=True)])
 
     plain, classes = after([PLAIN] * len(rows)), images.labels[rows]
     labelled: dict[str, Labelled] = {"class": (plain, classes)}
@@ -126,8 +122,8 @@ def _labelled(
     tints = rng.choice(TINTS, len(rows))
     labelled["tint"] = after(tints), tints
     labelled |= {change: either(plain, after([change] * len(rows))) for change in CHANGED}
-    mirrored = features([one[:, ::-1] for one in pixels])
-    return labelled | {"mirrored": either(features(pixels), mirrored)}
+    mirrored = _features(resnet, [one[:, ::-1] for one in pixels])
+    return labelled | {"mirrored": either(_features(resnet, pixels), mirrored)}
 
 
 def table_of(found: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -124,8 +124,8 @@ def gpu_check(
 
 
 def _command(step: str, device: str, tiny: bool) -> str:
-    words = ["python main.py gpu-check --step", step, *(["--device", device] if device != "cuda" else [])]
-    return " ".join([*words, "--tiny"] if tiny else words)
+    on_device = "" if device == "cuda" else f" --device {device}"
+    return f"python main.py gpu-check --step {step}{on_device}{' --tiny' if tiny else ''}"
 
 
 def _passed(file: Path, command: str) -> bool:

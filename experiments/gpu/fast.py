@@ -11,16 +11,17 @@ from data.batches import Batch
 from experiments.bench.loading import prepared_scenes, time_training
 from experiments.bench.setup import Rows, Setup
 from experiments.bench.step import cases, interleaved, peak_mib, rows_of
-from experiments.gpu.right import CONFIG, normalised, random_model
+from experiments.bench.vqa_sized_data import QUESTIONS
+from experiments.gpu.right import CONFIG, random_model
 from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits, train_steps
 from experiments.training.optimiser import build_optimiser, build_schedule
 from vqa.kernels.modulate import modulate
+from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
 SMALL = ("question.hidden_size=32", "cbn.hidden_size=8", "answer.fusion_size=32")
-QUESTIONS_OF_20_EPOCHS = 20 * 248_349  # VQA v1, as long as the paper trains
 
 
 def ceilings_rows(setup: Setup) -> Rows:
@@ -37,9 +38,9 @@ def ceilings_rows(setup: Setup) -> Rows:
 
 
 def operation_rows(setup: Setup) -> Rows:
-    """`modulate` alone, forward and backward with a residual and a ReLU: `fused`, which saves the least (on a GPU by
-    torch's operations, too), `composed`, whose backward pass is autograd's, and composed and `compiled`; and the share
-    of the copy speed that is reached, from the bytes that must be moved. Maps are so large that launches are free.
+    """`modulate` alone, forward and backward with a residual and a ReLU: `fused`, whose backward pass saves the least;
+    `composed`, whose backward pass is autograd's; and that one `compiled`. Each reaches a share of the copy speed, as
+    computed from the bytes that must be moved. The maps are so large that the time of launches does not count.
     """
     copy = next(ceilings_rows(setup))["value"] * 1e9
     composed = partial(modulate, relu=True, fused=False)
@@ -74,14 +75,14 @@ def operation_rows(setup: Setup) -> Rows:
 def uncompiled_rows(setup: Setup) -> Rows:
     """`bench step` without the compiled ways."""
     for case in cases(setup):
-        yield from rows_of(case._replace(compiled=False), setup.repeats, setup.device)
+        yield from rows_of(case._replace(compiled=False), setup)
 
 
 def compiled_rows(setup: Setup) -> Rows:
     """The cases of `bench step` that have compiled ways."""
     for case in cases(setup):
         if case.compiled:
-            yield from rows_of(case, setup.repeats, setup.device)
+            yield from rows_of(case, setup)
 
 
 def epoch_rows(setup: Setup) -> Rows:
@@ -111,15 +112,12 @@ def epoch_rows(setup: Setup) -> Rows:
         words = [
             f"device={setup.device}",
             f"workers={workers}",
-            f"data.folder={scenes.data.folder}",
             f"data.h5={scenes.data.h5}",
             f"data.image_size={size}",
-            "data.splits={}",
             "data.cache_gib=0",
             f"backbone.name={network}",
             "backbone.weights=none",
             "question.glove=null",
-            "train.validate_on=null",
             *setup.pick(["train.batch_size=8", *SMALL], []),
             *differences,
         ]
@@ -135,7 +133,7 @@ def epoch_rows(setup: Setup) -> Rows:
             "compiled": settings.speed.compile,
             "questions_a_second": round(rate, 1),
             "share_waiting": round(share, 3),
-            "hours_of_20_epochs_of_vqa_v1": round(QUESTIONS_OF_20_EPOCHS / rate / 3600, 2),
+            "hours_of_20_epochs_of_vqa_v1": round(20 * QUESTIONS["train"] / rate / 3600, 2),
         }
 
 
@@ -178,9 +176,10 @@ def _train(settings: Settings, batch: int, device: torch.device) -> None:
     model, made = random_model(settings, batch, device)
     optimiser = build_optimiser(settings.train, model)
     schedule = build_schedule(settings.train, optimiser, 2)
+    prepare_images = Preprocessing(settings.data.image_size).normalise
 
     def loss_of(batch: Batch, reduction: str) -> Tensor:
-        logits = answer_logits(model, batch, normalised, settings.precision)
+        logits = answer_logits(model, batch, prepare_images, settings.precision)
         return answer_loss(logits, batch.labels, settings.train.loss, reduction)
 
     list(train_steps(model, [made] * 2, loss_of, settings.train, optimiser, schedule))  # takes them

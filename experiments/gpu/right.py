@@ -6,7 +6,6 @@ difference is more than rounding.
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -27,18 +26,19 @@ from experiments.evaluate import evaluate
 from experiments.features.compare import compare_features
 from experiments.process_group import averaging_gradients
 from experiments.recalibrate import recalibrate
+from experiments.training.loop import answer_logits
 from experiments.training.trainer import train
 from vqa.build import build_model
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation
 from vqa.predictor import DeltaMLPs
+from vqa.preprocessing import Preprocessing
 from vqa.resnet import ModulatedResNet
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
 CONFIG = ROOT / "config"
-MAIN = ROOT / "main.py"
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -64,10 +64,8 @@ def modulate_rows(setup: Setup) -> Rows:
     cases = list(product(shapes, layouts, (False, True), (False, True)))
     # sums over positions are kept in float32, maps are rounded to their type
     for kind, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
-        worst: dict[str, float] = {}
-        for case in cases:
-            for name, error in _errors_of_modulate(setup.device, kind, *case).items():
-                worst[name] = max(worst.get(name, 0.0), error)
+        found = [_errors_of_modulate(setup.device, kind, *case) for case in cases]
+        worst = {name: max(errors.get(name, 0.0) for errors in found) for name in found[-1]}  # it has a residual
         errors = {name: check_error(f"{kind}, {name}", error, bound) for name, error in worst.items()}
         yield {"type": str(kind).removeprefix("torch."), "cases": len(cases), **errors}
 
@@ -133,7 +131,7 @@ def network_rows(setup: Setup) -> Rows:
 
 
 def compile_rows(setup: Setup) -> Rows:
-    """The compiled network against the network, forward and backward."""
+    """The compiled network against the uncompiled one, forward and backward."""
     name, size = setup.pick(("resnet10", 64), ("resnet18", 128))
     net, inputs = _net_and_inputs(name, size)
     start = time.monotonic()
@@ -205,14 +203,13 @@ def _commands_row(setup: Setup, recipe: str, question: str, *words: str, **about
 
 
 def resume_rows(setup: Setup) -> Rows:
-    """End a bfloat16 training by SIGTERM in its second epoch and resume it: the loss is that of one which was not."""
+    """End a bfloat16 training by SIGTERM in its second epoch and resume it: its loss is that of an undisturbed one."""
     words = ("train.checkpoint_every=1", "train.epochs=3")
     train(_small_settings(setup, "name=whole", *words), runs=setup.folder / "runs")
     recipe = setup.folder / "resumed.yaml"
     _small_settings(setup, "name=resumed", *words).save(recipe)
-    command = [sys.executable, str(MAIN), "train", "--config", str(recipe), "--resume"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command = [sys.executable, str(ROOT / "main.py"), "train", "--config", str(recipe), "--resume"]
+    with subprocess.Popen(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch 1/"):
                 process.send_signal(signal.SIGTERM)
@@ -231,8 +228,8 @@ def _last_metrics(setup: Setup, name: str) -> dict[str, Any]:
 
 
 def nccl_rows(setup: Setup) -> Rows:
-    """A process group of one: the wrapped model's gradients are the bare one's, and batch statistics are exchanged; and
-    objects, by a group on the host.
+    """A process group of one: the wrapped model's gradients are those of the bare one, with batch statistics that are
+    exchanged; objects are exchanged by a group on the host.
     """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{setup.folder}/rendezvous", rank=0, world_size=1)
@@ -252,13 +249,9 @@ def nccl_rows(setup: Setup) -> Rows:
 
 def _gradient_norm(model: nn.Module, batch: Batch) -> float:
     model.zero_grad(set_to_none=True)
-    model(normalised(batch.images), batch.tokens, batch.lengths, places=batch.places).logits.square().sum().backward()
+    prepare_images = Preprocessing(batch.images.shape[1]).normalise
+    answer_logits(model, batch, prepare_images, "float32").square().sum().backward()
     return nn.utils.get_total_norm([part.grad for part in model.parameters() if part.grad is not None]).item()
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Images uint8 [B, H, W, 3] → float [B, 3, H, W] of about mean 0 and deviation 1."""
-    return (images.float() / 64 - 2).permute(0, 3, 1, 2)
 
 
 def random_model(settings: Settings, batch: int, device: torch.device) -> tuple[nn.Module, Batch]:

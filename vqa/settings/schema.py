@@ -283,7 +283,7 @@ class Settings(_Section):
         return self
 
     def save(self, file: Path) -> None:
-        """Writes every setting, resolved."""
+        """Write every setting, resolved."""
         write_text(file, yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 

@@ -57,16 +57,10 @@ def _wait(process: int) -> None:
 
 def submit(suite: "Suite", runs: Path, cluster: str, resources: str) -> list[str]:
     """Submits each missing run and seed that is not queued yet, by this suite or another with the same tests, as a task
-    of an array; the first task that starts makes the data and the backbone.
+    of an array; the first task that starts makes the data and the backbone. Returns the tasks' ids.
 
-    Args:
-        suite: what to run.
-        runs: where run directories are, on a disk that the cluster's machines share.
-        cluster: `slurm`.
-        resources: of each task, by submitit's names: `timeout_min=240 gpus_per_node=1 slurm_partition=gpu`.
-
-    Returns:
-        The tasks' ids.
+    `runs` is on a disk that the cluster's machines share. `resources` are those of each task, by submitit's names:
+    `timeout_min=240 gpus_per_node=1 slurm_partition=gpu`.
 
     Raises:
         InputError: submitit or the cluster's commands are missing, or a resource is unknown to them.

@@ -60,11 +60,7 @@ class Processes:
             print(text, flush=True)
 
     def agreed(self, work: Callable[[], Result]) -> Result:
-        """The result of this process's work, where no process raises InputError.
-
-        Raises:
-            InputError: the first that a process raised, in all of them.
-        """
+        """The result of this process's work; if some processes raise InputError, all raise the first one's."""
         if self.world_size == 1:
             return work()
         result = refusal = None
@@ -78,10 +74,7 @@ class Processes:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """The result of the main process's work, in every process. Raises InputError as `agreed`."""
-        results = [self.agreed(lambda: work() if self.is_main else None)]
-        if self.world_size > 1:
-            dist.broadcast_object_list(results, group=_Patient.group)
-        return results[0]
+        return self.gather(self.agreed(lambda: work() if self.is_main else None))[0]
 
 
 def this_process() -> Processes:
@@ -97,10 +90,8 @@ def this_process() -> Processes:
 
 @contextmanager
 def together(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Joins the process group for the block, if there are several processes.
-
-    Raises:
-        InputError: a launcher set only a part of what torchrun sets.
+    """Joins the process group for the block, if there are several processes; raises InputError if a launcher set only a
+    part of what torchrun sets.
     """
     if processes.world_size == 1:
         yield

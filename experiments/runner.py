@@ -102,10 +102,8 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
     """Trains and tests one run with one seed in this process, except for what is done already.
 
     A finished job is skipped, also where only its results are there (published evidence). The data and the backbone
-    that it needs, which other runs may share, are made first.
-
-    Raises:
-        InputError: as `prepare`, `train`, `recalibrate` and `evaluate`.
+    that it needs, which other runs may share, are made first. Raises InputError as `prepare`, `train`, `recalibrate`,
+    `evaluate`.
     """
     folder = job.folder(runs)
     if job.is_finished(runs, suite.tests):
@@ -145,15 +143,9 @@ def _remove_results(folder: Path) -> None:
 def run_suite(suite: Suite, runs: Path, at_once: int | None = None) -> str | None:
     """Runs what is missing of a suite; a run that fails does not stop the others.
 
-    Args:
-        suite: what to run.
-        runs: where run directories are.
-        at_once: parallel trainings; by default one per GPU. Recipes that name the CPU get a thread each, so that
-            their numbers do not depend on the number of cores, and by default as many at once as there are cores (and
-            2 GiB of memory a run).
-
-    Returns:
-        How many failed, and where the first one's log is; None if none did.
+    Returns how many failed, and where the first one's log is; None if none did. `at_once` trainings run in parallel, by
+    default one per GPU. Recipes that name the CPU get a thread each, so that their numbers do not depend on the number
+    of cores, and by default as many at once as there are cores (and 2 GiB of memory a run).
 
     Raises:
         InputError: another process runs this suite.
@@ -208,7 +200,7 @@ def _environments(jobs: Sequence[Job], at_once: int | None) -> list[dict[str, st
 
     Where a run names its own GPU, as `cuda:1`, all see every GPU.
     """
-    # a cluster gives a job some cores of a machine; macOS and Windows cannot tell
+    # a cluster gives a job some cores of a machine; macOS cannot tell
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if all(job.settings.device == "cpu" for job in jobs):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

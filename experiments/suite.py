@@ -1,4 +1,4 @@
-"""Suites: the runs that an experiment compares, as short deltas over a recipe, and how each run is tested.
+"""Suites: the runs that an experiment compares, as changes to a recipe, and how each run is tested.
 
 A suite file (`experiments/suites/*.yaml`) holds
 
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -37,7 +37,6 @@ from vqa.settings.schema import FileName, Role, Settings, SplitName, different_k
 
 # of a suite's tables, by task; the error is 100 % less the overall accuracy
 COLUMNS = {"vqa": ("overall", "yes/no", "number", "other"), "guesswhat": ("overall", "error", "yes", "no", "n/a")}
-_Column = Literal["overall", "error", "yes/no", "number", "other", "yes", "no", "n/a"]
 
 # Names appear in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
 _NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
@@ -62,7 +61,7 @@ class _Form(BaseModel):
 
 class _RunForm(_Form):
     settings: _Words = ()
-    paper: dict[_Column, float] = {}
+    paper: dict[str, float] = {}
 
 
 class _TestForm(_Form):
@@ -81,7 +80,7 @@ class _SuiteForm(_Form):
     order: list[str] = []
     contrasts: dict[str, list[str]] = {}
     paper: str = ""
-    not_run: dict[_Name, dict[_Column, float]] = {}
+    not_run: dict[_Name, dict[str, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Run:
     """Settings that are trained with each seed."""
 
     name: str
-    words: tuple[str, ...]  # its delta over the recipe
+    words: tuple[str, ...]  # what it changes of the recipe, `key.sub=value`
     settings: Mapping[int, Settings]  # of each seed, resolved; `name` is the run directory
     paper: dict[str, float]
 
@@ -141,6 +140,7 @@ class Suite:
     baseline: str
     runs: list[Run]
     tests: list[Test]
+    split: str  # whose questions are answered
     order: list[str]
     contrasts: dict[str, list[str]]
     paper: str
@@ -199,9 +199,7 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
         for name, run in form.runs.items()
     ]
     tests = [Test(name, test.settings, test.recalibrate, form.split) for name, test in form.tests.items()]
-    names = ("title", "seeds", "baseline", "order", "contrasts", "paper", "not_run")
-    same = {name: getattr(form, name) for name in names}
-    suite = Suite(file, recipe=recipe, runs=runs, tests=tests, words=words, **same)
+    suite = Suite(**dict(form) | {"file": file, "recipe": recipe, "runs": runs, "tests": tests, "words": words})
     if problem := next(_problems(suite, plain), None):
         raise InputError(f"{file}: {problem}")
     return suite
@@ -226,7 +224,7 @@ def _problems(suite: Suite, recipe: Settings) -> Iterator[str]:
         other = names.setdefault(settings.name, run.name)
         if other != run.name:
             yield f"{other!r} and {name!r} have the same settings"
-        yield from _problems_of_split(name, suite.tests[0].split, settings, suite.tests)
+        yield from _problems_of_split(name, suite.split, settings, suite.tests)
     for name, numbers in ({run.name: run.paper for run in suite.runs} | suite.not_run).items():
         if other := sorted(set(numbers) - {*suite.columns}):
             yield f"{name}: no column {other[0]!r}; columns are {', '.join(suite.columns)}"

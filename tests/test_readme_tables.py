@@ -32,12 +32,9 @@ KINDS = ("how many", "is there", "what color", "what shape")
 @cache
 def answered(suite):
     """{row: {seed: result}} from a suite's published evidence."""
-    by_row = defaultdict(dict)
     with TemporaryDirectory() as folder:
         zipfile.ZipFile(RESULTS / f"{suite}_runs.zip").extractall(folder)
-        for result in collect(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), Path(folder)):
-            by_row[result.row.name][result.seed] = result
-    return by_row
+        return collect(load_suite(ROOT / "experiments" / "suites" / f"{suite}.yaml"), Path(folder))
 
 
 def difference(suite, row, other):

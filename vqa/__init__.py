@@ -1,7 +1,7 @@
 """Conditional batch normalisation for visual question answering (de Vries et al., NIPS 2017).
 
-Legend of the shape letters in this package: B images (one question each), T words, V known words, E embedding,
-D question embedding, C channels, H and W map size, G glimpses, A answers, S image side, L conditioned norms.
+Legend of the shape letters in this package: B samples (a question about an image each), I images, T words, V known
+words, E embedding, D question embedding, C channels, H and W map size, G glimpses, A answers, S image side.
 """
 
 from pathlib import Path

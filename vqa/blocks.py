@@ -10,12 +10,10 @@ from vqa.norms import Modulation
 
 Deltas = Mapping[str, Modulation]  # by the names of the conditioned norms
 
-
 LAYERS = {  # of torchvision's blocks, in the order of the forward pass: saved optimiser states refer to this order
     BasicBlock: ("conv1", "bn1", "conv2", "downsample", "bn2"),
     Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "downsample", "bn3"),
 }
-
 
 FORM = (  # the layers of a ResNet of torchvision's form, by name; timm's blocks have further ones that may do nothing
     (r"conv\d|downsample\.0", nn.Conv2d),

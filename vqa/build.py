@@ -8,7 +8,7 @@ from torch import nn
 from vqa.attention import ATTENTIONS
 from vqa.io.errors import InputError
 from vqa.model import ConditionedModel, Fusion, VQAModel
-from vqa.predictor import CategoricalPredictor, ModulationPredictor
+from vqa.predictor import CategoricalPredictor, ModulationPredictor, Predictor
 from vqa.question import KINDS, QuestionEncoder, TextEncoder
 from vqa.resnet import ConditionedNorm, ModulatedResNet
 from vqa.settings.schema import Settings
@@ -70,7 +70,19 @@ def build_model(
             dropout=answer.dropout,
         )
     else:
-        model = _vqa_model(settings, question, resnet, predictor, answers)
+        attention = settings.attention
+        sizes = (asked.hidden_size, resnet.channels * attention.glimpses, answer.fusion_size, answer.hidden_size)
+        model = VQAModel(
+            question,
+            resnet,
+            predictor,
+            ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
+            Fusion(*sizes, answers, dropout=answer.dropout),
+            condition=cbn.condition,
+            normalise=attention.normalise,
+            scale=attention.scale,
+            sees_image="image" in settings.inputs,
+        )
     if settings.backbone.train != "none" and not settings.views:
         raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
     model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
@@ -84,43 +96,12 @@ def _build_question(
 ) -> QuestionEncoder | TextEncoder:
     asked = settings.question
     if asked.encoder == "transformers":
-        states = text_encoder.config.hidden_size
-        return TextEncoder(text_encoder, states, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
+        return TextEncoder(text_encoder, asked.hidden_size, pooling=asked.pooling, frozen=asked.frozen)
     fixed, sizes = asked.glove_size if asked.glove else 0, (asked.embedding_size, asked.hidden_size)
     return QuestionEncoder(vocabulary_size, *sizes, encoder=asked.encoder, layers=asked.layers, fixed_size=fixed)
 
 
-def _vqa_model(
-    settings: Settings,
-    question: QuestionEncoder | TextEncoder | None,
-    resnet: ModulatedResNet,
-    predictor: ModulationPredictor | CategoricalPredictor | None,
-    answers: int,
-) -> VQAModel:
-    asked, attention, answer = settings.question, settings.attention, settings.answer
-    return VQAModel(
-        question,
-        resnet,
-        predictor,
-        ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
-        Fusion(
-            asked.hidden_size,
-            resnet.channels * attention.glimpses,
-            answer.fusion_size,
-            answer.hidden_size,
-            answers,
-            dropout=answer.dropout,
-        ),
-        condition=settings.cbn.condition,
-        normalise=attention.normalise,
-        scale=attention.scale,
-        sees_image="image" in settings.inputs,
-    )
-
-
-def _build_predictor(
-    settings: Settings, layers: Sequence[ConditionedNorm]
-) -> ModulationPredictor | CategoricalPredictor | None:
+def _build_predictor(settings: Settings, layers: Sequence[ConditionedNorm]) -> Predictor | None:
     cbn = settings.cbn
     if not layers:
         return None

@@ -9,7 +9,6 @@ Each layer can replace a norm in any network. `vqa.norms` computes the second li
 all norms of a network at once.
 """
 
-from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -141,8 +140,7 @@ class _OfFixedGroups(ConditionalGroupNorm):
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int, **options: Any) -> Self:
         """Return a norm of this kind with the γ and β (shared) and the ε of a batch norm."""
-        make = partial(cls, norm.num_features, condition_size, hidden_size, eps=norm.eps, **options)
-        return in_place_of(norm, make)
+        return in_place_of(norm, cls, norm.num_features, condition_size, hidden_size, eps=norm.eps, **options)
 
 
 class ConditionalInstanceNorm2d(_OfFixedGroups):

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from vqa.cbn import ConditionalBatchNorm2d
 
 _CONDITION: ContextVar[tuple[Tensor, tuple[int, bool]] | None] = ContextVar("condition", default=None)
-
-
 _OUTSIDE_OF_GRAPHS = torch.compiler.disable(reason="the condition of `conditioned` is read outside of compiled graphs")
 
 

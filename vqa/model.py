@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vqa.attention import Normalisation, attend, normalise_features
 from vqa.norms import Modulation
-from vqa.predictor import CategoricalPredictor, ModulationPredictor
+from vqa.predictor import Predictor
 from vqa.question import QuestionEncoder, QuestionKinds, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 
@@ -81,7 +81,7 @@ class ConditionedModel(nn.Module):
         self,
         question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
-        predictor: ModulationPredictor | CategoricalPredictor | None,
+        predictor: Predictor | None,
         condition: Condition,
         question_size: int,
         **parts: nn.Module | None,
@@ -180,7 +180,7 @@ class VQAModel(ConditionedModel):
         self,
         question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
-        predictor: ModulationPredictor | CategoricalPredictor | None,
+        predictor: Predictor | None,
         attention: nn.Module,
         fusion: Fusion,
         *,

@@ -4,12 +4,8 @@
 
 They differ only in the values that mean and variance are taken over. Each is computed as y = scale · x + shift, in one
 pass over the map together with the residual add and the ReLU that follow a norm in a ResNet (`vqa.kernels.modulate`).
-
-Legend: B samples, C channels, H and W map size, G groups of channels.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -68,12 +64,12 @@ def check_map(x: Tensor, channels: int) -> None:
 Norm = TypeVar("Norm", bound=nn.Module)
 
 
-def in_place_of(norm: nn.BatchNorm2d, make: Callable[[], Norm]) -> Norm:
-    """Return the norm that `make` builds, with the device, type, mode, γ and β (shared) of `norm`."""
+def in_place_of(norm: nn.BatchNorm2d, kind: type[Norm], *sizes: int, **options: Any) -> Norm:
+    """Return `kind(*sizes, **options)` with the device, type, mode, γ and β (shared) of a batch norm."""
     if norm.weight is None or norm.bias is None:
         raise ValueError("a modulated norm needs γ and β")
     with norm.weight.device:
-        modulated = make().to(norm.weight.dtype)
+        modulated = kind(*sizes, **options).to(norm.weight.dtype)
     modulated.weight, modulated.bias = norm.weight, norm.bias
     return modulated.train(norm.training)
 
@@ -188,7 +184,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if not norm.track_running_stats:
             raise ValueError("a modulated batch norm needs running statistics")
         kept = {"eps": norm.eps, "momentum": norm.momentum}
-        modulated = in_place_of(norm, partial(cls, norm.num_features, *sizes, **options, **kept))
+        modulated = in_place_of(norm, cls, norm.num_features, *sizes, **options, **kept)
         for name, buffer in norm.named_buffers(recurse=False):
             modulated.register_buffer(name, buffer)
         modulated.synchronised = isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "synchronised", False)
@@ -283,7 +279,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
         """
         check_map(x, self.num_channels)
         delta = checked(delta, x)
-        grouped = x.to(self.weight.dtype).unflatten(1, (self.num_groups, -1)).flatten(2)  # [B, G, C / G * H * W]
+        grouped = x.to(self.weight.dtype).unflatten(1, (self.num_groups, -1)).flatten(2)  # [B, groups, values]
         if grouped.shape[2] < 2:
             raise ValueError("the statistics of a group need more than one value")
         var, mean = torch.var_mean(grouped, dim=2, correction=0)
@@ -294,7 +290,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **options: Any) -> Self:
         """Return a group norm with the γ and β (shared) and the ε of a batch norm, and further arguments."""
-        return in_place_of(norm, partial(cls, groups, norm.num_features, *sizes, **options, eps=norm.eps))
+        return in_place_of(norm, cls, groups, norm.num_features, *sizes, **options, eps=norm.eps)
 
 
 GROUPS = 32  # of group normalisation (Wu and He 2018)

@@ -7,7 +7,6 @@ For a norm and a condition e (in the paper: the question's embedding),
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class DeltaMLP(nn.Sequential):
         nn.init.zeros_(self[2].bias)
 
 
-class _Predictor(nn.Module):
+class Predictor(nn.Module):
     """Δγ and Δβ of all conditioned norms of a network from one condition, each by a module or not at all."""
 
     def __init__(self, make: Callable[[], nn.Module], gamma: bool, beta: bool) -> None:
@@ -48,7 +47,7 @@ class _Predictor(nn.Module):
         return Modulation(*(None if part is None else part(condition) for part in (self.gamma, self.beta)))
 
 
-class ModulationPredictor(_Predictor):
+class ModulationPredictor(Predictor):
     """The deltas of all conditioned norms of a network from one condition [B, D]: two MLPs per norm."""
 
     def __init__(
@@ -69,7 +68,7 @@ class ModulationPredictor(_Predictor):
         super().__init__(lambda: DeltaMLPs(condition_size, names, channels, hidden_size), gamma, beta)
 
 
-class CategoricalPredictor(_Predictor):
+class CategoricalPredictor(Predictor):
     """The deltas of all conditioned norms of a network from classes, int64 [B]: tables that start with zeros.
 
     γ + Δγ and β + Δβ are then those of `CategoricalConditionalBatchNorm2d`, starting at the pretrained γ and β.
@@ -77,8 +76,8 @@ class CategoricalPredictor(_Predictor):
 
     def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
         """As `ModulationPredictor`."""
-        zeros = partial(torch.zeros, num_classes, sum(channels))
-        super().__init__(lambda: nn.Embedding.from_pretrained(zeros(), freeze=False), gamma, beta)
+        zeros = torch.zeros(num_classes, sum(channels))
+        super().__init__(lambda: nn.Embedding.from_pretrained(zeros.clone(), freeze=False), gamma, beta)
 
 
 JOINED = ("hidden_weight", "hidden_bias", "weight", "bias")  # the parameters of `DeltaMLPs`

@@ -88,16 +88,16 @@ class TextEncoder(nn.Module):
     A linear layer follows where these states have another size than e_q.
     """
 
-    def __init__(
-        self, encoder: nn.Module, state_size: int, hidden_size: int, *, pooling: Literal["last", "mean"], frozen: bool
-    ) -> None:
-        """`encoder` takes `input_ids` and `attention_mask` [B, T] and returns a `last_hidden_state` [B, T, state_size].
+    def __init__(self, encoder: nn.Module, hidden_size: int, *, pooling: Literal["last", "mean"], frozen: bool) -> None:
+        """`encoder` takes `input_ids` and `attention_mask` [B, T] and returns a `last_hidden_state` of its
+        `config.hidden_size` numbers for each token.
 
         With `frozen` it is not trained and always in evaluation mode, without dropout.
         """
         super().__init__()
         self.encoder, self.pooling, self.frozen = encoder, pooling, frozen
-        self.projection = nn.Linear(state_size, hidden_size) if state_size != hidden_size else nn.Identity()
+        states = encoder.config.hidden_size
+        self.projection = nn.Linear(states, hidden_size) if states != hidden_size else nn.Identity()
         encoder.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "TextEncoder":

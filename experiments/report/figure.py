@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.report.results import Line
@@ -29,7 +28,6 @@ def draw(title: str, lines: Sequence[Line], baseline: str) -> Figure:
         rows.setdefault(line["row"], []).append(line["overall"])
     figure = Figure(figsize=(8, 1.25 + 0.42 * len(rows)), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, (name, values) in enumerate(rows.items()):
         colour = SOFT if name == baseline else ACCENT

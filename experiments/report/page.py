@@ -41,18 +41,11 @@ how many there are.
 
 
 def write_report(suite: Suite, runs: Path, out: Path) -> str:
-    """Report the finished runs of a suite.
+    """Report the finished runs of a suite into the folder `out`.
 
     Writes `SUITE.csv` (a line per row), `SUITE.md`. If anything is finished, also `SUITE_runs.csv` (one line per row
-    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type).
-
-    Args:
-        suite: what was run.
-        runs: where run directories are.
-        out: where the report is written.
-
-    Returns:
-        The tables as plain text, the claims about the order of rows, and where the page is.
+    and seed), `SUITE.png` and, for contrasts, `SUITE_contrasts.csv` (one line per contrast and question type). Returns
+    the tables as plain text, the claims about the order of rows, and where the page is.
 
     Raises:
         InputError: a file of a finished run is missing or damaged.
@@ -62,7 +55,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     results = collect(suite, runs)
     lines, seeds, contrasts = row_lines(suite, results), run_lines(suite, results), contrast_lines(suite, results)
     write_lines(table, lines)
-    if results:
+    if seeds:
         from experiments.report.figure import write_figure  # matplotlib
 
         write_lines(trainings, seeds)
@@ -70,7 +63,7 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     else:
         trainings.unlink(missing_ok=True)
         figure.unlink(missing_ok=True)
-    if contrasts and results:
+    if contrasts and seeds:
         write_lines(contrasted, contrasts)
     else:
         contrasted.unlink(missing_ok=True)
@@ -104,7 +97,7 @@ def publish(suite: Suite, runs: Path) -> str:
 
 def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contrasts: Sequence[list[list[str]]]) -> str:
     command = shlex.join(["python", "main.py", "experiment", _below_root(suite.file), *suite.words])
-    about = f"Runs are deltas over `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
+    about = f"The runs change settings of `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
     if suite.paper:
         about += f" The paper's numbers are of {suite.paper}."
     if changes := [f"{seed}: `{shlex.join(words)}`" for seed, words in suite.seeds.items() if words]:
@@ -125,14 +118,13 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
 
 def _legend(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> str:
     compared = " or ".join(map(str, sorted({line["compared"] for line in lines if line["compared"]})))
-    split = suite.tests[0].split
     validated = {settings.train.validate_on for run in suite.runs for settings in run.settings.values()}
     best = " or ".join(f"split `{one}`" for one in sorted(validated - {None}))
     scored = f"Each run is scored at its best epoch on {best}" if best else "Each run is scored at its last epoch"
     if best and None in validated:
         scored += ", or at its last where it has no validation"
-    scored += f"; the accuracies are of `{split}`."
-    if validated == {split}:
+    scored += f"; the accuracies are of `{suite.split}`."
+    if validated == {suite.split}:
         scored = "Each run is scored at its best epoch on these same questions."
     seeds = {line["row"]: set(line["seeds"].split()) for line in lines if line["seeds"]}
     others = [seeds[line["row"]] for line in lines if line["difference"] is not None]

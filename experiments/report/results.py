@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from experiments.evaluate import MOST_TYPES_SHOWN
 from experiments.report.statistics import Answered, Difference, compare, mean_and_deviation, seed_interval
 from experiments.runner import Job, jobs_of
-from experiments.suite import Row, Suite
+from experiments.suite import Row, Suite, Test
 from vqa.io.errors import InputError
 from vqa.io.files import read_bytes, written_whole
 
@@ -40,7 +40,7 @@ class _Epoch(msgspec.Struct):
     epoch: int
     seconds: float
     val_overall: float | None
-    peak_memory_mib: float | None
+    peak_memory_mib: float
 
 
 class _Environment(msgspec.Struct):
@@ -59,33 +59,34 @@ class _Environment(msgspec.Struct):
     resumed: list["_Environment"] = []
 
 
-_Content = TypeVar("_Content")
-
-
 @dataclass(frozen=True)
 class Result:
     """The scores of one row and seed."""
 
-    row: Row
-    seed: int
     scores: dict[str, float]  # percent, by column
     facts: Line  # how it was made
     answered: Answered
 
 
-def collect(suite: Suite, runs: Path) -> list[Result]:
+Results = dict[str, dict[int, Result]]  # of each row, by its name: the seeds that are finished
+
+
+def collect(suite: Suite, runs: Path) -> Results:
     """Read every row and seed that is finished, in the order of the suite.
 
     Raises:
         InputError: a file of a finished run is missing or damaged, or it was made with other settings.
     """
-    results = (_read(row, Job(row.run, seed), runs) for row in suite.rows for seed in suite.seeds)
-    return [result for result in results if result is not None]
+    results: Results = {row.name: {} for row in suite.rows}
+    for row, seed in product(suite.rows, suite.seeds):
+        if (result := _read(row.test, Job(row.run, seed), runs)) is not None:
+            results[row.name][seed] = result
+    return results
 
 
-def _read(row: Row, job: Job, runs: Path) -> Result | None:
+def _read(test: Test, job: Job, runs: Path) -> Result | None:
     folder = job.folder(runs)
-    scored, answered_in = (row.test.folder(folder) / name for name in row.test.files)
+    scored, answered_in = (test.folder(folder) / name for name in test.files)
     if not scored.exists():
         return None
     job.check_settings(runs)
@@ -104,19 +105,18 @@ def _read(row: Row, job: Job, runs: Path) -> Result | None:
             f"{scored}: of the model of epoch {metrics.epoch}, but that of epoch {best.epoch} was kept; remove it and "
             "run again"
         )
-    peaks = [epoch.peak_memory_mib for epoch in epochs]
     facts = {
         "questions": metrics.questions,
         "epochs": len(epochs),
         "best_epoch": best.epoch,
         "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
-        "peak_memory_mib": None if None in peaks else round(max(peaks), 1),
+        "peak_memory_mib": round(max(epoch.peak_memory_mib for epoch in epochs), 1),
         **_made(environment),
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
     scores = {"overall": metrics.overall, "error": 100 - metrics.overall} | metrics.per_answer_type | kinds
-    return Result(row, job.seed, scores, facts, answered)
+    return Result(scores, facts, answered)
 
 
 def _made(environment: _Environment) -> Line:
@@ -134,7 +134,7 @@ def _made(environment: _Environment) -> Line:
     return first
 
 
-def _decoded(file: Path, kind: type[_Content], *, lines: bool = False) -> Any:
+def _decoded(file: Path, kind: type, *, lines: bool = False) -> Any:
     """The content of a JSON file, or of each of its lines."""
     decoder = msgspec.json.Decoder(kind)
     try:
@@ -152,63 +152,60 @@ def _answered(file: Path) -> Answered:
         raise InputError(f"{file}: missing or damaged; remove the metrics beside it and run again") from None
 
 
-def run_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+def run_lines(suite: Suite, results: Results) -> list[Line]:
     """A line for each row and seed."""
     columns = [*suite.columns, *_kinds(results)]
     lines = []
-    for result in results:
-        changes = {"seed_settings": shlex.join(suite.seeds[result.seed])} if any(suite.seeds.values()) else {}
-        scores = {column: result.scores.get(column) for column in columns}
-        lines.append(_line(result.row, seed=result.seed, **changes, **scores, **result.facts))
+    for row in suite.rows:
+        for seed, result in results[row.name].items():
+            changes = {"seed_settings": shlex.join(suite.seeds[seed])} if any(suite.seeds.values()) else {}
+            scores = {column: result.scores.get(column) for column in columns}
+            lines.append(_line(row, seed=seed, **changes, **scores, **result.facts))
     return lines
 
 
-def row_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+def row_lines(suite: Suite, results: Results) -> list[Line]:
     """A line for each row of the suite, then one for each row that only the paper has."""
-    by_row = {row.name: [result for result in results if result.row.name == row.name] for row in suite.rows}
     below = dict(zip(suite.order[1:], suite.order, strict=False))
     kinds = _kinds(results)
     lines = []
     for row in suite.rows:
-        own = by_row[row.name]
-        compared = None if row.name == suite.baseline else _compared(own, by_row[suite.baseline])
+        own = results[row.name]
+        compared = None if row.name == suite.baseline else _compared(own, results[suite.baseline])
         following = below.get(row.name)
+        facts = [result.facts for result in own.values()]
         line = _line(
             row,
             settings=shlex.join(row.run.words),
-            seeds=" ".join(str(result.seed) for result in own),
-            questions=own[0].facts["questions"] if own else None,
+            seeds=" ".join(map(str, own)),
+            questions=facts[0]["questions"] if facts else None,
             **_means(own, suite.columns, kinds),
             baseline=suite.baseline,
             **_interval(compared),
             difference_std=compared and compared.deviation,
             compared=compared and compared.questions,
             **_paper(suite, row.run.paper if row.test.label == "plain" else {}),
-            seconds=_mean(own, "seconds"),
-            peak_memory_mib=_mean(own, "peak_memory_mib"),
-            trained_parameters=own[0].facts["trained_parameters"] if own else None,
+            seconds=_mean(facts, "seconds"),
+            peak_memory_mib=_mean(facts, "peak_memory_mib"),
+            trained_parameters=facts[0]["trained_parameters"] if facts else None,
             order_above=following,
-            **_claim(_compared(own, by_row.get(following, []))),
+            **_claim(_compared(own, results.get(following, {}))),
         )
         lines.append(line)
     only_paper = ({"row": name} | _paper(suite, numbers) for name, numbers in suite.not_run.items())
     return lines + [dict.fromkeys(lines[0]) | line for line in only_paper]
 
 
-def contrast_lines(suite: Suite, results: Sequence[Result]) -> list[Line]:
+def contrast_lines(suite: Suite, results: Results) -> list[Line]:
     """A line for each contrast of the suite, overall and by question type: the mean of the differences seed by seed."""
-    by_row: dict[str, dict[int, Result]] = {row.name: {} for row in suite.rows}
-    for result in results:
-        by_row[result.row.name][result.seed] = result
     lines = []
     for row, controls in suite.contrasts.items():
         for control, column in product(controls, ["overall", *_kinds(results)]):
-            differences = _differences(by_row[row], by_row[control], column)
+            differences = _differences(results[row], results[control], column)
             low, high = seed_interval(differences) or (None, None)
-            line = {"difference": float(np.mean(differences)) if differences else None}
-            line |= {"seeds_low": low, "seeds_high": high}
-            named = {"row": row, "less": control, "questions": column.removeprefix(KIND)}
-            lines.append(named | _rounded(line) | {"seeds": len(differences)})
+            mean = float(np.mean(differences)) if differences else None
+            found = {"difference": mean, "seeds_low": low, "seeds_high": high, "seeds": len(differences)}
+            lines.append(_rounded({"row": row, "less": control, "questions": column.removeprefix(KIND)} | found))
     return lines
 
 
@@ -221,17 +218,18 @@ def _differences(ours: Mapping[int, Result], theirs: Mapping[int, Result], colum
     ]
 
 
-def _kinds(results: Sequence[Result]) -> list[str]:
+def _kinds(results: Results) -> list[str]:
     """The columns of question types; none where they are many."""
-    kinds = sorted({column for result in results for column in result.scores if column.startswith(KIND)})
+    scores = (result.scores for row in results.values() for result in row.values())
+    kinds = sorted({column for columns in scores for column in columns if column.startswith(KIND)})
     return kinds if len(kinds) <= MOST_TYPES_SHOWN else []
 
 
-def _means(results: Sequence[Result], columns: Sequence[str], kinds: Sequence[str]) -> Line:
+def _means(row: Mapping[int, Result], columns: Sequence[str], kinds: Sequence[str]) -> Line:
     """Means over seeds, and standard deviations but for question types."""
     line: Line = {}
     for column in [*columns, *kinds]:
-        scores = [result.scores[column] for result in results if column in result.scores]
+        scores = [result.scores[column] for result in row.values() if column in result.scores]
         mean, deviation = mean_and_deviation(scores) if scores else (None, None)
         line |= {f"{column}_mean": mean, f"{column}_std": deviation} if column in columns else {column: mean}
     return line
@@ -258,20 +256,19 @@ def _claim(found: Difference | None) -> Line:
     }
 
 
-def _compared(ours: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
+def _compared(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> Difference | None:
     """Two rows question by question; None where one was not run, or they have no question in common."""
     if not ours or not theirs:
         return None
-    return compare(*({result.seed: result.answered for result in row} for row in (ours, theirs)))
+    return compare(*({seed: result.answered for seed, result in row.items()} for row in (ours, theirs)))
 
 
 def _paper(suite: Suite, numbers: Mapping[str, float]) -> Line:
     return {f"paper_{column}": numbers.get(column) for column in suite.columns}
 
 
-def _mean(results: Sequence[Result], key: str) -> float | None:
-    known = [result.facts[key] for result in results if result.facts[key] is not None]
-    return round(float(np.mean(known)), 1) if known else None
+def _mean(facts: Sequence[Line], key: str) -> float | None:
+    return round(float(np.mean([of_seed[key] for of_seed in facts])), 1) if facts else None
 
 
 def _line(row: Row, **values: Any) -> Line:

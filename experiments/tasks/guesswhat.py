@@ -15,25 +15,17 @@ from vqa.metrics import Scores, by_kind
 from vqa.settings.schema import Settings
 from vqa.tasks.objects import ANSWERS
 
-SECTION = "guesswhat"  # of the settings
-
 
 class GuessWhatTask(Task):
     """Questions about one object of an image, each with one answer."""
-
-    def __init__(self, settings: Settings) -> None:
-        """As `Task`; raises InputError for an augmentation, too."""
-        if settings.train.augment != "none":
-            raise InputError("train.augment: the task guesswhat supports no augmentation; it must be none")
-        super().__init__(settings)
 
     @classmethod
     def table(cls, store: Store, settings: Settings, split: str) -> QuestionTable:
         """As `Task`, with the images that are among the inputs; raises InputError if the h5 file holds others."""
         table, made = super().table(store, settings, split), settings_of(store.provenance)
-        if (factor := made[f"{SECTION}.crop_factor"]) != (asked := settings.guesswhat.crop_factor):
-            raise InputError(f"{store.path}: made with crop_factor {factor}, but {SECTION}.crop_factor is {asked}")
-        stored, views = made[f"{SECTION}.images"], settings.views
+        if (factor := made["guesswhat.crop_factor"]) != (asked := settings.guesswhat.crop_factor):
+            raise InputError(f"{store.path}: made with crop_factor {factor}, but guesswhat.crop_factor is {asked}")
+        stored, views = made["guesswhat.images"], settings.views
         if missing := sorted(set(views) - set(stored)):
             raise InputError(
                 f"{store.path}: holds no {missing[0]}, as it was made for other `inputs`; name another data.h5"

@@ -173,10 +173,8 @@ class Task(ABC):
         return model
 
     def _some_images(self, least: int = 1) -> Iterator[Tensor]:
-        """Training images from all over the h5 file, normalised, in batches [I, 3, S, S].
-
-        Raises:
-            InputError: there are fewer than `least`.
+        """Training images from all over the h5 file, normalised, in batches [I, 3, S, S]. Raises InputError if there
+        are fewer than `least`.
         """
         rows, images = np.unique(self.training.images), H5Images(self.store.path)
         if len(rows) < least:
@@ -208,6 +206,5 @@ class Task(ABC):
 
     def save_companions(self, folder: Path) -> None:
         """Writes what a model needs in addition to its weights."""
-        store, about_texts = self.store, (self.tokenizer, self.store.vocabulary)
-        companions = (self.preprocessing, self.text_encoder, store.categories)
-        save_companions(folder, self.settings, *about_texts, *companions)
+        of_texts = (self.tokenizer, self.store.vocabulary)
+        save_companions(folder, self.settings, *of_texts, self.preprocessing, self.text_encoder, self.store.categories)

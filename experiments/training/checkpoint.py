@@ -47,22 +47,14 @@ class Progress:
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Reads a checkpoint.
-
-    Raises:
-        InputError: it is not a checkpoint, or damaged: a single flipped byte is detected.
-    """
+    """Reads a checkpoint. Raises InputError if it is none, or damaged: a single flipped byte is detected."""
     with read_as_checkpoint(file):
         return load_tensors(file)
 
 
 @contextmanager
 def read_as_checkpoint(file: Path) -> Iterator[None]:
-    """Turns an error of the block, which uses the content of `file`, into an error that names it.
-
-    Raises:
-        InputError: the file is damaged, or another program wrote it.
-    """
+    """Turns any error of the block, which uses the content of `file`, into an InputError that names it."""
     try:
         yield
     except InputError:
@@ -96,11 +88,7 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
 
     def save(self, file: Path, processes: Processes, data: str) -> None:
-        """Writes a checkpoint of all processes; `data` is the identity of the data.
-
-        Raises:
-            InputError: the disk is full, or fails; the previous checkpoint is kept.
-        """
+        """Writes a checkpoint of all processes as `save_checkpoint`; `data` is the identity of the data."""
         random = {"cpu": torch.get_rng_state()}  # what dropout draws from
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -49,13 +49,15 @@ def train_steps(
         NotFiniteError: a loss or gradient is not finite and not skipped; the parameters are as before that step.
     """
     model.train()
+    several = isinstance(model, nn.parallel.DistributedDataParallel)
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for batch in moved(batches, trained[0].device):
         optimiser.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in model.buffers()] if settings.skip_not_finite else []
         parts, loss = batch.parts(settings.accumulate), 0.0
         for part in parts:
-            with nullcontext() if part is parts[-1] else _without_averaging(model):
+            # processes average their gradients once a step, with its last part
+            with model.no_sync() if several and part is not parts[-1] else nullcontext():
                 of_part = loss_of(part, "mean") * (len(part.rows) / len(batch.rows))
                 of_part.backward()
             loss += of_part.detach()
@@ -74,11 +76,6 @@ def train_steps(
         for buffer, kept in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
         yield error
-
-
-def _without_averaging(model: nn.Module) -> AbstractContextManager:
-    """Processes average their gradients once a step, with its last part."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def predict_classes(
@@ -103,8 +100,7 @@ def predict_classes(
     @torch.inference_mode()
     def predict_share() -> np.ndarray:
         model.eval()
-        # numbers, not tensors: one of a worker's batch holds a file open, and small ones between large ones split
-        # the heap
+        # numbers, not tensors: a tensor of a worker holds a file open, and small ones between large ones waste memory
         rows: list[int] = []
         classes: list[int] = []
         batches = read_batches(data, share, settings, device, what if processes.is_main else None)

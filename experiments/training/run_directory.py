@@ -35,10 +35,6 @@ class RunDirectory:
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"
 
-    def holds_training(self) -> bool:
-        """Whether a run wrote a checkpoint here; a run that ended earlier does not block its name."""
-        return self.checkpoint.exists() or (self.path / "metrics.jsonl").exists()
-
     def check(self, settings: Settings, resume: bool, init_from: Path | None = None) -> None:
         """Refuses to overwrite a run, or to resume one with other settings; only more epochs or patience are allowed.
 
@@ -47,7 +43,8 @@ class RunDirectory:
                 gone; or a run without a checkpoint is resumed that began with another model's weights, and `init_from`
                 is None; or it holds a model that was copied or recalibrated.
         """
-        if not self.holds_training():
+        metrics = self.path / "metrics.jsonl"
+        if not self.checkpoint.exists() and not metrics.exists():  # a run that ended so early does not block its name
             began = (self.path / "config.yaml").exists()
             if (self.path / WEIGHTS).exists() or ((self.model / WEIGHTS).exists() and not began):
                 raise InputError(f"{self.path}: holds a model that was not trained here; choose another `name`")
@@ -59,7 +56,7 @@ class RunDirectory:
         if not resume:
             raise InputError(f"{self.path}: already holds a run; resume it with --resume, or choose another `name`")
         # after one epoch there may be none yet
-        if not self.checkpoint.exists() and len(read_text(self.path / "metrics.jsonl").splitlines()) > 1:
+        if not self.checkpoint.exists() and len(read_text(metrics).splitlines()) > 1:
             raise InputError(
                 f"{self.checkpoint}: missing, so that the run cannot be resumed; choose another `name`, or move it away"
             )

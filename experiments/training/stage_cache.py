@@ -58,10 +58,7 @@ class ImageSource:
 def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
     the images, if they are augmented or not used, if no stage is fixed, or if the file would be larger than
-    `data.cache_gib` or cannot be written.
-
-    Raises:
-        InputError: as `cached_maps`.
+    `data.cache_gib` or cannot be written. Raises InputError as `cached_maps`.
     """
     store, settings = task.store, task.settings
     known = np.where(store.usable, store.checksums, 0)  # stand-ins may be repaired meanwhile
@@ -92,17 +89,15 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
     identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
     file = store.path.with_name(f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5")
 
-    def make() -> bool:
+    def stored() -> H5Rows | None:
         try:
-            cached_maps(file, identity, count, encode)
+            return cached_maps(file, identity, count, encode)
         except NotWrittenError as error:
             print(f"{error}; training continues without stored feature maps", flush=True)
-            return False
-        return True
+            return None
 
-    if not processes.on_main(make):
-        return pixels
-    return replace(pixels, images=cached_maps(file, identity, count, encode), stage=stage)
+    maps = processes.on_main(stored)
+    return pixels if maps is None else replace(pixels, images=maps, stage=stage)
 
 
 def _digest(resnet: ModulatedResNet, stage: int) -> str:
@@ -123,11 +118,8 @@ def cached_maps(
 ) -> H5Rows:
     """The maps of `count` images, float16 [H, W, C] each; what is missing in the file is encoded first.
 
-    Args:
-        path: the file.
-        identity: what the maps depend on; a file of another identity is refused.
-        count: N.
-        encode: the maps of some rows, [B, H, W, C].
+    `identity` is what the maps depend on: a file of another identity is refused. `encode` makes the maps of some rows,
+    [B, H, W, C].
 
     Raises:
         InputError: the file is of other data or another network, or damaged, or a map does not fit into half precision.

@@ -46,7 +46,7 @@ def train(
     Raises:
         InputError: the data, the backbone, the run directory or the model to start from are not as the recipe needs
             them, another process trains there, the loss is not finite, or the disk is full.
-        Interrupted: by a signal, after the step it came in, with a checkpoint of it.
+        Interrupted: a signal came; the step in which it came is finished and saved in a checkpoint.
     """
     run = RunDirectory(runs / settings.name)
     processes = this_process()
@@ -93,10 +93,7 @@ def prepare(
     init_from: Path | None = None,
 ) -> "Trainer":
     """Builds the task's model, with weights of the model `init_from`, restores a `saved` checkpoint, fills the stage
-    cache, writes the settings and the environment of the run.
-
-    Raises:
-        InputError: as `train`.
+    cache, writes the settings and the environment of the run. Raises InputError as `train`.
     """
     settings, train, size = task.settings, task.settings.train, processes.world_size
     if train.batch_size % size:

@@ -24,12 +24,9 @@ def take_weights(
     """Sets the weights of a new model, with the vocabulary `words`, the classes `answers` and the `categories` of
     objects, to those of a saved one.
 
-    Embeddings of words and categories and scores of answers go by their text; GloVe's vectors stay those of the new
-    model. The ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say`
-    gets a line with what was taken and what keeps its initial values.
-
-    Returns:
-        The names of what was taken.
+    Rows for words, categories and answers are matched by their texts; GloVe's vectors stay those of the new model. The
+    ResNet is taken whole or not at all, and so is a text encoder, whose tokens have to be the same. `say` gets a line
+    with what was taken and what keeps its initial values; the names of what was taken are returned.
     """
     ours, theirs, their_words = model.state_dict(), saved.model.state_dict(), saved.tokenizer.get_vocab()
     layer = len(model.fusion.answer) - 1  # the last one, with a row for each answer
@@ -69,17 +66,13 @@ def take_weights(
 
 
 def splits_seen(saved: SavedModel, settings: Settings) -> list[str]:
-    """The splits whose file of questions has the name of one that a saved model was trained on.
-
-    Raises:
-        InputError: one of them is to be validated on.
+    """The splits whose file of questions has the name of one that a saved model was trained on. Raises InputError if
+    one of them is to be validated on.
     """
-    all_files = (one.data.splits for one in (settings, saved.settings))
-    here, there = ({split: files.questions for split, files in of.items()} for of in all_files)
-    trained = saved.training.get("trained_on", [])
-    files = {there[split] for split in trained if split in there}
-    splits = dict.fromkeys([*trained, *here])
-    seen = [split for split in splits if (here[split] in files if split in here else split not in there)]
+    here, there, trained = settings.data.splits, saved.settings.data.splits, saved.training.get("trained_on", [])
+    files = {there[split].questions for split in trained if split in there}
+    seen = [split for split, its_files in here.items() if its_files.questions in files]
+    seen += [split for split in trained if split not in here and split not in there]
     if (split := settings.train.validate_on) in seen:
         trained_on = f"{saved.folder} was trained on the questions of split {split!r}"
         raise InputError(f"train.validate_on: {trained_on}; use another split or null")

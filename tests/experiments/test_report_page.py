@@ -53,7 +53,7 @@ def test_the_page(suite, tmp_path):
     assert altered.report_name.startswith("stages-")  # beside the report of the suite as it is
     assert page.startswith("# Which stages, by how much\n")
     assert f"python main.py experiment {tmp_path}/stages.yaml train.epochs=2 'cbn.stages=[4]'\n" in page
-    assert "deltas over `config/demo.yaml`" in page
+    assert "The runs change settings of `config/demo.yaml`" in page
     assert "The paper's numbers are of VQA v1, accuracy on val." in page
     lines = row_lines(altered, collect(altered, tmp_path))
     assert markdown_table(lines) in page

@@ -123,7 +123,7 @@ ONE_RUN = ONE_SEED + "{a: {}}\n"
 GOOD = ONE_SEED + "{a: {}, b: {settings: train.epochs=2}}\n"
 
 
-def test_a_suite_is_a_delta_over_its_recipe(suite_of):
+def test_a_suite_changes_its_recipe(suite_of):
     suite = load_suite(suite_of(GOOD), ("train.batch_size=8",))
     a, b = suite.runs
     recipe = load_settings(ROOT / "config" / "demo.yaml", ["train.batch_size=8"])
@@ -171,7 +171,7 @@ def test_the_seed_of_a_pretraining(monkeypatch, recipe, words, seed):
         (ONE_SEED + "{a: {paper: {error: 1.0}}}\n", "a: no column 'error'; columns are overall, yes/no"),
         (ONE_SEED + "{a: {settings: trian.epochs=2}}\n", "did you mean train"),
         (ONE_SEED + "{a: {settings: nonsense}}\n", "'nonsense' is not a setting"),
-        (ONE_SEED + "{a: {paper: {overal: 1.0}}}\n", "runs.a.paper.overal.*should be 'overall'"),
+        (ONE_SEED + "{a: {paper: {overal: 1.0}}}\n", "a: no column 'overal'; columns are overall"),
         ("seeds: [1]\nbaseline: a\norder: [b]\nruns: {a: {}}\n", "no row 'b'"),
         ("seeds: [1]\nbaseline: a\ncontrasts: {a: [b]}\nruns: {a: {}}\n", "no row 'b'"),
         (ONE_SEED + '{a: {settings: "\'"}}\n', "quotation"),

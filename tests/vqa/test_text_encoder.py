@@ -35,7 +35,7 @@ def embed(encoder, tokenizer, questions):
 
 
 def question_encoder(folder, hidden_size=SIZE, pooling="mean", frozen=True):
-    return TextEncoder(load_encoder(folder), SIZE, hidden_size, pooling=pooling, frozen=frozen)
+    return TextEncoder(load_encoder(folder), hidden_size, pooling=pooling, frozen=frozen)
 
 
 @pytest.mark.parametrize("kind", KINDS)

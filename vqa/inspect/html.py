@@ -1,7 +1,4 @@
-"""Write pages as one HTML file with every image, style and script inline; the inspection's content.
-
-Letters: C channels, H and W map size, G glimpses.
-"""
+"""Write pages as one HTML file with every image, style and script inline; the inspection's content."""
 
 import base64
 import io

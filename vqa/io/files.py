@@ -122,15 +122,13 @@ def read_bytes(path: Path) -> bytes:
         InputError: there is no such file, or it cannot be read.
     """
     try:
-        regular = path.is_file() or path.is_dir() or not path.exists()
-        content = path.read_bytes() if regular else b""
+        if path.is_file() or path.is_dir() or not path.exists():
+            return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except ValueError:  # a null character
         raise InputError(f"{path}: no file can have this name") from None
-    if not regular:
-        raise InputError(f"{path}: not a regular file")
-    return content
+    raise InputError(f"{path}: not a regular file")
 
 
 def read_text(path: Path) -> str:

@@ -93,15 +93,42 @@ def _opened(source: str | Path | bytes) -> BinaryIO:
 
 
 def _without_ancillary_blocks(file: BinaryIO) -> tuple[BinaryIO, dict[str, Any]]:
-    """The file for Pillow, and the part of `Image.info` from the blocks that it does not see."""
+    """A PNG with its critical blocks only, and its EXIF and XMP data as in `Image.info`; any other file as it is."""
     header = file.read(24)  # up to width and height
     size = file.seek(0, os.SEEK_END)
-    png_signature = header.startswith(SIGNATURE) and len(header) == 24
-    if not png_signature or math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading it
+    is_png = header.startswith(SIGNATURE) and len(header) == 24
+    if not is_png or math.prod(struct.unpack(">II", header[16:])) > MOST_PIXELS:  # refused without reading it
         file.seek(0)
         return file, {}
     file.seek(len(SIGNATURE))
-    return without_ancillary(file, size)
+    critical, info, name = io.BytesIO(), {}, b""
+    critical.write(SIGNATURE)
+    while name != b"IEND" and len(header := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        if not (name.isalpha() and name[:1].islower()):
+            critical.write(header + file.read(min(length + 4, size)))  # with the checksum
+            continue
+        block = file.read(min(length, _MOST_BYTES)) if name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") else b""
+        file.seek(length - len(block) + 4, io.SEEK_CUR)
+        with suppress(zlib.error):
+            info |= {"exif": b"Exif\0\0" + block} if name == b"eXIf" else _orienting(name, block)
+    critical.seek(0)
+    return critical, info
+
+
+def _orienting(name: bytes, block: bytes) -> dict[str, Any]:
+    """The content of a text block as in `Image.info`, if its keyword is one of _ORIENTING."""
+    keyword, _, text = block.partition(b"\0")
+    if keyword not in _ORIENTING:
+        return {}
+    packed = name == b"zTXt"
+    if packed:
+        text = text[1:]  # behind the number of the compression method
+    if name == b"iTXt":
+        packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]  # behind language and translated keyword
+    if packed:
+        text = zlib.decompressobj().decompress(text, _MOST_BYTES)
+    return {_ORIENTING[keyword]: text.decode("latin-1") if keyword.startswith(b"Raw") else text}
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -134,40 +161,3 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
     made = Image.fromarray((pixels // 256).astype(np.uint8))
     made.info = image.info  # the orientation is in it
     return made
-
-
-def without_ancillary(file: BinaryIO, size: int) -> tuple[io.BytesIO, dict[str, Any]]:
-    """Reads a PNG of `size` bytes from behind its signature.
-
-    Returns:
-        The PNG with its critical blocks only, and what `Image.info` holds of the EXIF and XMP data.
-    """
-    critical, info = io.BytesIO(), {}
-    critical.write(SIGNATURE)
-    name = b""
-    while name != b"IEND" and len(header := file.read(8)) == 8:
-        length, name = struct.unpack(">I4s", header)
-        if not (name.isalpha() and name[:1].islower()):
-            critical.write(header + file.read(min(length + 4, size)))  # with the checksum
-            continue
-        block = file.read(min(length, _MOST_BYTES)) if name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") else b""
-        file.seek(length - len(block) + 4, io.SEEK_CUR)
-        with suppress(zlib.error):
-            info |= {"exif": b"Exif\0\0" + block} if name == b"eXIf" else _orienting(name, block)
-    critical.seek(0)
-    return critical, info
-
-
-def _orienting(name: bytes, block: bytes) -> dict[str, Any]:
-    """The content of a text block as in `Image.info`, if its keyword is one of _ORIENTING."""
-    keyword, _, text = block.partition(b"\0")
-    if keyword not in _ORIENTING:
-        return {}
-    packed = name == b"zTXt"
-    if packed:
-        text = text[1:]  # behind the number of the compression method
-    if name == b"iTXt":
-        packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]  # behind language and translated keyword
-    if packed:
-        text = zlib.decompressobj().decompress(text, _MOST_BYTES)
-    return {_ORIENTING[keyword]: text.decode("latin-1") if keyword.startswith(b"Raw") else text}

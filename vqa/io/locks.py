@@ -41,7 +41,6 @@ def held(lock: Path, what: object, *, wait: bool = False) -> Iterator[None]:
 
 
 def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
-    announced = False
     while True:
         with naming_write_errors(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +53,7 @@ def _acquired(lock: Path, what: object, wait: bool) -> TextIO:
             if not wait:
                 file.close()
                 raise InputError(f"{what}: locked by {holder}") from None
-            if not announced:
-                print(f"{what}: locked by {holder}; waiting", flush=True)
-                announced = True
+            print(f"{what}: locked by {holder}; waiting", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:

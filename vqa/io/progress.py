@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+SECONDS = 20  # between two lines in a log
 
 
-def progress(items: Iterable[T], total: int | None, what: str, done: int = 0, seconds: float = 20.0) -> Iterator[T]:
+def progress(items: Iterable[T], total: int | None, what: str, done: int = 0) -> Iterator[T]:
     """Yield `items` and report on standard error how many of `total` (None: unknown) are done.
 
-    `done` is the number of items of earlier runs. In a log, a line is printed every `seconds` seconds and at the end.
+    `done` is the number of items of earlier runs. In a log, a line is printed every SECONDS seconds and at the end.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -25,7 +26,7 @@ def progress(items: Iterable[T], total: int | None, what: str, done: int = 0, se
         yield item
         count += 1
         now = time.monotonic()
-        if now - last >= seconds or (count == total and now - started >= seconds):
+        if now - last >= SECONDS or (count == total and now - started >= SECONDS):
             rate = (count - done) / (now - started)
             print(f"{what}: {count}{of}, {rate:.1f}/s", file=sys.stderr, flush=True)
             last = now

@@ -4,7 +4,7 @@
 in `~/.cache/modern-vqa` (XDG_CACHE_HOME moves it). It is not linked with an OpenMP library, so that it uses the one
 that torch has loaded: a second one would have its own threads, which spin while those of the first work.
 
-Legend: B samples, C channels, H and W map size; a map is contiguous or channels-last.
+A map is contiguous or channels-last.
 """
 
 import ctypes

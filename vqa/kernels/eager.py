@@ -1,7 +1,4 @@
-"""`modulate` with torch's own operations, for every device.
-
-Legend: B samples, C channels, H and W map size; a map is contiguous or channels-last.
-"""
+"""`modulate` with torch's own operations, for every device; a map is contiguous or channels-last."""
 
 import torch
 from torch import Tensor

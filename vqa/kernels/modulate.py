@@ -8,8 +8,6 @@ Autograd would keep x, the sums and the result. The gradients need less:
 
 x is saved once, and only where the gradient of scale is wanted. [y > 0] is computed again from x, scale and shift, or
 stored, one bit per element, where there is a residual or no x.
-
-Legend: B samples, C channels, H and W map size.
 """
 
 from typing import Any, Literal

@@ -99,22 +99,19 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(*POWER_OF_TEN)
 
 
-def load_settings(
-    file: Path, overrides: Iterable[str] = (), *, where: str = "command line", under: Mapping[str, Any] | None = None
-) -> Settings:
-    """Reads a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
+def load_settings(file: Path, overrides: Iterable[str] = (), *, where: str = "command line") -> Settings:
+    """Read a recipe: its `base:` chain, the file itself, then `key.sub=value` words.
 
     Args:
         file: the recipe.
         overrides: the words; a later one replaces an earlier one.
         where: the origin of the words, for error messages.
-        under: values of keys that the recipe does not name.
 
     Raises:
         InputError: a file is missing or malformed, a key is unknown (with the nearest one), missing or given twice,
             or a value is of the wrong type or out of range.
     """
-    return _validated(_merge(under or {}, _read_with_bases(Path(file), ())), file, overrides, where)
+    return _validated(_read_with_bases(Path(file), ()), file, overrides, where)
 
 
 def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], where: str) -> Settings:
@@ -135,7 +132,7 @@ def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], 
 
 
 def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
-    """Reads the `config.yaml` of a run or a model, or the settings in the `config.json` of a model for `transformers`.
+    """Read the `config.yaml` of a run or a model, or the settings in the `config.json` of a model for `transformers`.
 
     A key that is newer than the file gets the value that reproduces the earlier code, which may differ from today's
     default; a key of `speed`, which changes no result, gets the default.
@@ -144,7 +141,7 @@ def load_saved(file: Path, overrides: Iterable[str] = ()) -> Settings:
         InputError: as `load_settings`.
     """
     if file.suffix != ".json":
-        return load_settings(file, overrides, under=_merge(read_yaml(BASE), _BEFORE))
+        return saved_settings(_read_with_bases(file, ()), file, overrides)
     content = read_json(file)
     return saved_settings(content.get("settings") if isinstance(content, dict) else None, file, overrides)
 

@@ -274,6 +274,8 @@ class Settings(_Section):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; vqa takes image and question")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):
             raise ValueError("scenes.world: games belongs to the task guesswhat, which takes no other world")
+        if self.task == "guesswhat" and self.train.augment != "none":
+            raise ValueError("train.augment: the task guesswhat supports no augmentation; it must be none")
         if self.backbone.seed is not None and self.scenes is None:
             raise ValueError("backbone.seed: belongs to a recipe with scenes, whose backbone is pretrained here")
         if self.cbn.condition == "kind" and self.question.encoder == "transformers":
@@ -281,7 +283,7 @@ class Settings(_Section):
         return self
 
     def save(self, file: Path) -> None:
-        """Writes every setting, resolved."""
+        """Write every setting, resolved."""
         write_text(file, yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 

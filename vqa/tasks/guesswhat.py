@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vqa.model import Condition, ConditionedModel, Output, answer_layers
-from vqa.predictor import CategoricalPredictor, Modulation, ModulationPredictor
+from vqa.norms import Modulation
+from vqa.predictor import Predictor
 from vqa.question import QuestionEncoder, TextEncoder
 from vqa.resnet import ModulatedResNet, StageMap
 
@@ -37,7 +38,7 @@ class OracleModel(ConditionedModel):
         self,
         question: QuestionEncoder | TextEncoder | None,
         resnet: ModulatedResNet,
-        predictor: ModulationPredictor | CategoricalPredictor | None,
+        predictor: Predictor | None,
         *,
         condition: Condition,
         question_size: int,

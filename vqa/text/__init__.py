@@ -1,1 +1,1 @@
-"""Questions and answers as text: tokenizer, official normal form, vocabulary of answers. Imports no torch."""
+"""Questions and answers: tokenizer, text encoders, official normal form, vocabulary of answers. Imports no torch."""

@@ -78,19 +78,15 @@ def encode(tokenizer: Tokenizer, questions: Sequence[str]) -> tuple[np.ndarray, 
     A question without any word becomes one unknown word, since the LSTM needs one. "<pad>" in a question is text.
     """
     tokenizer.encode_special_tokens = True  # as text; tokenizer.json cannot hold this option
-    if not _is_ours(tokenizer):  # one by one: together they would be padded
-        ids_of = {text: tokenizer.encode(text).ids or [UNKNOWN_ID] for text in dict.fromkeys(questions)}
-        return _joined([ids_of[text] for text in questions])
-    # No word holds a blank, so that each distinct piece between blanks is encoded once (a third of the time).
-    pieces = list(dict.fromkeys(piece for question in questions for piece in question.split(" ")))
-    ids_of = {piece: encoding.ids for piece, encoding in zip(pieces, tokenizer.encode_batch(pieces), strict=True)}
-    encoded = [
-        [id_ for piece in question.split(" ") for id_ in ids_of[piece]] or [UNKNOWN_ID] for question in questions
-    ]
-    return _joined(encoded)
+    ours = _is_ours(tokenizer)
 
+    def parts(question: str) -> list[str]:
+        # none of our words holds a blank: to encode each distinct piece between blanks once takes a third of the time
+        return question.split(" ") if ours else [question]
 
-def _joined(encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    distinct = {part for question in questions for part in parts(question)}
+    ids_of = {part: tokenizer.encode(part).ids for part in distinct}  # one by one: together they would be padded
+    encoded = [[id_ for part in parts(question) for id_ in ids_of[part]] or [UNKNOWN_ID] for question in questions]
     lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
     return np.fromiter(chain.from_iterable(encoded), np.int32, lengths.sum()), lengths
 

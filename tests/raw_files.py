@@ -33,7 +33,7 @@ def write_official(files: SplitFiles, entries, answer_type=lambda _: "other", si
 
 def write_split(folder: Path, name: str, entries) -> SplitFiles:
     """Writes such files of a split into a folder that is there."""
-    images = str(folder / (name + "_{image_id:012d}.png"))
+    images = str(folder).replace("{", "{{").replace("}", "}}") + f"/{name}_{{image_id:012d}}.png"
     files = SplitFiles(folder / f"{name}_q.json", folder / f"{name}_a.json", images)
     write_official(files, entries)
     return files
@@ -50,8 +50,14 @@ VAL = [(20, 3, "What zebra is the cat?", ["lilac"] * 10), (21, 3, "", ["yes"] * 
 
 
 def make(splits, path, *, answers=10, **changed):
-    settings = {"image_size": 32, "min_word_count": 1, "skip_bad_images": False, "threads": 1}
-    preprocess(splits, path, source=Source(answers), **(settings | changed))
+    settings = {
+        "source": Source(answers),
+        "image_size": 32,
+        "min_word_count": 1,
+        "skip_bad_images": False,
+        "threads": 1,
+    }
+    preprocess(splits, path, **(settings | changed))
 
 
 def change(file: Path, edit):

@@ -171,7 +171,7 @@ def test_another_world_in_the_folder_is_refused(world, changed, named_in_error):
 @pytest.mark.parametrize("world", ["small", "games"])
 def test_scenes_that_are_drawn_again_with_another_look_are_no_longer_those_of_the_h5_file(tmp_path, world):
     """Their questions are the same: the old images would be kept, and nothing said."""
-    folder, path, source = tmp_path / "scenes", tmp_path / "data.h5", None
+    folder, path, source = tmp_path / "scenes", tmp_path / "data.h5", Source(5)
     files = SplitFiles(folder / "train_questions.json", folder / "train_annotations.json", "{image_id:012d}.png")
     if world == "games":
         source = GuessWhatSource(["success"], 2.0, ["crop"])
@@ -180,7 +180,7 @@ def test_scenes_that_are_drawn_again_with_another_look_are_no_longer_those_of_th
     questions = []
     for look in ("plain", "dark"):
         write_world(folder, seed=3, images={"train": 3}, world=world, look=look, processes=1)
-        questions.append([asked.text for asked in (source or Source(5)).read(splits["train"])])
+        questions.append([asked.text for asked in source.read(splits["train"])])
         if look == "plain":
             make(splits, path, source=source)
             make(splits, path, source=source)

@@ -85,6 +85,13 @@ def test_every_answer_is_right(asked):
         assert question.answer == {True: "yes", False: "no", None: "n/a"}[answer(scene, question.text)], question
 
 
+@pytest.mark.parametrize(("kind", "values"), [("is it", COLOURS), ("does it", SHAPES)])
+def test_every_value_of_an_attribute_is_asked_for_and_no_other(asked, kind, values):
+    named = {question.text.rstrip("?").split()[-1] for _, question in asked if question.question_type == kind}
+    assert {*values} <= named
+    assert named <= {*values, "one"}
+
+
 def test_what_is_not_clear_is_not_asked(asked):
     for scene, question in asked:
         target, *others = scene

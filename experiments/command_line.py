@@ -43,8 +43,8 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)  # the default action
 
     def parse_args(self, words=None, namespace=None) -> argparse.Namespace:
-        """As in the base class, but settings may also follow options that come after a positional argument, and options
-        that would do nothing, and a file in the place of an output folder, are refused.
+        """As in the base class, but settings may also follow options that come after a positional argument. Refuses
+        options that would do nothing, and an output folder that is a file.
         """
         arguments, rest = self.parse_known_args(words, namespace)
         given = vars(arguments).pop("given", set())

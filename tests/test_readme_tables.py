@@ -160,8 +160,8 @@ def test_the_first_lines_say_what_the_table_says():
     assert f"MODERN answers {overall['MODERN']:.1f} %" in said
     assert f"without modulation {overall['baseline']:.1f} %" in said
     assert f"reaches {overall['mean question']:.1f} %" in said
-    heard, unheard = (overall[row] - overall["baseline"] for row in ("MODERN", "mean question"))
-    assert f"{unheard:.0f} of the {heard:.0f} points need no question" in said
+    gained, needless = (overall[row] - overall["baseline"] for row in ("MODERN", "mean question"))
+    assert f"{needless:.0f} of the {gained:.0f} points need no question" in said
     points, low, high = gain("settled", "MODERN", "mean question")
     seeds = {3: "three", 5: "five"}[len(answered("settled")["MODERN"])]
     assert f"is worth {points:.1f} [{low:.1f}, {high:.1f}] points, four of them in counting** ({seeds} seeds;" in said
@@ -173,8 +173,8 @@ def test_the_demos_page_says_what_the_tables_say():
     said = (ROOT / "experiments/templates/demo.html").read_text(encoding="utf-8")
     fixed, whole = (float(by_row("gating")[row]["difference"]) for row in ("mean question", "MODERN"))
     assert f"gains {fixed:.0f} of {whole:.0f} points in three epochs" in said
-    settled, unheard = (float(by_row("settled")[row]["overall_mean"]) for row in ("MODERN", "mean question"))
-    assert round(settled - unheard) == 5  # "within five points"
+    modern, fixed = (float(by_row("settled")[row]["overall_mean"]) for row in ("MODERN", "mean question"))
+    assert round(modern - fixed) == 5  # "within five points"
 
 
 def test_what_is_said_of_validation_is_in_the_epochs():

@@ -47,7 +47,7 @@ class Progress:
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Reads a checkpoint. Raises InputError if it is none, or damaged: a single flipped byte is detected."""
+    """Reads a checkpoint. Raises InputError if it is not a checkpoint, or damaged: a flipped byte is detected."""
     with read_as_checkpoint(file):
         return load_tensors(file)
 

@@ -74,7 +74,7 @@ def train(
 
 
 def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
-    """Reads the checkpoint. Raises InputError if it is none, or of other data or another number of processes."""
+    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
     saved = load_checkpoint(run.checkpoint)
     with read_as_checkpoint(run.checkpoint):
         saved["progress"] = TypeAdapter(Progress).validate_python(saved["progress"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,11 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, here, monk
 
 def stopped_children():
     """Workers of this process that are stopped."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [child for child in children if " T " in Path(f"/proc/{child}/stat").read_text()]
+    stopped = []
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            stopped += [child] * (" T " in Path(f"/proc/{child}/stat").read_text())
+    return stopped
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")

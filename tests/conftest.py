@@ -59,6 +59,13 @@ class Command(NamedTuple):
     err: str
 
 
+@pytest.fixture(scope="session")
+def onnxruntime():
+    """The runtime of ONNX files; skips the test where `make` cannot have installed it."""
+    pytest.importorskip("torch", minversion="2.15", reason="the extra onnx needs torch 2.15")
+    return pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """The test's own folder, which is the working directory."""

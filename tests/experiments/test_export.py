@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
@@ -41,11 +40,9 @@ def fed(saved, image, question):
 
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    """A folder with the folders `hub` and `onnx` of the model."""
-    folder = tmp_path_factory.mktemp("exported")
-    for form in ("hub", "onnx"):
-        export(trained / "model", folder / form, form)
+def onnx_folder(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(trained / "model", folder, "onnx")
     return folder
 
 
@@ -82,20 +79,36 @@ def test_a_folder_for_transformers(done, finished, images, tmp_path):
     assert said[0] == said[1]
 
 
-def test_hub_folder_onnx_file_and_model_give_the_same_answers_to_two_hundred_questions(trained, images, exported):
-    model = AutoModelForVisualQuestionAnswering.from_pretrained(exported / "hub")
-    processor = AutoProcessor.from_pretrained(exported / "hub")
-    saved, session = vqa.load(trained / "model"), onnxruntime.InferenceSession(exported / "onnx" / "model.onnx")
-    pairs = [(image, question) for question in QUESTIONS for image in images][:200]
-    expected = torch.cat([saved.run(*pair).logits for pair in pairs])
-    assert len(expected) == 200
+@pytest.fixture(scope="module")
+def two_hundred(trained, images):
+    """Pairs of an image and a question, and the model's logits for them."""
+    saved, pairs = vqa.load(trained / "model"), [(image, question) for question in QUESTIONS for image in images][:200]
+    assert len(pairs) == 200
+    return saved, pairs, torch.cat([saved.run(*pair).logits for pair in pairs])
+
+
+def assert_same_answers(logits, expected):
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert logits.argmax(1).equal(expected.argmax(1))
+
+
+def test_hub_folder_and_model_give_the_same_answers_to_two_hundred_questions(trained, two_hundred, tmp_path):
+    export(trained / "model", tmp_path / "hub", "hub")
+    model = AutoModelForVisualQuestionAnswering.from_pretrained(tmp_path / "hub")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hub")
+    _, pairs, expected = two_hundred
     with torch.inference_mode():
         batches = [zip(*pairs[first : first + 25], strict=True) for first in range(0, 200, 25)]
-        by_hub = [model(**processor(images=about, text=asked)).logits for about, asked in batches]
-    by_onnx = [torch.from_numpy(session.run(["logits"], fed(saved, *pair))[0]) for pair in pairs]
-    for logits in map(torch.cat, (by_hub, by_onnx)):
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        assert logits.argmax(1).equal(expected.argmax(1))
+        assert_same_answers(
+            torch.cat([model(**processor(images=about, text=asked)).logits for about, asked in batches]), expected
+        )
+
+
+def test_onnx_file_and_model_give_the_same_answers_to_two_hundred_questions(onnxruntime, onnx_folder, two_hundred):
+    session = onnxruntime.InferenceSession(onnx_folder / "model.onnx")
+    saved, pairs, expected = two_hundred
+    logits = np.concatenate([session.run(["logits"], fed(saved, *pair))[0] for pair in pairs])
+    assert_same_answers(torch.from_numpy(logits), expected)
 
 
 def test_the_card_says_what_was_measured_and_where(done, finished, tmp_path):
@@ -148,8 +161,8 @@ def test_the_code_of_the_page_answers_as_the_model_does(done, there):
     assert names["answer"] == vqa.load(there).ask("runs/demo/example.png", "is there a red circle?")[0]["answer"]
 
 
-def test_an_onnx_file_returns_attention_and_deltas_too(there, exported, images):
-    Path("exported").symlink_to(exported)
+def test_an_onnx_file_returns_attention_and_deltas_too(onnxruntime, there, onnx_folder, images):
+    Path("exported").symlink_to(onnx_folder.parent)
     saved = vqa.load(there)
     session = onnxruntime.InferenceSession("exported/onnx/model.onnx")
     names = [output.name for output in session.get_outputs()]
@@ -176,7 +189,7 @@ def test_an_onnx_file_returns_attention_and_deltas_too(there, exported, images):
     ],
     ids=" ".join,
 )
-def test_every_kind_of_model_is_an_onnx_file(tiny, tmp_path, words):
+def test_every_kind_of_model_is_an_onnx_file(onnxruntime, tiny, tmp_path, words):
     """Random weights: what is exported is what is computed."""
     from vqa.build import build_model
     from vqa.hub.onnx import save_onnx_folder
@@ -197,6 +210,7 @@ def test_every_kind_of_model_is_an_onnx_file(tiny, tmp_path, words):
         torch.testing.assert_close(torch.from_numpy(session.run(["logits"], used)[0]), logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("onnxruntime")
 def test_a_file_for_questions_of_one_length_is_refused(finished, tmp_path, monkeypatch):
     """As torch 2.11 writes it."""
     shape = {"image": None, "tokens": None}

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,7 +92,7 @@ def test_the_exported_folder_answers_as_the_model_does(moved, image, done, tmp_p
     assert logits(vqa.load(tmp_path / "again"), image).equal(logits(saved, image))
 
 
-def test_an_onnx_file_answers_as_the_model_does(moved, image, done, tmp_path):
+def test_an_onnx_file_answers_as_the_model_does(onnxruntime, moved, image, done, tmp_path):
     done("export", "--run", moved, "--to", tmp_path / "onnx", "--format", "onnx")
     saved = vqa.load(moved)
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")

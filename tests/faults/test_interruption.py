@@ -214,6 +214,7 @@ def test_workers_leave_signals_to_their_parent_and_end_with_it(tmp_path, number)
         text=True,
     )
     worker_of(begun.pid)
+    time.sleep(0.5)  # the parent waits for it by then; a signal that meets the lock of its waiting is a RuntimeError
     if number == signal.SIGKILL:
         begun.kill()  # alone, as by the kernel where memory is short
     else:

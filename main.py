@@ -14,7 +14,7 @@ from typing import Any
 import vqa
 from experiments.command_line import build_parser
 from vqa.io.errors import InputError, NotWrittenError, printable
-from vqa.io.processes import Interrupted, listen
+from vqa.io.processes import Interrupted, listen, unmasked
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO)  # why standard output may fail
@@ -232,7 +232,8 @@ def main() -> int:
         listen()
         options = vars(build_parser(COMMANDS).parse_args())
         command = options.pop("command")
-        COMMANDS[command](**options)
+        with unmasked():
+            COMMANDS[command](**options)
         sys.stdout.flush()
         return 0
     except InputError as error:

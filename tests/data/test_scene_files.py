@@ -1,4 +1,4 @@
-"""Synthetic scenes as files: official, repeatable, left alone when they are finished."""
+"""Synthetic scenes as files: official, repeatable, kept when they are finished."""
 
 import errno
 import hashlib

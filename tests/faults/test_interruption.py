@@ -24,7 +24,7 @@ from tests.calls import calling
 from tests.conftest import ROOT
 from tests.processes import MainProcess
 from tests.runs import lines, same_weights
-from vqa.io.processes import Interrupted, StopRequest
+from vqa.io.processes import Interrupted, StopRequest, unmasked
 from vqa.settings.recipes import load_settings
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR2: 140}
@@ -189,14 +189,40 @@ def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tin
     done(*words, "--resume", "workers=0")
 
 
+def meets_a_lock():
+    """A signal comes where `threading.Condition.wait` has just released the lock."""
+    condition = threading.Condition()
+    with condition:
+        condition.release()
+        ask(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("block", [unmasked, lambda: StopRequest().suspended()], ids=["unmasked", "suspended"])
+def test_a_signal_that_meets_a_lock_is_the_signal(block):
+    with pytest.raises(RuntimeError, match="un-acquired lock"):
+        meets_a_lock()
+    with pytest.raises(Interrupted, match="SIGTERM"), block():
+        meets_a_lock()
+    with pytest.raises(RuntimeError, match="another"), block():
+        raise RuntimeError("another")
+
+
+def test_a_command_whose_signal_meets_a_lock_says_how_to_begin_again(command, monkeypatch):
+    monkeypatch.setattr("experiments.demo.run_demo", lambda *_, **__: meets_a_lock())
+    ended = command("demo")
+    assert ended.code == 143
+    assert ended.err.splitlines()[-1].startswith("interrupted; to ")
+
+
 POOL = """
 import sys, time
 from data.scenes.write import in_order
-from vqa.io.processes import Interrupted, listen
+from vqa.io.processes import Interrupted, listen, unmasked
 if __name__ == "__main__":
     listen()
     try:
-        list(in_order(time.sleep, [60], 2))
+        with unmasked():
+            list(in_order(time.sleep, [60], 2))
     except Interrupted as signal:
         sys.exit(signal.exit_code)
 """
@@ -214,7 +240,6 @@ def test_workers_leave_signals_to_their_parent_and_end_with_it(tmp_path, number)
         text=True,
     )
     worker_of(begun.pid)
-    time.sleep(0.5)  # the parent waits for it by then; a signal that meets the lock of its waiting is a RuntimeError
     if number == signal.SIGKILL:
         begun.kill()  # alone, as by the kernel where memory is short
     else:

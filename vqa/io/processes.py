@@ -47,6 +47,23 @@ def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
+@contextmanager
+def unmasked() -> Iterator[None]:
+    """Raise Interrupted where a lock's error has replaced it.
+
+    A signal that comes while a wait for a queue or a pool has released its lock makes the next release a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        before = error.__context__
+        while before is not None:
+            if isinstance(before, Interrupted):
+                raise before from None
+            before = before.__context__
+        raise
+
+
 def _replace_handler(old: _Handler, new: _Handler) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) == old:
@@ -93,7 +110,8 @@ class StopRequest:
         try:
             if self.made:
                 self.obey()
-            yield
+            with unmasked():
+                yield
         finally:
             _replace_handler(_interrupt, self._note)
 

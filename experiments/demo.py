@@ -84,7 +84,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         "backbone_shapes": named,
         "world": settings.scenes.world,
         "seed": settings.seed,
-        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, torch {torch.__version__}",
         "seconds": round(time.monotonic() - started, 1),
     }
     ask = ["ask", "--run", str(out / "modern"), "--image", str(example), "--question", questions[0]]

@@ -5,20 +5,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def composed(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """Compute y = act(scale · x + shift (+ residual)) [B, C, H, W] in the finer type of x and scale."""
-    y = torch.addcmul(_as_map(shift), x, _as_map(scale))
+def composed(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None = None
+) -> Tensor:
+    """Compute y = act(scale · x + shift (+ residual)) [B, C, H, W] in the finer type of x and scale, or into `out`."""
+    y = torch.addcmul(_as_map(shift), x, _as_map(scale), out=out if residual is None else None)
     if residual is not None:
-        y = y + residual
-    return torch.relu(y) if relu else y
+        y = torch.add(y, residual, out=out)
+    return y.relu_() if relu else y
 
 
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, keeps_bits: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Compute y [B, C, H, W] in the type of x, and with `keeps_bits` [y > 0], packed for `backward`."""
-    y = composed(x, scale, shift, residual, relu)
-    return y.to(x.dtype), _packed(y) if keeps_bits else None
+    y = composed(x, scale, shift, residual, relu, torch.empty_like(x))  # rounded as it is written: one launch less
+    return y, _packed(y) if keeps_bits else None
 
 
 def backward(
@@ -35,15 +37,15 @@ def backward(
     `x`, `scale`, `shift` and `bits` are None where they are not needed: [y > 0] is unpacked or computed again.
     """
     wants_x, wants_scale, wants_shift, wants_residual = wants
-    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32 if scale is None else scale.dtype))
+    g, exact = gradient, torch.promote_types(gradient.dtype, torch.float32 if scale is None else scale.dtype)
     if bits is not None:
-        g = g * _unpacked(bits, g)
+        g = torch.ops.aten.threshold_backward(g, _unpacked(bits, g), 127)
     elif relu:
         g = torch.ops.aten.threshold_backward(g, composed(x, scale, shift, None, False), 0)
     return (
         (g * _as_map(scale)).to(gradient.dtype) if wants_x else None,
-        (g * x).sum((2, 3)) if wants_scale else None,
-        g.sum((2, 3)) if wants_shift else None,
+        (g.to(exact) * x).sum((2, 3)) if wants_scale else None,
+        g.sum((2, 3), dtype=exact) if wants_shift else None,
         g.to(gradient.dtype) if wants_residual else None,
     )
 
@@ -55,18 +57,17 @@ def _as_map(values: Tensor) -> Tensor:
 def _packed(y: Tensor) -> Tensor:
     """Pack whether each element of a map without negative values is above 0 or NaN, a bit each: uint8 [B, ⌈CHW / 8⌉].
 
-    Bit i of a sample's bytes belongs to the i-th eighth of its elements, in the order of memory.
+    The highest bit of a sample's bytes belongs to the first eighth of its elements, in the order of memory.
     """
     positive = y.as_strided([len(y), y[0].numel()], [y[0].numel(), 1]).to(torch.bool).view(torch.uint8)
-    eighths = F.pad(positive, (0, -positive.shape[1] % 8)).view(len(y), 8, -1)
-    return (eighths << _places(y)).sum(1, dtype=torch.uint8)
+    if missing := -positive.shape[1] % 8:
+        positive = F.pad(positive, (0, missing))
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=y.device)[:, None]
+    return (positive.view(len(y), 8, -1) << places).sum(1, dtype=torch.uint8)
 
 
 def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """Unpack `_packed` to 0 and 1 in the shape and layout of a map."""
-    positive = (bits[:, None] >> _places(bits) & 1).flatten(1)[:, : like[0].numel()]
-    return positive.contiguous().as_strided(like.shape, like.stride())
-
-
-def _places(of: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=of.device)[:, None]
+    """Unpack `_packed` to numbers above 127 where it is true, in the shape and layout of a map."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+    shifted = (bits[:, None] << places).flatten(1)[:, : like[0].numel()]
+    return shifted.contiguous().as_strided(like.shape, like.stride())

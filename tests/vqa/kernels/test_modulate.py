@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.saved import saved_bytes
 from vqa.kernels import cpu, eager
@@ -94,6 +95,32 @@ def test_it_saves_the_map_once_and_a_bit_an_element():
     assert saved_bytes(lambda: modulate(x, *fixed, relu=True))[0] == small + x.numel() // 8
     composed, _ = saved_bytes(lambda: modulate(x, scale, shift, other, relu=True, fused=False))
     assert composed > 1.9 * map_
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute a tensor: on a GPU each of them is a launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.count += isinstance(made, torch.Tensor) and not function.is_view and "empty" not in function.name()
+        return made
+
+
+@pytest.mark.parametrize(
+    ("residual", "relu", "forward", "backward"),
+    [(False, False, 1, 6), (False, True, 2, 7), (True, False, 2, 6), (True, True, 7, 9)],
+)
+def test_launches_of_torchs_operations_in_bfloat16(residual, relu, forward, backward):
+    parts = inputs((2, 16, 8, 8), CL, residual, torch.bfloat16)
+    with Launches() as launches:
+        y = modulate(*parts, relu=relu)
+    assert launches.count == forward
+    asked = [part for part in parts if part is not None]
+    with Launches() as launches:
+        torch.autograd.grad(y, asked, y.detach())
+    assert launches.count == backward
 
 
 @pytest.mark.parametrize(("layout", "residual", "relu"), CASES)

@@ -103,12 +103,15 @@ def together(processes: Processes, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ended = False
     try:
         _Patient.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         yield
+        ended = True
     finally:
         _Patient.group = None
-        dist.destroy_process_group()
+        if ended or device.type != "cuda":  # NCCL would wait for the others, which wait for this process that failed
+            dist.destroy_process_group()
 
 
 def averaging_gradients(model: nn.Module) -> DistributedDataParallel:

@@ -87,16 +87,30 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_works():
     start_two(_wait_for_the_main_one, free_port())
 
 
-def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(monkeypatch):
-    begun = []
-    monkeypatch.setattr(dist, "init_process_group", begun.append)
-    monkeypatch.setattr(dist, "new_group", lambda backend=None, **_: begun.append(backend))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+@pytest.fixture
+def group(monkeypatch):
+    """What is done to process groups, of which none is made."""
+    done = []
+    monkeypatch.setattr(dist, "init_process_group", done.append)
+    monkeypatch.setattr(dist, "new_group", lambda backend=None, **_: done.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
+    return done
+
+
+def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(group):
     with together(Processes(0, 0, 2), torch.device("cuda", 0)):
-        assert begun == ["nccl", "gloo"]
+        assert group == ["nccl", "gloo"]
+    assert group[2:] == ["destroyed"]
+
+
+@pytest.mark.parametrize(("device", "after"), [("cuda", []), ("cpu", ["destroyed"])])
+def test_a_process_that_failed_does_not_wait_for_the_others_on_a_gpu(group, device, after):
+    with pytest.raises(torch.OutOfMemoryError), together(Processes(0, 0, 2), torch.device(device)):
+        raise torch.OutOfMemoryError
+    assert group[2:] == after
 
 
 def test_processes_that_may_not_train_all_say_so(tiny, trained):

@@ -158,7 +158,10 @@ def largest_rows(setup: Setup) -> Rows:
     while largest is None:
         try:
             largest = peak(batch)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # cuDNN finds no engine where there is no memory for its workspace
+            if not isinstance(error, torch.OutOfMemoryError) and "unable to find an engine" not in str(error):
+                raise
             torch.cuda.empty_cache()
             batch = int(batch * 0.95)
     yield {

@@ -2,7 +2,8 @@
 
 Each step runs in its own process, because a GPU fault corrupts the process; a step that exceeds its time is killed. A
 step rewrites `DIR/STEP.json` after each of its rows, and after each step all files are packed into `DIR/gpu-check.zip`,
-so that the check can be interrupted at any time. A step whose file records that it passed is not run again.
+so that the check can be interrupted at any time. A step whose file records that it passed is not run again; one that
+the check's time limit cuts off has not failed.
 """
 
 import multiprocessing
@@ -117,7 +118,7 @@ def gpu_check(
     _pack(out)
     states = {file.stem: read_json(file)["state"] if file.exists() else "waiting" for file in files}
     if left := [name for name, state in states.items() if state not in ("passed", "failed")]:
-        print(f"not run within {minutes:g} minutes: {', '.join(left)}", flush=True)
+        print(f"not finished within {minutes:g} minutes: {', '.join(left)}", flush=True)
     return [name for name, state in states.items() if state == "failed"]
 
 
@@ -154,7 +155,8 @@ def _run_step(file: Path, device: str, tiny: bool, deadline: float) -> dict[str,
     result = read_json(file)
     if result["state"] == "running":
         why = "took too long" if code is None else f"its process ended with {code}; see {file.with_name('log.txt')}"
-        result |= {"state": "failed", "error": why}
+        cut = code is None and time.monotonic() >= deadline
+        result |= {"state": "cut off"} if cut else {"state": "failed", "error": why}
         write_json(file, result)
     return result
 

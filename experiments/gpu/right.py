@@ -39,6 +39,8 @@ from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
 CONFIG = ROOT / "config"
+# of a network in float32: rounding moves single sums to the other side of a ReLU, where the gradient jumps
+BOUNDS = {"map": 1e-3, "Δγ": 1e-2, "Δβ": 1e-2}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -122,12 +124,7 @@ def network_rows(setup: Setup) -> Rows:
     exact = _map_and_gradients(composed.double(), inputs, torch.device("cpu"))
     for way, network in (("fused", net), ("composed", composed.float())):
         found = _map_and_gradients(network, inputs, setup.device)
-        errors = map(relative_error, found, exact)
-        parts = {
-            part: check_error(f"{way}, {part}", error, 1e-3)
-            for part, error in zip(("map", "Δγ", "Δβ"), errors, strict=True)
-        }
-        yield {"way": way, **parts}
+        yield {"way": way, **_errors_of_network(way, found, exact)}
 
 
 def compile_rows(setup: Setup) -> Rows:
@@ -137,9 +134,8 @@ def compile_rows(setup: Setup) -> Rows:
     start = time.monotonic()
     expected = _map_and_gradients(net, inputs, setup.device)
     net.compile(backend=setup.pick("aot_eager", "inductor"))
-    found = _map_and_gradients(net, inputs, setup.device)
-    error = check_error("compiled", max(map(relative_error, found, expected)), 1e-3)
-    yield {"network": name, "error": error, "seconds": round(time.monotonic() - start, 1)}
+    errors = _errors_of_network("compiled", _map_and_gradients(net, inputs, setup.device), expected)
+    yield {"network": name, **errors, "seconds": round(time.monotonic() - start, 1)}
 
 
 def _net_and_inputs(name: str, size: int) -> tuple[ModulatedResNet, list[Tensor]]:
@@ -159,6 +155,11 @@ def _map_and_gradients(net: ModulatedResNet, inputs: Sequence[Tensor], device: t
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         y = net(images.contiguous(memory_format=torch.channels_last), Modulation(*deltas))
         return [y, *torch.autograd.grad(y, deltas, y.detach())]
+
+
+def _errors_of_network(way: str, found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, str]:
+    errors = zip(BOUNDS.items(), map(relative_error, found, exact), strict=True)
+    return {part: check_error(f"{way}, {part}", error, bound) for (part, bound), error in errors}
 
 
 def _small_settings(setup: Setup, *words: str, recipe: str = "demo.yaml") -> Settings:

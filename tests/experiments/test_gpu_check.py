@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import time
 import zipfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.bench.setup import Setup
 from experiments.gpu import check as gpu_check
+from experiments.gpu import fast, right
 from experiments.gpu.check import Step
 from experiments.gpu.right import check_error, relative_error
 from experiments.training.run_directory import surroundings
@@ -91,7 +96,47 @@ def test_a_step_that_was_not_reached_is_named_and_one_that_failed_before_still_c
     (tmp_path / "deltas.json").write_text('{"state": "failed"}')
     words = {"device": "cpu", "tiny": True, "suites": []}
     assert gpu_check.gpu_check(tmp_path, minutes=-1, steps=["deltas", "modulate"], **words) == ["deltas"]
-    assert capsys.readouterr().out == "not run within -1 minutes: modulate\n"
+    assert capsys.readouterr().out == "not finished within -1 minutes: modulate\n"
+
+
+def endless(_):
+    yield {"row": 1}
+    time.sleep(600)
+
+
+def test_a_step_that_the_time_limit_cuts_off_has_not_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "STEPS", {"endless": Step(endless, 60)})
+    assert gpu_check.gpu_check(tmp_path, minutes=0.05, device="cpu", tiny=True, suites=[]) == []
+    assert json.loads((tmp_path / "endless.json").read_text())["state"] == "cut off"
+    assert capsys.readouterr().out.endswith("\nnot finished within 0.05 minutes: endless\n")
+
+
+@pytest.mark.parametrize(("of_map", "of_gradients"), [(0, 2e-3), (2e-3, 0), (0, 2e-2)])
+def test_rounding_at_a_relu_is_no_error_of_the_gradients(monkeypatch, of_map, of_gradients):
+    results = iter([[torch.ones(3)] * 3, *[[torch.ones(3) * (1 + off) for off in (of_map, 0, of_gradients)]] * 2])
+    monkeypatch.setattr(right, "_map_and_gradients", lambda *_: next(results))
+    check = partial(list, right.network_rows(Setup(torch.device("cpu"), True, Path())))
+    if (of_map, of_gradients) == (0, 2e-3):  # as measured, in float32 on a CPU
+        assert [row["Δβ"] for row in check()] == ["2.0e-03"] * 2
+    else:
+        with pytest.raises(AssertionError, match="fused, (map|Δβ): relative error"):
+            check()
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, partial(RuntimeError, "GET was unable to find an engine")])
+def test_the_largest_batch_is_found_where_memory_ends_in_either_error(monkeypatch, kind):
+    def peak(job, _):
+        batch = job.args[1]
+        if batch > 50:
+            raise kind()
+        return 100.0 + batch
+
+    monkeypatch.setattr(fast, "peak_mib", peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 200 * 2**20))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    (row,) = fast.largest_rows(Setup(torch.device("cuda"), True, Path()))
+    assert row["mib_an_image"] == 1.0
+    assert 45 < row["largest_batch"] <= 50
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

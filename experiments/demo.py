@@ -27,6 +27,7 @@ from experiments.prepare import prepare_backbone, prepare_world, preprocessing_o
 from experiments.report.tables import aligned
 from experiments.tasks.vqa import VQATask, score
 from experiments.training.trainer import train
+from vqa.devices import choose_device
 from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 from vqa.inspect.inspection import inspect, write_inspection
 from vqa.io.errors import InputError
@@ -61,11 +62,6 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         raise InputError("train.validate_on: the demo shows the accuracy after each epoch; it must be a split")
     started = time.monotonic()
     out = runs / settings.name
-    if (out / "summary.json").exists():
-        for model in MODELS:
-            shutil.rmtree(out / model, ignore_errors=True)
-        (out / "summary.json").unlink()
-
     named, scores = _train_both(settings, runs)
     print("6/6  inspecting one question", flush=True)
     store = Store(Path(settings.data.h5))
@@ -144,7 +140,7 @@ def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[st
 
 
 def _train_both(settings: Settings, runs: Path) -> tuple[float, dict[str, Scores]]:
-    """Make the world and the backbone, then both models.
+    """Make the world and the backbone, then both models; those of a finished demo are removed before.
 
     Returns:
         Percent of the held-out images that the backbone names, and the scores of each model.
@@ -156,6 +152,13 @@ def _train_both(settings: Settings, runs: Path) -> tuple[float, dict[str, Scores
     print("3/6  pretraining the backbone", flush=True)
     named = prepare_backbone(settings)
     print(f"the backbone names {named:.1f} % of its held-out images")
+    if (finished := runs / settings.name / "summary.json").exists():  # removed only where others can be trained
+        choose_device(settings.device)
+        for model in MODELS:
+            VQATask(_recipe(settings, model)).new_model(fresh=True, say=lambda _: None)
+        for model in MODELS:
+            shutil.rmtree(finished.with_name(model), ignore_errors=True)
+        finished.unlink()
     scores: dict[str, Scores] = {}
     for step, model in enumerate(MODELS, 4):
         print(f"{step}/6  training {model}", flush=True)

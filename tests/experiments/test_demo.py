@@ -73,6 +73,19 @@ def test_the_demo_needs_a_split_to_validate_on(settings, tmp_path):
     assert not list(tmp_path.iterdir())  # refused before anything is made
 
 
+def test_a_finished_demo_is_kept_where_no_other_can_be_trained(settings, tiny, tmp_path):
+    finished = [tmp_path / "demo" / file for file in ("summary.json", "baseline/config.yaml", "modern/config.yaml")]
+    for file in finished:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    without_glove = settings.model_copy(update={"question": settings.question.model_copy(update={"glove": "absent"})})
+    of_other_scenes = load_settings(tiny, ["name=demo"])
+    for wrong, why in ((of_other_scenes, "holds scenes made with seed"), (without_glove, "absent: no such file")):
+        with pytest.raises(InputError, match=why):
+            run_demo(wrong, runs=tmp_path)
+        assert all(file.exists() for file in finished)
+
+
 def test_no_norm_of_the_baseline_is_conditioned_whatever_the_recipe_conditions(tiny):
     settings = load_settings(tiny, ["cbn.stem=true", "cbn.shortcuts=true"])
     layers = [build_model(_recipe(settings, model), 9, 5, pretrained=False).resnet.layers for model in MODELS]

@@ -80,12 +80,6 @@ class DataSettings(_Section):
             return {name: files for name, files in splits.items() if files is not None}
         return splits
 
-    @model_validator(mode="after")
-    def _each_split_once(self) -> "DataSettings":
-        if len(set(self.vocabulary_from)) < len(self.vocabulary_from):
-            raise ValueError("vocabulary_from: duplicate split")
-        return self
-
 
 class BackboneSettings(_Section):
     """The pretrained ResNet."""
@@ -208,7 +202,7 @@ class TrainSettings(_Section):
 class SpeedSettings(_Section):
     """Time and memory of training; the results are the same up to rounding."""
 
-    fused: bool | Literal["eager"]
+    fused: Literal[True, False, "eager"]
     share_images: bool
     channels_last: bool
     recompute: list[Literal[1, 2, 3, 4]]
@@ -268,8 +262,10 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Settings":
-        if len(set(self.inputs)) < len(self.inputs):
-            raise ValueError("inputs: duplicate value")
+        once = {"inputs": self.inputs, "train.splits": self.train.splits}
+        for key, values in (once | {"data.vocabulary_from": self.data.vocabulary_from}).items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: duplicate value")
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; vqa takes image and question")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):

@@ -144,7 +144,7 @@ def _pretrain_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", dest="file", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
-    added.add_argument("--epochs", type=_positive, default=10, metavar="N", help="passes over the images (10)")
+    added.add_argument("--epochs", type=_few, default=10, metavar="N", help="passes over the images (10)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="seed of weights, order and shifts (0)")
     what = "train nothing; fit linear probes to the features of a finished FILE and write FILE.probe.json"
     added.add_argument("--probe", action="store_true", dest="only_probe", help=what)
@@ -170,7 +170,7 @@ def _gpu_check_options(added: argparse.ArgumentParser) -> None:
     suites, instead = added.add_mutually_exclusive_group(), "a suite, instead of the default; can be repeated"
     suites.add_argument("--suite", dest="suites", action="append", metavar="NAME", help=instead)
     suites.add_argument("--no-suites", dest="suites", action="store_const", const=[], help="run no suite")
-    added.add_argument("--at-once", type=_positive, default=8, metavar="N", help="parallel trainings of a suite (8)")
+    added.add_argument("--at-once", type=_few, default=8, metavar="N", help="parallel trainings of a suite (8)")
     added.add_argument("--device", default="cuda", help="cuda, or cpu together with --tiny (cuda)")
     added.add_argument("--tiny", action="store_true", help="small sizes, to test that it runs")
 
@@ -185,7 +185,7 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
     at_once = "parallel runs; by default one per GPU, or one per core"
-    added.add_argument("--at-once", type=_positive, metavar="N", help=at_once)
+    added.add_argument("--at-once", type=_few, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N", help="the seed of the run that --only names")
     resources = 'resources of each task: "timeout_min=240 gpus_per_node=1"'
     added.add_argument("--resources", default="", metavar="TEXT", help=resources)
@@ -204,6 +204,10 @@ def _positive(text: str, least: int = 1, most: int = 10**9) -> int:
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from {least} to {most}")
     return int(text)
+
+
+def _few(text: str) -> int:
+    return _positive(text, most=2**16)
 
 
 def _box(text: str) -> tuple[float, ...]:

@@ -79,6 +79,11 @@ def test_a_value_that_begins_with_a_minus_sign_is_written_with_an_equals_sign(re
     assert (given.question, given.box) == ("-what?", (-1, 2, 3, 4))
 
 
+@pytest.mark.parametrize("words", ["experiment s.yaml --at-once", "pretrain --images a --out b.safetensors --epochs"])
+def test_numbers_that_would_fill_the_memory_are_refused(refused, words):
+    assert "'65537' is not a number from 1 to 65536" in refused(*words.split(), 65537)
+
+
 def test_the_version_is_the_packages(command):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ended = command("--version")

@@ -181,13 +181,14 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])).removesuffix(".[key]")
-        why = first["msg"].removeprefix("Value error, ")
+        why = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
         raise InputError(f"{file}: {key}: {why[0].lower()}{why[1:]}") from None
     recipe = file.parent / form.recipe
     plain = load_settings(recipe)
 
     def resolved(name: str, changes: Sequence[str], seed: int) -> Settings:
-        where, changes = f"{file}: {_named(name, seed, form.seeds)}", (*form.seeds[seed], *changes, *words)
+        where = f"{file}: {_named(name, seed, form.seeds)}" + (f" with {shlex.join(words)}" if words else "")
+        changes = *form.seeds[seed], *changes, *words
         if given := next((word for word in changes if word.startswith(("seed=", "name="))), None):
             raise InputError(f"{where}: {given}: a suite gives each run its seed and its name")
         settings = load_settings(recipe, changes, where=where)

@@ -193,6 +193,7 @@ def test_the_seed_of_a_pretraining(monkeypatch, recipe, words, seed):
             "a: no split 'tset' to be tested on; there are train, val",
         ),
         (ONE_SEED + "{a: {settings: data.splits.val.annotations=null}}\n", "a: split val has no annotations"),
+        ("seeds: [1]\nbaseline: a\nruns: {a: null}\n", "runs.a: input should be a valid dictionary$"),
         ("seeds: [1, 1]\nbaseline: a\nruns: {a: {}}\n", "seeds: duplicate value"),
         ("seeds: {1: '', 1: ''}\nbaseline: a\nruns: {a: {}}\n", "key '1' is given twice"),
         ("seeds: [one]\nbaseline: a\nruns: {a: {}}\n", "seeds: must be whole numbers: a list, or SEED:"),
@@ -222,3 +223,8 @@ def test_a_wrong_suite_is_refused(suite_of, text, says):
     with pytest.raises(InputError, match=says) as refused:
         load_suite(suite_of(text))
     assert "suite.yaml" in str(refused.value)
+
+
+def test_a_wrong_word_of_the_command_line_is_named_as_such(suite_of):
+    with pytest.raises(InputError, match="suite.yaml: a with epochs=2: unknown key epochs; did you mean train.epochs"):
+        load_suite(suite_of(ONE_RUN), ("epochs=2",))

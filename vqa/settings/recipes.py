@@ -206,7 +206,7 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
     # an unknown key is often the reason why another one is missing
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
     section = key or message.partition(":")[0]  # our own validators name their key
     given = any(section.startswith(word) or word.startswith(f"{section}.") for word in overridden)
     match first["type"]:

@@ -24,7 +24,7 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def table():
-    questions = [Question(row, 1, text, "", "", (answer,) * 10) for row, (text, answer) in enumerate(ASKED)]
+    questions = [Question(row, 1, text, "", "", (answer,) * (row + 1)) for row, (text, answer) in enumerate(ASKED)]
     return question_table(
         questions, np.zeros(len(ASKED), np.int64), train_tokenizer([text for text, _ in ASKED], 3), ["dog"]
     )  # rare: "left"

@@ -164,6 +164,10 @@ def test_categories_are_part_of_what_is_learnt_from(games, copied, tmp_path):
         file["categories"][0] = "persona"
     with pytest.raises(InputError, match="damaged"):
         Store(one)
+    with h5py.File(other, "r+") as file:
+        file["splits/train/extras/spatial"][0, 0] += 1
+    with pytest.raises(InputError, match="checksum mismatch in split 'train'"):
+        changed.table("train")
 
 
 def test_bad_images_are_listed_once_and_can_be_skipped(copied, tmp_path, capsys):
@@ -178,10 +182,12 @@ def test_bad_images_are_listed_once_and_can_be_skipped(copied, tmp_path, capsys)
     bad = [row for row, (game, _) in enumerate(asked_in(copied, "train")) if game["picture_id"] == 500]
     usable = store.usable[store.table("train").images]
     assert np.flatnonzero(~usable.all(1)).tolist() == bad
-    Image.new("RGB", (48, 64)).save(file)  # turned by 90 degrees: every box would be wrong
-    with pytest.raises(InputError, match=r"by id: 500"):
-        make(copied, tmp_path / "games.h5", source(whole=True))
-    assert "an image of 48 x 64 pixels, where the boxes of its objects need 64 x 48" in capsys.readouterr().out
+    for size in ((48, 64), (64, 64), (48, 48)):  # turned by 90 degrees, or padded or cut: every box would be wrong
+        Image.new("RGB", size).save(file)
+        with pytest.raises(InputError, match=r"by id: 500"):
+            make(copied, tmp_path / "games.h5", source(whole=True))
+        said = "an image of {} x {} pixels, where the boxes of its objects need 64 x 48".format(*size)
+        assert said in capsys.readouterr().out
     file.write_bytes(whole)
     make(copied, tmp_path / "games.h5", source(whole=True))
     assert make(copied, tmp_path / "games.h5", source(whole=True)).usable.all()

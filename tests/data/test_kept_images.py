@@ -85,6 +85,12 @@ def test_a_run_takes_no_images_of_a_file_that_is_made_anew_meanwhile(tiny, raw, 
     splits, asked = split_files(task.settings), {"min_word_count": 2, "answers": 20}
     make(splits | {"again": splits["val"]}, h5, image_size=64, **asked)
     assert np.array_equal(pickle.loads(pickle.dumps(images))[3], whole)
+    known = Store(h5).checksums
+    known[2] ^= 1
+    with pytest.raises(InputError, match="copy.h5: was replaced by other images/pixels while this command ran"):
+        H5Images(h5, known)[1]
+    known[2] = 0  # of a stand-in, which may have been mended
+    assert np.array_equal(H5Images(h5, known)[2], H5Images(h5)[2])
     for other, size in ((splits, 32), (raw, 64)):
         h5.unlink()
         make(other, h5, image_size=size, **asked | {"min_word_count": 1})

@@ -79,6 +79,10 @@ def test_a_tenth_of_each_class_is_held_out_by_name(photos):
     again = LabelledImages(photos)
     assert again.names[again.training :] == held_out
     assert again.digest != first.digest
+    (photos / "single").mkdir()
+    shutil.copy(photos / "red" / "03.png", photos / "single")  # the only one of its class is trained on
+    alone = LabelledImages(photos)
+    assert alone.names[alone.training :] == held_out
 
 
 def test_train_val_and_groups_are_read_as_they_are_given(photos, tmp_path):
@@ -92,6 +96,10 @@ def test_train_val_and_groups_are_read_as_they_are_given(photos, tmp_path):
     assert {name.split("/")[0] for name in images.names[60:]} == {"val"}
     assert images.groups == ["cold", "cold", "warm"]
     assert [images.classes[label] for label in images.labels] == [name.split("/")[1] for name in images.names]
+    (outer / "classes.csv").write_text("class,group\nred,warm\ngreen,warm\nblue,cold\n")
+    regrouped = LabelledImages(outer)
+    assert regrouped.groups == ["cold", "warm", "warm"]
+    assert regrouped.digest != images.digest
 
 
 def test_images_that_cannot_be_read_are_named(refused, photos, tmp_path):

@@ -108,7 +108,8 @@ def test_an_image_two_splits_share_is_stored_once(raw, tmp_path):
 
 
 def test_few_answers_are_warned_of(tmp_path, capsys):
-    make({"train": write_split(tmp_path, "train", [(1, 1, "is it?", ["yes"])])}, tmp_path / "data.h5")
+    asked = [(1, 1, "is it?", ["yes"] * 3), (2, 1, "is it?", ["yes"] * 4)]
+    make({"train": write_split(tmp_path, "train", asked)}, tmp_path / "data.h5")
     assert "1 question(s) have fewer than 4 answers" in capsys.readouterr().out
 
 

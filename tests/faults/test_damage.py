@@ -68,6 +68,18 @@ def test_a_flipped_bit_of_an_h5_is_refused_or_changes_nothing(small):
     assert refusals > 30
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["images/crc32", "images/usable", "answers/vocabulary", *(f"splits/train/{one}" for one in (*ARRAYS, *TEXTS))],
+)
+def test_a_value_that_was_changed_is_refused(small, name):
+    with h5py.File(small, "r+") as file:
+        first = file[name][0]
+        file[name][0] = "changed" if isinstance(first, bytes) else first ^ 1
+    with pytest.raises(InputError, match=r"data.h5: damaged \(checksum mismatch"):
+        Store(small).table("train")
+
+
 def test_a_damaged_image_is_named(small):
     with h5py.File(small) as file:
         place = file["images/pixels"].id.get_offset() + 1 * 32 * 32 * 3 + 100

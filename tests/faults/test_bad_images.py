@@ -1,11 +1,15 @@
 """Missing and unreadable images: one policy in preprocessing and evaluation, and their number is always reported."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 
+from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask
+from experiments.training.stage_cache import choose_images
 from experiments.training.trainer import train
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
@@ -69,14 +73,18 @@ def test_a_split_without_any_image_is_one_line_in_evaluation(refused, trained, b
 
 
 def test_training_reports_how_many_there_are_and_accepts_no_others(tiny, bad, skipped, tmp_path, done, capsys):
-    settings = load_settings(tiny, ["name=some", f"data.folder={bad}", f"data.h5={skipped}"])
+    settings = load_settings(tiny, ["name=some", f"data.folder={bad}", f"data.h5={skipped}", "data.cache_gib=0"])
     train(settings, runs=tmp_path)
     assert "bad.h5: 3 image(s) were missing or unreadable: their questions are not trained" in capsys.readouterr().out
     train(settings, resume=True, runs=tmp_path)
+    task = VQATask(settings)
+    images = choose_images(task, task.new_model(fresh=True, say=print).resnet, Processes()).images
     shutil.copytree(tiny.parent / "world", bad, dirs_exist_ok=True)  # all are mended
     done("preprocess", "--config", tiny, f"data.folder={bad}", f"data.h5={skipped}")
     with pytest.raises(InputError, match="bad.h5: not the data that"):
         train(settings, resume=True, runs=tmp_path)
+    worker = pickle.loads(pickle.dumps(images))  # a run that is in progress reads on: it takes no mended image
+    assert all(worker[row].any() for row in range(18))
 
 
 def test_statistics_are_re_estimated_without_them(trained, bad, skipped, tmp_path, done):

@@ -33,12 +33,13 @@ class Fixed(nn.Module):
         return Output(self.logits.expand(len(tokens), -1), torch.ones(len(tokens), 1, 1, 1), None)
 
 
-def steps(model, answers, accumulate=1, clip=5.0):
+def steps(model, answers, accumulate=1, clip=5.0, skip=0):
     rows = torch.arange(len(answers))
     labels = torch.tensor(answers)[:, None].expand(-1, 10)
     images = torch.zeros(len(answers), 4, 4, 3, dtype=torch.uint8)
     batch = Batch(images, rows, rows[:, None], torch.ones_like(rows), labels, rows, {})
-    settings = load_settings(ROOT / "config" / "demo.yaml", [f"train.clip={clip}", f"train.accumulate={accumulate}"])
+    words = [f"train.clip={clip}", f"train.accumulate={accumulate}", f"train.skip_not_finite={skip}"]
+    settings = load_settings(ROOT / "config" / "demo.yaml", words)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
 
@@ -100,6 +101,12 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         steps(model, [1, 2])
     assert caught.value.rows == [0, 1]
     assert torch.equal(model.logits.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_a_loss_that_is_not_finite_is_not_skipped_where_the_gradient_is():
+    """Other processes have the same gradient, and would take the step."""
+    with pytest.raises(NotFiniteError, match="the loss is inf"):
+        steps(Fixed([3e38, -3e38, 0.0]), [1], skip=1)
 
 
 def test_steps_are_taken_with_dropout_after_a_validation_too():

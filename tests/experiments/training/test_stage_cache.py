@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
+from data.h5_file import _digest_of
 from experiments.training.stage_cache import _digest, cached_maps
 from experiments.training.trainer import train
 from tests.conftest import ROOT
@@ -65,12 +67,17 @@ def test_training_from_stored_maps_is_training_from_images(tiny, tmp_path, words
     assert losses(stored) == pytest.approx(losses(plain), rel=1e-3)
 
 
-def test_another_backbone_gets_another_file(tiny, tmp_path):
+def test_another_backbone_gets_another_file_and_other_images_are_refused(tiny, tmp_path):
     shutil.copyfile(load_settings(tiny).data.h5, tmp_path / "world.h5")
     for seed in (1, 2):  # of random weights
         words = [f"data.h5={tmp_path}/world.h5", f"seed={seed}", f"name=seed_{seed}", "cbn.stages=[]"]
         train(load_settings(tiny, words), runs=tmp_path)
     assert len(list(tmp_path.glob("world_stage4_*.h5"))) == 2
+    with h5py.File(tmp_path / "world.h5", "r+") as file:
+        file["images/crc32"][3] ^= 1
+        file.attrs["digest"] = np.bytes_(_digest_of(file))
+    with pytest.raises(InputError, match=r"world_stage4_\w+.h5: made with another data; remove it"):
+        train(load_settings(tiny, [*words, "name=again"]), runs=tmp_path)
 
 
 def test_a_file_is_of_the_weights_and_statistics_of_all_its_stages():

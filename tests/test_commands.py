@@ -89,6 +89,13 @@ def test_another_datasets_words_are_read_with_the_models_own(done, tiny, trained
     assert done("eval", "--run", trained, "--out", tmp_path / "b", other).out == expected
 
 
+def test_images_of_another_size_are_refused(refused, done, tiny, trained, tmp_path):
+    other = f"data.h5={tmp_path}/other.h5"
+    done("preprocess", "--config", tiny, other, "data.image_size=32")
+    told = refused("eval", "--run", trained, "--out", tmp_path / "out", other)
+    assert "other.h5: holds images of 32 px, the model needs 64" in told
+
+
 def test_a_split_that_was_trained_on_is_refused_unless_asked_for(done, refused, trained, tmp_path):
     assert "was trained on split 'train'" in refused("eval", "--run", trained, "--split", "train", "--out", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -138,7 +138,7 @@ def test_the_page_says_which_seeds_of_two_rows_are_compared(suite, tmp_path, non
 
 def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_reported(suite, tmp_path):
     for row in ("none", "all"):
-        finish(suite, tmp_path, row, 1, NEVER_RIGHT)
+        finish(suite, tmp_path, row, 1, NEVER_RIGHT, backbone="4e467da68ac9")
     file = tmp_path / suite.runs[2].settings[1].name / "environment.json"
     begun = json.loads(file.read_text())
     file.write_text(json.dumps(begun | {"resumed": [begun]}))
@@ -146,10 +146,12 @@ def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_re
     assert "several machines" not in page
     assert "then" not in page
     elsewhere = begun | {"git_commit": "fedcba9876543210", "device": "NVIDIA H200", "cpu": "Xeon", "threads": 1}
+    elsewhere["backbone"] = "3422989552e2"  # of a file that was changed since: its weights are in the checkpoint
     file.write_text(json.dumps(begun | {"resumed": [begun, elsewhere]}))
     _, page = report(suite, tmp_path)
     assert "- 1 training on EPYC, then NVIDIA H200 (2 CPU cores, 2, then 1 threads), torch 2.15.0" in page
     assert "- **several machines: times and memory" in page
+    assert "- 2 trainings on the backbone 4e467da68ac9\n" in page
     committed = "commit 0123456789 with changes that are not committed"
     assert f"- 1 training with the code of {committed}\n" in page
     assert f"- 1 training with the code of {committed}, then commit fedcba9876\n" in page

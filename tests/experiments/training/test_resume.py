@@ -16,6 +16,7 @@ from experiments.prepare import split_files
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint
+from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import train
 from tests.calls import calling, failing, interrupt
 from tests.runs import lines, same_weights, weights
@@ -111,8 +112,19 @@ def test_what_makes_training_faster_can_change_on_resume(tiny, tmp_path):
 def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
     with pytest.raises(InputError, match="--resume"):
         train(load_settings(tiny, ["name=trained"]), runs=tmp_path)
-    with pytest.raises(InputError, match="another train.learning_rate"):
-        train(load_settings(tiny, ["name=trained", "train.learning_rate=0.5"]), resume=True, runs=tmp_path)
+    for changed in ("train.learning_rate=0.5", "train.patience=3"):
+        with pytest.raises(InputError, match=f"another {changed.partition('=')[0]}"):
+            train(load_settings(tiny, ["name=trained", changed]), resume=True, runs=tmp_path)
+
+
+def test_each_resume_is_written_down_after_the_environment_that_the_run_began_in(tiny, tmp_path):
+    run = RunDirectory(tmp_path)
+    for processes in (1, 2, 3):
+        run.start(load_settings(tiny), torch.device("cpu"), processes, trained_parameters=7)
+        run.checkpoint.parent.mkdir(exist_ok=True)
+        run.checkpoint.touch()
+    begun = json.loads((tmp_path / "environment.json").read_text())
+    assert [begun["processes"], *(resumed["processes"] for resumed in begun["resumed"])] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("resume", [False, True])

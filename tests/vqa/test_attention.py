@@ -33,6 +33,15 @@ def test_spatial_attention_is_an_mlp_over_the_concatenation():
         torch.testing.assert_close(attention(features, question)[:, :, h, 0], score)
 
 
+def test_mlb_attention_is_a_product_of_two_projections():
+    attention = MLBAttention(6, 4, 8)
+    features, question = torch.randn(2, 6, 3, 3), torch.randn(2, 4)
+    seen = F.linear(features.permute(0, 2, 3, 1), attention.feature.weight[:, :, 0, 0], attention.feature.bias).tanh()
+    joined = seen * attention.question(question).tanh()[:, None, None]
+    scores = F.linear(joined, attention.score.weight[:, :, 0, 0], attention.score.bias)
+    torch.testing.assert_close(attention(features, question), scores.permute(0, 3, 1, 2))
+
+
 def test_feature_normalisation():
     features = torch.randn(2, 6, 3, 3)
     torch.testing.assert_close(normalise_features(features, "map", 2.0).flatten(1).norm(dim=1), torch.full((2,), 2.0))

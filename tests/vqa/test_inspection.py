@@ -111,6 +111,8 @@ def test_numbers_of_a_layer_and_its_strongest_channel(tmp_path):
     assert "β Δβ layer3.0.bn1 17 0.500 −6.000 −11.00 0.250 +8.125" in shown
     median = np.median([abs(g - 1) for g in chosen["gain"] if g is not None])
     assert f"layer3.0.bn1 256 channels {median:.2f} 1 234 77 8.12" in shown
+    strongly = np.mean([g is not None and abs(g - 1) > 0.5 for each in one["layers"] for g in each["gain"]])
+    assert f"{100 * strongly:.1f} % with a gain more than 0.5 away from 1" in shown
 
 
 def test_two_readings_are_compared(tmp_path):
@@ -125,6 +127,7 @@ def test_two_readings_are_compared(tmp_path):
     assert "how many?" in shown
     assert len(page.strips("gain")) == 2 * len(DEMO_LAYERS)
     assert "B | layer4.0.bn1 2.000" in shown, "the layer where the questions differ most comes first"
+    assert "layer4.0.bn1: 2.000" in shown, "the chart's point of the difference"
     assert "gain B layer2.0.bn1 9 1.000 +5.000 −5.000 6.00 −4.00" in shown
     assert sum(tag == "polyline" for tag, _ in page.tags) == 6
 
@@ -190,8 +193,9 @@ def test_degenerate_layers(tmp_path, change):
 @pytest.mark.parametrize("size", [(64, 64), (640, 200)])
 def test_attention_lies_over_the_image(tmp_path, shape, size):
     one = reading("where?", DEMO_LAYERS[:1], glimpses=shape)
-    weights = np.full(shape, 0.002)
-    weights[:, -1, -1] = 1 - 0.002 * (shape[1] * shape[2] - 1)
+    weights = np.ones(shape)
+    weights[:, -1, -1] = 20
+    weights /= weights[0].sum()
     one["attention"] = weights.tolist()
     text = written(tmp_path, inspection(one), Image.new("RGB", size, (250, 250, 250)))
     maps = [a for tag, a in Page(text).tags if tag == "img" and a.get("alt", "").startswith("Attention")]
@@ -201,10 +205,21 @@ def test_attention_lies_over_the_image(tmp_path, shape, size):
         assert opened.width / opened.height == pytest.approx(size[0] / size[1], rel=0.02)
         assert opened.getpixel((opened.width - 1, opened.height - 1)) > 220
         assert opened.getpixel((0, 0)) < 120
-    highest, mean = percent(weights[0].max()), percent(weights[0].mean())
+    of_cells = (weights[0].max(), weights[0].mean(), weights[0].min())
+    highest, mean, least = (percent(weight).replace("\u00a0", " ") for weight in of_cells)
     shown = contents(text)
-    assert f"holds {highest} of the weight; the average is {mean}".replace("\u00a0", " ") in shown
-    assert ("0.2 % 0.2 %" in shown) == (shape[1] * shape[2] <= 16), "few cells are labelled one by one"
+    assert f"holds {highest} of the weight; the average is {mean}" in shown
+    assert (f"{least} {least}" in shown) == (shape[1] * shape[2] <= 16), "few cells are labelled one by one"
+
+
+def test_a_box_is_drawn_around_its_object(tmp_path):
+    content = inspection(reading("what?", DEMO_LAYERS[:1])) | {"box": [10, 20, 30, 8]}
+    page = Page(written(tmp_path, content, Image.new("RGB", (100, 50))))
+    (photo,) = (a["src"] for tag, a in page.tags if tag == "img" and a.get("alt", "").startswith("The image"))
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(photo.split(",")[1]))))
+    rows, columns = drawn.any(2).nonzero()
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (9, 40, 19, 28)
+    assert not drawn[20:28, 10:40].any()
 
 
 def test_resnet50_with_two_questions_stays_small(tmp_path):

@@ -25,6 +25,7 @@ from tests.runs import lines, same_weights
 from vqa.io.errors import InputError
 from vqa.saved_model.files import load_model, save_weights
 from vqa.settings.recipes import load_settings
+from vqa.tasks.objects import crop_region
 
 ALL = "inputs=[crop, image, spatial, category, question]"
 
@@ -96,6 +97,7 @@ def test_a_folder_of_official_files_becomes_an_oracle(games, asked, done, comman
     done("inspect", "--run", run / "model", *words_of(asked), "--out", "seen")
     seen = json.loads(Path("seen/modulation.json").read_text())
     assert (seen["box"], seen["category"]) == (asked["box"], asked["category"])
+    assert tuple(seen["crop"]) == crop_region(asked["box"], *Image.open(asked["image"]).size, 1.1)
     assert seen["readings"][0]["answers"] == said
     assert "attention" not in seen["readings"][0]
     assert len(seen["readings"][0]["layers"]) == 8

@@ -75,6 +75,9 @@ def test_the_crop_is_enlarged_about_its_centre_and_cut_at_the_border(box, factor
         ((200, 10, 0.5, 5), "not within"),
         ((-0.5, 10, 0.25, 5), "not within"),
         ((10, 96, 5, 6), "not within"),
+        ((10, -2, 5, 5), "not within"),
+        ((10, 100, 5, 0.5), "not within"),
+        ((10, -0.5, 5, 0.5), "not within"),
     ],
 )
 def test_degenerate_boxes_are_refused(box, said):

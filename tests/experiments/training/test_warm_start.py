@@ -13,7 +13,7 @@ from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.trainer import prepare, train
-from experiments.training.warm_start import splits_seen
+from experiments.training.warm_start import splits_seen, take_weights
 from tests.resnets import NarrowResNet
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
@@ -44,10 +44,10 @@ def test_words_and_answers_go_by_their_text(tiny, trained, tmp_path):
     settings = load_settings(tiny, [f"data.h5={tmp_path}/other.h5", "data.min_word_count=20", "data.answers=5"])
     preprocess(**preprocessing_of(settings))
     saved = load_model(trained)
-    # the saved model's own words and answers in another order, and one of each missing
-    saved.answers.reverse()
-    lost = saved.answers[3]
-    saved.answers[3] = "something else"
+    # the saved model's own answers in another order and spelling, and one missing
+    spelt = saved.answers[::-1]
+    lost = spelt[3]
+    saved.answers[:] = ["something else" if answer == lost else f"The {answer}" for answer in spelt]
     plain, warm, task, told = begun(settings, saved)
     theirs, known = saved.model.state_dict(), saved.tokenizer.get_vocab()
     ours = task.store.tokenizer.get_vocab()
@@ -56,7 +56,7 @@ def test_words_and_answers_go_by_their_text(tiny, trained, tmp_path):
         assert torch.equal(warm["question.embedding.weight"][row], theirs["question.embedding.weight"][known[word]])
     for name in ("fusion.answer.4.weight", "fusion.answer.4.bias"):
         for row, answer in enumerate(task.store.vocabulary):
-            of = (plain, row) if answer == lost else (theirs, saved.answers.index(answer))
+            of = (plain, row) if answer == lost else (theirs, spelt.index(answer))
             assert torch.equal(warm[name][row], of[0][name][of[1]]), answer
     common = len(set(task.store.vocabulary) - {lost})
     assert f"{len(ours)} of {len(ours)} words and {common} of 5 answers match" in told
@@ -91,6 +91,11 @@ def test_what_is_made_of_the_data_is_made_with_the_weights_that_were_taken(tiny,
         model.load_state_dict(warm)
         model.set_mean_question(*padded_words(task.training, range(len(task.training))))
         torch.testing.assert_close(warm["mean_question"], model.mean_question)
+    if condition == "kind":  # a pair of ids of words, which another vocabulary numbers otherwise
+        words = {word.replace("circle", "zebra"): id_ for word, id_ in task.tokenizer.get_vocab().items()}
+        model = task.new_model(fresh=True, say=print)
+        taken = take_weights(model, load_model(run), words, task.store.vocabulary, [], print)
+        assert {name.partition(".")[0] for name in taken} == {"resnet", "question", "attention", "fusion"}
 
 
 def test_a_warm_run_is_resumed_bit_for_bit(tiny, trained, tmp_path, capsys):

@@ -40,6 +40,9 @@ def test_only_what_the_inputs_need_has_to_be_given(image):
     assert (views, extras) == ([image], {})
     assert len(inputs_of(settings("[crop, question]"), NAMES, image, np.array(BOX))[0]) == 1
     assert inputs_of(settings("[category, question]", "cbn.stages=[]"), NAMES, image, category="person")[0] == []
+    for given, says in (({"box": (1, 2, 0, 3)}, "is empty"), ({"category": "xyz"}, "unknown category")):
+        with pytest.raises(InputError, match=says):  # nor is it passed over
+            inputs_of(settings("[image, question]"), NAMES, image, **given)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,10 @@ def test_the_card_says_what_was_measured_and_where(done, finished, tmp_path):
     overall = read_json(finished / "metrics_val.json")["overall"]
     assert f"| val | 24 | {overall:.2f} | no | `metrics_val.json` |" in card
     assert "Trained on: train (epoch 1). In training it had " in card
+    words = read_json(finished / "model/tokenizer.json")["model"]["vocab"].keys() - {"<pad>", "<unk>"}
     for part in (
+        f"Its vocabulary has {len(words)} words.",
+        f"one of its {len(read_json(finished / 'model/answers.json'))} answers",
         "## What it cannot do",
         "## Licence",
         "pipeline_tag: visual-question-answering",

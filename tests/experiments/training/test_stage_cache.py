@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from data.h5_file import _digest_of
-from experiments.training.stage_cache import _digest, cached_maps
+from experiments.process_group import Processes
+from experiments.tasks.vqa import VQATask
+from experiments.training.stage_cache import _digest, cached_maps, choose_images
 from experiments.training.trainer import train
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
@@ -78,6 +80,15 @@ def test_another_backbone_gets_another_file_and_other_images_are_refused(tiny, t
         file.attrs["digest"] = np.bytes_(_digest_of(file))
     with pytest.raises(InputError, match=r"world_stage4_\w+.h5: made with another data; remove it"):
         train(load_settings(tiny, [*words, "name=again"]), runs=tmp_path)
+
+
+def test_maps_are_stored_up_to_the_size_that_the_settings_name(tiny, tmp_path):
+    shutil.copyfile(load_settings(tiny).data.h5, tmp_path / "world.h5")
+    size = 18 * 2 * 2 * 128 * 2  # images, positions, channels, bytes
+    for most, stage in ((size - 1, None), (size, 4)):
+        words = [f"data.h5={tmp_path}/world.h5", "cbn.stages=[]", f"data.cache_gib={most / 2**30}"]
+        task = VQATask(load_settings(tiny, words))
+        assert choose_images(task, task.new_model(fresh=True, say=print).resnet, Processes()).stage == stage
 
 
 def test_a_file_is_of_the_weights_and_statistics_of_all_its_stages():

@@ -1,6 +1,7 @@
 """The numbers of a report, from made-up run directories."""
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -159,4 +160,13 @@ def test_a_damaged_run_is_named(suite, tmp_path, damage):
     file = tmp_path / suite.runs[0].settings[1].name / "accuracies_val.npz"
     file.write_bytes(file.read_bytes()[:50]) if damage == "cut" else file.unlink()
     with pytest.raises(InputError, match=r"accuracies_val.npz: missing or damaged"):
+        collect(suite, tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"questions": 7}, {"overall": 1.0}])
+def test_metrics_that_are_not_of_the_accuracies_beside_them_are_refused(suite, tmp_path, other):
+    finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
+    file = tmp_path / suite.runs[0].settings[1].name / "metrics_val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    with pytest.raises(InputError, match=r"metrics_val.json: not of the same test as accuracies_val.npz"):
         collect(suite, tmp_path)

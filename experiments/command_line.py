@@ -79,8 +79,8 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings, recipe, run, question, suite = (_Parser(add_help=False) for _ in range(5))  # options of several commands
     settings.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="override a setting, as train.epochs=3")
-    recipe.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the recipe")
-    run.add_argument(*RUN, type=Path, required=True, metavar="DIR", help="a run directory, or its model/")
+    recipe.add_argument("--config", type=_path, required=True, metavar="FILE.yaml", help="the recipe")
+    run.add_argument(*RUN, type=_path, required=True, metavar="DIR", help="a run directory, or its model/")
     _question_options(question)
 
     def command(name: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -89,7 +89,7 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     demo = command("demo", settings)
     of_demo = "a recipe with scenes (config/demo.yaml)"
-    demo.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="FILE.yaml", help=of_demo)
+    demo.add_argument("--config", type=_path, default=DEMO_CONFIG, metavar="FILE.yaml", help=of_demo)
 
     command("preprocess", recipe, settings)
 
@@ -98,11 +98,11 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
     train = command("train", recipe, settings)
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     init = "a run or model that provides the initial weights, where name and shape match"
-    train.add_argument("--init-from", type=Path, metavar="DIR", help=init)
+    train.add_argument("--init-from", type=_path, metavar="DIR", help=init)
 
     evaluate = command("eval", run, settings)
     evaluate.add_argument("--split", default="val", help="the split that is answered (val)")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="folder of the files; by default DIR of --run")
+    evaluate.add_argument("--out", type=_path, metavar="DIR", help="folder of the files; by default DIR of --run")
     evaluate.add_argument("--allow-trained", action="store_true", help="score a split that was trained on, and mark it")
 
     ask = command("ask", run, question)
@@ -111,28 +111,28 @@ def build_parser(functions: Mapping[str, Callable[..., None]]) -> argparse.Argum
 
     inspect = command("inspect", run, question)
     inspect.add_argument("--versus", metavar="TEXT", help="a second question to compare with")
-    inspect.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/inspect")
+    inspect.add_argument("--out", type=_path, metavar="DIR", help="by default DIR/inspect")
 
     recalibrate = command("recalibrate", run, settings)
-    recalibrate.add_argument("--config", type=Path, metavar="FILE.yaml", help="the recipe whose data are used")
+    recalibrate.add_argument("--config", type=_path, metavar="FILE.yaml", help="the recipe whose data are used")
     recalibrate.add_argument("--split", default="train", help="the split whose images are used (train)")
     recalibrate.add_argument("--batches", type=_positive, default=200, metavar="N", help="use at most N batches (200)")
-    recalibrate.add_argument("--out", type=Path, metavar="DIR", help="by default DIR/recalibrated")
+    recalibrate.add_argument("--out", type=_path, metavar="DIR", help="by default DIR/recalibrated")
 
     export = command("export", run)
-    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder, or an empty one")
+    export.add_argument("--to", type=_path, required=True, metavar="FOLDER", help="a new folder, or an empty one")
     export.add_argument("--format", dest="form", choices=("hub", "onnx"), default="hub", help="hub or onnx (hub)")
 
     _bench_options(command("bench"))
     _gpu_check_options(command("gpu-check"))
     _features_options(command("features", settings))
-    suite.add_argument("file", type=Path, metavar="SUITE.yaml", help="as those in experiments/suites/")
+    suite.add_argument("file", type=_path, metavar="SUITE.yaml", help="as those in experiments/suites/")
     _experiment_options(command("experiment", suite, settings))  # the file first, then KEY=VALUE
     return parser
 
 
 def _question_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--image", type=Path, required=True, metavar="FILE", help="any image file")
+    added.add_argument("--image", type=_path, required=True, metavar="FILE", help="any image file")
     added.add_argument("--question", required=True, metavar="TEXT", help="one question about it")
     box = "box of the object that the question is about, in pixels from the top left (GuessWhat?!)"
     added.add_argument("--box", type=_box, metavar="X,Y,W,H", help=box)
@@ -140,8 +140,8 @@ def _question_options(added: argparse.ArgumentParser) -> None:
 
 
 def _pretrain_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--images", type=Path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
-    added.add_argument("--out", dest="file", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    added.add_argument("--images", type=_path, required=True, metavar="FOLDER_OR_ZIP", help="one sub-folder per class")
+    added.add_argument("--out", dest="file", type=_path, required=True, metavar="FILE", help="a .safetensors file")
     added.add_argument("--backbone", default="resnet18", metavar="NAME", help="a ResNet of torchvision (resnet18)")
     added.add_argument("--image-size", type=_positive, default=64, metavar="S", help="side in pixels (64)")
     added.add_argument("--epochs", type=_few, default=10, metavar="N", help="passes over the images (10)")
@@ -159,11 +159,11 @@ def _bench_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--images", type=_positive, default=4000, metavar="N", help="images of the part scale (4000)")
     added.add_argument("--tiny", action="store_true", help="a small network and few images, to test that it runs")
     added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-    added.add_argument("--out", type=Path, metavar="DIR", help="write bench_PART.csv there")
+    added.add_argument("--out", type=_path, metavar="DIR", help="write bench_PART.csv there")
 
 
 def _gpu_check_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file per step, and gpu-check.zip")
+    added.add_argument("--out", type=_path, required=True, metavar="DIR", help="a file per step, and gpu-check.zip")
     added.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="time limit (9)")
     only = "run only this step; can be repeated"
     added.add_argument("--step", dest="steps", action="append", default=[], metavar="STEP", help=only)
@@ -176,11 +176,11 @@ def _gpu_check_options(added: argparse.ArgumentParser) -> None:
 
 
 def _features_options(added: argparse.ArgumentParser) -> None:
-    added.add_argument(*RUN, type=Path, required=True, action="append", metavar="DIR", help="can be repeated")
+    added.add_argument(*RUN, type=_path, required=True, action="append", metavar="DIR", help="can be repeated")
     added.add_argument("--split", default="val", help="the split that the pairs are from (val)")
     added.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="random pairs shown (1000)")
     added.add_argument("--seed", type=_natural, default=0, metavar="N", help="seed of pairs, folds and t-SNE (0)")
-    added.add_argument("--out", type=Path, metavar="DIR", help="by default features/ in the first DIR of --run")
+    added.add_argument("--out", type=_path, metavar="DIR", help="by default features/ in the first DIR of --run")
 
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
@@ -198,6 +198,12 @@ def _experiment_options(added: argparse.ArgumentParser) -> None:
         instead.add_argument(f"--{name}", dest="does", action="store_const", const=name, default="run", help=does)
     instead.add_argument("--only", metavar="RUN", help="run only this run of the suite, with --seed")
     instead.add_argument("--submit", dest="cluster", choices=("slurm",), help="submit the missing runs as an array job")
+
+
+def _path(text: str) -> Path:
+    if not text:  # as of an unset variable of the shell: Path("") is the current folder
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _positive(text: str, least: int = 1, most: int = 10**9) -> int:

@@ -84,6 +84,13 @@ def test_numbers_that_would_fill_the_memory_are_refused(refused, words):
     assert "'65537' is not a number from 1 to 65536" in refused(*words.split(), 65537)
 
 
+@pytest.mark.parametrize(
+    "words", ["inspect --run a --image b --question c --out", "pretrain --out b --images", "train --config"]
+)
+def test_an_empty_path_is_not_the_current_folder(refused, words):
+    assert f"{words.split()[-1]}: the path is empty" in refused(*words.split(), "")
+
+
 def test_the_version_is_the_packages(command):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ended = command("--version")

@@ -36,6 +36,10 @@ _BEFORE: dict[str, Any] = {
     },
 }
 _QUOTES = "; a text with braces must be in quotes, as '{image_id}.jpg'"
+_FORMS = {  # of texts that a pattern of the schema describes
+    "device": "auto, cpu, mps, cuda or cuda:N",
+    "name": "parts of letters, digits, _ . and - with single slashes between them",
+}
 _OTHER_NAMES = {  # what other programs call these settings, where no similar spelling leads to ours
     "train.learning_rate": "lr base_lr",
     "train.batch_size": "bs batch",
@@ -216,6 +220,9 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
             said = f"{key} is missing (vqa/settings/base.yaml names every key: begin with `base: base.yaml`)"
         case "value_error":
             said = f"{key}.{message}".lstrip(".")
+        case "string_pattern_mismatch":
+            form = "hold no NUL" if "\0" in first["input"] else f"be {_FORMS.get(key, 'of letters, digits, _ . and -')}"
+            said = f"{key}: must {form}, got {reprlib.repr(first['input'])}"
         case kind:
             braces = _QUOTES if kind == "string_type" and isinstance(first["input"], dict) else ""
             said = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"

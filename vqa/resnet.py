@@ -222,7 +222,7 @@ class ModulatedResNet(nn.Module):
         """
         if self.statistics == "batch":
             return None
-        first = min((layer.stage for layer in self.layers), default=5)
+        first = min([layer.stage for layer in self.layers] or [5])  # torch 2.11 compiles no `default=`
         return first - 1 if first > 0 else None
 
     def fixed_stage(self) -> int | None:

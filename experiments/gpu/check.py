@@ -50,7 +50,7 @@ CORRECTNESS = {  # nothing is timed, so that several of them may run at a time
 }
 SPEED = {
     "ceilings": Step(fast.ceilings_rows, 30),
-    "compiled": Step(fast.compiled_rows, 180),
+    "compiled": Step(fast.compiled_rows, 300),
     "epoch": Step(fast.epoch_rows, 240),
     "step": Step(fast.uncompiled_rows, 180),
     "operation": Step(fast.operation_rows, 60),

@@ -203,6 +203,13 @@ def test_compiles_without_graph_breaks_recomputed_or_not():
     assert explained.graph_break_count == 0
 
 
+@pytest.mark.parametrize("stages", [(3, 4), (1, 2, 3, 4)])
+def test_compiles_as_one_graph_where_questions_share_an_image(stages):
+    _, net = pair("resnet10", stages)
+    arguments = torch.randn(2, 3, 32, 32), random_modulation(net, 3), torch.tensor([0, 1, 1])
+    torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(*arguments), net(*arguments))
+
+
 def test_is_exported_for_batches_of_any_size():
     _, net = pair("resnet10")
     batch = torch.export.Dim("batch")

@@ -17,7 +17,7 @@ from torch.utils.data._utils import signal_handling
 from data.batches import Batch, QuestionDataset
 from vqa.io.errors import InputError
 from vqa.io.files import shown
-from vqa.io.processes import SHARED_MEMORY, WorkerContext, calling, naming_worker_limits, require_files
+from vqa.io.processes import SHARED_MEMORY, StopRequest, WorkerContext, calling, naming_worker_limits, require_files
 
 _AHEAD = 2  # batches that a worker prepares in advance
 _FILES_A_BATCH = 32  # at most open while a batch is handed from one process to another
@@ -83,7 +83,8 @@ def _start_workers(loader: DataLoader) -> Iterator[Batch | InputError]:
         loader.multiprocessing_context.Lock()
         # torch's handler would raise wherever the main process is, also in a queue whose lock it never releases then
         signal_handling._SIGCHLD_handler_set = True
-        return iter(loader)
+        with StopRequest():  # torch prints a traceback where a signal ends the start of its workers
+            return iter(loader)
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

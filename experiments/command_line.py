@@ -217,7 +217,7 @@ def _few(text: str) -> int:
 
 
 def _box(text: str) -> tuple[float, ...]:
-    if not re.fullmatch(r"-?\d{1,6}(\.\d{1,6})?(,-?\d{1,6}(\.\d{1,6})?){3}", text):
+    if not re.fullmatch(r"-?\d{1,6}(\.\d+)?(,-?\d{1,6}(\.\d+)?){3}", text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a box; write X,Y,W,H in pixels, as 10,20,64,48")
     return tuple(map(float, text.split(",")))
 
@@ -227,6 +227,6 @@ def _natural(text: str) -> int:
 
 
 def _minutes(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text) or not float(text):
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of minutes")
     return float(text)

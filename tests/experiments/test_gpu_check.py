@@ -154,7 +154,9 @@ def test_a_copy_without_its_history_says_its_commit(monkeypatch):
 
 def test_wrong_words_are_refused(refused, tmp_path):
     out = ("--out", tmp_path / "out")
-    assert "not a number of minutes" in refused("gpu-check", *out, "--minutes", "0")
+    for minutes in ("0", "nan", "1e3", "-1", "1,5"):
+        assert "not a number of minutes" in refused("gpu-check", *out, f"--minutes={minutes}")
+    assert "device: cuda" in refused("gpu-check", *out, "--minutes", f"{97 / 30}")  # as a script computes it
     assert refused("gpu-check", *out, "--step", "speed").startswith("error: gpu-check: no step speed; steps are modul")
     assert refused("gpu-check", *out, "--suite", "table9").endswith("table9.yaml: no such suite")
     assert "device: cuda" in refused("gpu-check", *out)

@@ -1,5 +1,6 @@
 """Limits of what worker processes share: one line names the limit, and a signal ends any wait."""
 
+import gc
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from data.loader import make_loader
 from data.scenes.write import in_order
 from experiments.training import trainer
 from tests.conftest import ROOT
+from tests.processes import workers_of
 from vqa.io.processes import Interrupted
 
 pytestmark = pytest.mark.usefixtures("listening")
@@ -145,9 +147,9 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, here, monk
 def stopped_children():
     """Workers of this process that are stopped."""
     stopped = []
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    for worker in workers_of(os.getpid()):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
-            stopped += [child] * (" T " in Path(f"/proc/{child}/stat").read_text())
+            stopped += [worker] * (" T " in Path(f"/proc/{worker}/stat").read_text())
     return stopped
 
 
@@ -164,3 +166,21 @@ def test_a_signal_ends_the_wait_for_a_pool():
         list(in_order(signal.raise_signal, [signal.SIGSTOP] * 2, 2))
     thread.join()
     assert not stopped_children()
+
+
+def test_a_signal_while_the_workers_of_a_loader_start_waits_until_they_can_be_stopped(monkeypatch):
+    dropped, begun, process = [], [], data.loader.WorkerContext.Process
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    def second_after_a_signal(*arguments, **named):
+        if begun:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begun.append(process(*arguments, **named))
+        return begun[-1]
+
+    monkeypatch.setattr(data.loader.WorkerContext, "Process", second_after_a_signal)
+    loader = make_loader([1, 2], [0, 1], 2, torch.device("cpu"))
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        list(data.loader.readable(loader))
+    gc.collect()
+    assert not dropped

@@ -283,6 +283,8 @@ def test_a_box_on_the_command_line_is_four_numbers(oracle, trained, refused, ask
     words = words_of(asked)[:4]
     for box in ("1,2,3", "1,2,3,nan", "1 2 3 4", "a", "1,2,3,4,5", "1e9,2,3,4"):
         assert "is not a box; write X,Y,W,H" in refused("ask", "--run", oracle, *words, f"--box={box}")
+    exact = ("--box", f"{1 / 3},0.1000000000000001,30,40")  # as a program writes them
+    assert "box: a model of the task vqa" in refused("ask", "--run", trained, *words, *exact)
     for command in ("ask", "inspect"):
         assert "box: this model needs" in refused(command, "--run", oracle, *words)
         assert "box: a model of the task vqa" in refused(command, "--run", trained, *words, "--box", "1,2,3,4")

@@ -28,6 +28,8 @@ from vqa.text.tokenizer import special_ids
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
 
+_OF_TRAINING = ("name", "data.processes", "train.checkpoint_every", "train.tensorboard")  # without effect on a model
+
 
 def evaluate(
     run: Path,
@@ -118,7 +120,8 @@ def find_settings(run: Path, overrides: Sequence[str]) -> tuple[Path, Settings]:
         InputError: there is no model, or a word would change what it is.
     """
     for word in overrides:
-        if role_of(word.partition("=")[0]) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
+        key = word.partition("=")[0]
+        if key in _OF_TRAINING or role_of(key) not in (Role.COMPUTING, Role.DATA, Role.SKIPPING, Role.SCORING):
             raise InputError(
                 f"command line: {word}: a trained model cannot be changed; only where the data are, "
                 "data.skip_bad_images, device, precision, workers and train.batch_size can be given"

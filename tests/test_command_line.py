@@ -122,6 +122,8 @@ def test_help_names_every_command(done):
         (["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"], "absent/train_questions.json: no"),
         (["eval", "--run", "absent"], "absent: no model here"),
         (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
+        (["eval", "--run", "{trained}", "name=other"], "name=other: a trained model cannot be changed"),
+        (["features", "--run", "{trained}", "data.processes=1"], "data.processes=1: a trained model cannot be changed"),
         (["eval", "--run", "{trained}", "data.h5=a.h5", "data.folder=b"], "b/val_questions.json: no such file, and no"),
         (["ask", "--run", "{trained}", "--image", "absent.jpg", "--question", "what?"], "absent.jpg: no such file"),
         (["ask", "--run", "{trained}", "--image", "{tiny}", "--question", "what?"], "cannot be read as an image"),

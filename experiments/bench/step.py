@@ -48,7 +48,7 @@ class Case(NamedTuple):
 def cases(setup: Setup) -> tuple[Case, ...]:
     """The networks and sizes of the paper, with batches and precision that suit a CPU or a GPU."""
     if setup.tiny:
-        return Case("resnet10", 64, 2, precision="bfloat16"), Case("resnet10", 64, 2, channels_last=False)
+        return Case("resnet10", 64, 2, compiled=True), Case("resnet10", 64, 2, False, "bfloat16")
     if setup.device.type == "cuda":
         half = "bfloat16"
         return (
@@ -106,7 +106,10 @@ class _Stacked(_Usual):
 Way = Callable[..., Tensor]  # the map after the stem, Δγ, Δβ → the stage-4 map
 
 
-def _ways(case: Case, device: torch.device) -> dict[str, Way]:
+def ways_of(case: Case, setup: Setup) -> dict[str, Way]:
+    """Build the networks of every way to compute a case, by its name."""
+    device, compiler = setup.device, setup.pick("aot_eager", "inductor")
+
     def modulated(norm: type[_Usual] | None = None, compiled: bool = False) -> Way:
         net = ModulatedResNet(case.network, fused=norm is None)
         if norm is not None:
@@ -115,7 +118,7 @@ def _ways(case: Case, device: torch.device) -> dict[str, Way]:
                     net.network.set_submodule(name, norm(module))
         net.to(device, memory_format=case.layout)
         if compiled:
-            net.compile()
+            net.compile(backend=compiler)
         return lambda map_, *deltas: net(StageMap(0, map_), Modulation(*deltas))
 
     resnet = build_resnet(case.network).requires_grad_(False).eval().to(device, memory_format=case.layout)
@@ -127,7 +130,7 @@ def _ways(case: Case, device: torch.device) -> dict[str, Way]:
         "stacked": modulated(_Stacked),
     }
     if case.compiled:
-        compiled_stages = torch.compile(stages)
+        compiled_stages = torch.compile(stages, backend=compiler)
         ways |= {
             "ours, compiled": modulated(compiled=True),
             "plain, compiled": lambda map_, *_: compiled_stages(map_),
@@ -136,12 +139,20 @@ def _ways(case: Case, device: torch.device) -> dict[str, Way]:
     return ways
 
 
-def _inputs(case: Case, device: torch.device) -> list[Tensor]:
-    """A random map after the stem and random deltas: what a way takes."""
+def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
+    """Return a random map after the stem and random deltas: what a way takes."""
     width = sum(layer.channels for layer in ModulatedResNet(case.network).layers)
     map_ = torch.randn(case.batch, 64, case.size // 4, case.size // 4, device=device).to(memory_format=case.layout)
     parts = [map_, *(0.1 * torch.randn(case.batch, width, device=device) for _ in "γβ")]
     return [part.requires_grad_() for part in parts]
+
+
+def compute(way: Way, inputs: Sequence[Tensor], precision: str, *, train: bool) -> None:
+    """Compute the stage-4 map in one way; for training also the gradients of the inputs."""
+    with torch.set_grad_enabled(train), autocast(inputs[0].device, precision):
+        y = way(*inputs)
+    if train:
+        torch.autograd.grad(y, inputs, torch.ones_like(y), allow_unused=True)  # the plain network takes no deltas
 
 
 def step_rows(setup: Setup) -> Rows:
@@ -154,18 +165,13 @@ def rows_of(case: Case, setup: Setup) -> Rows:
     """Yield a row for each way: milliseconds (medians), bytes kept, and the ratio of ours to it."""
     torch.manual_seed(0)
     device = setup.device
-    ways, inputs = _ways(case, device), _inputs(case, device)
-
-    def run(way: str, train: bool) -> None:
-        with torch.set_grad_enabled(train), autocast(device, case.precision):
-            y = ways[way](*inputs)
-        if train:
-            torch.autograd.grad(y, inputs[:1] if way.startswith("plain") else inputs, torch.ones_like(y))
-
+    ways, inputs = ways_of(case, setup), inputs_of(case, device)
     forward, training = (
-        interleaved({way: partial(run, way, train) for way in ways}, setup.repeats, device) for train in (False, True)
+        {name: partial(compute, way, inputs, case.precision, train=train) for name, way in ways.items()}
+        for train in (False, True)
     )
-    peaks = {way: peak_mib(partial(run, way, True), device) for way in ways}
+    forward_seconds, training_seconds = (interleaved(jobs, setup.repeats, device) for jobs in (forward, training))
+    peaks, queued = ({way: of(job, device) for way, job in training.items()} for of in (peak_mib, queued_ms))
     kept = {way: _kept_bytes(function, inputs, case.precision) for way, function in ways.items()}
     for way in ways:
         yield {
@@ -175,13 +181,14 @@ def rows_of(case: Case, setup: Setup) -> Rows:
             "layout": "channels last" if case.channels_last else "channels first",
             "precision": case.precision,
             "way": way,
-            "training_ms": round(1e3 * training[way], 2),
-            "ours_training": round(training["ours"] / training[way], 3),
-            "forward_ms": round(1e3 * forward[way], 2),
-            "ours_forward": round(forward["ours"] / forward[way], 3),
+            "training_ms": round(1e3 * training_seconds[way], 2),
+            "ours_training": round(training_seconds["ours"] / training_seconds[way], 3),
+            "forward_ms": round(1e3 * forward_seconds[way], 2),
+            "ours_forward": round(forward_seconds["ours"] / forward_seconds[way], 3),
             "kept_mib_an_image": round(kept[way] / 2**20, 2),
             "ours_kept": round(kept["ours"] / kept[way], 3),
             "peak_mib": peaks[way],
+            "queued_ms": queued[way],
         }
 
 
@@ -205,6 +212,21 @@ def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
     torch.cuda.reset_peak_memory_stats(device)
     function()
     return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+
+
+def queued_ms(function: Callable[[], Any], device: torch.device) -> float | None:
+    """Return the milliseconds (median) until a GPU has been told all that it has to compute, None on a CPU. Where that
+    takes as long as the whole, telling is what limits.
+    """
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return round(1e3 * statistics.median(times), 2)
 
 
 def _kept_bytes(way: Way, inputs: Sequence[Tensor], precision: str) -> float:
@@ -231,7 +253,7 @@ def memory_rows(setup: Setup) -> Rows:
     """
     case, gib = setup.pick(Case("resnet10", 64, 2), Case("resnet152", 448, 1)), 24
     torch.manual_seed(0)
-    ways, inputs = _ways(case, setup.device), _inputs(case, setup.device)
+    ways, inputs = ways_of(case, setup), inputs_of(case, setup.device)
     net = ModulatedResNet(case.network)
     names, channels = [layer.name for layer in net.layers], [layer.channels for layer in net.layers]
     predictor = ModulationPredictor(1024, names, channels, 512, gamma=True, beta=True)

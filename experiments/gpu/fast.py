@@ -1,7 +1,8 @@
 """The steps of `main.py gpu-check` that measure speed on the device. Each yields rows of a table."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from data.batches import Batch
 from experiments.bench.loading import prepared_scenes, time_training
 from experiments.bench.setup import Rows, Setup
-from experiments.bench.step import cases, interleaved, peak_mib, rows_of
+from experiments.bench.step import cases, compute, inputs_of, interleaved, peak_mib, rows_of, ways_of
 from experiments.bench.vqa_sized_data import QUESTIONS
 from experiments.gpu.right import CONFIG, random_model
 from experiments.tasks.vqa import answer_loss
@@ -21,6 +22,11 @@ from vqa.preprocessing import Preprocessing
 from vqa.settings.recipes import load_settings
 from vqa.settings.schema import Settings
 
+HALF = ("precision=bfloat16",)
+COMPILED = (*HALF, "speed.compile=true")
+COMPILING = {f"compiling-{way}": f"{way}, compiled" for way in ("ours", "usual", "plain")} | {
+    "compiling-modern": "modern"
+}
 SMALL = ("question.hidden_size=32", "cbn.hidden_size=8", "answer.fusion_size=32")
 
 
@@ -72,6 +78,23 @@ def operation_rows(setup: Setup) -> Rows:
         }
 
 
+def compiling_rows(setup: Setup, what: str) -> Rows:
+    """How long compiling takes, of one compiled way of `bench step` or of the recipe `modern`. What is compiled here is
+    then in torch's cache on the disk, so that `compiled` and `epoch` have time to measure.
+    """
+    if what == "modern":
+        settings = _vqa_v1_settings(setup, what, setup.pick(HALF, COMPILED), images=setup.pick(8, 40))
+        start = time.monotonic()
+        time_training(settings, setup.folder / "run", 1, 2)
+    else:
+        case = next(case for case in cases(setup) if case.compiled)
+        way, inputs = ways_of(case, setup)[what], inputs_of(case, setup.device)
+        start = time.monotonic()
+        for train in (False, True):
+            compute(way, inputs, case.precision, train=train)
+    yield {"what": what, "seconds": round(time.monotonic() - start, 1)}
+
+
 def uncompiled_rows(setup: Setup) -> Rows:
     """`bench step` without the compiled ways."""
     for case in cases(setup):
@@ -89,45 +112,22 @@ def epoch_rows(setup: Setup) -> Rows:
     """Questions a second of the recipes for VQA v1, by the trainer itself from an h5 file of synthetic scenes; hence
     the hours of a run on VQA v1.
     """
-    workers = setup.pick(0, max((os.cpu_count() or 2) // 2, 1))
     recipes = (
-        ("modern", ["precision=bfloat16"]),
-        ("modern", ["precision=bfloat16", "speed.compile=true"]),
-        ("baseline", ["precision=bfloat16"]),
-        ("finetune_bn", ["precision=bfloat16"]),
-        ("modern_448", ["precision=bfloat16"]),
-        ("modern", []),
+        ("modern", HALF),
+        ("modern", COMPILED),
+        ("baseline", HALF),
+        ("finetune_bn", HALF),
+        ("modern_448", HALF),
+        ("modern", ()),
     )
     for number, (recipe, differences) in enumerate(recipes[:1] if setup.tiny else recipes):
-        size = setup.pick(64, 448 if recipe == "modern_448" else 224)
-        images, network = setup.pick((8, "resnet10"), (400 if size == 448 else 600, "resnet50"))
-        scenes = prepared_scenes(
-            setup._replace(folder=setup.folder / str(size)),
-            f"data.image_size={size}",
-            f"scenes.images={{train: {images}, val: 8}}",
-            f"data.processes={workers or 1}",
-            "data.answers=2000",  # as the recipes
-        )
-        words = [
-            f"device={setup.device}",
-            f"workers={workers}",
-            f"data.h5={scenes.data.h5}",
-            f"data.image_size={size}",
-            "data.cache_gib=0",
-            f"backbone.name={network}",
-            "backbone.weights=none",
-            "question.glove=null",
-            "speed.share_images=false",  # of VQA's 80 000 images few are twice in a batch, of these many
-            *setup.pick(["train.batch_size=8", *SMALL], []),
-            *differences,
-        ]
-        settings = load_settings(CONFIG / "vqa_v1" / f"{recipe}.yaml", words)
+        settings = _vqa_v1_settings(setup, recipe, differences, setup.pick(8, 400 if recipe == "modern_448" else 600))
         run = setup.folder / f"run_{number}"
         _, seconds, share = time_training(settings, run, *setup.pick((1, 3), (8, 60)))
         rate = settings.train.batch_size / seconds
         yield {
             "recipe": recipe,
-            "pixels": size,
+            "pixels": settings.data.image_size,
             "batch": settings.train.batch_size,
             "precision": settings.precision,
             "compiled": settings.speed.compile,
@@ -135,6 +135,33 @@ def epoch_rows(setup: Setup) -> Rows:
             "share_waiting": round(share, 3),
             "hours_of_20_epochs_of_vqa_v1": round(20 * QUESTIONS["train"] / rate / 3600, 2),
         }
+
+
+def _vqa_v1_settings(setup: Setup, recipe: str, differences: Sequence[str], images: int) -> Settings:
+    """Settings of a recipe for VQA v1, but on so many synthetic scenes, with random weights and new embeddings."""
+    workers = setup.pick(0, max((os.cpu_count() or 2) // 2, 1))
+    size = setup.pick(64, 448 if recipe == "modern_448" else 224)
+    scenes = prepared_scenes(
+        setup._replace(folder=setup.folder / str(size)),
+        f"data.image_size={size}",
+        f"scenes.images={{train: {images}, val: 8}}",
+        f"data.processes={workers or 1}",
+        "data.answers=2000",  # as the recipes
+    )
+    words = [
+        f"device={setup.device}",
+        f"workers={workers}",
+        f"data.h5={scenes.data.h5}",
+        f"data.image_size={size}",
+        "data.cache_gib=0",
+        f"backbone.name={setup.pick('resnet10', 'resnet50')}",
+        "backbone.weights=none",
+        "question.glove=null",
+        "speed.share_images=false",  # of VQA's 80 000 images few are twice in a batch, of these many
+        *setup.pick(["train.batch_size=8", *SMALL], []),
+        *differences,
+    ]
+    return load_settings(CONFIG / "vqa_v1" / f"{recipe}.yaml", words)
 
 
 def largest_rows(setup: Setup) -> Rows:

@@ -46,6 +46,9 @@ def test_every_step_passes_and_is_in_the_archive(checked):
     assert [row["type"] for row in told["modulate"]["rows"]] == ["float32", "bfloat16", "float16"]
     assert told["resume"]["rows"][0]["difference"] == "0.0e+00"
     assert {row["way"] for row in told["step"]["rows"]} == {"ours", "plain", "usual", "stacked"}
+    compiled = {f"{way}, compiled" for way in ("ours", "plain", "usual")}
+    assert {row["way"] for row in told["compiled"]["rows"]} == {"ours", "plain", "usual", "stacked", *compiled}
+    assert {row["what"] for name in fast.COMPILING for row in told[name]["rows"]} == {*compiled, "modern"}
 
 
 def test_what_passed_is_not_run_again(checked, capsys):
@@ -157,7 +160,7 @@ def test_wrong_words_are_refused(refused, tmp_path):
     for minutes in ("0", "nan", "1e3", "-1", "1,5"):
         assert "not a number of minutes" in refused("gpu-check", *out, f"--minutes={minutes}")
     assert "device: cuda" in refused("gpu-check", *out, "--minutes", f"{97 / 30}")  # as a script computes it
-    assert refused("gpu-check", *out, "--step", "speed").startswith("error: gpu-check: no step speed; steps are modul")
+    assert refused("gpu-check", *out, "--step", "speed").startswith("error: gpu-check: no step speed; steps are compiling-ours, ")
     assert refused("gpu-check", *out, "--suite", "table9").endswith("table9.yaml: no such suite")
     assert "device: cuda" in refused("gpu-check", *out)
     (tmp_path / "file").touch()

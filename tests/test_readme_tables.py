@@ -317,7 +317,7 @@ def test_the_backbone_of_every_three_epoch_suite_is_the_one_that_is_said():
 
 def test_the_two_seeds_of_the_hints_are_those_of_the_tables():
     (said,) = re.findall(r"two seeds MODERN has (.*?) %", " ".join(EXPERIMENTS.split()))
-    line = by_row("condition")["question"]
+    line = by_row("which_parameters")["γ and β"]
     assert shown(said, float(line["overall_mean"]), float(line["overall_std"]), digits=1)
 
 

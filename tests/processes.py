@@ -9,10 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,26 +151,11 @@ def fork_children(monkeypatch, module: str) -> None:
 
 
 def fork_workers(monkeypatch) -> None:
-    """Forks worker processes from that one, too, and lets torch look at those of a loader ten times a second.
+    """Forks worker processes, too, and lets torch look at those of a loader ten times a second.
 
-    Else they import for seconds in each test's process; and torch looks at them every five seconds.
+    They are spawned else, and import for seconds; and torch looks at them every five seconds.
     """
     forking()
+    monkeypatch.setattr("vqa.io.processes._Worker._Popen", staticmethod(ForkServerProcess._Popen))
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__", (0.1,))
-
-
-def workers_of(parent: int) -> list[int]:
-    """The process ids of the workers of a process: they are children of the child that forks them, by Linux's /proc."""
-
-    def forked_by(process: int) -> set[int]:
-        found = set()
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one has ended since
-            for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-                if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.add(int(child))
-        return found
-
-    servers = forked_by(parent)
-    found = [set().union(*map(forked_by, servers)) for _ in range(2) if not time.sleep(0.05)]
-    return sorted(found[0] & found[1])  # while it imports, others are there for a moment

@@ -15,7 +15,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,7 @@ class Step(NamedTuple):
     seconds: float
 
 
-TOGETHER = {  # what else runs does not change their results, so that several of them may run at a time
-    **{step: Step(partial(fast.compiling_rows, what=what), 240) for step, what in fast.COMPILING.items()},
+TOGETHER = {  # several at a time: what else runs changes no result but the seconds of compiling
     "modulate": Step(right.modulate_rows, 120),
     "commands": Step(right.commands_rows, 180),
     "resume": Step(right.resume_rows, 120),
@@ -48,6 +47,7 @@ TOGETHER = {  # what else runs does not change their results, so that several of
     "network": Step(right.network_rows, 60),
     "deltas": Step(right.deltas_rows, 40),
     "nccl": Step(right.nccl_rows, 60),
+    **{step: Step(partial(fast.compiling_rows, what=what), 240) for step, what in fast.COMPILING.items()},
 }
 ALONE = {
     "ceilings": Step(fast.ceilings_rows, 30),
@@ -104,13 +104,15 @@ def gpu_check(
     missing = [file for file in files if not (file.exists() and _passed(file, _command(file.stem, device, tiny)))]
     together, alone = ([file for file in missing if (file.stem in TOGETHER) is kind] for kind in (True, False))
     run = partial(_run_step, device=device, tiny=tiny, deadline=deadline)
-    for chosen, processes in ((together, max((os.cpu_count() or 1) // 2, 1)), (alone, 1)):
+    for chosen, processes in ((together, min(max((os.cpu_count() or 1) // 2, 1), 8)), (alone, 1)):
         with ThreadPoolExecutor(processes) as pool:
             try:
-                for result in filter(None, pool.map(run, chosen)):
-                    print(_summary(result), flush=True)
-                    _pack(out)
+                for done in as_completed([pool.submit(run, file) for file in chosen]):
+                    if (result := done.result()) is not None:
+                        print(_summary(result), flush=True)
+                        _pack(out)
             finally:  # after a signal, which the steps' processes may not have got
+                pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.kill()
     for file in suite_files:

@@ -160,7 +160,7 @@ def test_wrong_words_are_refused(refused, tmp_path):
     for minutes in ("0", "nan", "1e3", "-1", "1,5"):
         assert "not a number of minutes" in refused("gpu-check", *out, f"--minutes={minutes}")
     assert "device: cuda" in refused("gpu-check", *out, "--minutes", f"{97 / 30}")  # as a script computes it
-    assert "gpu-check: no step speed; steps are compiling" in refused("gpu-check", *out, "--step", "speed")
+    assert "gpu-check: no step speed; steps are modulate, " in refused("gpu-check", *out, "--step", "speed")
     assert refused("gpu-check", *out, "--suite", "table9").endswith("table9.yaml: no such suite")
     assert "device: cuda" in refused("gpu-check", *out)
     (tmp_path / "file").touch()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,7 @@ from experiments.training import loop
 from experiments.training.trainer import train
 from tests.calls import calling
 from tests.conftest import ROOT
-from tests.processes import MainProcess, workers_of
+from tests.processes import MainProcess
 from tests.runs import lines, same_weights
 from vqa.io.processes import Interrupted, StopRequest, unmasked
 from vqa.settings.recipes import load_settings
@@ -166,8 +167,10 @@ def worker_of(parent):
     """The process id of a worker of `parent`, as soon as there is one."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if workers := workers_of(parent):
-            return workers[0]
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
         time.sleep(0.005)
     pytest.fail("no worker was started")
 

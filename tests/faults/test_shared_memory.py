@@ -22,7 +22,6 @@ from data.loader import make_loader
 from data.scenes.write import in_order
 from experiments.training import trainer
 from tests.conftest import ROOT
-from tests.processes import workers_of
 from vqa.io.processes import Interrupted
 
 pytestmark = pytest.mark.usefixtures("listening")
@@ -147,9 +146,9 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, here, monk
 def stopped_children():
     """Workers of this process that are stopped."""
     stopped = []
-    for worker in workers_of(os.getpid()):
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
-            stopped += [worker] * (" T " in Path(f"/proc/{worker}/stat").read_text())
+            stopped += [child] * (" T " in Path(f"/proc/{child}/stat").read_text())
     return stopped
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import active_children, parent_process, resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -138,7 +138,7 @@ def block_signals_in_children(but: signal.Signals | None = None) -> Iterator[Non
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker(ForkServerProcess):
+class _Worker(SpawnProcess):
     def start(self) -> None:
         # a signal may come to another thread (of OpenBLAS), and would be raised here before the worker has its task
         with StopRequest(), block_signals_in_children():
@@ -165,14 +165,13 @@ def _kill_workers() -> None:
             process.kill()
 
 
-class WorkerContext(ForkServerContext):
-    """Starts the workers of a pool or a loader: forked from a process that has imported torch, as importing takes
-    seconds, and does nothing else, as forks of this one would inherit its threads' locks and open files.
+class WorkerContext(SpawnContext):
+    """Starts the workers of a pool or a loader; spawned, since forked ones would inherit threads' locks and open
+    files.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_forkserver_preload(["torch", "h5py"])
         self._started: list[_Worker] = []
         # Locks and workers would start this process, too; and starting it unblocks signals.
         with block_signals_in_children():

@@ -315,7 +315,7 @@ def test_the_backbone_of_every_three_epoch_suite_is_the_one_that_is_said():
             assert {line["backbone"] for line in lines} <= ({backbone} if backbone else {"", others}), file.stem
 
 
-def test_the_two_seeds_of_the_hints_are_those_of_the_tables():
+def test_the_two_seeds_of_the_hint_are_those_of_the_table():
     (said,) = re.findall(r"two seeds MODERN has (.*?) %", " ".join(EXPERIMENTS.split()))
     line = by_row("which_parameters")["γ and β"]
     assert shown(said, float(line["overall_mean"]), float(line["overall_std"]), digits=1)
@@ -329,7 +329,7 @@ ITEMS = re.findall(
 @pytest.mark.parametrize(("suite", "said"), ITEMS, ids=[suite for suite, _ in ITEMS])
 def test_accuracies_in_sentences_are_measured_ones(suite, said):
     means = [float(line["overall_mean"]) for line in read_lines(RESULTS / f"{suite}.csv") if line["overall_mean"]]
-    found = re.findall(r"(?<![−\d])\d+\.\d(?=\s%|(?:\s→|,|\s\(|;))", said)
+    found = re.findall(r"(?<![−\d\[])\d+\.\d(?=\s%|(?:\s→|,|\s\(|;))", said)
     assert found
     for accuracy in map(float, found):
         assert min(abs(accuracy - mean) for mean in means) <= 0.0501, accuracy

@@ -140,6 +140,20 @@ class QuestionDataset(Dataset):
         return (len(np.unique(images)) if self.share else images.size) * self.images[images.flat[0]].nbytes
 
 
+class Planned(Dataset):
+    """Batches of training and validation in one dataset, so that one loader reads both: (epoch, rows) → their batch.
+
+    The epoch is that of the augmentation; None stands for the validation.
+    """
+
+    def __init__(self, training: QuestionDataset, validation: QuestionDataset | None) -> None:
+        self.training, self.validation = training, validation
+
+    def __getitem__(self, item: tuple[int | None, list[int]]) -> Batch:
+        epoch, rows = item
+        return self.validation[rows] if epoch is None else self.training.in_epoch(epoch)[rows]
+
+
 @dataclass(eq=False)
 class EpochSampler(Sampler[list[int]]):
     """Batches of one epoch for one process, computed from (seed, epoch, rank, world size): there is no state to save.

@@ -2,19 +2,20 @@
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from data.batches import Batch, QuestionDataset
+from data.batches import Batch, Planned, QuestionDataset
 from vqa.io.errors import InputError
 from vqa.io.files import shown
 from vqa.io.processes import SHARED_MEMORY, StopRequest, WorkerContext, calling, naming_worker_limits, require_files
@@ -25,9 +26,9 @@ _SECONDS_OF_WAITING = 5  # for a batch, between two checks for a signal
 
 
 def make_loader(
-    dataset: QuestionDataset, sampler: Collection[list[int]], workers: int, device: torch.device
+    dataset: QuestionDataset | Planned, sampler: Iterable, workers: int, device: torch.device
 ) -> DataLoader:
-    """Load batches of `dataset` in the sampler's order in `workers` processes (0: in this one)."""
+    """Load batches of `dataset`, one for each item of the sampler, in `workers` processes (0: in this one)."""
     return DataLoader(
         _InWorker(dataset) if workers else dataset,
         batch_size=None,  # the sampler's items are whole batches
@@ -109,12 +110,12 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 class _InWorker(Dataset):
     """A dataset in a worker process. It returns InputErrors as values: torch would make text of one that is raised."""
 
-    def __init__(self, dataset: QuestionDataset) -> None:
+    def __init__(self, dataset: QuestionDataset | Planned) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, rows: Sequence[int]) -> "_Packed | InputError":
+    def __getitem__(self, item: Any) -> "_Packed | InputError":
         try:
-            batch = self.dataset[rows]
+            batch = self.dataset[item]
             with naming_worker_limits("workers=0"):
                 require_files(_FILES_A_BATCH)
                 return _Packed(bytes(ForkingPickler.dumps(batch)))

@@ -163,7 +163,7 @@ def time_training(
             yield batch
             start = time.perf_counter()
 
-    batches = timed(islice(trainer.batches(epoch=1), steps))
+    batches = timed(islice(trainer.batches(), steps or trainer.steps_per_epoch))
     ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
     if save:
         save_weights(trainer.run.model, trainer.model, {"trained_on": settings.train.splits})

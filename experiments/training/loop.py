@@ -86,16 +86,20 @@ def predict_classes(
     *,
     prepare_images: Callable[[Tensor], Tensor | StageMap],
     what: str,
+    batches: Iterable[Batch] | None = None,
 ) -> np.ndarray:
     """The most probable answer class of every question, int64 [N], in every process; each predicts a share of them.
 
-    `settings` has the batch size, precision and workers; `what` names the work in its progress and errors.
+    `settings` has the batch size, precision and workers; `what` names the work in its progress and errors. A caller
+    that reads this process's share itself gives its `batches`, in any order.
 
     Raises:
         InputError: the model's scores of a question's answers are not finite, or an image cannot be read.
     """
     device = next(model.parameters()).device
-    share = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+    if batches is None:
+        share = batches_by_image(data.table, settings.train.batch_size, processes.rank, processes.world_size)
+        batches = read_batches(data, share, settings, device, what if processes.is_main else None)
 
     @torch.inference_mode()
     def predict_share() -> np.ndarray:
@@ -103,7 +107,6 @@ def predict_classes(
         # numbers, not tensors: a tensor of a worker holds a file open, and small ones between large ones waste memory
         rows: list[int] = []
         classes: list[int] = []
-        batches = read_batches(data, share, settings, device, what if processes.is_main else None)
         for batch in moved(batches, device):
             best, class_ = answer_logits(model, batch, prepare_images, settings.precision).max(1)  # NaN is the largest
             if not best.isfinite().all():

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from data.batches import Batch, EpochSampler
+from data.batches import Batch, EpochSampler, Planned, batches_by_image
 from data.loader import check_shared_memory, make_loader, readable
 from experiments.process_group import Processes, averaging_gradients, this_process, together
 from experiments.tasks import TASKS, Task
@@ -155,6 +156,10 @@ class Trainer:
         self.model, self.progress, self.device = state.model, state.progress, state.device
         self.training = task.dataset(task.training, images.images, augmented=True)
         self.validation = task.dataset(task.validation, images.images) if task.validation is not None else None
+        self._validation_rows: list[list[int]] = []
+        if self.validation is not None:
+            share = (self.settings.train.batch_size, processes.rank, processes.world_size)
+            self._validation_rows = batches_by_image(task.validation, *share)
         self.steps_per_epoch = task.sampler(processes, epoch=1).batches
         self.trained_count = sum(parameter.numel() for parameter in trained_parameters(state.model))
         self.writes_tensorboard = task.settings.train.tensorboard
@@ -175,16 +180,18 @@ class Trainer:
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         wrapped = self.model if self.processes.world_size == 1 else averaging_gradients(self.model)
         with self.stop:
+            batches = self.batches()
             while not self.progress.is_finished(self.settings.train):
-                self._train_epoch(wrapped)
-                self._end_epoch()
+                self._train_epoch(wrapped, batches)
+                self._end_epoch(batches)
                 self._stop_if_asked()
 
-    def _train_epoch(self, model: nn.Module) -> None:
+    def _train_epoch(self, model: nn.Module, batches: Iterator[Batch]) -> None:
         progress, every = self.progress, self.settings.train.checkpoint_every
         begun = time.monotonic() - progress.seconds
+        of_epoch = self._next_batches(batches, self.steps_per_epoch, f"epoch {progress.epoch}", done=progress.step)
         try:
-            for outcome in self.steps(model, self.batches(progress.epoch, progress.step)):
+            for outcome in self.steps(model, of_epoch):
                 if isinstance(outcome, NotFiniteError):
                     self._skip(outcome)
                 else:
@@ -204,7 +211,7 @@ class Trainer:
                 "train.skip_not_finite skips such steps; the last checkpoint is kept"
             ) from None
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, batches: Iterator[Batch]) -> None:
         """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
         progress, taken = self.progress, self.progress.step - self.progress.left_out
         if not taken:
@@ -221,7 +228,7 @@ class Trainer:
             "peak_memory_mib": peak_memory_mib(self.device),
         }
         if self.validation is not None:
-            scores = self._validate()
+            scores = self._validate(batches)
             line |= {"val_overall": scores["overall"], "val_per_answer_type": scores["per_answer_type"]}
         is_best = progress.end_epoch(line)
         if self.processes.is_main:
@@ -233,13 +240,15 @@ class Trainer:
         self._save_checkpoint()
         self._report(line)  # last: a closed or full standard output ends the run
 
-    def _validate(self) -> Scores:
+    def _validate(self, batches: Iterator[Batch]) -> Scores:
         """Scores the validation split; a signal ends it at once, and a resumed run validates again."""
         try:
             with self.stop.suspended():
-                given = (self.model, self.validation, self.settings, self.processes)
                 what = f"{self.run.path}: validation {self.progress.epoch}"
-                return self.task.score(predict_classes(*given, prepare_images=self.images.prepare, what=what))
+                of_split = self._next_batches(batches, len(self._validation_rows), what)
+                given = (self.model, self.validation, self.settings, self.processes)
+                classes = predict_classes(*given, prepare_images=self.images.prepare, what=what, batches=of_split)
+                return self.task.score(classes)
         except (Interrupted, OSError):  # as in `_train_epoch`
             self._save_if_alone()
             raise
@@ -259,12 +268,27 @@ class Trainer:
         epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
         self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This process's batches of an epoch, from batch `start` on; a signal ends the wait for one."""
-        sampler = self.task.sampler(self.processes, epoch, start)
-        loader = make_loader(self.training.in_epoch(epoch), sampler, self.settings.workers, self.device)
-        batches = readable(loader, self._stop_waiting_if_asked)
-        return shown(batches, sampler.batches, f"epoch {epoch}", done=start) if self.processes.is_main else batches
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches from the run's step on: of each epoch's training, then of its validation.
+
+        One loader reads them all: starting worker processes takes seconds. A signal ends the wait for a batch.
+        """
+        loader = make_loader(Planned(self.training, self.validation), self._plan(), self.settings.workers, self.device)
+        return readable(loader, self._stop_waiting_if_asked)
+
+    def _plan(self) -> Iterator[tuple[int | None, list[int]]]:
+        """The epoch of each batch, None for one of the validation, and its questions."""
+        first, step = self.progress.epoch, self.progress.step
+        for epoch in range(first, self.settings.train.epochs + 1):
+            for rows in self.task.sampler(self.processes, epoch, start=step if epoch == first else 0):
+                yield epoch, rows
+            for rows in self._validation_rows:
+                yield None, rows
+
+    def _next_batches(self, batches: Iterator[Batch], total: int, what: str, done: int = 0) -> Iterator[Batch]:
+        """The next batches until `total` are done, with their progress."""
+        some = islice(batches, total - done)
+        return shown(some, total, what, done) if self.processes.is_main else some
 
     def steps(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[float | NotFiniteError]:
         """Trains the model, or a wrapper of it, on batches as the settings say; yields and raises as `train_steps`."""

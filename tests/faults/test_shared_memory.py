@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import data.loader
-from data.batches import QuestionDataset
+from data.batches import Planned
 from data.loader import make_loader
 from data.scenes.write import in_order
 from experiments.training import trainer
@@ -97,7 +97,7 @@ def test_a_pool_that_cannot_begin_is_an_input_error():
     )
 
 
-class Stopping(QuestionDataset):
+class Stopping(Planned):
     """Its worker returns one batch and is then stopped, as by a debugger or a frozen container."""
 
     asked = itertools.count()
@@ -105,12 +105,12 @@ class Stopping(QuestionDataset):
     def __init__(self, dataset, arrived):
         self.__dict__ = dataset.__dict__ | {"arrived": arrived}
 
-    def __getitem__(self, rows):
+    def __getitem__(self, item):
         if next(self.asked):
             while not self.arrived.exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().__getitem__(rows)
+        return super().__getitem__(item)
 
 
 def after_the_first_step(arrived, what):

@@ -1,6 +1,7 @@
 """The oracle from official files to answers: preprocess, train, eval, ask, inspect, and what is refused on the way."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ def test_processes_share_the_questions(recipe):
 def test_images_that_no_input_names_are_not_read(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("data.h5_file.H5Images.__getitem__", lambda *_: pytest.fail("an image was read"))
     trainer = begun(recipe, tmp_path, "inputs=[spatial, category, question]", "cbn.stages=[]", "data.cache_gib=1")
-    outcomes = list(trainer.steps(trainer.model, trainer.batches(1)))
+    outcomes = list(trainer.steps(trainer.model, islice(trainer.batches(), trainer.steps_per_epoch)))
     assert len(outcomes) == trainer.steps_per_epoch
     saved = load_model(tmp_path)
     assert len(split_data(saved, saved.settings, "val")[[0, 1]].rows) == 2
@@ -203,7 +204,7 @@ def test_images_that_no_input_names_are_not_read(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("condition", ["kind", "image", "constant", "mean_question", "shuffled"])
 def test_a_condition_of_nothing_needs_no_question(recipe, tmp_path, condition):
     trainer = begun(recipe, tmp_path, "inputs=[spatial, category]", "cbn.stages=[]", f"cbn.condition={condition}")
-    assert next(iter(trainer.steps(trainer.model, trainer.batches(1)))) > 0
+    assert next(iter(trainer.steps(trainer.model, trainer.batches()))) > 0
 
 
 def test_a_new_oracle_takes_weights_of_another_and_of_a_vqa_model(recipe, oracle, trained):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import data.loader
 from data.batches import EpochSampler
 from data.h5_file import H5Images, _digest_of
 from data.preprocess import preprocess
@@ -57,6 +58,20 @@ def test_the_same_seed_gives_the_same_weights(tiny, trained, tmp_path):
     assert same_weights(trained, same)
     assert lines(trained) == lines(same)
     assert not same_weights(trained, other)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_workers_start_once_for_all_epochs_and_validations_and_change_nothing(tiny, tmp_path, monkeypatch):
+    started, start = [], data.loader._start_workers
+    monkeypatch.setattr(data.loader, "_start_workers", lambda loader: started.append(loader) or start(loader))
+    words = ["train.epochs=3", "train.augment=crop", "data.cache_gib=0"]
+    alone, helped = (
+        train(load_settings(tiny, [*words, f"name={name}", f"workers={workers}"]), runs=tmp_path).path
+        for name, workers in (("alone", 0), ("helped", 2))
+    )
+    assert len(started) == 1
+    assert lines(alone) == lines(helped)
+    assert same_weights(alone, helped)
 
 
 def test_the_order_of_the_questions_is_that_of_the_settings(tiny):
@@ -121,7 +136,7 @@ def test_a_model_trained_with_bce_returns_the_expected_accuracy_of_each_answer(t
 
 def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_path, capsys):
     for kind, stage in (("none", 4), ("crop", None)):
-        settings = load_settings(tiny, ["cbn.stages=[]", f"train.augment={kind}"])
+        settings = load_settings(tiny, ["cbn.stages=[]", "train.epochs=2", f"train.augment={kind}"])
         trainer = prepare(VQATask(settings), RunDirectory(tmp_path / kind), Processes())
         assert trainer.images.stage == stage
         assert trainer.training.share == (kind == "none")
@@ -130,7 +145,9 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
         told = capsys.readouterr().out
         assert ("train.augment: crop changes each question's image in every epoch" in told) == (kind == "crop")
     rows = next(iter(trainer.task.sampler(Processes(), 1)))
-    first, again, second = (next(trainer.batches(epoch)) for epoch in (1, 1, 2))
+    first, again = next(trainer.batches()), next(trainer.batches())
+    trainer.progress.epoch = 2
+    second = next(trainer.batches())
     assert len(first.images) == len(rows)
     assert torch.equal(first.images, again.images)
     augment, images = trainer.training.augmentation.augment, trainer.images.images

@@ -85,7 +85,7 @@ def gpu_check(
         at_once: trainings of a suite at the same time.
 
     Returns:
-        The names of the steps that failed, now or before.
+        The names of the steps that failed, now or before, and of the suites whose `experiment` ended with an error.
 
     Raises:
         InputError: an unknown step or suite, an unavailable device, or `out` holds the results of another device or
@@ -115,14 +115,15 @@ def gpu_check(
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.kill()
+    refused = []
     for file in suite_files:
-        if time.monotonic() < deadline - _SAVING:
-            _run_suite(file, out, device, at_once, deadline)
+        if time.monotonic() < deadline - _SAVING and _run_suite(file, out, device, at_once, deadline):
+            refused.append(file.stem)
     _pack(out)
     states = {file.stem: read_json(file)["state"] if file.exists() else "waiting" for file in files}
     if left := [name for name, state in states.items() if state not in ("passed", "failed")]:
         print(f"not finished within {minutes:g} minutes: {', '.join(left)}", flush=True)
-    return [name for name, state in states.items() if state == "failed"]
+    return [name for name, state in states.items() if state == "failed"] + refused
 
 
 def _command(step: str, device: str, tiny: bool) -> str:
@@ -195,8 +196,8 @@ def _summary(result: dict[str, Any]) -> str:
     return f"\n{result['step']}: {result['state']}{why}  ({result.get('seconds', 0):.0f} s){rows}"
 
 
-def _run_suite(file: Path, out: Path, device: str, at_once: int, deadline: float) -> None:
-    """Run a suite until the deadline; pack its finished runs every few seconds."""
+def _run_suite(file: Path, out: Path, device: str, at_once: int, deadline: float) -> int | None:
+    """Run a suite until the deadline; pack its finished runs every few seconds. Return its exit code, or None."""
     words = [f"device={device}"]
     command = [sys.executable, str(ROOT / "main.py"), "experiment", str(file), "--at-once", str(at_once), *words]
     suite = load_suite(file, tuple(words))
@@ -206,10 +207,12 @@ def _run_suite(file: Path, out: Path, device: str, at_once: int, deadline: float
             time.sleep(2)
             keep_evidence(suite, Path("runs"), out / f"{file.stem}_runs.zip")
             _pack(out)
+        code = process.poll()
     finally:
         process.terminate()
         process.wait()
     keep_evidence(suite, Path("runs"), out / f"{file.stem}_runs.zip")
+    return code
 
 
 def _pack(out: Path) -> None:

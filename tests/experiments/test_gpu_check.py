@@ -2,11 +2,15 @@
 
 import json
 import math
+import multiprocessing
 import os
+import signal
+import threading
 import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from experiments.gpu.check import Step
 from experiments.gpu.right import check_error, relative_error
 from experiments.training.run_directory import surroundings
 from tests.processes import fork_children
+from vqa.io.processes import Interrupted
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,6 +117,43 @@ def test_a_step_that_the_time_limit_cuts_off_has_not_failed(tmp_path, monkeypatc
     assert gpu_check.gpu_check(tmp_path, minutes=0.05, device="cpu", tiny=True, suites=[]) == []
     assert json.loads((tmp_path / "endless.json").read_text())["state"] == "cut off"
     assert capsys.readouterr().out.endswith("\nnot finished within 0.05 minutes: endless\n")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("code", "failed"), [(2, ["table1", "table2"]), (0, [])])
+def test_a_suite_that_ends_with_an_error_has_failed(tmp_path, monkeypatch, code, failed):
+    ended = SimpleNamespace(poll=lambda: code, terminate=int, wait=int)
+    monkeypatch.setattr(gpu_check, "STEPS", {})
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", lambda _command: ended)
+    given = {"minutes": 5, "device": "cpu", "tiny": True, "suites": ["table1", "table2"]}
+    assert gpu_check.gpu_check(tmp_path / "out", **given) == failed
+
+
+def slept(_):
+    (Path.cwd() / f"{os.getpid()}.began").touch()
+    time.sleep(600)
+    yield {}
+
+
+@pytest.mark.usefixtures("listening")
+def test_an_interrupted_check_begins_no_other_step(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(gpu_check, "STEPS", {f"step{number}": Step(slept, 600) for number in range(20)})
+    monkeypatch.setattr(gpu_check, "TOGETHER", gpu_check.STEPS)
+
+    def interrupt():
+        while not list(here.glob("*.began")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        gpu_check.gpu_check(tmp_path, minutes=5, device="cpu", tiny=True, suites=[])
+    thread.join()
+    began = len(list(tmp_path.glob("step*.json")))
+    time.sleep(1)
+    assert len(list(tmp_path.glob("step*.json"))) == began < 20
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("of_map", "of_gradients"), [(0, 2e-3), (2e-3, 0), (0, 2e-2)])

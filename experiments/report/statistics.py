@@ -99,7 +99,8 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """
     # rounded, so that sums of the same accuracies in another order are the same value
     distinct, counts = np.unique(np.round(values, 9), return_counts=True)
-    drawn = np.random.default_rng(_SEED).multinomial(values.size, counts / values.size, size=RESAMPLES)
+    # RandomState, because numpy keeps its draws; those of a Generator changed with numpy 2.5
+    drawn = np.random.RandomState(_SEED).multinomial(values.size, counts / values.size, size=RESAMPLES)
     low, high = np.percentile(drawn @ distinct / values.size, INTERVAL)
     return float(low), float(high)
 

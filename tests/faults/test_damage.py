@@ -65,7 +65,7 @@ def test_a_flipped_bit_of_an_h5_is_refused_or_changes_nothing(small):
         except InputError as refusal:
             refusals += 1
             assert "flipped.h5" in str(refusal)
-    assert refusals > 30
+    assert refusals > 20
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_flipped_bit_of_weights_is_refused_or_changes_nothing(tmp_path):
             continue
         assert told.items() >= said.items(), place
         assert all(torch.equal(read[name], weights[name]) for name in weights), place
-    assert refusals > 300
+    assert refusals > 200
 
 
 def test_a_damaged_model_is_named(trained, tmp_path):

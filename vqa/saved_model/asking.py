@@ -146,9 +146,9 @@ class SavedModel:
         return [{"answer": self.answers[place], "probability": value} for place, value in pairs]
 
     def unknown_words(self, question: str) -> list[str]:
-        """The words of a question that are not in the vocabulary, nor made of parts that are."""
+        """The words of a question that are not in the vocabulary, nor made of parts that are; each once."""
         tokenizer, special = self.tokenizer, set(special_ids(self.tokenizer))
-        asked = words(tokenizer, question)
+        asked = dict.fromkeys(words(tokenizer, question))
         return [word for word in asked if special & set(tokenizer.encode(word, add_special_tokens=False).ids)]
 
 

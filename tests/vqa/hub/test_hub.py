@@ -66,6 +66,13 @@ def test_what_it_saves_is_equal_again(hub, images, saved, tmp_path):
     assert vqa.load(tmp_path / "again").ask(images[0], QUESTIONS) == saved.ask(images[0], QUESTIONS)
 
 
+def test_a_model_in_a_subfolder_is_read(hub, folder, images, tmp_path):
+    shutil.copytree(folder, tmp_path / "repository" / "modern")
+    where = {"pretrained_model_name_or_path": tmp_path / "repository", "subfolder": "modern"}
+    read = [auto.from_pretrained(**where) for auto in (AutoModelForVisualQuestionAnswering, AutoProcessor)]
+    assert logits(read, images).equal(logits(hub, images))
+
+
 def test_weights_that_it_saves_in_several_files_are_read(hub, images, saved, tmp_path, done, refused):
     again = tmp_path / "again"
     for part, options in zip(hub, ({"max_shard_size": "100KB"}, {}), strict=True):

@@ -315,12 +315,6 @@ def test_the_backbone_of_every_three_epoch_suite_is_the_one_that_is_said():
             assert {line["backbone"] for line in lines} <= ({backbone} if backbone else {"", others}), file.stem
 
 
-def test_the_two_seeds_of_the_hint_are_those_of_the_table():
-    (said,) = re.findall(r"two seeds MODERN has (.*?) %", " ".join(EXPERIMENTS.split()))
-    line = by_row("which_parameters")["γ and β"]
-    assert shown(said, float(line["overall_mean"]), float(line["overall_std"]), digits=1)
-
-
 ITEMS = re.findall(
     r"^- \[[^\]]+\]\(\.\./experiments/results/(\w+)\.md\):(.*?)(?=\n- |\n\n)", EXPERIMENTS, re.MULTILINE | re.DOTALL
 )

@@ -108,7 +108,7 @@ Way = Callable[..., Tensor]  # the map after the stem, Δγ, Δβ → the stage-
 
 def ways_of(case: Case, setup: Setup) -> dict[str, Way]:
     """Build the networks of every way to compute a case, by its name."""
-    device, compiler = setup.device, setup.pick("aot_eager", "inductor")
+    device, compiler = setup.device, setup.pick("eager", "inductor")
 
     def modulated(norm: type[_Usual] | None = None, compiled: bool = False) -> Way:
         net = ModulatedResNet(case.network, fused=norm is None)

@@ -164,9 +164,9 @@ def _errors_of_network(way: str, found: Sequence[Tensor], exact: Sequence[Tensor
 
 def _small_settings(setup: Setup, *words: str, recipe: str = "demo.yaml") -> Settings:
     """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
-    batch, images, val = setup.pick((8, 4, 6), (64, 400, 100))
-    size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", "precision=bfloat16")
-    return prepared_scenes(setup, *size, *words, recipe=CONFIG / recipe)
+    batch, images, val, side = setup.pick((8, 4, 6, 32), (64, 400, 100, 64))
+    size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", f"data.image_size={side}")
+    return prepared_scenes(setup, *size, "precision=bfloat16", *words, recipe=CONFIG / recipe)
 
 
 def commands_rows(setup: Setup) -> Rows:

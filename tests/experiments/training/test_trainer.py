@@ -74,6 +74,22 @@ def test_workers_start_once_for_all_epochs_and_validations_and_change_nothing(ti
     assert same_weights(alone, helped)
 
 
+def test_two_processes_share_each_epoch_and_each_validation(tiny, tmp_path):
+    task = VQATask(load_settings(tiny, ["train.epochs=2", "train.batch_size=8"]))
+    alone = prepare(task, RunDirectory(tmp_path), Processes())
+    given = [Trainer(task, alone.run, Processes(rank, rank, 2), alone.state, alone.images) for rank in (0, 1)]
+    parts = [[batch.rows.tolist() for batch in trainer.batches()] for trainer in given]
+    steps, rows = alone.steps_per_epoch, len(task.validation)
+    for rank, part in enumerate(parts):
+        expected = [list(task.sampler(Processes(rank, rank, 2), epoch)) for epoch in (1, 2)]
+        assert part[:steps] == expected[0]
+        second = len(part) // 2
+        assert part[second : second + steps] == expected[1]
+        assert part[steps:second] == part[second + steps :]
+    shared = [row for part in parts for batch in part[steps : len(part) // 2] for row in batch]
+    assert sorted(shared) == list(range(rows))
+
+
 def test_the_order_of_the_questions_is_that_of_the_settings(tiny):
     task = VQATask(load_settings(tiny, ["seed=5", "train.together=3", "train.batch_size=8"]))
     expected = EpochSampler(task.training.images, 8, 5, epoch=2, rank=1, world_size=2, together=3, start=1)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from vqa.norms import Modulation
+from vqa.norms import Affine, Modulation
 
-Deltas = Mapping[str, Modulation]  # by the names of the conditioned norms
+Deltas = Mapping[str, Modulation | Affine]  # by the names of the conditioned norms
 
 LAYERS = {  # of torchvision's blocks, in the order of the forward pass: saved optimiser states refer to this order
     BasicBlock: ("conv1", "bn1", "conv2", "downsample", "bn2"),

@@ -27,6 +27,13 @@ class Modulation(NamedTuple):
 NO_MODULATION = Modulation(None, None)
 
 
+class Affine(NamedTuple):
+    """A norm with running statistics and its deltas, as y = scale · x + shift: [B, C] or [1, C] each."""
+
+    scale: Tensor
+    shift: Tensor
+
+
 def scale_and_shift(
     mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, delta: Modulation, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -105,14 +112,18 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
     pooled: Pooled | None = None  # if set, training mode adds the statistics of the batch to it; the running ones stay
 
     def forward(
-        self, x: Tensor, delta: Modulation | None = None, residual: Tensor | None = None, relu: bool = False
+        self, x: Tensor, delta: Modulation | Affine | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
         """x [B, C, H, W] → [B, C, H, W], act(norm(x) (+ residual)); without a delta the norm is `nn.BatchNorm2d`.
+
+        `delta` may be an `Affine`, which already contains this norm's statistics, γ and β.
 
         Raises:
             ValueError: x is not [B, C, H, W], a delta is not [B, C], or training mode has one value per channel.
         """
         check_map(x, self.num_features)
+        if isinstance(delta, Affine):
+            return modulate(x, *delta, residual, relu=relu, fused=self.fused)
         delta = checked(delta, x)
         plain = self.is_plain and delta is NO_MODULATION and not (self.training and (self.synchronised or self.pooled))
         parts = (x, self.weight) if residual is None else (x, self.weight, residual)

@@ -19,7 +19,16 @@ from vqa.backbone import build_resnet
 from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
-from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, ModulatedGroupNorm, Modulation, Pooled, groups_of
+from vqa.norms import (
+    Affine,
+    ModulatedAdaptiveNorm2d,
+    ModulatedBatchNorm2d,
+    ModulatedGroupNorm,
+    Modulation,
+    Pooled,
+    groups_of,
+    scale_and_shift,
+)
 
 Statistics = Literal["population", "batch"]
 Normaliser = Literal["batch", "instance", "group", "layer", "adaptive"]
@@ -237,7 +246,11 @@ class ModulatedResNet(nn.Module):
         return min(unconditioned, first - 1) if first > 0 else None
 
     def _deltas(self, modulation: Modulation | None, samples: int) -> Deltas:
-        """Split a modulation of `samples` rows, or of one, by norm. Raises ValueError if it has another shape."""
+        """Split a modulation of `samples` rows, or of one, by norm. Raises ValueError if it has another shape.
+
+        Where all norms use running statistics, scale and shift are computed here for all of them at once: norm by norm
+        they take two of five operations of a training step, which a GPU has to launch.
+        """
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return {}
         widths = [layer.channels for layer in self.layers]
@@ -245,10 +258,16 @@ class ModulatedResNet(nn.Module):
         for part in modulation:
             if part is not None and part.shape not in (rows, one_row):
                 raise ValueError(f"a modulation must be {list(rows)} or {list(one_row)}, got {list(part.shape)}")
+        norms = [self.norm(layer.name) for layer in self.layers]
+        plain = all(type(norm) is ModulatedBatchNorm2d and not norm.training for norm in norms)
+        if plain and len({norm.eps for norm in norms}) == 1:
+            names = ("running_mean", "running_var", "weight", "bias")
+            joined = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
+            modulation = Affine(*scale_and_shift(*joined, modulation, norms[0].eps))
         parts = (
             [None] * len(widths) if part is None else part.expand(rows).split(widths, dim=1) for part in modulation
         )
-        return dict(zip((layer.name for layer in self.layers), map(Modulation, *parts), strict=True))
+        return dict(zip((layer.name for layer in self.layers), map(type(modulation), *parts), strict=True))
 
     def norm(self, name: str) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
         """Return a norm by its name in torchvision's network."""

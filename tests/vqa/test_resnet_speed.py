@@ -1,8 +1,11 @@
 """The fast ways through the modulated ResNet equal the plain one, and keep less for the backward pass."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.resnets import pair, random_modulation
 from tests.saved import saved_bytes
@@ -57,6 +60,41 @@ def test_the_fused_network_has_the_second_derivatives_of_the_composed_one(option
         penalties.append(torch.autograd.grad(gradient.square().sum(), (x, *parts)))
     equal_to_rounding(penalties[0], penalties[2])
     equal_to_rounding(penalties[1], penalties[2])
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, operation, kinds, arguments=(), options=None):
+        self.count[operation.overloadpacket.__name__] += 1
+        return operation(*arguments, **(options or {}))
+
+
+class OnItsOwn(ModulatedBatchNorm2d):
+    """A kind of norm that may compute its scale and shift in another way."""
+
+
+@pytest.mark.parametrize("options", [{}, {"shortcuts": True, "stages": (2, 4)}])
+def test_scales_and_shifts_of_all_norms_are_computed_at_once_and_equal_those_norm_by_norm(options):
+    found = []
+    for kind in (ModulatedBatchNorm2d, OnItsOwn):
+        torch.manual_seed(1)
+        net = pair("resnet10", **options)[1]
+        net.norm(net.layers[0].name).__class__ = kind
+        parameters = [part.requires_grad_() for part in net.trainable("batchnorm")]
+        modulation = moving(net, 3)
+        with Operations() as operations:
+            y = net(torch.randn(3, 3, 64, 64), modulation)
+        found.append((y, torch.autograd.grad(y.square().sum(), (*modulation, *parameters)), operations.count["rsqrt"]))
+    (together, gradients, once), (apart, expected, often) = found
+    assert torch.equal(together, apart)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+    assert often - once == len(net.layers) - 1
 
 
 @pytest.mark.parametrize(

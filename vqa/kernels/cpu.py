@@ -37,7 +37,8 @@ def can(x: Tensor, *others: Tensor | None) -> bool:
 def forward(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool, keeps_bits: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `eager.forward`; scale and shift are contiguous."""
+    """As `eager.forward`."""
+    scale, shift = scale.contiguous(), shift.contiguous()
     y = torch.empty_like(x)
     rows, columns = (x.shape[1], x[0, 0].numel()) if x.is_contiguous() else (x[0, 0].numel(), x.shape[1])
     bits = torch.empty(len(x), rows, -(-columns // 8), dtype=torch.uint8) if keeps_bits else None
@@ -55,6 +56,7 @@ def backward(
     wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """As `eager.backward`."""
+    scale, shift = (None if part is None else part.contiguous() for part in (scale, shift))
     wants_x, wants_scale, wants_shift, wants_residual = wants
     of_x = torch.empty_like(gradient) if wants_x else None
     of_scale = gradient.new_empty(gradient.shape[:2]) if wants_scale else None

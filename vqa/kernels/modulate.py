@@ -48,7 +48,7 @@ def modulate(
         return by_torch.composed(x, scale, shift, residual, relu).to(x.dtype)
     layout = _layout(x)
     x, residual = (None if part is None else part.contiguous(memory_format=layout) for part in (x, residual))
-    scale, shift = (part.expand(x.shape[:2]).contiguous() for part in (scale, shift))
+    scale, shift = (part.expand(x.shape[:2]) for part in (scale, shift))
     return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
 
 

@@ -74,6 +74,8 @@ RECIPES = {
     "fork": "base: BASE\ndata: {processes: 1000000}\n",
     "deep": "a: " + "[" * 1_000,
     "bool": "base: BASE\nseed: !!bool x\n",
+    "bracket": "base: BASE\ninputs: [image\n",
+    "quote": "base: BASE\nname: 'x\n\n",
 }
 
 

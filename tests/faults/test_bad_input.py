@@ -46,6 +46,8 @@ CASES = [
             "fork": "data.processes: ",
             "deep": "deep.yaml: malformed YAML",
             "bool": "bool.yaml: malformed YAML",
+            "bracket": "bracket.yaml: line 3: expected ',' or ']'",
+            "quote": "quote.yaml: line 4: found unexpected end of stream",
             "pipe": "pipe.yaml: not a regular file",
             "utf16": "utf16.yaml: not UTF-8 text (byte 0)",
             "gzip": "gzip.yaml: not UTF-8 text (byte 1)",

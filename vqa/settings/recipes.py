@@ -192,7 +192,8 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        braces = _QUOTES if mark and re.search(r"\{(image_id|file_name)", text.splitlines()[mark.line]) else ""
+        marked = text.splitlines()[mark.line :][:1] if mark else []  # none where the end of the text is the problem
+        braces = _QUOTES if re.search(r"\{(image_id|file_name)", "".join(marked)) else ""
         raise InputError(f"{where}:{line} {getattr(error, 'problem', None) or 'malformed YAML'}{braces}") from None
     except Exception:  # PyYAML raises errors of every kind on values that do not fit their tag (`!!bool x`)
         raise InputError(f"{where}: malformed YAML") from None

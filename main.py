@@ -47,10 +47,9 @@ def pretrain(images: Path, file: Path, backbone: str, device: str, only_probe: b
 
     if only_probe:
         from experiments.features.probe import probe, table_of
-        from experiments.report.tables import aligned
         from vqa.devices import choose_device
 
-        print(aligned(table_of(probe(file, images, choose_device(device)))))
+        print(table_of(probe(file, images, choose_device(device))))
         return
     made = pretrain_on_images(file, backbone, images, device=device, **options)
     right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
@@ -167,12 +166,11 @@ def bench(as_json: bool, **options: Any) -> None:
         print(json.dumps(results, indent=2))
 
 
-def gpu_check(out: Path, suites: list[str] | None, **options: Any) -> None:
+def gpu_check(out: Path, **options: Any) -> None:
     """Checks correctness and speed on a GPU and runs the first experiments there, within a time limit."""
-    from experiments.gpu.check import SUITES
     from experiments.gpu.check import gpu_check as run
 
-    failed = run(out, suites=SUITES if suites is None else suites, **options)
+    failed = run(out, **options)
     print(f"\n{out / 'gpu-check.zip'}; " + (f"failed: {', '.join(failed)}" if failed else "no step failed"))
     if failed:
         sys.exit(1)

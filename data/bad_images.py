@@ -3,7 +3,7 @@
 They are listed together and end the command; with `data.skip_bad_images` a stand-in replaces each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,13 @@ def check_any_exists(files: Iterable[Path], split: str) -> None:
         )
 
 
-def settle_bad_images(bad: Sequence[tuple[int, str]], skip: bool) -> None:
-    """Print bad images, each with its id and the reason.
+def settle_bad_images(bad: Iterable[tuple[int, str]], skip: bool) -> None:
+    """Print bad images, each with its id and the reason, and once if it is given several times (for its crops).
 
     Raises:
         InputError: there are some, and `skip` is False.
     """
+    bad = list(dict.fromkeys(bad))
     if not bad:
         return
     print(f"{len(bad)} image(s) missing or unreadable:")

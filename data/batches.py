@@ -4,7 +4,6 @@ Shapes: B questions, I images, T words, K answers to a question, S side of an im
 """
 
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,7 +24,7 @@ from vqa.text.tokenizer import PAD_ID
 class Batch(NamedTuple):
     """Questions and their images, which stay uint8 until they are on the device."""
 
-    images: torch.Tensor  # uint8 [I, S, S, 3], each image once
+    images: torch.Tensor  # uint8 [I, S, S, 3], or stored feature maps, float16 [I, H, W, C]
     places: torch.Tensor  # int64 [B] or [B, V], index into `images` of each question's image or images
     tokens: torch.Tensor  # int64 [B, T], padded with PAD_ID
     lengths: torch.Tensor  # int64 [B], at least 1
@@ -54,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class Images(Protocol):
-    """A source of images: row → uint8 [S, S, 3]."""
+    """A source of images: row → uint8 [S, S, 3], or a stored feature map, float16 [H, W, C]."""
 
     def __getitem__(self, row: int) -> np.ndarray: ...
 
@@ -82,7 +81,7 @@ class FileImages:
         bad = [self.images[row] for row in self.bad.nonzero().flatten().tolist()]
         once = "could be read only when it was tried again"  # of a disk that failed for a moment
         defects = ((image.id, defect_of(image, self.size) or f"{image.file}: {once}") for image in bad)
-        settle_bad_images(list(dict.fromkeys(defects)), skip)  # once for all crops
+        settle_bad_images(defects, skip)
 
 
 class NoImages:
@@ -107,28 +106,24 @@ class QuestionDataset(Dataset):
     ) -> None:
         """If `share` is False, or with an augmentation, a batch holds an image once for each question about it."""
         self.table, self.images, self.share = table, images, share and augmentation is None
-        self.augmentation, self.epoch = augmentation, 0
+        self.augmentation = augmentation
         self.labels = table.labels().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def in_epoch(self, epoch: int) -> "QuestionDataset":
-        """Return the dataset with the augmentation of an epoch."""
-        of_epoch = copy(self)
-        of_epoch.epoch = epoch
-        return of_epoch
-
     def __getitem__(self, rows: Sequence[int]) -> Batch:
+        return self.batch(rows, epoch=0)
+
+    def batch(self, rows: Sequence[int], epoch: int) -> Batch:
+        """Return the batch of some rows, with the augmentation of an epoch."""
         wanted = self.table.images[rows]
         places = np.arange(wanted.size).reshape(wanted.shape)
         if self.share:
             wanted, places = np.unique(wanted, return_inverse=True)
         images = [self.images[image] for image in wanted.flat]
         if self.augmentation is not None:
-            images = [
-                self.augmentation.augment(image, self.epoch, row) for image, row in zip(images, rows, strict=True)
-            ]
+            images = [self.augmentation.augment(image, epoch, row) for image, row in zip(images, rows, strict=True)]
         images, places = torch.from_numpy(np.stack(images)), torch.from_numpy(places)
         words, labels = padded_words(self.table, rows), torch.from_numpy(self.labels[rows])
         extras = {name: torch.from_numpy(values[rows]) for name, values in self.table.extras.items()}
@@ -151,7 +146,7 @@ class Planned(Dataset):
 
     def __getitem__(self, item: tuple[int | None, list[int]]) -> Batch:
         epoch, rows = item
-        return self.validation[rows] if epoch is None else self.training.in_epoch(epoch)[rows]
+        return self.validation[rows] if epoch is None else self.training.batch(rows, epoch)
 
 
 @dataclass(eq=False)

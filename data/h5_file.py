@@ -157,9 +157,7 @@ class Store:
 
     def stand_ins(self, splits: Sequence[str]) -> int:
         """Count the stand-ins among the images that some splits ask about."""
-        with _opened(self.path) as file, damage_named(self.path, _REMEDY):
-            rows = [file[f"splits/{split}/images"][:].ravel() for split in splits]
-            return int((~self.usable[np.unique(np.concatenate(rows))]).sum())
+        return int((~self.usable[np.unique(self._images_of(splits))]).sum())
 
     def identity(self, splits: Sequence[str]) -> str:
         """A digest of everything in some splits that a model learns from."""
@@ -167,9 +165,13 @@ class Store:
         parts: list[Any] = [self.provenance | {"sources": sources}, self.tokenizer.to_str(), self.vocabulary]
         if self.categories:
             parts.append(self.categories)
-        if stand_ins := self.stand_ins(splits):
-            parts.append(stand_ins)
+        parts.append(hashlib.sha256(self.checksums[self._images_of(splits)].tobytes()).hexdigest())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _images_of(self, splits: Sequence[str]) -> np.ndarray:
+        """The rows of the images of all questions of some splits, one after the other."""
+        with _opened(self.path) as file, damage_named(self.path, _REMEDY):
+            return np.concatenate([file[f"splits/{split}/images"][:].ravel() for split in splits])
 
     @property
     def images_identity(self) -> str:

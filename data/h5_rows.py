@@ -202,7 +202,8 @@ class H5Rows:
         if (expected := self.expected) is not None:
             found = self._checksums[: len(expected)]
             if len(found) < len(expected) or (found != expected)[expected != 0].any():
-                raise InputError(f"{self.path}: was replaced by other {self.array} while this command ran")
+                said = f"was replaced by other {self.array} while this command ran"
+                raise InputError(f"{self.path}: {said}; run it again")
         self._bytes = int(np.prod(self._shape)) * self._dtype.itemsize
         self._file = self.path.open("rb", buffering=0)
 

@@ -60,7 +60,8 @@ class LabelledImages:
             [name for name in class_of if folder in name.split("/")[:-2]] for folder in ("train", "val")
         )
         held_out = held_out or _tenth_of_each_class({name: class_of[name] for name in training or class_of})
-        training = [name for name in training or class_of if name not in set(held_out)]
+        apart = set(held_out)
+        training = [name for name in training or class_of if name not in apart]
         self.names, self.training = [*training, *held_out], len(training)
         self.classes = sorted({class_of[name] for name in training})
         if len(self.classes) < 2 or not held_out:

@@ -93,8 +93,7 @@ def preprocess(
             if bad and not skip_bad_images:
                 print(f"{partial}: holds the images that could be read")
             ids = file["images/id"][:]
-            named = dict.fromkeys((ids[row], reason) for row, reason in bad.items())  # once for all crops of an image
-            settle_bad_images(list(named), skip_bad_images)
+            settle_bad_images([(ids[row], reason) for row, reason in bad.items()], skip_bad_images)
             h5_file.fill_unusable(file, list(bad), stand_in(image_size))
         h5_file.finish(partial, path)
     print(f"{path}: complete, {path.stat().st_size / 1e6:.1f} MB{stand_ins_note(h5_file.Store(path))}")
@@ -171,12 +170,12 @@ def _images_of(splits: Mapping[str, SplitFiles], source: Source) -> list[NeededI
 
 def _check_any_is_mended(finished: h5_file.Store, images: Sequence[NeededImage]) -> None:
     """Refuse to make a file again while all images that were bad still are."""
-    bad = {}
+    bad = []
     for row in np.flatnonzero(~finished.usable):
         if (defect := defect_of(images[row], finished.image_size)) is None:
             return
-        bad[images[row].id, defect] = None
-    settle_bad_images(list(bad), skip=False)
+        bad.append((images[row].id, defect))
+    settle_bad_images(bad, skip=False)
 
 
 def _tables(

@@ -77,9 +77,8 @@ def here(tmp_path, monkeypatch) -> Path:
 def command(capsys, monkeypatch):
     """Runs `python main.py …` in this process."""
     import main
-    from vqa.io.progress import progress
 
-    monkeypatch.setattr(progress, "__defaults__", (0, math.inf))  # no such lines, however slow the machine is
+    monkeypatch.setattr("vqa.io.progress.SECONDS", math.inf)  # no such lines, however slow the machine is
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
@@ -240,7 +239,7 @@ def listening():
     """The handlers of the tests' own process are put back."""
     from vqa.io.processes import SIGNALS, listen
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}  # ignored in a background job
     listen()
     yield
     for number, handler in before.items():

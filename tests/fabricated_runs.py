@@ -34,7 +34,16 @@ def suite_of(folder, text):
 
 
 def finish(
-    suite, runs, row_name, seed, accuracies, first=0, kinds=("how many", "is there"), seconds=100.0, backbone=None
+    suite,
+    runs,
+    row_name,
+    seed,
+    accuracies,
+    first=0,
+    kinds=("how many", "is there"),
+    number="number",
+    seconds=100.0,
+    backbone=None,
 ):
     """Writes what training and testing leave behind; question n has the id `first` + n, and every other is a number."""
     row = next(row for row in suite.rows if row.name == row_name)
@@ -56,7 +65,7 @@ def finish(
     values = np.array(accuracies, float)
     np.savez(tested / "accuracies_val.npz", ids=np.arange(first, first + len(values)), accuracies=values)
     by_kind = {kind: 100 * values[n :: len(kinds)].mean() for n, kind in enumerate(kinds[: len(values)])}
-    types = {"number": 100 * values[::2].mean(), "yes/no": 100 * values[1::2].mean()}
+    types = {number: 100 * values[::2].mean(), "yes/no": 100 * values[1::2].mean()}
     scores = {"overall": 100 * values.mean(), "per_answer_type": types, "per_question_type": by_kind}
     (tested / "metrics_val.json").write_text(json.dumps({"questions": len(values)} | scores))
 

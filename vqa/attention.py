@@ -12,7 +12,7 @@ Normalisation = Literal["none", "map", "position"]
 def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0) -> Tensor:
     """L2-normalise a map [B, C, H, W] as a whole (`map`) or at each position (`position`), then multiply it by `scale`.
 
-    This is computed in float32 or finer; the result has the type of the map.
+    The norm is computed in float32 or finer; the result has the type of the map.
     """
     if kind == "none":
         return scale * features

@@ -69,7 +69,7 @@ def write_world(
             another look than plain, another world has a source, or an image of the source cannot be read.
     """
     if not 1 <= questions_per_image <= MAX_QUESTIONS:
-        raise InputError(f"questions_per_image must be 1 to {MAX_QUESTIONS}, got {questions_per_image}")
+        raise InputError(f"scenes.questions_per_image: must be 1 to {MAX_QUESTIONS}, not {questions_per_image}")
     made = {
         "version": WORLD_VERSION,
         "world": world,

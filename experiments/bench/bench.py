@@ -32,7 +32,7 @@ PARTS: dict[str, tuple[Measurement, int]] = {  # with the most repeats, fewer fo
 
 
 def bench(
-    parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None, images: int = 4_000
+    parts: Sequence[str], *, repeats: int, device: str, tiny: bool, out: Path | None, images: int
 ) -> dict[str, Any]:
     """Measure some parts and write `bench_PART.csv` for each into `out`.
 

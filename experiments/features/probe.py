@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from data.labelled_images import LabelledImages
 from data.scenes.photos import PLAIN, TINTS, changed
 from experiments.pretrain import header_of, identity_of
+from experiments.report.tables import aligned
 from experiments.training.run_directory import surroundings
 from vqa.io.errors import InputError
 from vqa.io.files import write_json
@@ -126,12 +127,12 @@ def _labelled(
     return labelled | {"mirrored": either(_features(resnet, pixels), mirrored)}
 
 
-def table_of(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The results as cells: one line per stage, one column per target, and a line of chance."""
+def table_of(found: Sequence[dict[str, Any]]) -> str:
+    """The results as text: one line per stage, one column per target, and a line of chance."""
     targets = list(dict.fromkeys(row["target"] for row in found))
     value = {(row["stage"], row["target"]): row["accuracy"] for row in found}
     value |= {("chance", row["target"]): row["chance"] for row in found}
     lines = [(stage, f"stage {stage}") for stage in dict.fromkeys(row["stage"] for row in found)]
     lines.append(("chance", "chance"))
     cells = [[said, *(f"{value[stage, target]:.1f}" for target in targets)] for stage, said in lines]
-    return [["read from held-out photographs, %", *targets], *cells]
+    return aligned([["read from held-out photographs, %", *targets], *cells])

@@ -70,7 +70,7 @@ def gpu_check(
     device: str,
     tiny: bool,
     steps: Sequence[str] = (),
-    suites: Sequence[str] = SUITES,
+    suites: Sequence[str] | None = None,
     at_once: int = 8,
 ) -> list[str]:
     """Run the steps and then the suites within the time limit.
@@ -81,7 +81,7 @@ def gpu_check(
         device: as the setting.
         tiny: small sizes, to show on a CPU that it runs.
         steps: names of STEPS; none for all.
-        suites: names of files in `experiments/suites`.
+        suites: names of files in `experiments/suites`; None for SUITES.
         at_once: trainings of a suite at the same time.
 
     Returns:
@@ -93,7 +93,9 @@ def gpu_check(
     """
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
-    suite_files = [ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in suites]
+    suite_files = [
+        ROOT / "experiments" / "suites" / f"{suite}.yaml" for suite in (SUITES if suites is None else suites)
+    ]
     for file in suite_files:
         if not file.is_file():
             raise InputError(f"{file}: no such suite")

@@ -23,7 +23,7 @@ from experiments import ROOT
 from experiments.bench.loading import prepared_scenes
 from experiments.bench.setup import Rows, Setup
 from experiments.evaluate import evaluate
-from experiments.features.compare import compare_features
+from experiments.features.networks import networks_of, open_runs, stage_features
 from experiments.process_group import averaging_gradients
 from experiments.recalibrate import recalibrate
 from experiments.training.loop import answer_logits
@@ -133,7 +133,7 @@ def compile_rows(setup: Setup) -> Rows:
     net, inputs = _net_and_inputs(name, size)
     start = time.monotonic()
     expected = _map_and_gradients(net, inputs, setup.device)
-    net.compile(backend=setup.pick("aot_eager", "inductor"))
+    net.compile(backend=setup.pick("eager", "inductor"))
     errors = _errors_of_network("compiled", _map_and_gradients(net, inputs, setup.device), expected)
     yield {"network": name, **errors, "seconds": round(time.monotonic() - start, 1)}
 
@@ -166,12 +166,13 @@ def _small_settings(setup: Setup, *words: str, recipe: str = "demo.yaml") -> Set
     """Settings of a small MODERN in bfloat16 on synthetic scenes in this step's folder."""
     batch, images, val, side = setup.pick((8, 4, 6, 32), (64, 400, 100, 64))
     size = (f"train.batch_size={batch}", f"scenes.images={{train: {images}, val: {val}}}", f"data.image_size={side}")
-    return prepared_scenes(setup, *size, "precision=bfloat16", *words, recipe=CONFIG / recipe)
+    kept = ("precision=bfloat16", f"data.processes={setup.pick(1, 2)}")
+    return prepared_scenes(setup, *size, *kept, *words, recipe=CONFIG / recipe)
 
 
 def commands_rows(setup: Setup) -> Rows:
-    """Train each task in bfloat16, then `eval`, `ask`, `inspect`, `features` and `recalibrate` the saved model; on the
-    CPU in float32 `eval` must find nearly the same answers.
+    """Train each task in bfloat16, then `eval`, `ask`, `inspect` and `recalibrate` the saved model and compute the
+    features of each stage; on the CPU in float32 `eval` must find nearly the same answers.
     """
     yield _commands_row(setup._replace(folder=setup.folder / "vqa"), "demo.yaml", "what color is the circle?")
     games, test = setup._replace(folder=setup.folder / "guesswhat"), "scenes.images={test: 2}"
@@ -192,13 +193,14 @@ def _commands_row(setup: Setup, recipe: str, question: str, *words: str, **about
     about |= {"category": saved.categories[0]} if about else {}
     here, there = (loaded.ask(image, question, 1, **about)[0]["probability"] for loaded in (saved, load_model(run)))
     layers = saved.inspect(image, question, **about)["layers"]
-    compare_features([run], "val", setup.folder / "features", pairs=setup.pick(40, 200))
+    (network,) = networks_of(open_runs([run], "val", [f"device={setup.device}"]))
     return {
         "recipe": recipe,
         "val_overall": scores["overall"],
         "answers_as_on_cpu": round(agree, 3),
         "ask_difference": check_error("ask", abs(here - there), 1e-2),
         "layers_inspected": len(layers),
+        "stages_with_features": len(stage_features(network)),
         "questions_recalibrated_on": recalibrate(run, setup.folder / "recalibrated", "train", [], batches=2),
     }
 
@@ -207,8 +209,8 @@ def resume_rows(setup: Setup) -> Rows:
     """End a bfloat16 training by SIGTERM in its second epoch and resume it: its loss is that of an undisturbed one."""
     words = ("train.checkpoint_every=1", "train.epochs=3")
     train(_small_settings(setup, "name=whole", *words), runs=setup.folder / "runs")
-    recipe = setup.folder / "resumed.yaml"
-    _small_settings(setup, "name=resumed", *words).save(recipe)
+    recipe, settings = setup.folder / "resumed.yaml", _small_settings(setup, "name=resumed", *words)
+    settings.save(recipe)
     command = [sys.executable, str(ROOT / "main.py"), "train", "--config", str(recipe), "--resume"]
     with subprocess.Popen(command, cwd=setup.folder, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -217,7 +219,7 @@ def resume_rows(setup: Setup) -> Rows:
     if process.returncode not in (143, -signal.SIGTERM):
         raise AssertionError(f"ended with {process.returncode}, not by the signal")
     interrupted = _last_metrics(setup, "resumed")["epoch"]
-    subprocess.run(command, cwd=setup.folder, check=True, stdout=subprocess.DEVNULL)
+    train(settings, resume=True, runs=setup.folder / "runs")
     loss, resumed = (_last_metrics(setup, name)["train_loss"] for name in ("whole", "resumed"))
     # a GPU adds up in another order each time
     difference = check_error("training loss", abs(loss - resumed) / loss, 0 if setup.device.type == "cpu" else 0.05)

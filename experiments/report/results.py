@@ -116,7 +116,7 @@ def _read(test: Test, job: Job, runs: Path) -> Result | None:
         "folder": job.settings.name,
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
-    scores = {"overall": metrics.overall, "error": 100 - metrics.overall} | metrics.per_answer_type | kinds
+    scores = metrics.per_answer_type | {"overall": metrics.overall, "error": 100 - metrics.overall} | kinds
     return Result(scores, facts, answered)
 
 

@@ -40,11 +40,13 @@ def terminal_table(lines: Sequence[Line]) -> str:
 
 def _columns(lines: Sequence[Line], *, brief: bool) -> list[_Column]:
     columns: list[_Column] = [("accuracy, %", itemgetter("row"))]
-    for column in [key.removesuffix("_mean") for key in lines[0] if key.endswith("_mean")]:
+    means = [key for key in lines[0] if key.endswith("_mean") and not key.startswith(KIND)]
+    for column in [key.removesuffix("_mean") for key in means]:
         if brief and column not in WHOLE:
             columns.append((column, partial(_mean, f"{column}_mean")))
         else:
-            columns += [(column, partial(_spread, column)), ("paper", partial(_mean, f"paper_{column}"))]
+            paper = "paper" if column in WHOLE else f"paper, {column}"
+            columns += [(column, partial(_spread, column)), (paper, partial(_mean, f"paper_{column}"))]
     if not brief:
         columns += [(f"difference to {lines[0]['baseline']}, over questions", _difference), ("over seeds", _over_seeds)]
     columns += [("seeds", _seeds), ("training", lambda line: duration(line["seconds"]))]

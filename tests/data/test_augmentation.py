@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.augmentation import augmentation
-from data.batches import QuestionDataset
+from data.batches import Planned, QuestionDataset
 from data.loader import make_loader
 from data.question_table import question_table
 from data.vqa_files import Question
@@ -85,15 +85,15 @@ def test_half_of_the_images_are_flipped_but_not_where_question_or_answer_says_le
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_question_has_its_own_image_in_each_epoch_whatever_else_is_in_the_batch(table, image, workers):
     chosen = made("crop_flip", table)
-    data = QuestionDataset(table, [image], augmentation=chosen)
+    data = Planned(QuestionDataset(table, [image], augmentation=chosen), None)
+    plan = [(epoch, rows) for epoch in (1, 2) for rows in ([0, 4, 5], [3, 0], [1])]
     seen = {}
-    for epoch in (1, 2):
-        for batch in make_loader(data.in_epoch(epoch), [[0, 4, 5], [3, 0], [1]], workers, torch.device("cpu")):
-            assert batch.places.tolist() == list(range(len(batch.rows)))
-            for row, pixels in zip(batch.rows.tolist(), batch.images, strict=True):
-                expected = chosen.augment(image, epoch, row)
-                assert np.array_equal(pixels.numpy(), expected)
-                seen[epoch, row] = expected.tobytes()
+    for (epoch, _), batch in zip(plan, make_loader(data, plan, workers, torch.device("cpu")), strict=True):
+        assert batch.places.tolist() == list(range(len(batch.rows)))
+        for row, pixels in zip(batch.rows.tolist(), batch.images, strict=True):
+            expected = chosen.augment(image, epoch, row)
+            assert np.array_equal(pixels.numpy(), expected)
+            seen[epoch, row] = expected.tobytes()
     assert len(set(seen.values())) == len(seen) == 10
     assert made("crop", table, seed=6).augment(image, 1, 1).tobytes() != seen[1, 1]
 

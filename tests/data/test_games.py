@@ -26,7 +26,7 @@ SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "upper": (1, -1), "bo
 @pytest.fixture(scope="module")
 def asked():
     pairs = []
-    for index in range(4000):
+    for index in range(2000):
         rng = np.random.default_rng([7, index])
         scene = sample_scene(rng)
         pairs += [(scene, question) for question in ask(scene, rng, 5)]

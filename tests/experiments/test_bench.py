@@ -15,7 +15,7 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("experiments.bench.scale.get_context", lambda _: forking())  # spawned, each job imports torch
         fork_workers(patched)
-        return out, bench([], repeats=1, device="cpu", tiny=True, out=out)
+        return out, bench([], repeats=1, device="cpu", tiny=True, out=out, images=80)
 
 
 def test_every_part_has_its_file(results):

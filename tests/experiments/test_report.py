@@ -146,6 +146,16 @@ def test_a_run_in_several_tests(tmp_path):
     assert "above" not in told
 
 
+def test_types_may_be_named_as_the_reports_own_columns(suite, tmp_path):
+    for row in ("none", "last", "all"):
+        finish(suite, tmp_path, row, 1, OFTEN_RIGHT, kinds=("k_mean", "is there"), number="overall")
+    _, page = report(suite, tmp_path)
+    line = lines_by_row(tmp_path / "out" / "stages.csv")["all"]
+    assert float(line["overall_mean"]) == pytest.approx(100 * sum(OFTEN_RIGHT) / 8)
+    assert float(line["type: k_mean"]) == pytest.approx(100 * sum(OFTEN_RIGHT[::2]) / 4)
+    assert "k_mean" in page and "type: k" not in page
+
+
 def test_many_question_types_are_skipped(suite, tmp_path):
     for count in (12, 13):
         finish(suite, tmp_path, "none", 1, [0.5] * 26, kinds=[f"kind {n}" for n in range(count)])

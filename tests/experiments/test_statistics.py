@@ -82,7 +82,8 @@ def test_sign():
     assert found.low <= found.points <= found.high < 0
 
 
-def test_ninety_five_of_a_hundred_intervals_cover_the_truth():
+def test_ninety_five_of_a_hundred_intervals_cover_the_truth(monkeypatch):
+    monkeypatch.setattr("experiments.report.statistics.RESAMPLES", 2_000)
     rng = np.random.default_rng(3)
     covered = 0
     for _ in range(200):

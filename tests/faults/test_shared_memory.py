@@ -167,6 +167,7 @@ def test_a_signal_ends_the_wait_for_a_pool():
     assert not stopped_children()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_signal_while_the_workers_of_a_loader_start_waits_until_they_can_be_stopped(monkeypatch):
     dropped, begun, process = [], [], data.loader.WorkerContext.Process
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)

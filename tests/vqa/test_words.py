@@ -84,30 +84,6 @@ def test_words_keep_their_combining_marks(question, expected):
     assert UNKNOWN_ID not in encode(tokenizer, [question])[0]
 
 
-OLDER = """{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<pad>",
-"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},{"id":1,"content":"<unk>",
-"single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"Sequence",
-"normalizers":[{"type":"NFC"},{"type":"Lowercase"}]},"pre_tokenizer":{"type":"Split","pattern":{"Regex":
-"[\\\\p{L}\\\\p{N}]+(?:['’][\\\\p{L}\\\\p{N}]+)*|[^\\\\s\\\\p{L}\\\\p{N}]"},"behavior":"Removed","invert":true},
-"post_processor":null,"decoder":null,"model":{"type":"WordLevel","vocab":{"<pad>":0,"<unk>":1,"है":2,"ह":3,"ै":4,"is":5},
-"unk_token":"<unk>"}}"""
-
-
-def test_files_made_with_the_older_pattern_are_read_as_they_were(raw, tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.json").write_text(OLDER, encoding="utf-8")
-    older = load_tokenizer(tmp_path)
-    assert words(older, "है is") == ["ह", "ै", "is"]
-    assert encode(older, ["है is"])[0].tolist() == [3, 4, 5]
-    monkeypatch.setattr("data.preprocess.train_tokenizer", lambda *_: older)
-    make(raw, tmp_path / "older.h5")
-    store = Store(tmp_path / "older.h5")
-    assert store.tokenizer.to_str() == older.to_str()
-    assert store.table("train").words(2).tolist() == [5, 1, 1, 1]
-    (tmp_path / "again").mkdir()
-    save_tokenizer(store.tokenizer, tmp_path / "again")
-    assert words(load_tokenizer(tmp_path / "again"), "है") == ["ह", "ै"]
-
-
 def test_special_tokens_are_never_made_from_text(tmp_path):
     from transformers import PreTrainedTokenizerFast
 

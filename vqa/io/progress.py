@@ -12,7 +12,8 @@ SECONDS = 20  # between two lines in a log
 def progress(items: Iterable[T], total: int | None, what: str, done: int = 0) -> Iterator[T]:
     """Yield `items` and report on standard error how many of `total` (None: unknown) are done.
 
-    `done` is the number of items of earlier runs. In a log, a line is printed every SECONDS seconds and at the end.
+    `done` is the number of items of earlier runs. In a log, a line is printed every SECONDS seconds, and at the end of
+    work that took longer.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

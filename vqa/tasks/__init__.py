@@ -1,1 +1,1 @@
-"""The parts of the library that are for tasks other than VQA."""
+"""What the model of a task takes besides an image and a question."""

@@ -25,15 +25,7 @@ LONGEST = 10_000  # characters of a text: a batch is as wide as its longest ques
 # ("what's"). Any other character that is not white space is a word by itself, with its combining marks.
 _LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\x{200C}\x{200D}]*"
 _WORD = rf"{_LETTERS}(?:['’]{_LETTERS})*|[^\s\p{{L}}\p{{N}}]\p{{M}}*"
-# The pattern of older files and models, which keep it: it cuts words at combining marks.
-_OLDER_WORD = r"[\p{L}\p{N}]+(?:['’][\p{L}\p{N}]+)*|[^\s\p{L}\p{N}]"
-
-
-def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-
-
-_OUR_SPLITS = [_splitting(pattern).__getstate__() for pattern in (_WORD, _OLDER_WORD)]
+_SPLIT = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
 
 
 def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
@@ -50,11 +42,11 @@ def train_tokenizer(questions: Iterable[str], min_count: int) -> Tokenizer:
     return _tokenizer_of([word for _, word in common])
 
 
-def _tokenizer_of(vocabulary: Sequence[str], pattern: str = _WORD) -> Tokenizer:
+def _tokenizer_of(vocabulary: Sequence[str]) -> Tokenizer:
     ids = {word: id_ for id_, word in enumerate([PAD, UNKNOWN, *vocabulary])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = _splitting(pattern)
+    tokenizer.pre_tokenizer = _SPLIT
     tokenizer.add_special_tokens([PAD, UNKNOWN])
     return tokenizer
 
@@ -62,7 +54,7 @@ def _tokenizer_of(vocabulary: Sequence[str], pattern: str = _WORD) -> Tokenizer:
 def _is_ours(tokenizer: Tokenizer) -> bool:
     """Whether it splits words as this program does, and puts nothing around them."""
     splits = tokenizer.pre_tokenizer is not None and tokenizer.pre_tokenizer.__getstate__()
-    return splits in _OUR_SPLITS and tokenizer.post_processor is None
+    return splits == _SPLIT.__getstate__() and tokenizer.post_processor is None
 
 
 def words(tokenizer: Tokenizer, question: str) -> list[str]:
@@ -151,8 +143,7 @@ def read_tokenizer(text: str, file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = None  # `transformers` saves one that changes nothing
-    ours = [_without_vocabulary(_tokenizer_of([], pattern)) for pattern in (_WORD, _OLDER_WORD)]
-    if _without_vocabulary(tokenizer) not in ours:
+    if _without_vocabulary(tokenizer) != _without_vocabulary(_tokenizer_of([])):
         raise InputError(f"{file}: is not a tokenizer of this program: it splits words in another way")
     return tokenizer
 

@@ -23,20 +23,23 @@ RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started
 
 def demo(config: Path, settings: list[str]) -> None:
     """Draws scenes, compares baseline and MODERN on them, inspects one question: a few minutes, no download."""
-    from experiments.demo import run_demo
     from vqa.settings.recipes import load_settings
 
-    run_demo(load_settings(config, settings))
+    loaded = load_settings(config, settings)  # refused before the import of torch, which takes seconds
+    from experiments.demo import run_demo
+
+    run_demo(loaded)
 
 
 def preprocess(config: Path, settings: list[str]) -> None:
     """Converts raw questions, annotations and images to one h5 file; resumes where it stopped."""
-    from data.preprocess import preprocess as run
-    from experiments.prepare import prepare_scenes, preprocessing_of
     from vqa.settings.recipes import load_settings
 
     loaded = load_settings(config, settings)
-    if loaded.task == "guesswhat":  # `demo` draws the scenes of VQA
+    from data.preprocess import preprocess as run
+    from experiments.prepare import prepare_scenes, preprocessing_of, split_files
+
+    if loaded.task == "guesswhat" or any(not files.questions.exists() for files in split_files(loaded).values()):
         prepare_scenes(loaded)
     run(**preprocessing_of(loaded))
 
@@ -60,10 +63,15 @@ def pretrain(images: Path, file: Path, backbone: str, device: str, only_probe: b
 
 def train(config: Path, settings: list[str], resume: bool, init_from: Path | None) -> None:
     """Trains a recipe into runs/NAME; under torchrun on several GPUs or hosts."""
-    from experiments.training.trainer import train as run
     from vqa.settings.recipes import load_settings
 
-    run(load_settings(config, settings), resume=resume, init_from=init_from)
+    loaded = load_settings(config, settings)
+    from experiments.process_group import this_process
+    from experiments.training.trainer import train as run
+
+    if resume and not (Path("runs") / loaded.name).exists():
+        this_process().say(f"runs/{loaded.name}: no such run yet, it starts from the beginning")
+    run(loaded, resume=resume, init_from=init_from)
 
 
 def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:

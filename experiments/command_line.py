@@ -52,7 +52,8 @@ class _Parser(argparse.ArgumentParser):
             for idle in given.intersection(options.split()) if not asked(arguments) else ():
                 self.error(f"--{idle.replace('_', '-')} belongs to {to}")
         if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "settings")):
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            quote = "; put the question in quotation marks" if hasattr(arguments, "question") else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{quote}")
         if rest:
             arguments.settings = [*arguments.settings, *rest]
         out = getattr(arguments, "out", None)

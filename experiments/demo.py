@@ -27,7 +27,6 @@ from experiments.prepare import prepare_backbone, prepare_world, preprocessing_o
 from experiments.report.tables import aligned
 from experiments.tasks.vqa import VQATask, score
 from experiments.training.trainer import train
-from vqa.devices import choose_device
 from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 from vqa.inspect.inspection import inspect, write_inspection
 from vqa.io.errors import InputError
@@ -48,13 +47,14 @@ EXAMPLE = "example.png"  # the image of the inspected question
 
 
 def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
-    """Run the demo into `runs/NAME`; resume one that was interrupted, repeat one that is finished.
+    """Run the demo into `runs/NAME`; resume one that was interrupted. Of a finished one the page is made again.
 
     Returns:
         The content of `summary.json`.
 
     Raises:
-        InputError: the settings describe no synthetic scenes or no validation, or a file of another run is in the way.
+        InputError: the settings describe no synthetic scenes or no validation, or a demo of other settings or a file
+            of another run is in the way.
     """
     if settings.scenes is None or settings.task != "vqa":
         raise InputError("scenes: the demo needs a VQA recipe with scenes; use config/demo.yaml or a file over it")
@@ -140,7 +140,7 @@ def best_blind_answers(training: QuestionTable, asked: QuestionTable) -> list[st
 
 
 def _train_both(settings: Settings, runs: Path) -> tuple[float, dict[str, Scores]]:
-    """Make the world and the backbone, then both models; those of a finished demo are removed before.
+    """Make the world and the backbone, then both models; finished ones are kept.
 
     Returns:
         Percent of the held-out images that the backbone names, and the scores of each model.
@@ -152,13 +152,6 @@ def _train_both(settings: Settings, runs: Path) -> tuple[float, dict[str, Scores
     print("3/6  pretraining the backbone", flush=True)
     named = prepare_backbone(settings)
     print(f"the backbone names {named:.1f} % of its held-out images")
-    if (finished := runs / settings.name / "summary.json").exists():  # removed only where others can be trained
-        choose_device(settings.device)
-        for model in MODELS:
-            VQATask(_recipe(settings, model)).new_model(fresh=True, say=lambda _: None)
-        for model in MODELS:
-            shutil.rmtree(finished.with_name(model), ignore_errors=True)
-        finished.unlink()
     scores: dict[str, Scores] = {}
     for step, model in enumerate(MODELS, 4):
         print(f"{step}/6  training {model}", flush=True)

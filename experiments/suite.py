@@ -176,8 +176,11 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     Raises:
         InputError: the file is missing or malformed, or a run's settings are wrong.
     """
+    content = read_yaml(file)
+    if "base" in content and "runs" not in content:
+        raise InputError(f"{file}: a recipe, not a suite; `train --config {file}` trains it")
     try:
-        form = _SuiteForm.model_validate(read_yaml(file))
+        form = _SuiteForm.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])).removesuffix(".[key]")

@@ -88,9 +88,11 @@ def gpu_check(
         The names of the steps that failed, now or before, and of the suites whose `experiment` ended with an error.
 
     Raises:
-        InputError: an unknown step or suite, an unavailable device, or `out` holds the results of another device or
-            size.
+        InputError: an unknown step or suite, an unavailable device, a CPU without `tiny`, or `out` holds the results of
+            another device or size.
     """
+    if device == "cpu" and not tiny:
+        raise InputError("gpu-check: --device cpu belongs to --tiny; real sizes need a GPU")
     if unknown := set(steps) - STEPS.keys():
         raise InputError(f"gpu-check: no step {', '.join(sorted(unknown))}; steps are {', '.join(STEPS)}")
     suite_files = [

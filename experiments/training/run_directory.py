@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import reprlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json, read_text, write_json, write_text
 from vqa.saved_model.files import WEIGHTS
 from vqa.settings.recipes import load_saved
-from vqa.settings.schema import Role, Settings, different_keys
+from vqa.settings.schema import Role, Settings, different_keys, flat
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "safetensors", "h5py", "numpy", "pillow")
 # may change when a run is resumed; the checkpoint records which data it needs
@@ -72,9 +73,8 @@ class RunDirectory:
                     "not; choose another `name`"
                 )
             if not longer and not (key == "train.patience" and patience > (begun.train.patience or math.inf)):
-                raise InputError(
-                    f"{config}: this run was started with another {key}; choose another `name` for the new settings"
-                )
+                was, now = (reprlib.repr(flat(one).get(key)) for one in (begun, settings))
+                raise InputError(f"{config}: this run was started with {key} {was}, not {now}; choose another `name`")
 
     def start(
         self,

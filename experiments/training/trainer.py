@@ -28,7 +28,7 @@ from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
 from vqa.resnet import ModulatedResNet
-from vqa.saved_model.files import load_model, save_weights, weight_files
+from vqa.saved_model.files import load_model, read_weights, save_weights, weight_files
 from vqa.settings.schema import Settings
 
 
@@ -75,7 +75,9 @@ def train(
 
 
 def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
-    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes."""
+    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes, or the
+    weights of the best epoch, which it does not hold, are damaged or missing.
+    """
     saved = load_checkpoint(run.checkpoint)
     with read_as_checkpoint(run.checkpoint):
         saved["progress"] = TypeAdapter(Progress).validate_python(saved["progress"])
@@ -83,6 +85,8 @@ def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dic
             raise InputError(f"{task.store.path}: not the data that {run.path} was trained on; choose another `name`")
         if (count := len(saved["processes"])) != processes.world_size:
             raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
+    if saved["progress"].history:
+        read_weights(run.model)
     return saved
 
 

@@ -22,6 +22,10 @@ def settings(tiny, tmp_path):
     return load_settings(tiny, ["name=demo", *places])
 
 
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
 def without_seconds(page):
     return re.sub(r"\b[\d.]+\s*(s|seconds)\b", "", page)
 
@@ -51,7 +55,7 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
         write_json(run / "results_val.json", json.loads((run / "results_val.json").read_text())[::-1])
         return scores
 
-    # run again, it is made again, and the same in whatever order the results are written
+    # run again, nothing is trained, and the page is the same in whatever order the results are written
     monkeypatch.setattr("experiments.demo.evaluate", evaluate_and_reverse)
     again = run_demo(settings, runs=tmp_path / "runs")
     assert (out / "inspect" / "modulation.json").read_bytes() == inspected
@@ -73,17 +77,14 @@ def test_the_demo_needs_a_split_to_validate_on(settings, tmp_path):
     assert not list(tmp_path.iterdir())  # refused before anything is made
 
 
-def test_a_finished_demo_is_kept_where_no_other_can_be_trained(settings, tiny, tmp_path):
-    finished = [tmp_path / "demo" / file for file in ("summary.json", "baseline/config.yaml", "modern/config.yaml")]
-    for file in finished:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    without_glove = settings.model_copy(update={"question": settings.question.model_copy(update={"glove": "absent"})})
-    of_other_scenes = load_settings(tiny, ["name=demo"])
-    for wrong, why in ((of_other_scenes, "holds scenes made with seed"), (without_glove, "absent: no such file")):
-        with pytest.raises(InputError, match=why):
-            run_demo(wrong, runs=tmp_path)
-        assert all(file.exists() for file in finished)
+def test_a_demo_of_other_settings_leaves_a_finished_one_as_it_is(settings, tmp_path):
+    run_demo(settings, runs=tmp_path)
+    (tmp_path / "demo" / "modern" / "recalibrated").mkdir()
+    before = contents(tmp_path / "demo")
+    other = settings.model_copy(update={"seed": settings.seed + 1})
+    with pytest.raises(InputError, match="this run was started with seed .*, not .*; choose another `name`"):
+        run_demo(other, runs=tmp_path)
+    assert contents(tmp_path / "demo") == before
 
 
 def test_no_norm_of_the_baseline_is_conditioned_whatever_the_recipe_conditions(tiny):

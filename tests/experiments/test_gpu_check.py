@@ -32,6 +32,10 @@ def _forked_steps():
         yield
 
 
+def test_real_sizes_are_not_run_on_a_cpu(refused, tmp_path):
+    assert "--device cpu belongs to --tiny" in refused("gpu-check", "--out", tmp_path, "--device", "cpu")
+
+
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     out = tmp_path_factory.mktemp("checked")

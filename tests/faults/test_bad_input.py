@@ -27,6 +27,7 @@ CASES = [
     # questions
     ("ask --run {trained} --image {good} --question " + "x" * 10_001, "question: longer than 10000"),
     ("inspect --run {trained} --image {good} --question ... --versus \u3000 --out out", "holds no word"),
+    ("ask --run {trained} --image {good} --question is there one", "there one; put the question in quotation marks"),
     ("ask --run {trained} --image {good} --question a --top 0", "a number from 1 to 1000000000"),
     ("ask --run {trained} --image {good} --question a --top 99999999999", "a number from 1 to 1000000000"),
     # recipes
@@ -53,6 +54,7 @@ CASES = [
             "gzip": "gzip.yaml: not UTF-8 text (byte 1)",
         }.items()
     ],
+    (f"experiment {ROOT}/config/demo.yaml", "demo.yaml: a recipe, not a suite; `train --config"),
     ("demo --config {recipe:laughs}", "laughs.yaml: "),
     ("demo name=../../elsewhere", "command line: name: "),
     ("demo scenes.images={../x:1}", "command line: scenes.images.../x"),

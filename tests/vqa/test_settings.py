@@ -186,6 +186,9 @@ def test_saved_settings_are_the_same_settings(base, tmp_path, word):
         ("train.epochs", "is not a setting; write key.sub=value"),
         ("train.epochs=[", "command line: train.epochs"),
         ("train=5", "train: input should be a valid dictionary, got 5"),
+        ("cbn.stages=3", r"cbn.stages: input should be a valid list, as \[3\], got 3"),
+        ("cbn.stages=[3,", "cbn.stages: line 1: .*; a blank ends a word: quote one that holds blanks"),
+        ("name=", "name: input should be a valid string, got nothing"),
     ],
 )
 def test_wrong_words_are_one_clear_line(base, word, message):

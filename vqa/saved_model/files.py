@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from vqa.build import build_model
 from vqa.io.errors import InputError, first_line
@@ -183,16 +184,22 @@ def _checked_texts(texts: Any, file: Path, what: str) -> list[str]:
     return texts
 
 
-def load_weights(model: ConditionedModel, folder: Path) -> dict[str, Any]:
-    """Load the weights of a folder into a model on the meta device; returns how it was trained."""
-    weights, metadata, file = {}, {}, folder / WEIGHTS
-    for part in weight_files(folder) or [file]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the weights of a folder and their metadata. Raises InputError if a file is missing or damaged."""
+    weights, metadata = {}, {}
+    for part in weight_files(folder) or [folder / WEIGHTS]:
         try:
             tensors, header = read_safetensors(part)
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{part}: cannot be read as weights ({error!s:.100})") from None
         weights |= {name.removeprefix(HUB_PREFIX): value for name, value in tensors.items()}
         metadata |= header
+    return weights, metadata
+
+
+def load_weights(model: ConditionedModel, folder: Path) -> dict[str, Any]:
+    """Load the weights of a folder into a model on the meta device; returns how it was trained."""
+    (weights, metadata), file = read_weights(folder), folder / WEIGHTS
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (weights, expected))

@@ -36,6 +36,7 @@ _BEFORE: dict[str, Any] = {
     },
 }
 _QUOTES = "; a text with braces must be in quotes, as '{image_id}.jpg'"
+_BLANKS = "; a blank ends a word: quote one that holds blanks"
 _FORMS = {  # of texts that a pattern of the schema describes
     "device": "auto, cpu, mps, cuda or cuda:N",
     "name": "parts of letters, digits, _ . and - with single slashes between them",
@@ -124,7 +125,11 @@ def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], 
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
             raise InputError(f"{where}: {override!r} is not a setting; write key.sub=value")
-        value = _parse(text, f"{where}: {key}")
+        try:
+            value = _parse(text, f"{where}: {key}")
+        except InputError as error:
+            opened = text.count("[") > text.count("]") or text.count("{") > text.count("}")
+            raise InputError(f"{error}{_BLANKS if opened else ''}") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = _merge(merged, value)
@@ -226,7 +231,9 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
             said = f"{key}: must {form}, got {reprlib.repr(first['input'])}"
         case kind:
             braces = _QUOTES if kind == "string_type" and isinstance(first["input"], dict) else ""
-            said = f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(first['input'])}{braces}"
+            got = "nothing" if first["input"] is None else reprlib.repr(first["input"])
+            form = {"list_type": f", as [{got}]", "dict_type": ", as {key: value}"}.get(kind, "")
+            said = f"{key}: {message[0].lower()}{message[1:]}{form}, got {got}{braces}"
     return f"{words if given else file}: {said}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 

@@ -65,7 +65,7 @@ def test_a_finished_run_is_left_alone_or_trained_longer(tiny, tmp_path, capsys):
     train(longer, resume=True, runs=tmp_path)
     assert "finished, nothing to do" in capsys.readouterr().out
     assert (run / "checkpoints/last.pt").read_bytes() == before
-    with pytest.raises(InputError, match="another train.epochs"):
+    with pytest.raises(InputError, match="started with train.epochs 2, not 1"):
         train(load_settings(tiny, ["name=longer", *words]), resume=True, runs=tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_stopped_early_is_trained_on_with_more_patience(tiny, tmp_pat
     train(load_settings(tiny, ["name=early", *words]), resume=True, runs=tmp_path)
     assert lines(whole) == lines(run)
     assert same_weights(whole, run)
-    with pytest.raises(InputError, match="another train.patience"):
+    with pytest.raises(InputError, match="started with train.patience 3, not 1"):
         train(load_settings(tiny, impatient), resume=True, runs=tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_a_run_is_not_overwritten_nor_mixed(tiny, tmp_path):
     with pytest.raises(InputError, match="--resume"):
         train(load_settings(tiny, ["name=trained"]), runs=tmp_path)
     for changed in ("train.learning_rate=0.5", "train.patience=3"):
-        with pytest.raises(InputError, match=f"another {changed.partition('=')[0]}"):
+        with pytest.raises(InputError, match=f"started with {changed.partition('=')[0]} "):
             train(load_settings(tiny, ["name=trained", changed]), resume=True, runs=tmp_path)
 
 
@@ -138,6 +138,15 @@ def test_a_run_that_ended_before_its_first_checkpoint_does_not_block_its_name(ti
     assert "resumed" not in json.loads((run / "environment.json").read_text())
     with pytest.raises(InputError, match="already holds a run"):
         train(load_settings(tiny, ["name=mine"]), runs=tmp_path)
+
+
+def test_a_run_whose_best_weights_are_gone_or_damaged_is_not_resumed(tiny, finished, tmp_path):
+    weights = finished / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for _ in range(2):
+        with pytest.raises(InputError, match="model.safetensors: cannot be read as weights"):
+            train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
+        weights.unlink(missing_ok=True)
 
 
 def test_a_run_whose_checkpoint_is_gone_is_not_trained_over(tiny, finished, tmp_path):

@@ -193,14 +193,14 @@ def _commands_row(setup: Setup, recipe: str, question: str, *words: str, **about
     about |= {"category": saved.categories[0]} if about else {}
     here, there = (loaded.ask(image, question, 1, **about)[0]["probability"] for loaded in (saved, load_model(run)))
     layers = saved.inspect(image, question, **about)["layers"]
-    (network,) = networks_of(open_runs([run], "val", [f"device={setup.device}"]))
+    networks = networks_of(open_runs([run], "val", [f"device={setup.device}"]))
     return {
         "recipe": recipe,
         "val_overall": scores["overall"],
         "answers_as_on_cpu": round(agree, 3),
         "ask_difference": check_error("ask", abs(here - there), 1e-2),
         "layers_inspected": len(layers),
-        "stages_with_features": len(stage_features(network)),
+        "maps_of_features": sum(len(stage_features(network)) for network in networks),
         "questions_recalibrated_on": recalibrate(run, setup.folder / "recalibrated", "train", [], batches=2),
     }
 

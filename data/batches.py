@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from data.augmentation import Augmentation
 from data.bad_images import settle_bad_images, stand_in
@@ -150,7 +150,7 @@ class Planned(Dataset):
 
 
 @dataclass(eq=False)
-class EpochSampler(Sampler[list[int]]):
+class EpochSampler:
     """Batches of one epoch for one process, computed from (seed, epoch, rank, world size): there is no state to save.
 
     Each batch is divided among the processes. The last, incomplete batch of an epoch is skipped (other questions in
@@ -170,9 +170,6 @@ class EpochSampler(Sampler[list[int]]):
         count = max(len(self.images), self.world_size)
         self.batch_size = min(self.batch_size, count - count % self.world_size)
         self.batches = count // self.batch_size
-
-    def __len__(self) -> int:
-        return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()

@@ -162,7 +162,7 @@ class H5Rows:
         self, path: Path, array: str, remedy: str = "make it again", expected: np.ndarray | None = None
     ) -> None:
         """`remedy` is what the user should do with a damaged file; `expected` the rows' checksums, uint32 [N], 0 where
-        any is right: another file may be there when it is opened, in each worker process and each epoch.
+        any is right: another file may be there when it is opened, in each worker process.
         """
         self.path, self.array, self.remedy, self.expected = path, array, remedy, expected
         self._file = None

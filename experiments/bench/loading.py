@@ -145,7 +145,7 @@ def waiting_rows(setup: Setup) -> Rows:
 def time_training(
     settings: Settings, run: Path, warm_up: int = 1, steps: int | None = None, save: bool = False
 ) -> tuple[int, float, float]:
-    """Train an epoch, or only so many steps of it; with `save` the run directory then holds the model.
+    """Train an epoch, or at most so many steps of it; with `save` the run directory then holds the model.
 
     Returns:
         The number of steps; of those after the warm-up, the seconds of a step and the share of waiting for batches.
@@ -163,7 +163,8 @@ def time_training(
             yield batch
             start = time.perf_counter()
 
-    batches = timed(islice(trainer.batches(), steps or trainer.steps_per_epoch))
+    of_epoch = islice(trainer.batches(), trainer.steps_per_epoch)  # the validation's follow
+    batches = timed(islice(of_epoch, steps))
     ends = [(time.perf_counter(), waited) for _ in trainer.steps(trainer.model, batches)]
     if save:
         save_weights(trainer.run.model, trainer.model, {"trained_on": settings.train.splits})

@@ -1,8 +1,9 @@
 """Training: prepares a run, loops over its epochs, keeps the best model; it can be killed and resumed at any step."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def prepare(
     torch.manual_seed(settings.seed + processes.rank)  # but its own dropout masks
 
     optimiser = build_optimiser(train, model)
-    schedule = build_schedule(train, optimiser, train.epochs * len(sampler))
+    schedule = build_schedule(train, optimiser, train.epochs * sampler.batches)
     state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=seen))
     if saved is not None:
         with read_as_checkpoint(run.checkpoint):
@@ -183,8 +184,7 @@ class Trainer:
             self.model.resnet.compile()
         # Wrapped here and not kept: a wrapper that outlives its process group can abort at exit (gloo).
         wrapped = self.model if self.processes.world_size == 1 else averaging_gradients(self.model)
-        with self.stop:
-            batches = self.batches()
+        with self.stop, closing(self.batches()) as batches:  # worker processes end with it
             while not self.progress.is_finished(self.settings.train):
                 self._train_epoch(wrapped, batches)
                 self._end_epoch(batches)
@@ -206,7 +206,7 @@ class Trainer:
                 if due:
                     self._save_checkpoint()
                 self._stop_if_asked(save=not due)
-        except OSError:  # standard output or error, as of a terminal that is gone
+        except (OSError, BrokenExecutor):  # as of a terminal that is gone, or a worker that was killed
             self._save_if_alone()
             raise
         except NotFiniteError as error:
@@ -253,7 +253,7 @@ class Trainer:
                 given = (self.model, self.validation, self.settings, self.processes)
                 classes = predict_classes(*given, prepare_images=self.images.prepare, what=what, batches=of_split)
                 return self.task.score(classes)
-        except (Interrupted, OSError):  # as in `_train_epoch`
+        except (Interrupted, OSError, BrokenExecutor):  # as in `_train_epoch`
             self._save_if_alone()
             raise
 
@@ -272,7 +272,7 @@ class Trainer:
         epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
         self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch]:
         """This process's batches from the run's step on: of each epoch's training, then of its validation.
 
         One loader reads them all: starting worker processes takes seconds. A signal ends the wait for a batch.

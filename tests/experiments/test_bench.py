@@ -6,7 +6,9 @@ import json
 import pytest
 
 from experiments.bench.bench import PARTS, bench, table_of
+from experiments.bench.loading import time_training
 from tests.processes import fork_workers, forking
+from vqa.settings.recipes import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +18,10 @@ def results(tmp_path_factory):
         patched.setattr("experiments.bench.scale.get_context", lambda _: forking())  # spawned, each job imports torch
         fork_workers(patched)
         return out, bench([], repeats=1, device="cpu", tiny=True, out=out, images=80)
+
+
+def test_an_epoch_is_the_most_that_is_timed(tiny, tmp_path):
+    assert time_training(load_settings(tiny), tmp_path / "run", steps=8)[0] == 3
 
 
 def test_every_part_has_its_file(results):

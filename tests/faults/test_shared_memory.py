@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from data.scenes.write import in_order
 from experiments.training import trainer
 from tests.conftest import ROOT
 from vqa.io.processes import Interrupted
+from vqa.settings.recipes import load_settings
 
 pytestmark = pytest.mark.usefixtures("listening")
 
@@ -141,6 +144,52 @@ def test_a_signal_ends_the_wait_for_a_batch_and_keeps_the_steps(tiny, here, monk
     assert last == f"interrupted; to resume: train --config {tiny} name=stopped {' '.join(words)} --resume"
     progress = torch.load(here / "runs/stopped/checkpoints/last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 1)
+
+
+class Killed(Planned):
+    """Its worker is killed, as by the kernel where memory is short, when it is asked for no rows."""
+
+    def __init__(self, dataset, arrived):
+        self.__dict__ = dataset.__dict__ | {"arrived": arrived}
+
+    def __getitem__(self, item):
+        if item[1] is None:
+            while not self.arrived.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(item)
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("steps", [1, 3], ids=["training", "validation"])
+def test_a_killed_worker_costs_no_step(tiny, tmp_path, monkeypatch, steps):
+    arrived, plan, asked = tmp_path / "arrived", trainer.Trainer._plan, trainer.Trainer._stop_if_asked
+
+    def without_rows(self):
+        yield from ((epoch, rows if number < steps else None) for number, (epoch, rows) in enumerate(plan(self)))
+
+    def asked_after_the_last(self, save=False):
+        if self.progress.step == steps:
+            arrived.touch()
+        return asked(self, save)
+
+    monkeypatch.setattr(trainer.Trainer, "_plan", without_rows)
+    monkeypatch.setattr(trainer.Trainer, "_stop_if_asked", asked_after_the_last)
+    monkeypatch.setattr(trainer, "make_loader", lambda dataset, *rest: make_loader(Killed(dataset, arrived), *rest))
+    settings = load_settings(tiny, ["name=mine", "workers=2", "train.checkpoint_every=0"])
+    with pytest.raises(BrokenExecutor):
+        trainer.train(settings, runs=tmp_path)
+    progress = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)["progress"]
+    assert progress["step"] == steps
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_no_worker_outlives_an_error_that_is_kept_as_in_a_notebook(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "_stop_if_asked", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        trainer.train(load_settings(tiny, ["name=mine", "workers=2"]), runs=tmp_path)
+    assert kept.tb is not None  # which keeps the frames
+    assert not multiprocessing.active_children()
 
 
 def stopped_children():

@@ -87,10 +87,15 @@ def test_a_signal_in_a_step_that_is_skipped_ends_the_run_after_it(tiny, tmp_path
         skip(self, error)
 
     monkeypatch.setattr(Trainer, "_skip", signalled)
+    words = ["name=wild", "train.skip_not_finite=9", "train.schedule=constant"]
     with pytest.raises(Interrupted):
-        train(load_settings(tiny, ["name=wild", "train.skip_not_finite=9"]), runs=tmp_path)
+        train(load_settings(tiny, words), runs=tmp_path)
     progress = load_checkpoint(tmp_path / "wild/checkpoints/last.pt")["progress"]
     assert (progress["epoch"], progress["step"], progress["left_out"]) == (1, 2, 1)
+    monkeypatch.setattr(Trainer, "_skip", skip)
+    for epochs in (1, 2):  # in the epoch with the skipped steps, and after it
+        run = train(load_settings(tiny, [*words, f"train.epochs={epochs}"]), resume=True, runs=tmp_path).path
+    assert [(line["steps"], line["steps_left_out"]) for line in lines(run)] == [(3, 2), (3, 0)]
 
 
 def test_one_bad_step_too_many_stops(tiny, tmp_path, monkeypatch):

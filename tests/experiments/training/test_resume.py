@@ -50,6 +50,14 @@ def test_every_step_can_be_the_last_before_a_resume(tiny, tmp_path, monkeypatch,
         assert lines(whole) == lines(resumed), stop
 
 
+def test_the_steps_of_an_epoch_are_kept_before_its_validation(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(VQATask, "score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(load_settings(tiny, ["name=mine", "train.checkpoint_every=2"]), runs=tmp_path)
+    progress = load_checkpoint(tmp_path / "mine/checkpoints/last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+
+
 def test_a_finished_run_is_left_alone_or_trained_longer(tiny, tmp_path, capsys):
     words = ["train.schedule=constant", "answer.dropout=0.3", "train.validate_on=null"]
     whole = train(load_settings(tiny, ["name=whole", *words, "train.epochs=2"]), runs=tmp_path).path
@@ -176,6 +184,7 @@ def test_a_checkpoint_of_another_program_is_one_line(tiny, finished, tmp_path):
         saved | {"schedule": {}},
     ]
     contents += [saved | {part: wrong} for part in saved for wrong in ([1], {"a": 1}, None)]
+    contents.append(saved | {"processes": 2 * saved["processes"]})
     contents += [saved | {"processes": [{"loss_sum": 0.0, "random": wrong}]} for wrong in ({}, {"cpu": [1]})]
     for content in contents:
         torch.save(content, file)

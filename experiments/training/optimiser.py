@@ -23,7 +23,8 @@ def build_optimiser(settings: TrainSettings, model: ConditionedModel) -> torch.o
     torch; biases, γ and β have none.
     """
     predicting = list(model.predictor.parameters()) if model.predictor else []
-    others = [parameter for parameter in trained_parameters(model) if all(parameter is not one for one in predicting)]
+    own = set(predicting)
+    others = [parameter for parameter in trained_parameters(model) if parameter not in own]
     rates = (settings.learning_rate, settings.predictor_learning_rate or settings.learning_rate)
     groups = []
     for group, rate in zip((others, predicting), rates, strict=True):

@@ -261,6 +261,10 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
     [
         (["data.h5=nowhere.h5"], "nowhere.h5: no such file; run `preprocess` to make it"),
         (["data.image_size=128"], "made with image_size 64, but data.image_size is 128"),
+        (
+            ["data.splits.val.questions=v.json"],
+            r"made from val_questions.json, not v.json \(split 'val'\); name another",
+        ),
         (["data.answers=3"], "made with answers 20, but data.answers is 3"),
         (["data.vocabulary_from=[train, val]"], r"made with vocabulary_from \['train'\], but data.vocabulary_from is"),
         (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),

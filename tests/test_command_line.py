@@ -119,7 +119,10 @@ def test_help_names_every_command(done):
         (["train"], "required: --config"),
         (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
         (["train", "--config", "{tiny}", "train.epoch=3"], "did you mean train.epochs?"),
-        (["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5"], "absent/train_questions.json: no"),
+        (
+            ["preprocess", "--config", "{tiny}", "data.folder=absent", "data.h5=x.h5", "scenes=null"],
+            "absent/train_questions.json: no",
+        ),
         (["eval", "--run", "absent"], "absent: no model here"),
         (["eval", "--run", "{trained}", "train.epochs=3"], "train.epochs=3: a trained model cannot be changed"),
         (["eval", "--run", "{trained}", "name=other"], "name=other: a trained model cannot be changed"),

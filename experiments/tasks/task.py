@@ -60,9 +60,8 @@ class Task(ABC):
         """Reads the questions.
 
         Raises:
-            InputError: the h5 file is missing, or made with other settings or from files of other names; a split is
-                missing, without annotations or without a question that can be trained on; or there is no text encoder
-                as the settings name it.
+            InputError: the h5 file is missing or made with other settings, a split is missing, without annotations
+                or without a question that can be trained on, or there is no text encoder as the settings name it.
         """
         self.settings = settings
         self.store = store = Store(Path(settings.data.h5))
@@ -71,10 +70,6 @@ class Task(ABC):
             key = name if "." in name else f"data.{name}"
             if key in asked and made != asked[key]:
                 raise InputError(f"{store.path}: made with {name} {made}, but {key} is {asked[key]}")
-        for split, files in settings.data.splits.items():
-            made, named = store.provenance["sources"].get(split), Path(files.questions).name
-            if made and (read := made["files"][0]["name"]) != named:
-                raise InputError(f"{store.path}: made from {read}, not {named} (split {split!r}); name another data.h5")
         self.tokenizer, self.text_encoder = store.tokenizer, None
         if settings.question.encoder == "transformers":
             self.tokenizer, self.text_encoder = read_pretrained(settings.question.text_encoder)

@@ -175,6 +175,10 @@ class Trainer:
         say, task = self.processes.say, self.task
         trained = f"{len(self.training)} questions, {self.trained_count:,} trained parameters"
         say(f"{self.run.path}: {trained}, on {self.device}")
+        for split, source in task.store.provenance["sources"].items():
+            read, named = source["files"][0]["name"], self.settings.data.splits.get(split)
+            if named is not None and read != Path(named.questions).name:
+                say(f"{task.store.path}: split {split!r} was made from {read}, but the recipe names {named.questions}")
         if task.stand_ins:
             say(
                 f"{task.store.path}: {task.stand_ins} image(s) were missing or unreadable: their questions "

@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import h5_file
 from data.h5_file import H5Images, Store, partial_path
@@ -54,6 +55,14 @@ def test_other_words_or_answers_decode_nothing(raw, made, tmp_path, decoded, cap
     assert not partial_path(made).exists()
     make(raw, made)
     assert made.read_bytes() == before
+
+
+def test_other_images_under_the_same_names_are_other_data_to_learn_from(raw, made, tmp_path):
+    Image.new("RGB", (40, 30)).save(raw["train"].image(1))
+    make(raw, tmp_path / "other.h5")
+    one, other = Store(made), Store(tmp_path / "other.h5")
+    assert one.provenance == other.provenance
+    assert one.identity(["train"]) != other.identity(["train"])
 
 
 def test_an_added_split_decodes_its_own_images_alone(raw, made, tmp_path, decoded):

@@ -62,6 +62,10 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         raise InputError("train.validate_on: the demo shows the accuracy after each epoch; it must be a split")
     started = time.monotonic()
     out = runs / settings.name
+    file = out / "summary.json"
+    earlier = read_json(file) if file.exists() else {}  # of a finished demo
+    if not isinstance(earlier, dict):
+        raise InputError(f"{file}: not written by the demo; remove it")
     named, scores = _train_both(settings, runs)
     print("6/6  inspecting one question", flush=True)
     store = Store(Path(settings.data.h5))
@@ -81,7 +85,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         "world": settings.scenes.world,
         "seed": settings.seed,
         "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, torch {torch.__version__}",
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": earlier.get("seconds", round(time.monotonic() - started, 1)),
     }
     ask = ["ask", "--run", str(out / "modern"), "--image", str(example), "--question", questions[0]]
     ask_command = shlex.join(["python", "main.py", *ask])
@@ -97,7 +101,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         ],
     }
     write_demo(out / "report.html", summary | content, inspection, read_image(example))
-    write_json(out / "summary.json", summary)
+    write_json(file, summary)
     print(_comparison(summary))
     print(f"{out / 'report.html'}  ({summary['seconds']:.0f} s)")
     print(f"Ask the model yourself:\n  {ask_command}")

@@ -60,8 +60,8 @@ def test_the_demo_writes_its_summary_and_report(settings, tmp_path, capsys, monk
     again = run_demo(settings, runs=tmp_path / "runs")
     assert (out / "inspect" / "modulation.json").read_bytes() == inspected
     assert without_seconds((out / "report.html").read_text()) == without_seconds(page)
-    for model in ("blind", "baseline", "modern"):
-        assert again[model] == summary[model]
+    for what in ("blind", "baseline", "modern", "seconds"):
+        assert again[what] == summary[what]
 
     # both models differ in their conditioned stages only
     one, other = (load_settings(out / model / "config.yaml").model_dump() for model in ("baseline", "modern"))

@@ -111,6 +111,22 @@ def test_help_names_every_command(done):
         done(name, "--help")
 
 
+@pytest.mark.parametrize("name", ["train", "demo", "preprocess"])
+def test_settings_are_refused_before_torch_is_imported(tiny, name):
+    words = [name, "--config", str(tiny), "train.epoch=3"]
+    code = f"import sys, main; sys.argv[1:] = {words}; print(main.main(), 'torch' in sys.modules)"
+    assert printed_by(code) == "2 False"
+
+
+def test_preprocess_draws_the_scenes_of_a_recipe_where_they_are_missing(tiny, here, done):
+    words = ["--config", tiny, "data.folder=drawn", "data.h5=drawn.h5", "backbone.weights=drawn.safetensors"]
+    assert "drawn.h5: complete" in done("preprocess", *words).out
+    assert (
+        "runs/mine: no such run yet, it starts from the beginning" in done("train", *words, "name=mine", "--resume").out
+    )
+    assert (here / "runs" / "mine" / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

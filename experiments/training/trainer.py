@@ -87,7 +87,10 @@ def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dic
         if (count := len(saved["processes"])) != processes.world_size:
             raise InputError(f"{run.checkpoint}: made by {count} process(es); resume with as many")
     if saved["progress"].history:
-        read_weights(run.model)
+        try:
+            read_weights(run.model)
+        except InputError as error:
+            raise InputError(f"{error}: the best epoch is lost; choose another `name`") from None
     return saved
 
 

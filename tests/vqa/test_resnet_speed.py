@@ -155,6 +155,16 @@ def test_every_norm_has_its_own_epsilon():
     torch.testing.assert_close(net(x, modulation), changed)
 
 
+def test_modulated_norms_take_the_batchs_statistics_where_the_policy_says_so():
+    net = pair("resnet10", statistics="batch")[1].train()
+    x, modulation = torch.randn(4, 3, 64, 64), random_modulation(net, 4)
+    before = net(x, modulation)
+    for norm in net.batch_norms():
+        norm.running_mean.fill_(5.0)
+        norm.running_var.fill_(9.0)
+    torch.testing.assert_close(net(x, modulation), before)
+
+
 def test_batch_statistics_are_those_of_all_questions():
     net = pair("resnet10", statistics="batch")[1].train()
     other = pair("resnet10", statistics="batch")[1].train()

@@ -90,7 +90,8 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)  # by the compiler, which may say nothing
+        reason = said.splitlines()[0]
         warnings.warn(f"norms are computed without the C++ kernel, which is slower: {reason}", stacklevel=2)
         return None
     for function, pointers in ((library.modulate_forward, 6), (library.modulate_backward, 9)):

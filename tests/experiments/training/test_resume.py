@@ -152,7 +152,7 @@ def test_a_run_whose_best_weights_are_gone_or_damaged_is_not_resumed(tiny, finis
     weights = finished / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     for _ in range(2):
-        with pytest.raises(InputError, match="model.safetensors: cannot be read as weights"):
+        with pytest.raises(InputError, match="model.safetensors: cannot be read as weights .*; choose another `name`"):
             train(load_settings(tiny, ["name=trained"]), resume=True, runs=tmp_path)
         weights.unlink(missing_ok=True)
 

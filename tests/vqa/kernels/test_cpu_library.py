@@ -20,6 +20,13 @@ def test_an_empty_cxx_names_no_compiler(monkeypatch):
         cpu._built()
 
 
+def test_a_compiler_that_fails_without_a_word_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "sh -c 'echo >&2; exit 1'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="computed without the C\\+\\+ kernel, which is slower: .*exit status 1"):
+        assert cpu._library.__wrapped__() is None
+
+
 @pytest.fixture
 def slow(monkeypatch, tmp_path):
     """A compiler that only takes time, and an empty cache."""

@@ -105,7 +105,9 @@ class Description(NamedTuple):
 
     def fits(self, item: SceneObject) -> bool:
         """Return whether an object has all attributes named."""
-        return all(value is None or value == getattr(item, name) for name, value in zip(WORDS, self, strict=True))
+        return (
+            self.size in (None, item.size) and self.colour in (None, item.colour) and self.shape in (None, item.shape)
+        )
 
     def __str__(self) -> str:
         return " ".join(value for value in (self.size, self.colour, self.shape or "object") if value)
@@ -232,11 +234,12 @@ def _pairs_beside(items: Scene) -> Candidates:
     for anchor, direction, side in beside(items):
         pairs = [item.pair for item in side]
         others = {item.pair for item in items if item is not anchor}
+        ones = describe(anchor, items)
         for kind, found in zip(kinds, (set(pairs), others - set(pairs), mixtures(pairs) - everywhere), strict=True):
             kind += [
                 f"{with_article(colour, shape)} {direction} the {one}"
                 for shape, colour in sorted(found)
-                for one in describe(anchor, items)
+                for one in ones
             ]
     return existence(*kinds)
 

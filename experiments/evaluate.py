@@ -23,7 +23,7 @@ from vqa.metrics import Scores
 from vqa.saved_model import SavedModel, load_model
 from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
-from vqa.settings.schema import Role, Settings, role_of
+from vqa.settings.schema import DataSettings, Role, Settings, role_of
 from vqa.text.tokenizer import special_ids
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
@@ -78,6 +78,7 @@ def evaluate(
             data = split_data(saved, settings, split)
             if processes.is_main:
                 _warn_about_unknown_words(saved, data.table, split)
+                _warn_about_other_data(out, split, saved.settings.data, settings.data)
                 stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
             return saved, data
 
@@ -182,6 +183,14 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
         print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
     if table.given.size and (table.labels() < 0).all():
         print(f"split {split!r}: none of the given answers is among the model's {len(saved.answers)} answers")
+
+
+def _warn_about_other_data(out: Path, split: str, own: DataSettings, used: DataSettings) -> None:
+    """Says so where the scores in a run directory are replaced by those of other data than the run's own."""
+    file = out / f"metrics_{split}.json"
+    of_own, of_used = ((data.h5, data.folder, data.splits.get(split)) for data in (own, used))
+    if split in own.splits and of_used != of_own and file.exists() and (out / "config.yaml").exists():
+        print(f"{file}: replaced by that of other data than the run's own; another --out keeps both")
 
 
 def table_of(scores: Scores) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -22,7 +24,7 @@ from experiments.tasks.vqa import VQATask
 from experiments.training.nonfinite import NotFiniteError
 from experiments.training.optimiser import rate_factor
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import Trainer, prepare, train
+from experiments.training.trainer import Trainer, _check_batch_statistics, prepare, train
 from tests.runs import lines, same_weights, weights
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -187,6 +189,32 @@ def test_statistics_of_one_value_are_refused_and_block_nothing(tiny, tmp_path, a
             train(load_settings(tiny, [*words, parts]), runs=tmp_path)
         assert not (tmp_path / "mine").exists()
     train(load_settings(tiny, [*words, "train.batch_size=16", "train.accumulate=8"]), runs=tmp_path)
+
+
+@pytest.mark.parametrize(("size", "parts", "taken"), [(1, 16, False), (2, 16, True), (1, 8, True)])
+def test_the_processes_have_a_parts_statistics_in_common(tiny, at_32_px, size, parts, taken):
+    words = [*at_32_px, "backbone.statistics=batch", "train.batch_size=16", f"train.accumulate={parts}"]
+    settings, resnet = load_settings(tiny, words), SimpleNamespace(statistics="batch", least_batch=lambda _: 2)
+    with nullcontext() if taken else pytest.raises(InputError, match="give"):
+        _check_batch_statistics(settings, resnet, EpochSampler(np.arange(64), 16, 0, 1, world_size=size))
+
+
+class Apart(Processes):
+    """One of two processes, on disks of their own: the other one sees the opposite."""
+
+    def gather(self, value):
+        return [value, not value]
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_checkpoint_that_one_process_does_not_see_is_refused(tiny, tmp_path, monkeypatch, sees):
+    if sees:
+        train(load_settings(tiny, ["name=run"]), runs=tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("experiments.training.trainer.this_process", Apart)
+    with pytest.raises(InputError, match=r"last.pt: not visible to every process; runs/ must be on a disk that all"):
+        train(load_settings(tiny, ["name=run"]), resume=sees, runs=tmp_path)
+    assert [file for file in sorted(tmp_path.rglob("*")) if file.name != ".lock"] == before
 
 
 def test_statistics_of_one_value_are_not_re_estimated(tiny, tmp_path, at_32_px):

@@ -67,7 +67,7 @@ def train(config: Path, settings: list[str], resume: bool, init_from: Path | Non
 
     loaded = load_settings(config, settings)
     from experiments.process_group import this_process
-    from experiments.training.trainer import train as run
+    from experiments.training.train import train as run
 
     if resume and not (Path("runs") / loaded.name).exists():
         this_process().say(f"runs/{loaded.name}: no such run yet, it starts from the beginning")

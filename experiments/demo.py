@@ -26,7 +26,7 @@ from experiments.evaluate import evaluate
 from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
 from experiments.report.tables import aligned
 from experiments.tasks.vqa import VQATask, score
-from experiments.training.trainer import train
+from experiments.training.train import train
 from vqa.inspect.html import inline_image, inspection_view, signed, write_page
 from vqa.inspect.inspection import inspect, write_inspection
 from vqa.io.errors import InputError

@@ -19,7 +19,7 @@ from experiments.prepare import prepare
 from experiments.recalibrate import recalibrate
 from experiments.suite import Run, Suite, Test
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import train
+from experiments.training.train import train
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json
 from vqa.io.locks import held

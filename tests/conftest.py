@@ -154,7 +154,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tiny) -> Path:
     """The run directory of a MODERN trained for one tiny epoch."""
-    from experiments.training.trainer import train
+    from experiments.training.train import train
     from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tiny.parent / "runs").path
@@ -171,7 +171,7 @@ def wide(monkeypatch):
 @pytest.fixture
 def trained_wide(tiny, wide, tmp_path) -> Path:  # noqa: ARG001
     """As `trained`, with `resnet10` as it is."""
-    from experiments.training.trainer import train
+    from experiments.training.train import train
     from vqa.settings.recipes import load_settings
 
     return train(load_settings(tiny, ["name=trained"]), runs=tmp_path / "wide").path

@@ -29,8 +29,8 @@ from experiments.prepare import prepare
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare as prepare_training
-from experiments.training.trainer import train
+from experiments.training.train import prepare as prepare_training
+from experiments.training.train import train
 from vqa.io.files import read_json
 from vqa.io.images import decode_image
 from vqa.norms import Modulation

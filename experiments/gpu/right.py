@@ -27,7 +27,7 @@ from experiments.features.networks import networks_of, open_runs, stage_features
 from experiments.process_group import averaging_gradients
 from experiments.recalibrate import recalibrate
 from experiments.training.loop import answer_logits
-from experiments.training.trainer import train
+from experiments.training.train import train
 from vqa.build import build_model
 from vqa.kernels.modulate import modulate
 from vqa.norms import Modulation

@@ -19,7 +19,7 @@ from experiments.prepare import split_files
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.stage_cache import choose_images
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.calls import interrupt
 from tests.conftest import ROOT
 from tests.raw_files import KILLED_IN_A_FLUSH, make, many, write_split

@@ -14,7 +14,7 @@ from data.scenes.write import write_world
 from experiments.features.figure import COLOURS, class_colours, write_scatter
 from experiments.features.neighbours import is_colour, neighbour_accuracy, project
 from experiments.features.networks import RAW, networks_of, open_runs, select_pairs, shown_names, stage_features
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.resnets import pair, random_modulation
 from vqa.cbn import Modulation
 from vqa.settings.recipes import load_settings

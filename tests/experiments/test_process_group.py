@@ -13,7 +13,7 @@ from experiments import process_group
 from experiments.process_group import Processes, this_process, together
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare, train
+from experiments.training.train import prepare, train
 from tests.processes import free_port, start_ranks, start_two
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError

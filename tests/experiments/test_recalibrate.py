@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from experiments.training.trainer import train
+from experiments.training.train import train
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 

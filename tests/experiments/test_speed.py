@@ -9,7 +9,7 @@ import torch
 from experiments.process_group import this_process
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare, train
+from experiments.training.train import prepare, train
 from vqa.build import build_model
 from vqa.cbn import Modulation
 from vqa.kernels.frozen_conv import Convolution

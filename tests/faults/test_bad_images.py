@@ -10,7 +10,7 @@ import torch
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.stage_cache import choose_images
-from experiments.training.trainer import train
+from experiments.training.train import train
 from vqa.io.errors import InputError
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings

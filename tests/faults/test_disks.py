@@ -22,7 +22,7 @@ from experiments.tasks.vqa import VQATask
 from experiments.training import stage_cache
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.stage_cache import cached_maps
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.calls import calling, failing
 from tests.photographs import photographs
 from tests.processes import MainProcess

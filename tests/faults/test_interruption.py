@@ -19,7 +19,7 @@ from data.h5_file import Store, partial_path
 from experiments import runner
 from experiments.tasks.vqa import VQATask
 from experiments.training import loop
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.calls import calling
 from tests.conftest import ROOT
 from tests.processes import MainProcess

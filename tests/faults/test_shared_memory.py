@@ -23,6 +23,7 @@ from data.batches import Planned
 from data.loader import make_loader
 from data.scenes.write import in_order
 from experiments.training import trainer
+from experiments.training.train import train
 from tests.conftest import ROOT
 from vqa.io.processes import Interrupted
 from vqa.settings.recipes import load_settings
@@ -39,7 +40,7 @@ SHM = "mount -t tmpfs -o {} tmpfs /dev/shm"
 IN_TURN = """
 import json, os, resource, subprocess, sys
 sys.path.insert(0, sys.argv[1])
-import experiments.training.trainer
+import experiments.training.train
 import main
 ends = []
 for limit, words in json.loads(sys.argv[2]):
@@ -178,7 +179,7 @@ def test_a_killed_worker_costs_no_step(tiny, tmp_path, monkeypatch, steps):
     monkeypatch.setattr(trainer, "make_loader", lambda dataset, *rest: make_loader(Killed(dataset, arrived), *rest))
     settings = load_settings(tiny, ["name=mine", "workers=2", "train.checkpoint_every=0"])
     with pytest.raises(BrokenExecutor):
-        trainer.train(settings, runs=tmp_path)
+        train(settings, runs=tmp_path)
     progress = torch.load(tmp_path / "mine/checkpoints/last.pt", weights_only=True)["progress"]
     assert progress["step"] == steps
 
@@ -187,7 +188,7 @@ def test_a_killed_worker_costs_no_step(tiny, tmp_path, monkeypatch, steps):
 def test_no_worker_outlives_an_error_that_is_kept_as_in_a_notebook(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "_stop_if_asked", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError) as kept:
-        trainer.train(load_settings(tiny, ["name=mine", "workers=2"]), runs=tmp_path)
+        train(load_settings(tiny, ["name=mine", "workers=2"]), runs=tmp_path)
     assert kept.tb is not None  # which keeps the frames
     assert not multiprocessing.active_children()
 

@@ -19,7 +19,7 @@ from data.scenes.write import write_world
 from experiments import ROOT
 from experiments.prepare import preprocessing_of
 from experiments.training.checkpoint import load_checkpoint
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.fabricated_games import RECIPE as ORACLE
 from tests.fabricated_games import write_games
 from vqa.io.weight_files import read_safetensors

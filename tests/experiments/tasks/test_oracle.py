@@ -18,7 +18,8 @@ from experiments.process_group import Processes
 from experiments.tasks import TASKS
 from experiments.training import loop
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import Trainer, prepare, train
+from experiments.training.train import prepare, train
+from experiments.training.trainer import Trainer
 from tests.calls import calling, interrupt
 from tests.conftest import ROOT
 from tests.fabricated_games import RECIPE, read_lines

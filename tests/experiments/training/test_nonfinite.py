@@ -16,7 +16,8 @@ from torch import nn
 from experiments import evaluate
 from experiments.training.checkpoint import load_checkpoint
 from experiments.training.nonfinite import first_place
-from experiments.training.trainer import Trainer, train
+from experiments.training.train import train
+from experiments.training.trainer import Trainer
 from tests.runs import lines
 from vqa.backbone import build_resnet
 from vqa.cbn import ConditionalBatchNorm2d, ConditionalInstanceNorm2d

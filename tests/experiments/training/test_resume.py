@@ -17,7 +17,7 @@ from experiments.tasks.vqa import VQATask
 from experiments.training import loop
 from experiments.training.checkpoint import load_checkpoint, save_checkpoint
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.calls import calling, failing, interrupt
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError

@@ -14,7 +14,7 @@ from data.h5_file import _digest_of
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.stage_cache import _digest, cached_maps, choose_images
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.conftest import ROOT
 from vqa.io.errors import InputError
 from vqa.norms import Modulation

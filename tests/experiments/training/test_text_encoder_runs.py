@@ -13,7 +13,7 @@ import vqa
 from data.batches import padded_words
 from experiments.evaluate import evaluate
 from experiments.tasks.vqa import VQATask
-from experiments.training.trainer import train
+from experiments.training.train import train
 from tests.tiny_encoder import write_encoder
 from vqa.io.errors import InputError
 from vqa.io.files import read_json

@@ -24,7 +24,8 @@ from experiments.tasks.vqa import VQATask
 from experiments.training.nonfinite import NotFiniteError
 from experiments.training.optimiser import rate_factor
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import Trainer, _check_batch_statistics, prepare, train
+from experiments.training.train import _check_batch_statistics, prepare, train
+from experiments.training.trainer import Trainer
 from tests.runs import lines, same_weights, weights
 from vqa.build import build_model
 from vqa.io.errors import InputError
@@ -211,7 +212,7 @@ def test_a_checkpoint_that_one_process_does_not_see_is_refused(tiny, tmp_path, m
     if sees:
         train(load_settings(tiny, ["name=run"]), runs=tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("experiments.training.trainer.this_process", Apart)
+    monkeypatch.setattr("experiments.training.train.this_process", Apart)
     with pytest.raises(InputError, match=r"last.pt: not visible to every process; runs/ must be on a disk that all"):
         train(load_settings(tiny, ["name=run"]), resume=sees, runs=tmp_path)
     assert [file for file in sorted(tmp_path.rglob("*")) if file.name != ".lock"] == before

@@ -12,7 +12,7 @@ from experiments.prepare import preprocessing_of
 from experiments.process_group import Processes
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
-from experiments.training.trainer import prepare, train
+from experiments.training.train import prepare, train
 from experiments.training.warm_start import splits_seen, take_weights
 from tests.resnets import NarrowResNet
 from vqa.io.errors import InputError

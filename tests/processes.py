@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -107,6 +108,15 @@ def _run(
     sys.argv = [program, *words]
     run = runpy.run_path if program == str(MAIN) else runpy.run_module
     run(program, run_name="__main__")
+
+
+def wait_until(it_is: Callable[[], object]) -> None:
+    """Returns as soon as `it_is()`. Raises TimeoutError if that takes longer than `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE
+    while not it_is():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {PATIENCE} s in vain")
+        time.sleep(0.005)
 
 
 def printed_by(code: str) -> str:

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from experiments import cluster
 from experiments.runner import jobs_of, run_job
+from tests.processes import wait_until
 from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 
 pytest.importorskip("submitit")
@@ -106,9 +106,7 @@ def test_before_a_time_limit_a_task_saves_and_is_requeued(suite, slurm, tmp_path
     monkeypatch.setattr("experiments.runner.command_of", lambda *_: [sys.executable, "-c", RUN, str(told)])
     assert cluster.submit(suite, tmp_path / "runs", "slurm", "timeout_min=60") == ["7"]
     script = run_script(slurm)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (told.exists() and told.read_text() == "begun"):
-        time.sleep(0.05)
+    wait_until(lambda: told.exists() and told.read_text() == "begun")
     task = int((slurm / "task").read_text())
     children = Path(f"/proc/{task}/task/{task}/children").read_text().split() if children_too else []
     for process in (*map(int, children), task):

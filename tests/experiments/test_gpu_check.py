@@ -21,7 +21,7 @@ from experiments.gpu import fast, right
 from experiments.gpu.check import Step
 from experiments.gpu.right import check_error, relative_error
 from experiments.training.run_directory import surroundings
-from tests.processes import fork_children
+from tests.processes import fork_children, wait_until
 from vqa.io.processes import Interrupted
 
 
@@ -145,8 +145,7 @@ def test_an_interrupted_check_begins_no_other_step(tmp_path, monkeypatch, here):
     monkeypatch.setattr(gpu_check, "TOGETHER", gpu_check.STEPS)
 
     def interrupt():
-        while not list(here.glob("*.began")):
-            time.sleep(0.05)
+        wait_until(lambda: any(here.glob("*.began")))
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)

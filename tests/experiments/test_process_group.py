@@ -14,7 +14,7 @@ from experiments.process_group import Processes, this_process, together
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.train import prepare, train
-from tests.processes import free_port, start_ranks, start_two
+from tests.processes import free_port, start_ranks, start_two, wait_until
 from tests.runs import lines, same_weights, weights
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_settings
@@ -38,17 +38,14 @@ def test_two_processes_killed_ended_and_resumed_end_as_undisturbed_ones(tiny, tm
     check_ended(start("name=whole"), 0)
     killed = start("name=killed")
     checkpoint = tmp_path / "runs/killed/checkpoints/last.pt"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not checkpoint.exists():
-        time.sleep(0.005)
+    wait_until(checkpoint.exists)
     for rank in killed:
         rank.kill()
         rank.wait()
     assert epochs_in(checkpoint) < 2, "too fast to be killed in time"
     asked = start("--resume", "name=killed")
     before = checkpoint.stat().st_mtime_ns
-    while time.monotonic() < deadline and checkpoint.stat().st_mtime_ns == before:
-        time.sleep(0.005)
+    wait_until(lambda: checkpoint.stat().st_mtime_ns != before)
     asked[1].terminate()  # one of them alone: both save the same step and end
     check_ended(asked, 143)
     assert epochs_in(checkpoint) < 2, "too fast to be ended in time"

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 import zipfile
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from experiments.report.results import keep_evidence
 from experiments.runner import _environments, jobs_of, missing_jobs, run_job, run_suite
 from experiments.suite import Test as SuiteTest
 from experiments.suite import load_suite
-from tests.processes import MainProcess, fork_children
+from tests.processes import MainProcess, fork_children, wait_until
 from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 from vqa.io.errors import InputError
 from vqa.settings.recipes import load_saved
@@ -44,9 +43,7 @@ def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, don
     first, second = jobs_of(suite)
     run_job(first, suite, runs)
     begun = MainProcess("experiment", *words, own_group=True)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and not (second.folder(runs) / "checkpoints" / "last.pt").exists():
-        time.sleep(0.005)
+    wait_until((second.folder(runs) / "checkpoints" / "last.pt").exists)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
     assert not second.is_finished(runs, suite.tests)

@@ -22,7 +22,7 @@ from experiments.training import loop
 from experiments.training.train import train
 from tests.calls import calling
 from tests.conftest import ROOT
-from tests.processes import MainProcess
+from tests.processes import MainProcess, wait_until
 from tests.runs import lines, same_weights
 from vqa.io.processes import Interrupted, StopRequest, unmasked
 from vqa.settings.recipes import load_settings
@@ -267,8 +267,7 @@ def test_a_suite_ends_its_runs_after_they_saved(suite, tmp_path, monkeypatch, nu
     monkeypatch.setattr(runner, "command_of", lambda *_: [sys.executable, "-c", CHILD, str(told)])
 
     def outside():
-        while not told.exists() or told.read_text() != "begun":
-            time.sleep(0.01)
+        wait_until(lambda: told.exists() and told.read_text() == "begun")
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=outside)

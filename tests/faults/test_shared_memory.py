@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from data.scenes.write import in_order
 from experiments.training import trainer
 from experiments.training.train import train
 from tests.conftest import ROOT
+from tests.processes import wait_until
 from vqa.io.processes import Interrupted
 from vqa.settings.recipes import load_settings
 
@@ -111,8 +111,7 @@ class Stopping(Planned):
 
     def __getitem__(self, item):
         if next(self.asked):
-            while not self.arrived.exists():
-                time.sleep(0.01)
+            wait_until(self.arrived.exists)
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().__getitem__(item)
 
@@ -155,8 +154,7 @@ class Killed(Planned):
 
     def __getitem__(self, item):
         if item[1] is None:
-            while not self.arrived.exists():
-                time.sleep(0.01)
+            wait_until(self.arrived.exists)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(item)
 
@@ -205,8 +203,7 @@ def stopped_children():
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
 def test_a_signal_ends_the_wait_for_a_pool():
     def interrupt():
-        while not stopped_children():
-            time.sleep(0.01)
+        wait_until(stopped_children)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

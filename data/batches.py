@@ -154,11 +154,12 @@ class EpochSampler:
     """Batches of one epoch for one process, computed from (seed, epoch, rank, world size): there is no state to save.
 
     Each batch is divided among the processes. The last, incomplete batch of an epoch is skipped (other questions in
-    each epoch) unless it is the only one; with fewer questions than processes, some processes get the same question.
+    each epoch) unless it is the only one, which skips what is left over from equal shares; with fewer questions than
+    processes, some get the same question.
     """
 
     images: np.ndarray  # int64 [N], row of each question's image
-    batch_size: int  # questions over all processes
+    batch_size: int  # questions over all processes; reduced to what there are
     seed: int
     epoch: int
     rank: int = 0

@@ -31,7 +31,7 @@ def attend(features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SpatialAttention(nn.Module):
-    """ξ = MLP([F_hw ; e_q]) with one hidden layer, shared by all positions (section 4.1)."""
+    """ξ = MLP([F_hw ; e_q]) with one hidden layer, shared by all positions (section 4 of the paper)."""
 
     def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torchvision's ResNets by name, with weights by torchvision's name or from a file; every unmatched key is an error."""
+"""torchvision's ResNets by name, with weights by name or from a file; a missing or unknown key is an error."""
 
 import re
 from argparse import Namespace

@@ -35,8 +35,12 @@ def build_model(
         categories: number of categories of objects, of the task guesswhat.
 
     Raises:
-        InputError: the backbone or its weights do not exist as named, or conditioned stages predict nothing.
+        InputError: the backbone or its weights do not exist as named, or settings exclude each other: conditioned
+            stages that predict nothing or lack an input, a trained backbone without an image, instance norm of stage 4
+            at 32 px, gating by the image with batch statistics.
     """
+    if settings.backbone.train != "none" and not settings.views:
+        raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
     weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
     cbn, asked, answer = settings.cbn, settings.question, settings.answer
     try:
@@ -83,8 +87,6 @@ def build_model(
             scale=attention.scale,
             sees_image="image" in settings.inputs,
         )
-    if settings.backbone.train != "none" and not settings.views:
-        raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
     model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
     for parameter in resnet.trainable(settings.backbone.train):
         parameter.requires_grad_(True)

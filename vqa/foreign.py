@@ -4,8 +4,8 @@
     with conditioned(condition):                                # [B, 256]
         y = network(images)
 
-The condition is the context's, not a module's: threads and asynchronous tasks each have their own, and outside the
-`with` block no condition exists. Everything else in this package passes the modulation as an argument.
+The condition is a context variable, not an attribute of a module: threads and asynchronous tasks each have their own,
+and outside the `with` block no condition exists. Everything else in this package passes the modulation as an argument.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def _now() -> tuple[int, bool]:
 
 @contextmanager
 def conditioned(condition: Tensor) -> Iterator[None]:
-    """Give the norms that `condition_norms` made their condition [B, D] inside a `with` block.
+    """Inside the `with` block, the norms that `condition_norms` made use this condition [B, D].
 
     A function that is recomputed (gradient checkpointing), exported or traced has to take the condition as an argument
     and enter the block itself; a block around it is refused there.
@@ -85,7 +85,8 @@ def condition_norms(
         The names of the norms that were replaced.
 
     Raises:
-        ValueError: no norm was chosen, or one is of a subclass, which may compute something else. Nothing is replaced.
+        ValueError: no norm was chosen; one is of a subclass, which may compute something else, or has no γ and β or no
+            running statistics; or nothing is predicted. Nothing is replaced.
     """
     norms = dict(model.named_modules(remove_duplicate=False))
     norms = {name: norm for name, norm in norms.items() if name and isinstance(norm, nn.BatchNorm2d) and where(name)}
@@ -94,6 +95,8 @@ def condition_norms(
     for name, norm in norms.items():
         if type(norm) is not nn.BatchNorm2d:
             raise ValueError(f"{name} is a {type(norm).__name__}, not nn.BatchNorm2d; let `where` skip it")
+        if not (norm.affine and norm.track_running_stats):
+            raise ValueError(f"{name} has no γ and β, or no running statistics; let `where` skip it")
     options = {"hidden_size": hidden_size, "gamma": gamma, "beta": beta}
     made = {norm: _ConditionedBatchNorm2d.from_batch_norm(norm, condition_size, **options) for norm in norms.values()}
     for name, norm in norms.items():

@@ -1,4 +1,4 @@
-"""MODERN: a ResNet modulated by the question, attention, fusion, answers (section 3 of the paper)."""
+"""MODERN: a ResNet modulated by the question, attention, fusion, answers (sections 3 and 4 of the paper)."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ class Output(NamedTuple):
     """The output of a model for a batch."""
 
     logits: Tensor  # [B, A], before the softmax, or sigmoid with `bce`
-    attention: Tensor | None  # [B, G, H, W], each glimpse sums to 1; None of a model without attention
+    attention: Tensor | None  # [B, G, H, W], each glimpse sums to 1; None for a model without attention
     modulation: Modulation | None  # [B, sum of C] each; None if no norm is conditioned
 
 
@@ -33,7 +33,7 @@ def answer_layers(size: int, hidden_size: int, answers: int, dropout: float) -> 
 
 
 class Fusion(nn.Module):
-    """P^T( tanh(U^T e_q) ∘ tanh(V^T e_v) ) + b, then a hidden layer (if any) and the answers."""
+    """P^T( tanh(U^T e_q) ∘ tanh(V^T e_v) ) + b: the logits, or with a hidden layer its units before their ReLU."""
 
     def __init__(
         self, question_size: int, visual_size: int, fusion_size: int, hidden_size: int, answers: int, *, dropout: float

@@ -39,11 +39,11 @@ def scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """Compute scale = (γ + Δγ) / sqrt(var + ε) and shift = β + Δβ − mean · scale, each [B, C] or [1, C].
 
-    `mean`, `var`, `gamma` and `beta` are [C], or [B, C] where they differ between samples; the deltas are [B, C] or
-    None. The result is float32 or finer, also under autocast and in a network of a coarser type.
+    `mean`, `var`, `gamma` and `beta` are [C], or [B, C] where they differ between samples; the deltas are [B, C],
+    [1, C] or None. The result is float32 or finer, also under autocast and in a network of a coarser type.
     """
-    exact = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var, gamma, beta))
-    mean, var, gamma, beta = exact
+    parts = (mean, var, gamma, beta)
+    mean, var, gamma, beta = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
     if delta.gamma is not None:
         gamma = gamma + delta.gamma.to(gamma.dtype)
     if delta.beta is not None:
@@ -53,7 +53,7 @@ def scale_and_shift(
 
 
 def checked(delta: Modulation | None, x: Tensor) -> Modulation:
-    """Return a delta for a map x; raise ValueError if it is not [B, C]."""
+    """Return the delta, or NO_MODULATION for none; raise ValueError if it does not fit a map x: it must be [B, C]."""
     if delta is None or (delta.gamma is None and delta.beta is None):
         return NO_MODULATION
     for part in delta:
@@ -93,16 +93,16 @@ class Pooled:
         mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
         self.batches += 1
         self.count += count
-        share, off = count / self.count, mean - self.mean
-        self.mean = self.mean + share * off
-        self.var = self.var + share * (var - self.var + (1 - share) * off**2)
+        share, difference = count / self.count, mean - self.mean
+        self.mean = self.mean + share * difference
+        self.var = self.var + share * (var - self.var + (1 - share) * difference**2)
 
 
 class ModulatedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, with the same names of parameters and buffers, whose γ and β take a delta per sample.
 
     As there, training mode normalises with the statistics of the batch, which also move the running ones, and
-    evaluation mode with the running statistics.
+    evaluation mode with the running statistics. It needs γ, β and running statistics, as are the default there.
     """
 
     synchronised = False  # True: the batch is that of all processes, as in `nn.SyncBatchNorm`, on any device
@@ -300,7 +300,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **options: Any) -> Self:
-        """Return a group norm with the γ and β (shared) and the ε of a batch norm, and further arguments."""
+        """Return a group norm with the γ and β (shared) and the ε of a batch norm; the rest goes to the constructor."""
         return in_place_of(norm, cls, groups, norm.num_features, *sizes, **options, eps=norm.eps)
 
 

@@ -1,4 +1,4 @@
-"""The question encoder (section 3.2 of the paper), word embeddings into an LSTM or GRU; text encoders; the kinds of
+"""The question encoder (section 2 of the paper), word embeddings into an LSTM or GRU; text encoders; the kinds of
 questions.
 """
 
@@ -31,7 +31,7 @@ class QuestionEncoder(nn.Module):
         layers: int,
         fixed_size: int = 0,
     ) -> None:
-        """`fixed_size` is the length of the fixed vectors (0: none), which `set_fixed` sets."""
+        """`fixed_size` is the length of the fixed vectors (0: none), which `set_fixed` sets; `layers` are recurrent."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD_ID)
         self.fixed = nn.Embedding(vocabulary_size, fixed_size) if fixed_size else None
@@ -74,12 +74,26 @@ class QuestionEncoder(nn.Module):
         if self.fixed:
             words = torch.cat([words, self.fixed(tokens)], dim=2)
         if self.bag:
-            valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
-            return torch.tanh(self.bag((words * valid[:, :, None]).sum(1) / lengths[:, None]))
+            return torch.tanh(self.bag(_mean(words, lengths)))
         # in full precision: under autocast cuDNN would run the recurrent layers in float16, whose gradients underflow
         with torch.autocast(tokens.device.type, enabled=False):
             states, _ = self.recurrent(words)  # [B, T, D]; causal: padding after a question cannot reach its last state
-        return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        return _last(states, lengths)
+
+
+def _valid(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Whether each of [B, T] (and more dimensions) is before the end of its question, [B, T]."""
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def _mean(states: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T, D] → the mean of the states before the end, [B, D]."""
+    return (states * _valid(states, lengths)[:, :, None]).sum(1) / lengths[:, None]
+
+
+def _last(states: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T, D] → the last state before the end, [B, D]."""
+    return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
 class TextEncoder(nn.Module):
@@ -108,11 +122,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Token ids [B, T] and lengths [B], each at least 1 → e_q [B, D], independent of the padding."""
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, T]
-        states = self.encoder(input_ids=tokens, attention_mask=valid.long()).last_hidden_state
-        if self.pooling == "mean":
-            return self.projection((states * valid[:, :, None]).sum(1) / lengths[:, None])
-        return self.projection(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
+        states = self.encoder(input_ids=tokens, attention_mask=_valid(tokens, lengths).long()).last_hidden_state
+        return self.projection((_mean if self.pooling == "mean" else _last)(states, lengths))
 
 
 class QuestionKinds(nn.Module):

@@ -1,4 +1,4 @@
-"""torchvision's ResNets whose norms take a modulation as an argument (section 3.1 of the paper).
+"""torchvision's ResNets whose norms take a modulation as an argument (section 2 of the paper).
 
 torchvision builds the network and defines every layer. Only the forward pass is restated, so that a norm takes its
 deltas and performs the residual add and the ReLU that follow it. No module keeps state between calls.
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class ModulatedResNet(nn.Module):
     """A frozen ResNet up to stage 4 whose norms can be modulated.
 
     The statistics policy chooses the mean and variance that its batch norms normalise with:
-    `population`: always the pretrained running ones; the network starts as exactly the pretrained one.
+    `population`: always the pretrained running ones; without a modulation, the network is the pretrained one.
     `batch`: those of the batch (of all processes) in training, moving averages of decay 0.99 in evaluation; the
     averages are reset.
     """
@@ -104,13 +104,16 @@ class ModulatedResNet(nn.Module):
                 checkpointing, Chen et al. 2016).
 
         Raises:
-            ValueError: unknown network, weights or stage, or a file that does not fit, naming the keys; a network of
-                another form, naming the layer; or stages to recompute under the policy `batch`, whose averages would
-                move twice.
+            ValueError: unknown network, weights, stage, normaliser or policy, or a file that does not fit, naming the
+                keys; a network of another form, or with batch norms without γ and β or running statistics, naming the
+                layer; or stages to recompute under the policy `batch`, whose averages would move twice.
         """
         super().__init__()
-        if unknown := set(stages) - {1, 2, 3, 4}:
+        if unknown := {*stages, *recompute} - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
+        for value, known in ((statistics, Statistics), (normaliser, Normaliser)):
+            if value not in get_args(known):
+                raise ValueError(f"unknown {value!r}; there are {', '.join(get_args(known))}")
         if isinstance(name, nn.Module) and weights is not None:
             raise ValueError("a network has its own weights; `weights` must be None")
         resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
@@ -135,7 +138,10 @@ class ModulatedResNet(nn.Module):
                 conditioned = stem if stage == 0 else stage in stages and (shortcuts or "downsample" not in place)
                 if conditioned:
                     self.layers.append(ConditionedNorm(place, stage, channels))
-                made = _modulated(module, normaliser if conditioned else "batch")
+                try:
+                    made = _modulated(module, normaliser if conditioned else "batch")
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from None
             else:
                 continue
             made.fused = fused
@@ -178,8 +184,9 @@ class ModulatedResNet(nn.Module):
     ) -> Tensor:
         """Normalised images [B, 3, S, S], or the result of `prefix` → the stage-4 map [B, C, S/32, S/32].
 
-        Without a modulation (and under `population`) this is the pretrained network. With `places`, int64 [B], sample
-        i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then computed once an image.
+        Without a modulation (under `population`, with batch norms) this is the pretrained network. With `places`,
+        int64 [B], sample i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then
+        computed once an image.
         """
         map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
         if places is not None:
@@ -231,7 +238,7 @@ class ModulatedResNet(nn.Module):
         """
         if self.statistics == "batch":
             return None
-        first = min([layer.stage for layer in self.layers] or [5])  # torch 2.11 compiles no `default=`
+        first = min([layer.stage for layer in self.layers] or [5])  # torch 2.11 cannot compile `default=`
         return first - 1 if first > 0 else None
 
     def fixed_stage(self) -> int | None:
@@ -248,8 +255,8 @@ class ModulatedResNet(nn.Module):
     def _deltas(self, modulation: Modulation | None, samples: int) -> Deltas:
         """Split a modulation of `samples` rows, or of one, by norm. Raises ValueError if it has another shape.
 
-        Where all norms use running statistics, scale and shift are computed here for all of them at once: norm by norm
-        they take two of five operations of a training step, which a GPU has to launch.
+        Where all norms use running statistics, scale and shift are computed here for all of them at once, which saves
+        two fifths of the operations that a training step launches on a GPU.
         """
         if modulation is None or (modulation.gamma is None and modulation.beta is None):
             return {}
@@ -275,14 +282,14 @@ class ModulatedResNet(nn.Module):
 
     def trainable(self, what: str) -> list[nn.Parameter]:
         """Return the parameters that `backbone.train` names: `none`, `stage4` (all of stage 4) or `batchnorm` (every γ
-        and β); and the a and b of every adaptive norm.
+        and β); and the a and b of every adaptive norm. Raises ValueError if it is none of them.
         """
         adaptive = (module for module in self.network.modules() if isinstance(module, ModulatedAdaptiveNorm2d))
         learnt = [part for norm in adaptive for part in (norm.a, norm.b)]
         if what == "none":
             return learnt
         if what == "stage4":
-            return [*learnt, *self.network.layer4.parameters()]
+            return list(dict.fromkeys([*learnt, *self.network.layer4.parameters()]))
         if what == "batchnorm":
             kinds = (ModulatedBatchNorm2d, ModulatedGroupNorm)
             norms = (module for module in self.network.modules() if isinstance(module, kinds))
@@ -299,10 +306,11 @@ class ModulatedResNet(nn.Module):
     @contextmanager
     def estimating_statistics(self) -> Iterator[None]:
         """Normalise with the statistics of each batch inside the `with` block; at its end set the running statistics to
-        those of all values of all batches (AdaBN, Li et al. 2016). An exception leaves them unchanged.
+        those of all values of all batches (AdaBN, Li et al. 2016). An exception leaves them unchanged. Inside the block
+        the mode must stay, and stages that are recomputed in a backward pass would be counted twice.
 
         Raises:
-            ValueError: no batch went through.
+            ValueError: no batch went through in this mode.
         """
         norms = self.batch_norms()
         pools = [Pooled() for _ in norms]
@@ -316,6 +324,6 @@ class ModulatedResNet(nn.Module):
                 norm.pooled = None
             self.train(self.training)
         if not all(pool.batches for pool in pools):
-            raise ValueError("statistics need at least one batch")
+            raise ValueError("statistics need at least one batch, and no change of the mode in the block")
         for norm, pool in zip(norms, pools, strict=True):
             norm.take_statistics(pool)

@@ -39,7 +39,8 @@ def train(
     Raises:
         InputError: the data, the backbone, the run directory or the model to start from are not as the recipe needs
             them, another process trains there, the loss is not finite, or the disk is full.
-        Interrupted: a signal came; the step in which it came is finished and saved in a checkpoint.
+        Interrupted: a signal came; the step in which it came is finished and saved in a checkpoint. Several processes
+            that wait for a batch or validate cannot agree on a step: they keep their last checkpoint.
     """
     run = RunDirectory(runs / settings.name)
     processes = this_process()
@@ -52,11 +53,11 @@ def train(
             return run.checkpoint.exists()
 
         # all processes decide from the same facts, and none writes before all have read them
-        seen = processes.gather(processes.agreed(look))
-        if len(set(seen)) > 1:
+        exists = processes.gather(processes.agreed(look))
+        if len(set(exists)) > 1:
             raise InputError(f"{run.checkpoint}: not visible to every process; runs/ must be on a disk that all share")
         task = TASKS[settings.task](settings)
-        saved = _last_checkpoint(run, task, processes) if seen[0] else None
+        saved = _last_checkpoint(run, task, processes) if exists[0] else None
         if saved is not None and saved["progress"].is_finished(settings.train):
             early = len(saved["progress"].history) < settings.train.epochs
             why = ", stopped early by train.patience (raise it to continue)" if early else ""
@@ -67,8 +68,8 @@ def train(
 
 
 def _last_checkpoint(run: RunDirectory, task: Task, processes: Processes) -> dict[str, Any]:
-    """Reads the checkpoint. Raises InputError if it is damaged, or of other data or another number of processes, or the
-    weights of the best epoch, which it does not hold, are damaged or missing.
+    """Reads the checkpoint. Raises InputError if it is damaged, of other data or of another number of processes, or if
+    the best epoch's weights, which are in `model/`, are damaged or missing.
     """
     saved = load_checkpoint(run.checkpoint)
     with read_as_checkpoint(run.checkpoint):
@@ -99,10 +100,10 @@ def prepare(
     if train.batch_size % size:
         raise InputError(f"train.batch_size: {train.batch_size} questions cannot be shared equally by {size} processes")
     device = processes.device(settings.device)
-    warm, seen = None, []
+    warm, trained_before = None, []
     if init_from is not None and saved is None:
         warm = processes.agreed(lambda: load_model(init_from))
-        seen = splits_seen(warm, settings)
+        trained_before = splits_seen(warm, settings)
     torch.manual_seed(settings.seed)  # the same initial weights in every process
     model = task.new_model(fresh=saved is None, say=processes.say, init_from=warm).to(device)
     sampler = task.sampler(processes, epoch=1)
@@ -111,7 +112,7 @@ def prepare(
 
     optimiser = build_optimiser(train, model)
     schedule = build_schedule(train, optimiser, train.epochs * sampler.batches)
-    state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=seen))
+    state = TrainingState(model, optimiser, schedule, device, Progress(trained_before=trained_before))
     if saved is not None:
         with read_as_checkpoint(run.checkpoint):
             state.restore(saved, processes.rank)

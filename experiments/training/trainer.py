@@ -37,9 +37,9 @@ class Trainer:
         self.settings = task.settings
         self.model, self.progress, self.device = state.model, state.progress, state.device
         self.training = task.dataset(task.training, images.images, augmented=True)
-        self.validation = task.dataset(task.validation, images.images) if task.validation is not None else None
-        self._validation_rows: list[list[int]] = []
-        if self.validation is not None:
+        self.validation, self._validation_rows = None, []
+        if task.validation is not None:
+            self.validation = task.dataset(task.validation, images.images)
             share = (self.settings.train.batch_size, processes.rank, processes.world_size)
             self._validation_rows = batches_by_image(task.validation, *share)
         self.steps_per_epoch = task.sampler(processes, epoch=1).batches

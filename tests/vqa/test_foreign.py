@@ -115,6 +115,10 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_is_replaced():
     net = nn.Sequential(nn.BatchNorm2d(3), Activated(3))
     with pytest.raises(ValueError, match="1 is a Activated, not nn.BatchNorm2d; let `where` skip it"):
         condition_norms(net, 5)
+    for option in ({"affine": False}, {"track_running_stats": False}):
+        with pytest.raises(ValueError, match="1 has no γ and β, or no running statistics; let `where` skip it"):
+            condition_norms(mixed := nn.Sequential(net[0], nn.BatchNorm2d(3, **option)), 5)
+        assert mixed[0] is net[0]
     assert type(net[0]) is nn.BatchNorm2d
     for model, where in ((net, lambda name: name == "7"), (nn.Linear(2, 2), bool), (nn.BatchNorm2d(3), bool)):
         with pytest.raises(ValueError, match="has no nn.BatchNorm2d inside that `where` chooses"):

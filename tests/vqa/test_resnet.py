@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from tests.resnets import pair, pretrained, random_modulation, stage4_map
 from vqa import resnet
+from vqa.backbone import build_resnet
 from vqa.blocks import LAYERS
 from vqa.cbn import Modulation
 from vqa.norms import ModulatedGroupNorm
@@ -188,9 +189,31 @@ def test_a_modulation_of_another_width_is_refused(shape):
         net(torch.randn(2, 3, 32, 32), Modulation(torch.zeros(shape), None))
 
 
-def test_unknown_stages_and_networks_are_refused():
-    with pytest.raises(ValueError, match="stages are 1, 2, 3 and 4, got 5"):
-        ModulatedResNet("resnet18", stages=(4, 5))
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stages": (4, 5)}, "stages are 1, 2, 3 and 4, got 5"),
+        ({"recompute": (0, 4)}, "stages are 1, 2, 3 and 4, got 0"),
+        ({"normaliser": "spectral"}, "unknown 'spectral'; there are batch, instance, group, layer, adaptive"),
+        ({"statistics": "reestimated"}, "unknown 'reestimated'; there are population, batch"),
+    ],
+)
+def test_unknown_options_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        ModulatedResNet("resnet10", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"), [("track_running_stats", "needs running statistics"), ("affine", "needs γ and β")]
+)
+def test_a_norm_that_cannot_be_modulated_is_named(option, says):
+    network = build_resnet("resnet10")
+    network.layer2[0].bn1 = nn.BatchNorm2d(128, **{option: False})
+    with pytest.raises(ValueError, match=rf"^layer2\.0\.bn1: a modulated .*{says}"):
+        ModulatedResNet(network)
+
+
+def test_unknown_networks_are_refused():
     with pytest.raises(ValueError, match="not a ResNet"):
         ModulatedResNet("vgg16")
     with pytest.raises(ValueError, match="IMAGENET1K_V1"):
@@ -231,6 +254,7 @@ def test_an_adaptive_norm_starts_as_the_pretrained_one_and_alone_is_trained():
     names = {name: value for name, value in net.network.named_parameters() if name.endswith((".a", ".b"))}
     assert len(names) == 2 * len(net.layers)
     assert {id(value) for value in net.trainable("none")} == {id(value) for value in names.values()}
+    assert len(set(stage4 := net.trainable("stage4"))) == len(stage4)
     first = net.layers[0].name
     nn.init.constant_(names[f"{first}.a"], 0.5)
     nn.init.constant_(names[f"{first}.b"], 2.0)

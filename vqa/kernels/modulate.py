@@ -58,7 +58,7 @@ def under_torch_func() -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return whether ∂y is a batch of several, of `is_grads_batched` or `torch.vmap`: it has no memory of its own."""
+    """Return whether ∂y is vectorised (`is_grads_batched`, `torch.vmap`): such a tensor has no storage."""
     return not torch.compiler.is_compiling() and (
         under_torch_func() or torch._C._functorch.is_legacy_batchedtensor(gradient)
     )
@@ -90,8 +90,8 @@ class _Modulate(torch.autograd.Function):
         if not (torch.is_grad_enabled() or is_batched(gradient)):
             gradient = gradient.contiguous(memory_format=ctx.layout)
             return *ctx.by.backward(gradient, *saved, ctx.relu, ctx.wants), None, None
-        # These gradients will be differentiated (`create_graph`) or are several, so they are torch's own operations
-        # but for [y > 0], which is the residual's gradient for a ∂y of ones.
+        # `create_graph` or a vectorised ∂y needs torch's own operations. The mask [y > 0] needs no gradient: it is
+        # the residual's gradient for a ∂y of ones.
         if ctx.relu:
             with torch.no_grad():
                 ones = torch.ones(gradient.shape, dtype=gradient.dtype, device=gradient.device)

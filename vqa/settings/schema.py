@@ -223,7 +223,7 @@ class ScenesSettings(_Section):
 
 
 class GuessWhatSettings(_Section):
-    """The GuessWhat?! oracle: a question about one object of an image is answered yes, no or n.a. (section 4.2)."""
+    """The GuessWhat?! oracle: a question about one object of an image is answered yes, no or n.a. (section 4)."""
 
     status: list[Literal["success", "failure", "incomplete"]] = Field(min_length=1)
     crop_factor: float = Field(ge=1, le=10)

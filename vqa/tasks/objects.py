@@ -23,7 +23,7 @@ def check_box(box: Box, width: int, height: int) -> None:
 
 
 def spatial_features(box: Box, width: int, height: int) -> np.ndarray:
-    """Return [x_min, y_min, x_max, y_max, x_centre, y_centre, w, h] of a box, float32 [8] (the paper's section 4.2).
+    """Return [x_min, y_min, x_max, y_max, x_centre, y_centre, w, h] of a box, float32 [8] (the paper's section 4).
 
     The image reaches from -1 to 1 and its centre is 0, so that w and h are between 0 and 2. As in the authors' code y
     points upwards: y_min is the lower edge of the box.

@@ -158,19 +158,17 @@ class ConditionedModel(nn.Module):
     def _condition_of(
         self, question: Tensor, tokens: Tensor, images: Tensor | StageMap, places: Tensor | None
     ) -> Tensor:
-        if self.image is not None:
+        if self.condition == "image":
             seen = self.image(self._averages(images))
             return seen if places is None else seen[places.flatten()]
-        if self.kinds is not None:
+        if self.condition == "kind":
             return self.kinds(tokens)
         if self.condition == "mean_question":
             return self.mean_question.expand_as(question)
-        if self.condition == "constant" or (self.condition == "shuffled" and len(question) < 2):
-            return torch.ones_like(question)
-        if self.condition == "shuffled":
+        if self.condition == "shuffled" and len(question) > 1:
             # half a batch away: evaluation asks image by image, and a neighbour may be about the same image
             return question.roll(len(question) // 2, dims=0)
-        return question
+        return question if self.condition == "question" else torch.ones_like(question)
 
 
 class VQAModel(ConditionedModel):

@@ -1,6 +1,6 @@
 """Attention over the positions of the feature map: the paper's MLP, and the glimpses of MLB (Kim et al. 2017)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ Normalisation = Literal["none", "map", "position"]
 def normalise_features(features: Tensor, kind: Normalisation, scale: float = 1.0) -> Tensor:
     """L2-normalise a map [B, C, H, W] as a whole (`map`) or at each position (`position`), then multiply it by `scale`.
 
-    The norm is computed in float32 or finer; the result has the type of the map.
+    The norm is computed in float32 or finer; the result has the type of the map. Raises ValueError for another kind.
     """
+    if kind not in get_args(Normalisation):
+        raise ValueError(f"unknown {kind!r}; there are {', '.join(get_args(Normalisation))}")
     if kind == "none":
         return scale * features
     exact = features.to(torch.promote_types(features.dtype, torch.float32))

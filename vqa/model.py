@@ -1,7 +1,7 @@
 """MODERN: a ResNet modulated by the question, attention, fusion, answers (sections 3 and 4 of the paper)."""
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,13 @@ class ConditionedModel(nn.Module):
                 or another question of the batch (`shuffled`; ones where there is no other).
             question_size: D.
             parts: modules of the task's own, by name.
+
+        Raises:
+            ValueError: unknown condition.
         """
         super().__init__()
+        if condition not in get_args(Condition):
+            raise ValueError(f"unknown {condition!r}; there are {', '.join(get_args(Condition))}")
         self.question, self.resnet, self.predictor = question, resnet, predictor
         for name, part in parts.items():
             setattr(self, name, part)

@@ -47,3 +47,5 @@ def test_feature_normalisation():
     torch.testing.assert_close(normalise_features(features, "map", 2.0).flatten(1).norm(dim=1), torch.full((2,), 2.0))
     torch.testing.assert_close(normalise_features(features, "position", 8.0).norm(dim=1), torch.full((2, 3, 3), 8.0))
     torch.testing.assert_close(normalise_features(features, "none", 3.0), 3 * features)
+    with pytest.raises(ValueError, match="unknown 'channel'; there are none, map, position"):
+        normalise_features(features, "channel")

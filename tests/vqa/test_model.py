@@ -12,7 +12,7 @@ from tests.models import example
 from vqa.build import build_model
 from vqa.devices import autocast
 from vqa.io.errors import InputError
-from vqa.model import Fusion
+from vqa.model import ConditionedModel, Fusion
 from vqa.saved_model import load_model
 from vqa.settings.recipes import load_settings
 
@@ -33,6 +33,12 @@ def test_the_feature_map_moves_when_only_the_question_changes(settings):
     plain = model(images, tokens, lengths, modulate=False)
     assert plain.modulation is None
     torch.testing.assert_close(seen[2], model.resnet(images))
+
+
+def test_an_unknown_condition_is_refused(settings):
+    resnet = build_model(settings, 20, 10, pretrained=False).resnet
+    with pytest.raises(ValueError, match="unknown 'kinds'; there are question, kind, image, constant, mean_question, sh"):
+        ConditionedModel(None, resnet, None, "kinds", 8)
 
 
 def test_the_baseline_gets_the_question_only_after_the_resnet(tiny):

@@ -53,7 +53,7 @@ def test_population_statistics_are_those_of_evaluation_mode_and_nothing_is_kept_
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = torch.randn(2, 3, 64, 64)
     plain = net(x)
-    torch.testing.assert_close(plain[:1], net(x[:1]))
+    torch.testing.assert_close(plain[:1], net(x[:1]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(net(x, random_modulation(net, 2)), plain)
     assert torch.equal(net(x), plain)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

@@ -31,8 +31,13 @@ class QuestionEncoder(nn.Module):
         layers: int,
         fixed_size: int = 0,
     ) -> None:
-        """`fixed_size` is the length of the fixed vectors (0: none), which `set_fixed` sets; `layers` are recurrent."""
+        """`fixed_size` is the length of the fixed vectors (0: none), which `set_fixed` sets; `layers` are recurrent.
+
+        Raises ValueError for an unknown `encoder`.
+        """
         super().__init__()
+        if encoder not in (known := [*RECURRENT, "bag_of_words"]):
+            raise ValueError(f"unknown {encoder!r}; there are {', '.join(known)}")
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD_ID)
         self.fixed = nn.Embedding(vocabulary_size, fixed_size) if fixed_size else None
         if self.fixed:
@@ -96,6 +101,9 @@ def _last(states: Tensor, lengths: Tensor) -> Tensor:
     return states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
+POOLINGS = {"last": _last, "mean": _mean}
+
+
 class TextEncoder(nn.Module):
     """The embedding e_q of a question: the last valid state of a text encoder, or the mean of its valid states.
 
@@ -106,9 +114,12 @@ class TextEncoder(nn.Module):
         """`encoder` takes `input_ids` and `attention_mask` [B, T] and returns a `last_hidden_state` of its
         `config.hidden_size` numbers for each token.
 
-        With `frozen` it is not trained and always in evaluation mode, without dropout.
+        With `frozen` it is not trained and always in evaluation mode, without dropout. Raises ValueError for an unknown
+        `pooling`.
         """
         super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown {pooling!r}; there are {', '.join(POOLINGS)}")
         self.encoder, self.pooling, self.frozen = encoder, pooling, frozen
         states = encoder.config.hidden_size
         self.projection = nn.Linear(states, hidden_size) if states != hidden_size else nn.Identity()
@@ -123,7 +134,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Token ids [B, T] and lengths [B], each at least 1 → e_q [B, D], independent of the padding."""
         states = self.encoder(input_ids=tokens, attention_mask=_valid(tokens, lengths).long()).last_hidden_state
-        return self.projection((_mean if self.pooling == "mean" else _last)(states, lengths))
+        return self.projection(POOLINGS[self.pooling](states, lengths))
 
 
 class QuestionKinds(nn.Module):

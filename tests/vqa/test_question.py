@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vqa import question
-from vqa.question import KINDS, QuestionEncoder, QuestionKinds
+from vqa.question import KINDS, QuestionEncoder, QuestionKinds, TextEncoder
 from vqa.text.tokenizer import PAD_ID
 
 
@@ -24,6 +24,13 @@ def test_padding_changes_nothing(encoder, layers):
         padded = F.pad(tokens, (0, 3), value=junk)
         torch.testing.assert_close(model(padded, torch.tensor([4])), expected)
     assert not torch.allclose(model(tokens, torch.tensor([3])), expected)
+
+
+def test_unknown_encoders_and_poolings_are_refused():
+    with pytest.raises(ValueError, match="unknown 'LSTM'; there are lstm, gru, bag_of_words"):
+        QuestionEncoder(20, 8, 16, encoder="LSTM", layers=1)
+    with pytest.raises(ValueError, match="unknown 'first'; there are last, mean"):
+        TextEncoder(nn.Identity(), 16, pooling="first", frozen=True)
 
 
 def test_the_embedding_is_the_last_valid_state_of_packed_sequences():

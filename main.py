@@ -187,7 +187,7 @@ def gpu_check(out: Path, **options: Any) -> None:
 def recalibrate(
     run: Path, config: Path | None, split: str, batches: int, out: Path | None, settings: list[str]
 ) -> None:
-    """Re-estimates the statistics of a model's norms on unlabelled images (AdaBN) and writes a new model."""
+    """Re-estimates a model's statistics of norms on other images, without answers (AdaBN), and writes a new model."""
     from experiments.recalibrate import recalibrate as estimate
 
     if config is not None:

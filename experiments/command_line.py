@@ -185,7 +185,7 @@ def _features_options(added: argparse.ArgumentParser) -> None:
 
 
 def _experiment_options(added: argparse.ArgumentParser) -> None:
-    at_once = "parallel runs; by default one per GPU, or one per core"
+    at_once = "parallel runs; by default one per GPU; without one, one per core if all recipes name the CPU, else 1"
     added.add_argument("--at-once", type=_few, metavar="N", help=at_once)
     added.add_argument("--seed", type=int, metavar="N", help="the seed of the run that --only names")
     resources = 'resources of each task: "timeout_min=240 gpus_per_node=1"'

@@ -1,4 +1,4 @@
-"""Runs what is missing of a suite: each run and seed in its own process, one per GPU, or one per core."""
+"""Runs what is missing of a suite: each run and seed in its own process, several at once."""
 
 import os
 import shutil

@@ -278,7 +278,11 @@ SENTENCES = [
         "settled_rates",
         "{baseline, rates / 3}, {baseline}, {baseline, rates x 3} and {baseline, rates x 10} % from 3e-4 to 1e-2",
     ),
-    ("README.md", "guesswhat_games", "CBN has {crop, CBN} % error, Ft BN {crop, Ft BN} %, raw {crop, raw} %"),
+    (
+        "README.md",
+        "guesswhat_games",
+        "has {crop, CBN} % error, fine-tuned γ and β {crop, Ft BN} %, the frozen ResNet {crop, raw} %",
+    ),
     ("config/guesswhat/games.yaml", "guesswhat_games", "raw {crop, raw} %, Ft BN {crop, Ft BN} %, CBN {crop, CBN} %"),
 ]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import vqa
 from experiments.command_line import build_parser
-from vqa.io.errors import InputError, NotWrittenError, printable
+from vqa.io.errors import InputError, NotWrittenError, is_out_of_memory, printable
 from vqa.io.processes import Interrupted, listen, unmasked
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -37,10 +37,9 @@ def preprocess(config: Path, settings: list[str]) -> None:
 
     loaded = load_settings(config, settings)
     from data.preprocess import preprocess as run
-    from experiments.prepare import prepare_scenes, preprocessing_of, split_files
+    from experiments.prepare import prepare_scenes, preprocessing_of
 
-    if loaded.task == "guesswhat" or any(not files.questions.exists() for files in split_files(loaded).values()):
-        prepare_scenes(loaded)
+    prepare_scenes(loaded)
     run(**preprocessing_of(loaded))
 
 
@@ -255,6 +254,11 @@ def main() -> int:
     except BrokenExecutor:
         why = "a worker process was killed, probably because memory ran out; set fewer `workers` or `data.processes`"
         why = f"{why}; {_how_to_resume()}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        less = "a smaller `train.batch_size` (`train.accumulate` makes up for it) or `speed.recompute` needs less"
+        why = f"memory ran out; {less}; {_how_to_resume()}"
     except KeyboardInterrupt as interrupted:
         _say_last(f"interrupted; {_how_to_resume()}")
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130

@@ -32,7 +32,7 @@ from data.h5_rows import H5Rows, damage_named, mark_rows, reserve_rows, set_rows
 from data.question_table import ARRAYS, TEXTS, QuestionTable
 from data.sources import NeededImage
 from vqa.io.errors import InputError
-from vqa.io.files import naming_write_errors, written_whole
+from vqa.io.files import followed, naming_write_errors, written_whole
 from vqa.text.tokenizer import read_tokenizer
 
 FORMAT, VERSION = "modern-vqa", 2
@@ -43,6 +43,7 @@ _NO_DIGEST = "0" * 64  # until the file is complete
 
 def partial_path(path: Path) -> Path:
     """The name of the file while it is not complete."""
+    path = followed(path)
     return path.with_name(path.name + ".partial")
 
 
@@ -118,7 +119,7 @@ def finish(partial: Path, path: Path) -> None:
         file.attrs.modify("digest", np.bytes_(_digest_of(file)))
         file.attrs.modify("complete", True)
     with naming_write_errors(path):
-        partial.replace(path)
+        partial.replace(followed(path))
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

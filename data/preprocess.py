@@ -30,7 +30,7 @@ from data.sources import Crop, NeededImage, Source, decode, defect_of, number_im
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
 from vqa.io.files import check_room, shown
-from vqa.io.locks import held
+from vqa.io.locks import held, lock_beside
 from vqa.io.progress import progress
 from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
 
@@ -73,7 +73,7 @@ def preprocess(
     wanted = provenance_of(splits, settings, vocabulary_from)
     if is_made(path, wanted, skip_bad_images):
         return
-    with held(path.with_name(f".{path.name}.lock"), path):
+    with held(lock_beside(path), path):
         if is_made(path, wanted, skip_bad_images):  # another process has finished it since
             return
         partial = h5_file.partial_path(path)

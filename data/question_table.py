@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.vqa_files import Question
-from vqa.text.answers import NO_ANSWER, NOT_GIVEN, normalise_answer
+from vqa.text.answers import NO_ANSWER, NOT_GIVEN, normalise_answer, strip_answer
 from vqa.text.tokenizer import encode
 
 ARRAYS = ("ids", "images", "tokens", "lengths", "given", "classes")  # of a table
@@ -85,6 +85,8 @@ def question_table(
     given = np.full((len(questions), counts.max(initial=0)), NO_ANSWER, np.int32)
     given[np.arange(given.shape[1]) < counts[:, None]] = [spellings[answer] for answer in listed]
     class_of = {normalise_answer(answer): class_ for class_, answer in enumerate(vocabulary)}
+    # an empty answer has none: once normalised it is the same text as an article, such as "the", which may be a class
+    normalised = [normalise_answer(text) if strip_answer(text) else None for text in spellings]
     return QuestionTable(
         ids=np.array([question.question_id for question in questions], np.int64),
         images=images,
@@ -95,7 +97,7 @@ def question_table(
         answer_types=[question.answer_type for question in questions],
         given=given,
         spellings=list(spellings),
-        classes=np.array([class_of.get(normalise_answer(text), NO_ANSWER) for text in spellings], np.int32),
+        classes=np.array([class_of.get(text, NO_ANSWER) for text in normalised], np.int32),
     )
 
 

@@ -1,7 +1,7 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from experiments.prepare import source_of, split_files
 from experiments.process_group import this_process, together
 from experiments.tasks import TASKS
 from experiments.training.loop import predict_classes
-from vqa.io.errors import InputError
-from vqa.io.files import write_json, written_whole
+from vqa.io.errors import InputError, printable
+from vqa.io.files import read_json, write_json, written_whole
 from vqa.io.locks import held
 from vqa.metrics import Scores
 from vqa.saved_model import SavedModel, load_model
 from vqa.saved_model.files import find_model, settings_file
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import DataSettings, Role, Settings, role_of
+from vqa.text.answers import NO_ANSWER, normalise_answer
 from vqa.text.tokenizer import special_ids
 
 MOST_TYPES_SHOWN = 12  # question types in the table; the file has all of them
@@ -63,7 +64,7 @@ def evaluate(
     """
     folder, settings = find_settings(run, overrides)
     out = out or run
-    if (out / "config.yaml").exists() and out.resolve() not in (folder.resolve(), folder.parent.resolve()):
+    if settings_file(out).exists() and out.resolve() not in (folder.resolve(), folder.parent.resolve()):
         raise InputError(f"{out}: holds another model, with results of its own; --out must name another directory")
     processes = this_process()
     device = processes.device(settings.device)
@@ -78,7 +79,7 @@ def evaluate(
             data = split_data(saved, settings, split)
             if processes.is_main:
                 _warn_about_unknown_words(saved, data.table, split)
-                _warn_about_other_data(out, split, saved.settings.data, settings.data)
+                _warn_about_other_data(out, split, saved.settings.data, settings.data, len(data.table))
                 stack.enter_context(held(out / f".{split}.lock", f"{out}, split {split!r}"))
             return saved, data
 
@@ -181,15 +182,24 @@ def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: st
     known = np.logical_or.reduceat(of_words, table.offsets)  # whether a word of each question is
     if unknown := int((~known).sum()):
         print(f"split {split!r}: all words of {unknown} of {len(table)} questions are unknown to the model")
-    if table.given.size and (table.labels() < 0).all():
+    known_answers = {normalise_answer(answer) for answer in saved.answers}
+    given = [normalise_answer(table.spellings[place]) for place in np.unique(table.given) if place != NO_ANSWER]
+    if given and known_answers.isdisjoint(given):
         print(f"split {split!r}: none of the given answers is among the model's {len(saved.answers)} answers")
 
 
-def _warn_about_other_data(out: Path, split: str, own: DataSettings, used: DataSettings) -> None:
-    """Says so where the scores in a run directory are replaced by those of other data than the run's own."""
+def _warn_about_other_data(out: Path, split: str, own: DataSettings, used: DataSettings, questions: int) -> None:
+    """Says so where the scores in a run directory are replaced by those of other data than the run's own: by their
+    settings, or (paths are relative) by the number of questions.
+    """
     file = out / f"metrics_{split}.json"
+    if split not in own.splits or not file.exists() or not (out / "config.yaml").exists():
+        return
     of_own, of_used = ((data.h5, data.folder, data.splits.get(split)) for data in (own, used))
-    if split in own.splits and of_used != of_own and file.exists() and (out / "config.yaml").exists():
+    before: Any = None
+    with suppress(InputError):  # damaged: it is replaced
+        before = read_json(file)
+    if of_used != of_own or not isinstance(before, dict) or before.get("questions") != questions:
         print(f"{file}: replaced by that of other data than the run's own; another --out keeps both")
 
 
@@ -200,5 +210,6 @@ def table_of(scores: Scores) -> str:
         rows.insert(1, ("error", scores["error"]))
     if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
         rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
+    rows = [(printable(name), value) for name, value in rows]  # the types are texts of the data
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)

@@ -8,7 +8,7 @@ from data.guesswhat.source import GuessWhatSource
 from data.h5_file import read_provenance
 from data.preprocess import preprocess
 from data.scenes.photos import changed_at_random
-from data.scenes.write import GAMES, PHOTOS, write_world
+from data.scenes.write import GAMES, PHOTOS, WORLD, write_world
 from data.sources import Source
 from data.vqa_files import SplitFiles
 from experiments.pretrain import pretrain_backbone, pretrain_on_images
@@ -43,6 +43,14 @@ def prepare_backbone(settings: Settings) -> float:
     made |= {"images": scenes.pretrain_images, "precision": settings.precision}
     world = "small" if scenes.world == GAMES else scenes.world  # the games' objects are those of the small scenes
     return pretrain_backbone(file, backbone.name, world=world, **made)
+
+
+def check_world(settings: Settings) -> None:
+    """Raises InputError if `data.folder` holds synthetic scenes of other settings; it may hold none, beside the h5."""
+    source = settings.data.photographs
+    drawn = settings.scenes is not None and (Path(settings.data.folder) / WORLD).exists()
+    if drawn and (source is None or Path(source).exists()):
+        prepare_world(settings)
 
 
 def prepare_scenes(settings: Settings) -> None:

@@ -22,9 +22,9 @@ from data.scenes.write import WORLDS, draw_single_objects
 from experiments.training.checkpoint import load_checkpoint, read_as_checkpoint, save_checkpoint
 from vqa.backbone import build_resnet
 from vqa.devices import autocast, choose_device
-from vqa.io.errors import InputError
+from vqa.io.errors import InputError, printable
 from vqa.io.files import check_room, naming_write_errors, written_whole
-from vqa.io.locks import held
+from vqa.io.locks import held, lock_beside
 from vqa.io.processes import StopRequest
 from vqa.io.progress import progress
 from vqa.io.weight_files import as_safetensors
@@ -147,7 +147,7 @@ def _kept_or_trained(
     if (found := _results_in(file, made)) is not None:
         print(f"{file}: complete, nothing to do")
         return found
-    with held(file.with_name(f".{file.name}.lock"), file, wait=wait):
+    with held(lock_beside(file), file, wait=wait):
         if (found := _results_in(file, made)) is not None:  # another process has made it since
             return found
         resnet, results = train()
@@ -262,6 +262,8 @@ def _results_in(file: Path, made: Mapping[str, Any]) -> dict[str, Any] | None:
     """The header of a file that was made with these arguments; None if there is no file."""
     if file.suffix != ".safetensors":
         raise InputError(f"{file}: must be a .safetensors file")
+    if printable(str(file)) != str(file):
+        raise InputError(f"{file}: the name must be readable text, as safetensors opens no other")
     if not file.exists():
         return None
     header = header_of(file)

@@ -10,7 +10,7 @@ from experiments.evaluate import find_settings, split_data
 from experiments.training.loop import read_batches
 from vqa.devices import autocast, choose_device
 from vqa.io.errors import InputError
-from vqa.saved_model.files import WEIGHTS, load_model, save_companions, save_weights
+from vqa.saved_model.files import WEIGHTS, load_model, save_companions, save_weights, settings_file
 
 
 def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (), *, batches: int = 200) -> int:
@@ -33,7 +33,7 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
     """
     folder, settings = find_settings(run, overrides)
     copied = (out / "model" / WEIGHTS).exists() and not load_model(out).training.get("recalibrated_on")
-    if copied or (out / "config.yaml").exists() or out.resolve() == folder.parent.resolve():
+    if copied or settings_file(out).exists() or out.resolve() == folder.parent.resolve():
         raise InputError(f"{out}: holds a trained model; --out must name another directory")
     device = choose_device(settings.device)
     saved = load_model(folder, device)

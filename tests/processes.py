@@ -23,6 +23,7 @@ import vqa.backbone
 from tests.conftest import ROOT, Command
 
 MAIN = ROOT / "main.py"
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")  # of this process; some kernels have no such file
 PATIENCE = 300.0  # seconds until a process that does not end is an error
 
 

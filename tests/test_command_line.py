@@ -5,6 +5,7 @@ import re
 import tomllib
 
 import pytest
+import torch
 
 import main
 from experiments.command_line import build_parser
@@ -118,13 +119,20 @@ def test_settings_are_refused_before_torch_is_imported(tiny, name):
     assert printed_by(code) == "2 False"
 
 
-def test_preprocess_draws_the_scenes_of_a_recipe_where_they_are_missing(tiny, here, done):
+def test_preprocess_makes_what_is_missing_of_a_recipe_and_other_scenes_are_refused(tiny, here, done, refused):
     words = ["--config", tiny, "data.folder=drawn", "data.h5=drawn.h5", "backbone.weights=drawn.safetensors"]
     assert "drawn.h5: complete" in done("preprocess", *words).out
     assert (
         "runs/mine: no such run yet, it starts from the beginning" in done("train", *words, "name=mine", "--resume").out
     )
     assert (here / "runs" / "mine" / "model" / "model.safetensors").exists()
+    (here / "drawn.safetensors").unlink()
+    done("preprocess", *words)
+    assert (here / "drawn.safetensors").exists()
+    for command in (["preprocess"], ["train", "name=other"]):
+        said = refused(*command, *words, "scenes.seed=8")
+        assert "drawn: holds scenes made with seed " in said
+        assert "not 8; remove it or name another" in said
 
 
 @pytest.mark.parametrize(
@@ -162,3 +170,30 @@ def test_bad_input_is_one_clear_line(refused, tiny, trained, image, here, argume
     words = [word.format(**names) if word.startswith("{") else word for word in arguments]
     assert message in refused(*words)
     assert not [path for path in here.iterdir() if path.name != "runs"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(refused, monkeypatch, error):
+    def run(**_):
+        raise error
+
+    monkeypatch.setitem(main.COMMANDS, "train", run)
+    line = refused("train", "--config", "any.yaml")
+    assert line.startswith("error: memory ran out; a smaller `train.batch_size`")
+    assert line.endswith("; to resume: train --config any.yaml --resume")
+
+
+def test_another_runtime_error_is_not_taken_for_it(command, monkeypatch):
+    def run(**_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setitem(main.COMMANDS, "train", run)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        command("train", "--config", "any.yaml")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.evaluate import table_of
 from vqa.cbn import Modulation
 from vqa.inspect.inspection import describe_channels, inspect
 from vqa.io.progress import progress
@@ -89,6 +90,15 @@ def test_scores_of_other_data_do_not_silently_replace_a_runs_own(done, finished,
     assert said in done("eval", "--run", finished, absent).out
     for _ in range(2):
         assert said not in done("eval", "--run", finished, "--out", tmp_path / "elsewhere", absent).out
+    done("eval", "--run", finished)
+    metrics = finished / "metrics_val.json"  # as of a file of the same name below another folder
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"questions": 7}))
+    assert said in done("eval", "--run", finished).out
+
+
+def test_types_of_the_data_are_safe_on_a_terminal():
+    scores = {"overall": 1.0, "per_answer_type": {"a\nb": 2.0}, "per_question_type": {"\x1b[31mred": 3.0}}
+    assert table_of(scores).splitlines()[1:] == [f"{'a' + chr(92) + 'nb':<13}    2.00 %", "  \\x1b[31mred    3.00 %"]
 
 
 def test_another_datasets_words_are_read_with_the_models_own(done, tiny, trained, tmp_path):
@@ -100,7 +110,7 @@ def test_another_datasets_words_are_read_with_the_models_own(done, tiny, trained
 
 def test_images_of_another_size_are_refused(refused, done, tiny, trained, tmp_path):
     other = f"data.h5={tmp_path}/other.h5"
-    done("preprocess", "--config", tiny, other, "data.image_size=32")
+    done("preprocess", "--config", tiny, other, "data.image_size=32", "scenes=null")
     told = refused("eval", "--run", trained, "--out", tmp_path / "out", other)
     assert "other.h5: holds images of 32 px, the model needs 64" in told
 

@@ -17,6 +17,7 @@ import torch
 
 from vqa.io.errors import InputError
 from vqa.io.files import naming_write_errors, read_json, read_text, write_json, write_text
+from vqa.io.locks import lock_beside
 from vqa.saved_model.files import WEIGHTS
 from vqa.settings.recipes import load_saved
 from vqa.settings.schema import Role, Settings, different_keys, flat
@@ -31,7 +32,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = path.with_name(f".{path.name}.lock")  # outside of it: a run that is refused makes no directory
+        self.lock = lock_beside(path)  # outside of it: a run that is refused makes no directory
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"

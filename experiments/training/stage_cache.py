@@ -32,7 +32,7 @@ from experiments.process_group import Processes
 from experiments.tasks import Task
 from vqa.io.errors import InputError, NotWrittenError
 from vqa.io.files import check_room, naming_write_errors, written_whole
-from vqa.io.locks import held
+from vqa.io.locks import held, lock_beside
 from vqa.io.progress import progress
 from vqa.preprocessing import Preprocessing
 from vqa.resnet import ModulatedResNet, StageMap
@@ -87,7 +87,7 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
     if 2 * count * encode([0])[0].size > settings.data.cache_gib * 2**30:
         return pixels
     identity = {"data": store.images_identity, "network": _digest(resnet, stage), "stage": stage}
-    file = store.path.with_name(f"{store.path.stem}_stage{stage}_{identity['network'][:8]}.h5")
+    file = store.path.with_name(f"{store.path.name.removesuffix('.h5')}_stage{stage}_{identity['network'][:8]}.h5")
 
     def stored() -> H5Rows | None:
         try:
@@ -127,7 +127,7 @@ def cached_maps(
     """
     if not path.exists():
         # several runs may need it at once: one makes it, the others wait
-        with held(path.with_name(f".{path.name}.lock"), path, wait=True):
+        with held(lock_beside(path), path, wait=True):
             if not path.exists():
                 _make(path, identity, count, encode)
     with damage_named(path, _REMEDY), h5py.File(path, "r", locking=False) as file:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from data.batches import EpochSampler
 from data.loader import check_shared_memory
+from experiments.prepare import check_world
 from experiments.process_group import Processes, this_process, together
 from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint, read_as_checkpoint
@@ -50,6 +51,7 @@ def train(
             if processes.is_main:
                 stack.enter_context(held(run.lock, run.path))
             run.check(settings, resume, init_from)
+            check_world(settings)
             return run.checkpoint.exists()
 
         # all processes decide from the same facts, and none writes before all have read them

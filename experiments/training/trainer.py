@@ -20,7 +20,7 @@ from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import trained_parameters
 from experiments.training.run_directory import RunDirectory, peak_memory_mib
 from experiments.training.stage_cache import ImageSource
-from vqa.io.errors import InputError, NotWrittenError
+from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
 from vqa.metrics import Scores
@@ -149,7 +149,7 @@ class Trainer:
 
     def _report(self, line: dict[str, Any]) -> None:
         by_type = "  ".join(f"{kind} {value:.2f}" for kind, value in line.get("val_per_answer_type", {}).items())
-        scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({by_type})"
+        scored = "" if line["val_overall"] is None else f"  val {line['val_overall']:.2f} %  ({printable(by_type)})"
         epoch = f"epoch {line['epoch']}/{self.settings.train.epochs}"
         self.processes.say(f"{epoch}  loss {line['train_loss']:.4f}{scored}  {line['seconds']:.0f} s")
 

@@ -247,3 +247,24 @@ def test_of_many_bad_images_a_few_are_listed_and_all_are_counted(tmp_path, capsy
         make({"train": files}, tmp_path / "bad.h5")
     assert capsys.readouterr().out.count("cannot be read") == 20
     assert not (tmp_path / "bad.h5").exists()
+
+
+def test_a_link_to_another_disk_is_followed(raw, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "data.h5"
+    link.symlink_to(tmp_path / "disk" / "there.h5")
+    make({"train": raw["train"]}, link)
+    make(raw, link)
+    assert link.is_symlink()
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["there.h5"]
+    assert list(Store(link).provenance["sources"]) == ["train", "val"]
+
+
+def test_an_empty_answer_is_not_that_of_an_article(tmp_path):
+    files = write_split(tmp_path, "train", [(1, 1, "what", ["the"] * 5 + ["", " "]), (2, 1, "why", [""] * 3)])
+    make({"train": files}, tmp_path / "data.h5")
+    store = Store(tmp_path / "data.h5")
+    assert store.vocabulary == ["the"]
+    labels = store.table("train").labels()
+    assert labels[0].tolist() == [0] * 5 + [NO_ANSWER] * 2
+    assert labels[1, :3].tolist() == [NO_ANSWER] * 3

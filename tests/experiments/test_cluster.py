@@ -10,7 +10,7 @@ import pytest
 
 from experiments import cluster
 from experiments.runner import jobs_of, run_job
-from tests.processes import wait_until
+from tests.processes import CHILDREN, wait_until
 from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 
 pytest.importorskip("submitit")
@@ -94,11 +94,12 @@ def test_seeds_with_backbones_of_their_own_are_other_tasks(suite, slurm, done):
 
 def run_script(slurm) -> subprocess.Popen:
     """As SLURM runs it on a node."""
-    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    around = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    environment = {**around, "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
     return subprocess.Popen(["bash", slurm / "script_0"], env=environment)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
+@pytest.mark.skipif(not CHILDREN.exists(), reason="finds processes in Linux's /proc")
 @pytest.mark.parametrize("children_too", [False, True])
 def test_before_a_time_limit_a_task_saves_and_is_requeued(suite, slurm, tmp_path, monkeypatch, children_too):
     told = tmp_path / "told"

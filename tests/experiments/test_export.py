@@ -158,6 +158,23 @@ def test_one_line_says_why_nothing_is_written(refused, finished, tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_link_to_an_empty_folder_is_followed(done, finished, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    done("export", "--run", finished, "--to", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "config.json").exists()
+
+
+def test_nothing_of_another_model_is_written_into_an_exported_folder(done, refused, finished, trained, tmp_path):
+    done("export", "--run", finished, "--to", tmp_path / "to")
+    before = sorted((tmp_path / "to").rglob("*"))
+    assert "must name another directory" in refused("recalibrate", "--run", trained, "--out", tmp_path / "to")
+    assert "holds another model" in refused("eval", "--run", trained, "--out", tmp_path / "to")
+    assert sorted((tmp_path / "to").rglob("*")) == before
+    done("eval", "--run", tmp_path / "to")  # its own
+
+
 def test_the_code_of_the_page_answers_as_the_model_does(done, there):
     done("export", "--run", there, "--to", "exported/hub")
     exec(code_of_the_page(0), names := {})

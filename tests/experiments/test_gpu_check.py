@@ -200,7 +200,8 @@ def test_a_copy_without_its_history_says_its_commit(monkeypatch):
     assert surroundings(torch.device("cpu"))["git_commit"] == "abc"
 
 
-def test_wrong_words_are_refused(refused, tmp_path):
+def test_wrong_words_are_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # where there is one, the check would begin
     out = ("--out", tmp_path / "out")
     for minutes in ("0", "nan", "1e3", "-1", "1,5"):
         assert "not a number of minutes" in refused("gpu-check", *out, f"--minutes={minutes}")

@@ -192,6 +192,7 @@ def test_wrong_sources_are_one_line(refused, photos, tmp_path):
     assert line(tmp_path / "nowhere") == f"error: {tmp_path}/nowhere: no such file"
     assert "found 0 classes and 0 images" in line(photos / "red")
     assert "must be a .safetensors file" in line(photos, file=tmp_path / "one.pth")
+    assert "must be readable text" in line(photos, file=tmp_path / b"\xe9.safetensors".decode(errors="surrogateescape"))
     vgg = ("pretrain", "--images", photos, "--out", out, "--backbone", "vgg16")
     assert "error: backbone: 'vgg16' is not a ResNet of torchvision" in refused(*vgg)
     small = ("pretrain", "--images", photos, "--out", out, "--image-size", "16")

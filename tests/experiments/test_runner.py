@@ -37,9 +37,9 @@ def test_a_failed_run_is_reported_and_the_others_continue(suite, tmp_path, monke
 @pytest.mark.usefixtures("wide")  # a run is started by a process that is not forked
 def test_killed_it_resumes_and_repeats_nothing(suite, tmp_path, monkeypatch, done):
     (tmp_path / "two.yaml").write_text(SUITE[: SUITE.index("  lost")])
-    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=10"]
+    words = ["two.yaml", "--at-once", "1", *TINY, "train.epochs=20"]
     runs = tmp_path / "runs"
-    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=10"))
+    suite = load_suite(tmp_path / "two.yaml", (*TINY, "train.epochs=20"))
     first, second = jobs_of(suite)
     run_job(first, suite, runs)
     begun = MainProcess("experiment", *words, own_group=True)

@@ -31,7 +31,7 @@ from vqa.settings.recipes import load_settings, read_yaml
 
 CODE = [
     ROOT / "main.py",
-    *(path for folder in ("data", "vqa", "experiments") for path in (ROOT / folder).rglob("*.py")),
+    *(path for folder in ("data", "vqa", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
 SCRIPT = """<script>alert(1)</script></title>&"'<img src=x onerror=alert(2)>{{7*7}}"""
 

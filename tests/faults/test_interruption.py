@@ -22,7 +22,7 @@ from experiments.training import loop
 from experiments.training.train import train
 from tests.calls import calling
 from tests.conftest import ROOT
-from tests.processes import MainProcess, wait_until
+from tests.processes import CHILDREN, MainProcess, wait_until
 from tests.runs import lines, same_weights
 from vqa.io.processes import Interrupted, StopRequest, unmasked
 from vqa.settings.recipes import load_settings
@@ -175,7 +175,7 @@ def worker_of(parent):
     pytest.fail("no worker was started")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+@pytest.mark.skipif(not CHILDREN.exists(), reason="finds the workers in Linux's /proc")
 def test_the_last_line_says_that_a_worker_was_killed_and_the_command_resumes(tiny, here, done):
     """As by the kernel where memory is short."""
     words = ["train", "--config", str(tiny), "workers=1", "train.epochs=1"]
@@ -228,7 +228,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+@pytest.mark.skipif(not CHILDREN.exists(), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
 def test_workers_leave_signals_to_their_parent_and_end_with_it(tmp_path, number):
     (tmp_path / "pool.py").write_text(POOL)

@@ -24,7 +24,7 @@ from data.scenes.write import in_order
 from experiments.training import trainer
 from experiments.training.train import train
 from tests.conftest import ROOT
-from tests.processes import wait_until
+from tests.processes import CHILDREN, wait_until
 from vqa.io.processes import Interrupted
 from vqa.settings.recipes import load_settings
 
@@ -194,13 +194,13 @@ def test_no_worker_outlives_an_error_that_is_kept_as_in_a_notebook(tiny, tmp_pat
 def stopped_children():
     """Workers of this process that are stopped."""
     stopped = []
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    for child in CHILDREN.read_text().split():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
             stopped += [child] * (" T " in Path(f"/proc/{child}/stat").read_text())
     return stopped
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+@pytest.mark.skipif(not CHILDREN.exists(), reason="finds the workers in Linux's /proc")
 def test_a_signal_ends_the_wait_for_a_pool():
     def interrupt():
         wait_until(stopped_children)

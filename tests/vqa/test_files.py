@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from vqa.io.files import write_text, written_whole
+from vqa.io.files import read_json, write_json, write_text, written_whole
 
 
 def names(folder):
@@ -80,3 +80,24 @@ def test_a_folder_that_is_not_finished_is_removed(tmp_path):
         (aside / "part").write_text("part")
         raise RuntimeError
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_followed_and_stays(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    file, link = tmp_path / "disk" / "a.json", tmp_path / "a.json"
+    link.symlink_to(file)
+    if there:
+        file.write_text("older")
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert names(tmp_path) == {"disk", "a.json"}
+    assert names(tmp_path / "disk") == {"a.json"}
+
+
+def test_names_of_files_that_are_no_utf8_can_be_written(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    write_json(tmp_path / "a.json", [name, "café"])
+    assert read_json(tmp_path / "a.json") == [name, "café"]
+    assert "café" in (tmp_path / "a.json").read_text("utf-8")

@@ -98,6 +98,7 @@ def test_lists_give_lists(model, images):
         (np.zeros((2, 4, 4, 3), np.uint8), "what?", "not uint8 2 x 4 x 4 x 3"),
         (np.zeros((0, 4), np.uint8), "what?", "not uint8 0 x 4"),
         (Image.new("F", (4, 4)), "what?", "32 bits per pixel"),
+        (Image.new("I", (4, 4), 200), "what?", "32 bits per pixel"),
         (None, "what?", "image: must be a path, bytes, a PIL image or a NumPy array, not NoneType"),
         (Image.new("RGB", (4, 4)), "", "question: '' holds no word"),
         (Image.new("RGB", (4, 4)), None, "question: must be a text, not NoneType"),

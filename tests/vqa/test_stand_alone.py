@@ -20,11 +20,12 @@ from vqa.cbn import (
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm
 
 C = 6
+CONDITION = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 LAYERS = {  # the class, what its constructor takes after the channels, and what its forward takes after the map
-    ConditionalBatchNorm2d: ((4, 5), torch.randn(2, 4)),
-    ConditionalInstanceNorm2d: ((4, 5), torch.randn(2, 4)),
-    ConditionalLayerNorm2d: ((4, 5), torch.randn(2, 4)),
-    ConditionalGroupNorm: ((3, 4, 5), torch.randn(2, 4)),
+    ConditionalBatchNorm2d: ((4, 5), CONDITION),
+    ConditionalInstanceNorm2d: ((4, 5), CONDITION),
+    ConditionalLayerNorm2d: ((4, 5), CONDITION),
+    ConditionalGroupNorm: ((3, 4, 5), CONDITION),
     CategoricalConditionalBatchNorm2d: ((3,), torch.tensor([2, 0])),
 }
 
@@ -207,7 +208,7 @@ def test_in_a_network_of_a_coarser_type_a_norm_is_as_exact_as_torchs(kind):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # shapes are checked, jit is old
 def test_a_layer_is_exported_and_traced_for_batches_of_any_size():
     layer, batch = ConditionalBatchNorm2d(C, 4, 5).eval(), torch.export.Dim("batch")
-    arguments, shapes = (torch.randn(2, C, 3, 3), torch.randn(2, 4)), {"x": {0: batch}, "condition": {0: batch}}
+    arguments, shapes = (torch.randn(2, C, 3, 3), CONDITION), {"x": {0: batch}, "condition": {0: batch}}
     exported = torch.export.export(layer, arguments, dynamic_shapes=shapes).module()
     traced = torch.jit.trace(layer, arguments)
     x, condition = torch.randn(5, C, 3, 3), torch.randn(5, 4)

@@ -28,6 +28,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out, the main one or a GPU's; torch is not imported for it."""
+    # on a CPU torch raises a RuntimeError that only its text tells from others
+    names = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return names or "can't allocate memory" in str(error)
+
+
 def printable(text: str) -> str:
     """Escape control characters, line breaks and lone surrogates, so that a text is safe on a terminal."""
     return "".join(

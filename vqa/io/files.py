@@ -17,6 +17,11 @@ from vqa.io.errors import InputError, NotWrittenError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def followed(path: Path) -> Path:
+    """What a symbolic link points to, so that a file that is renamed to it does not replace the link; else `path`."""
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is synchronised and renamed to `path` if the block ends without an error.
@@ -27,6 +32,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         NotWrittenError: as `naming_write_errors`; `path` is unchanged.
     """
+    path = followed(path)
     of_host = f".{path.name}.{socket.gethostname()}-"
     aside = path.with_name(f"{of_host}{os.getpid()}.unfinished")
     with naming_write_errors(path):
@@ -86,9 +92,9 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) as `written_whole`."""
+    """Write `text` (UTF-8) as `written_whole`; bytes of file names that are no UTF-8 become escapes, as of JSON."""
     with written_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def as_cell(text: str) -> str:

@@ -156,7 +156,8 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
         image.load()
         return image
     pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+    of_bytes = image.mode == "I" and pixels.max() < 2**8  # in 32 bits: white may be 255 or 65 535
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or of_bytes:
         raise ValueError("32 bits per pixel, with no defined white level; save it with 8 or 16")
     made = Image.fromarray((pixels // 256).astype(np.uint8))
     made.info = image.info  # the orientation is in it

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vqa.io.errors import InputError
-from vqa.io.files import naming_write_errors
+from vqa.io.files import followed, naming_write_errors
 
 try:
     import fcntl
@@ -17,6 +17,12 @@ except ImportError:
     raise InputError("this command needs a POSIX system (Linux, macOS, or WSL on Windows) to lock its files") from None
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # on some network disks
+
+
+def lock_beside(path: Path) -> Path:
+    """The lock file of a file or folder, in the same folder; one for all symbolic links to it."""
+    path = followed(path)
+    return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager

@@ -41,6 +41,11 @@ def recalibrate(run: Path, out: Path, split: str, overrides: Sequence[str] = (),
         raise InputError(f"{folder}: this model uses no statistics of batch norms")
     if saved.model.image is not None:
         raise InputError(f"{folder}: cbn.condition=image passes each image through the norms twice, modulated and not")
+    if (policy := saved.settings.backbone.statistics) != "batch":
+        print(
+            f"{folder}: trained with backbone.statistics={policy}, whose statistics stay as they were in training: new "
+            "ones can lower its accuracy on any images (docs/experiments.md); evaluate both"
+        )
     data = split_data(saved, settings, split)
     rows = list(EpochSampler(data.table.images, settings.train.batch_size, settings.seed, epoch=1))[:batches]
     if len(rows[0]) < (needed := saved.model.resnet.least_batch(settings.data.image_size)):

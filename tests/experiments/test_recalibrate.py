@@ -61,6 +61,13 @@ def test_wrong_input_is_one_line(refused, trained, tmp_path, words, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_new_statistics_may_harm_is_named(done, trained, tiny, tmp_path):
+    said = "backbone.statistics=population, whose statistics stay as they were"
+    assert said in done("recalibrate", "--run", trained, "--out", tmp_path / "one").out
+    run = train(load_settings(tiny, ["name=batch", "backbone.statistics=batch"]), runs=tmp_path).path
+    assert "whose statistics stay" not in done("recalibrate", "--run", run, "--out", tmp_path / "other").out
+
+
 def test_a_condition_on_the_image_is_refused(refused, tiny, tmp_path):
     run = train(load_settings(tiny, ["name=image", "cbn.condition=image"]), runs=tmp_path).path
     assert "cbn.condition=image passes each image" in refused("recalibrate", "--run", run, "--out", tmp_path / "out")

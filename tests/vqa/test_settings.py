@@ -175,7 +175,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path, word):
         ("train.validate_on=train", "split 'train' is trained on"),
         (
             "data.splits={train: {questions: q, images: i}, val: {questions: q, images: j}}",
-            "data.splits: 'val' has the questions of 'train'; train.validate_on names it",
+            "data.splits: 'val' has the questions of 'train'; train.validate_on has it",
         ),
         ("train.warm_up=0.1", "train.warm_up: only schedules cosine and steps use it; for constant it must be 0"),
         ("train.schedule=steps", r"train.decay_at: schedule steps needs shares of the training, as \[0.6, 0.8\]"),

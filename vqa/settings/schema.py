@@ -269,7 +269,7 @@ class Settings(_Section):
         splits, validated = self.data.splits, self.train.validate_on
         for name in self.train.splits:
             if name in splits and validated in splits and splits[name].questions == splits[validated].questions:
-                raise ValueError(f"data.splits: {validated!r} has the questions of {name!r}; train.validate_on names it")
+                raise ValueError(f"data.splits: {validated!r} has the questions of {name!r}; train.validate_on has it")
         if self.task == "vqa" and (other := sorted(set(self.inputs) - {"image", "question"})):
             raise ValueError(f"inputs: {', '.join(other)} belongs to the task guesswhat; vqa takes image and question")
         if self.scenes is not None and (self.scenes.world == "games") != (self.task == "guesswhat"):

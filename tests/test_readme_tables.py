@@ -245,6 +245,19 @@ def test_the_table_of_the_statistics():
             assert shown(cell, float(line["overall_mean"]), float(line["overall_std"]))
 
 
+def test_the_table_of_looks():
+    lines = by_row("domain_shift")
+    kinds = list(product(("", ", re-estimated"), ("baseline", "MODERN")))
+    rows = rows_of(EXPERIMENTS, "| trained with, tested on |")
+    assert len(rows) == 8
+    for said, *cells in rows:
+        statistics, look = said.split(", ")
+        trained = " (batch)" if statistics == "the batch's" else ""
+        for cell, (test, name) in zip(cells, kinds, strict=True):
+            line = lines[f"{name}{trained}, {look}{test}"]
+            assert shown(cell, float(line["overall_mean"]), float(line["overall_std"]))
+
+
 @pytest.mark.parametrize(
     ("page", "suite", "header"),
     [

@@ -15,11 +15,11 @@ from tests.tiny_suite import SUITE, TINY, TWO_BACKBONES
 
 pytest.importorskip("submitit")
 COMMANDS = {
-    "sbatch": 'cp "$1" "$SLURM_STAND_IN/script_$(ls "$SLURM_STAND_IN" | grep -c script)"\n'
-    'echo "Submitted batch job $((6 + $(ls "$SLURM_STAND_IN" | grep -c script)))"',
-    "srun": f'echo $$ > "$SLURM_STAND_IN/task"\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"',
-    "squeue": 'cat "$SLURM_STAND_IN/queue"',
-    "scontrol": 'echo "$@" >> "$SLURM_STAND_IN/scontrol"',
+    "sbatch": 'cp "$1" "$STAND_IN_OF_SLURM/script_$(ls "$STAND_IN_OF_SLURM" | grep -c script)"\n'
+    'echo "Submitted batch job $((6 + $(ls "$STAND_IN_OF_SLURM" | grep -c script)))"',
+    "srun": f'echo $$ > "$STAND_IN_OF_SLURM/task"\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"',
+    "squeue": 'cat "$STAND_IN_OF_SLURM/queue"',
+    "scontrol": 'echo "$@" >> "$STAND_IN_OF_SLURM/scontrol"',
 }
 # is asked to save, and resumes the next time
 RUN = """
@@ -48,7 +48,7 @@ def slurm(tmp_path, monkeypatch):
         (commands / name).write_text(f"#!/bin/sh\n{does}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN", str(kept))
+    monkeypatch.setenv("STAND_IN_OF_SLURM", str(kept))
     return kept
 
 

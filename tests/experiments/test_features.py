@@ -287,7 +287,7 @@ def test_more_wrong_input_is_refused(refused, trained, tmp_path):
 
 def test_runs_of_other_questions_are_refused(refused, done, tiny, trained, here):
     write_world(here / "world", seed=8, images={"train": 12, "val": 6}, processes=1)
-    words = (f"data.folder={here}/world", f"data.h5={here}/world.h5")
+    words = (f"data.folder={here}/world", f"data.h5={here}/world.h5", "scenes.seed=8")
     done("preprocess", "--config", tiny, *words)
     done("train", "--config", tiny, "name=elsewhere", *words)
     line = refused("features", "--run", trained, "--run", "runs/elsewhere", "--out", here / "out")

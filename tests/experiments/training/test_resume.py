@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from data.preprocess import preprocess
-from data.scenes.write import write_world
+from data.scenes.write import WORLD, write_world
 from data.sources import Source
 from experiments.prepare import split_files
 from experiments.tasks.vqa import VQATask
@@ -198,6 +198,7 @@ def test_a_run_is_not_resumed_on_other_data(tiny, finished, tmp_path):
     answers = (finished / "model" / "answers.json").read_bytes()
     other = load_settings(tiny, ["name=trained", f"data.folder={tmp_path}/world", f"data.h5={tmp_path}/other.h5"])
     write_world(tmp_path / "world", seed=8, images={"train": 9, "val": 3}, processes=1)
+    (tmp_path / "world" / WORLD).unlink()  # as files of a user's own
     made = {"image_size": 64, "min_word_count": 2, "source": Source(20), "skip_bad_images": False, "threads": 1}
     preprocess(split_files(other), tmp_path / "other.h5", **made)
     with pytest.raises(InputError, match="not the data that"):

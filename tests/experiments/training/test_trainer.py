@@ -178,7 +178,7 @@ def test_augmentation_switches_off_what_it_makes_wrong_and_says_so(tiny, tmp_pat
 @pytest.fixture(scope="module")
 def at_32_px(tiny, tmp_path_factory):
     """Words for the tiny world at 32 px, where stage 4 has one position."""
-    words = [f"data.h5={tmp_path_factory.mktemp('small')}/32.h5", "data.image_size=32"]
+    words = [f"data.h5={tmp_path_factory.mktemp('small')}/32.h5", "data.image_size=32", "scenes=null"]
     preprocess(**preprocessing_of(load_settings(tiny, words)))
     return words
 
@@ -292,7 +292,7 @@ def test_questions_without_image_or_known_answer_are_not_trained_on(tiny, tmp_pa
     ("words", "message"),
     [
         (["data.h5=nowhere.h5"], "nowhere.h5: no such file; run `preprocess` to make it"),
-        (["data.image_size=128"], "made with image_size 64, but data.image_size is 128"),
+        (["data.image_size=128", "scenes=null"], "made with image_size 64, but data.image_size is 128"),
         (["data.answers=3"], "made with answers 20, but data.answers is 3"),
         (["data.vocabulary_from=[train, val]"], r"made with vocabulary_from \['train'\], but data.vocabulary_from is"),
         (["data.min_word_count=5"], "made with min_word_count 2, but data.min_word_count is 5"),

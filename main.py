@@ -257,7 +257,7 @@ def main() -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        less = "a smaller `train.batch_size` (`train.accumulate` makes up for it) or `speed.recompute` needs less"
+        less = "training needs less with a smaller `train.batch_size`, `train.accumulate` or `speed.recompute`"
         why = f"memory ran out; {less}; {_how_to_resume()}"
     except KeyboardInterrupt as interrupted:
         _say_last(f"interrupted; {_how_to_resume()}")

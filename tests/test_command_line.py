@@ -186,7 +186,7 @@ def test_memory_that_runs_out_is_one_line(refused, monkeypatch, error):
 
     monkeypatch.setitem(main.COMMANDS, "train", run)
     line = refused("train", "--config", "any.yaml")
-    assert line.startswith("error: memory ran out; a smaller `train.batch_size`")
+    assert line.startswith("error: memory ran out; training needs less with a smaller `train.batch_size`")
     assert line.endswith("; to resume: train --config any.yaml --resume")
 
 

@@ -75,6 +75,9 @@ def test_another_backbone_gets_another_file_and_other_images_are_refused(tiny, t
         words = [f"data.h5={tmp_path}/world.h5", f"seed={seed}", f"name=seed_{seed}", "cbn.stages=[]"]
         train(load_settings(tiny, words), runs=tmp_path)
     assert len(list(tmp_path.glob("world_stage4_*.h5"))) == 2
+    shutil.copyfile(tmp_path / "world.h5", tmp_path / "world.hdf")  # another file of the same stem has maps of its own
+    train(load_settings(tiny, [f"data.h5={tmp_path}/world.hdf", "cbn.stages=[]", "name=hdf"]), runs=tmp_path)
+    assert len(list(tmp_path.glob("world.hdf_stage4_*.h5"))) == 1
     with h5py.File(tmp_path / "world.h5", "r+") as file:
         file["images/crc32"][3] ^= 1
         file.attrs["digest"] = np.bytes_(_digest_of(file))

@@ -34,6 +34,19 @@ def check_form(layers: Iterable[tuple[str, nn.Module]], within: str = "") -> Non
             raise ValueError(f"{within}{name} must be {kind.__name__} of torch, not {type(layer).__name__}")
 
 
+def check_layers(network: nn.Module) -> None:
+    """Raise ValueError if a convolution or a norm stands at two places, or its weight is no parameter, as after
+    pruning.
+    """
+    places: dict[nn.Module, str] = {}
+    for name, layer in network.named_modules(remove_duplicate=False):
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            if (first := places.setdefault(layer, name)) != name:
+                raise ValueError(f"{name} is the same layer as {first}; each must be a layer of its own")
+            if not isinstance(layer.weight, nn.Parameter | None):
+                raise ValueError(f"{name}: its weight must be a parameter; make pruning or parametrisation permanent")
+
+
 class ModulatedBlock(nn.Module):
     """A residual block of torchvision, with the same layers and names, whose norms take deltas."""
 

@@ -20,6 +20,7 @@ from vqa.norms import (
     ModulatedGroupNorm,
     Modulation,
     check_map,
+    check_replaceable,
     groups_of,
     in_place_of,
     scale_and_shift,
@@ -139,7 +140,12 @@ class _OfFixedGroups(ConditionalGroupNorm):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, condition_size: int, hidden_size: int, **options: Any) -> Self:
-        """Return a norm of this kind with the γ and β (shared) and the ε of a batch norm."""
+        """Return a norm of this kind with the γ and β (shared) and the ε of a batch norm.
+
+        Raises:
+            ValueError: `norm` is no batch norm, or has no γ and β.
+        """
+        check_replaceable(norm)
         return in_place_of(norm, cls, norm.num_features, condition_size, hidden_size, eps=norm.eps, **options)
 
 

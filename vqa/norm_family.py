@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from vqa.cbn import ConditionalBatchNorm2d
-from vqa.norms import ModulatedAdaptiveNorm2d, ModulatedBatchNorm2d, Modulation, check_map, scale_and_shift
+from vqa.norms import (
+    ModulatedAdaptiveNorm2d,
+    ModulatedBatchNorm2d,
+    Modulation,
+    at_least_float32,
+    check_map,
+    scale_and_shift,
+)
 from vqa.predictor import INITIAL_DEVIATION
 
 
@@ -36,7 +43,7 @@ class ConditionalSwitchableNorm2d(ConditionalBatchNorm2d):
 
     def as_affine(self, x: Tensor, delta: Modulation) -> tuple[Tensor, Tensor]:
         """As `ModulatedBatchNorm2d.as_affine`."""
-        found, exact = [self.statistics(x)], x.to(self.running_mean.dtype)
+        found, exact = [self.statistics(x)], x.to(at_least_float32(self.weight.dtype))
         for values in ((2, 3), (1, 2, 3)):  # of a channel of a sample, of a sample
             var, mean = torch.var_mean(exact, dim=values, correction=0, keepdim=True)
             found.append((mean.flatten(1).expand(x.shape[:2]), var.flatten(1).expand(x.shape[:2])))

@@ -27,11 +27,21 @@ class Modulation(NamedTuple):
 NO_MODULATION = Modulation(None, None)
 
 
+def is_empty(modulation: Modulation | None) -> bool:
+    """Return whether a modulation adds nothing."""
+    return modulation is None or (modulation.gamma is None and modulation.beta is None)
+
+
 class Affine(NamedTuple):
     """A norm with running statistics and its deltas, as y = scale · x + shift: [B, C] or [1, C] each."""
 
     scale: Tensor
     shift: Tensor
+
+
+def at_least_float32(kind: torch.dtype) -> torch.dtype:
+    """Return the type that statistics, scale and shift are computed in for parameters of this type."""
+    return torch.promote_types(kind, torch.float32)
 
 
 def scale_and_shift(
@@ -42,8 +52,7 @@ def scale_and_shift(
     `mean`, `var`, `gamma` and `beta` are [C], or [B, C] where they differ between samples; the deltas are [B, C],
     [1, C] or None. The result is float32 or finer, also under autocast and in a network of a coarser type.
     """
-    parts = (mean, var, gamma, beta)
-    mean, var, gamma, beta = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+    mean, var, gamma, beta = (part.to(at_least_float32(part.dtype)) for part in (mean, var, gamma, beta))
     if delta.gamma is not None:
         gamma = gamma + delta.gamma.to(gamma.dtype)
     if delta.beta is not None:
@@ -54,7 +63,7 @@ def scale_and_shift(
 
 def checked(delta: Modulation | None, x: Tensor) -> Modulation:
     """Return the delta, or NO_MODULATION for none; raise ValueError if it does not fit a map x: it must be [B, C]."""
-    if delta is None or (delta.gamma is None and delta.beta is None):
+    if is_empty(delta):
         return NO_MODULATION
     for part in delta:
         if part is not None and part.shape != x.shape[:2]:
@@ -71,12 +80,19 @@ def check_map(x: Tensor, channels: int) -> None:
 Norm = TypeVar("Norm", bound=nn.Module)
 
 
-def in_place_of(norm: nn.BatchNorm2d, kind: type[Norm], *sizes: int, **options: Any) -> Norm:
-    """Return `kind(*sizes, **options)` with the device, type, mode, γ and β (shared) of a batch norm."""
+def check_replaceable(norm: nn.Module) -> None:
+    """Raise ValueError if a module is no batch norm, or has no γ and β, or they are no parameters, as after pruning."""
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+        raise ValueError(f"a modulated norm is made from a batch norm, not from {type(norm).__name__}")
     if norm.weight is None or norm.bias is None:
         raise ValueError("a modulated norm needs γ and β")
-    with norm.weight.device:
-        modulated = kind(*sizes, **options).to(norm.weight.dtype)
+    if not (isinstance(norm.weight, nn.Parameter) and isinstance(norm.bias, nn.Parameter)):
+        raise ValueError("γ and β must be parameters: make the pruning or parametrisation permanent first")
+
+
+def in_place_of(norm: nn.BatchNorm2d, kind: type[Norm], *sizes: int, **options: Any) -> Norm:
+    """Return `kind(*sizes, **options)` with the device, type, mode, γ and β (shared) of a batch norm."""
+    modulated = kind(*sizes, **options, device=norm.weight.device, dtype=norm.weight.dtype)
     modulated.weight, modulated.bias = norm.weight, norm.bias
     return modulated.train(norm.training)
 
@@ -90,7 +106,7 @@ class Pooled:
 
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Add the mean and biased variance [C] of `count` values per channel."""
-        mean, var = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (mean, var))
+        mean, var = (part.to(at_least_float32(part.dtype)) for part in (mean, var))
         self.batches += 1
         self.count += count
         share, difference = count / self.count, mean - self.mean
@@ -141,13 +157,16 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         """Return the mean and biased variance [C] that normalise a map [B, C, H, W]; in training mode, move the running
         statistics.
         """
-        if not self.training:
+        if not self.training and self.running_mean is not None:
             return self.running_mean, self.running_var
-        var, mean = torch.var_mean(x.to(self.running_mean.dtype), dim=(0, 2, 3), correction=0)
+        exact = x.to(at_least_float32(self.weight.dtype))
+        var, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
         count, together = x.numel() // x.shape[1], self.synchronised and dist.is_initialized()
         if count < 2 and not (together and dist.get_world_size() > 1):
             raise ValueError("batch statistics need more than one value per channel")
         if together:
+            if not count:  # zeros, which the sums below leave out, where mean and variance are NaN
+                mean = var = exact.sum((0, 2, 3))
             mean, var, count = _over_processes(mean, var, count)
         self._move_running_statistics(mean.detach(), var.detach(), count)
         return mean, var
@@ -157,10 +176,13 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if self.pooled:
             self.pooled.add(mean, var, count)
             return
+        if not self.track_running_stats:  # as in `nn.BatchNorm2d`, where it may be changed at any time
+            return
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var * count / (count - 1), momentum)  # the running variance is the unbiased one
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        unbiased = var * count / (count - 1)
+        self.running_var.lerp_(unbiased.to(self.running_var), momentum)
 
     def reset_running_stats(self) -> None:
         """Reset the running statistics to mean 0 and variance 1.
@@ -190,8 +212,9 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         are those of `norm`.
 
         Raises:
-            ValueError: `norm` has no γ and β, or no running statistics.
+            ValueError: `norm` is no batch norm, or has no γ and β or no running statistics.
         """
+        check_replaceable(norm)
         if not norm.track_running_stats:
             raise ValueError("a modulated batch norm needs running statistics")
         kept = {"eps": norm.eps, "momentum": norm.momentum}
@@ -252,7 +275,7 @@ nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_keep_modulated_norms)
 
 def _over_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Combine the statistics of all processes; gradients flow through all of them. The count stays on the device."""
-    counts = mean.new_full((), count, dtype=torch.promote_types(mean.dtype, torch.float32))
+    counts = mean.new_full((), count)
     dist.all_reduce(counts)
     share = count / counts
     total = _SumOverProcesses.apply(share * mean)
@@ -290,7 +313,8 @@ class ModulatedGroupNorm(nn.GroupNorm):
         """
         check_map(x, self.num_channels)
         delta = checked(delta, x)
-        grouped = x.to(self.weight.dtype).unflatten(1, (self.num_groups, -1)).flatten(2)  # [B, groups, values]
+        exact = x.to(at_least_float32(self.weight.dtype))
+        grouped = exact.unflatten(1, (self.num_groups, -1)).flatten(2)  # [B, groups, values]
         if grouped.shape[2] < 2:
             raise ValueError("the statistics of a group need more than one value")
         var, mean = torch.var_mean(grouped, dim=2, correction=0)
@@ -300,7 +324,12 @@ class ModulatedGroupNorm(nn.GroupNorm):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, groups: int, *sizes: int, **options: Any) -> Self:
-        """Return a group norm with the γ and β (shared) and the ε of a batch norm; the rest goes to the constructor."""
+        """Return a group norm with the γ and β (shared) and the ε of a batch norm; the rest goes to the constructor.
+
+        Raises:
+            ValueError: `norm` is no batch norm, or has no γ and β.
+        """
+        check_replaceable(norm)
         return in_place_of(norm, cls, groups, norm.num_features, *sizes, **options, eps=norm.eps)
 
 

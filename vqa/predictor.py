@@ -90,7 +90,9 @@ class DeltaMLPs(nn.Module):
     each product is a launch, they are one batched product of pieces of equal width, the greatest common divisor of the
     numbers of channels (64 in torchvision's ResNets). On a CPU one product per norm is faster.
 
-    The state dict has the parameters of each MLP under the name of its norm, such as `layer1_0_bn1.0.weight`.
+    The state dict has the parameters of each MLP under the name of its norm, such as `layer1_0_bn1.0.weight`, as views
+    of the four joined parameters that `named_parameters` returns. `load_state_dict` takes either names. Where a joined
+    parameter is pruned or parametrised, the state dict has the joined names.
     """
 
     def __init__(self, condition_size: int, names: Sequence[str], channels: Sequence[int], hidden_size: int) -> None:
@@ -133,12 +135,15 @@ class DeltaMLPs(nn.Module):
         return parts
 
     def _save_by_norm(self, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-        state.update(self._by_norm(prefix, [state.pop(prefix + name) for name in JOINED]))
+        if all(prefix + name in state for name in JOINED):
+            state.update(self._by_norm(prefix, [state.pop(prefix + name) for name in JOINED]))
 
     def _load_by_norm(self, state, prefix, _metadata, _strict, missing, unexpected, errors) -> None:
         joined = [prefix + name for name in JOINED]
-        unexpected += [name for name in joined if name in state]
         parts = self._by_norm(prefix, [getattr(self, name).detach() for name in JOINED])
+        if any(name in state for name in joined) and not any(name in state for name in parts):
+            return  # torch itself loads the joined parameters
+        unexpected += [name for name in joined if name in state]
         for name, part in parts.items():
             if name not in state:
                 missing.append(name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqa.backbone import build_resnet
-from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form
+from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form, check_layers
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
 from vqa.norms import (
@@ -27,6 +27,7 @@ from vqa.norms import (
     Modulation,
     Pooled,
     groups_of,
+    is_empty,
     scale_and_shift,
 )
 
@@ -105,8 +106,9 @@ class ModulatedResNet(nn.Module):
 
         Raises:
             ValueError: unknown network, weights, stage, normaliser or policy, or a file that does not fit, naming the
-                keys; a network of another form, or with batch norms without γ and β or running statistics, naming the
-                layer; or stages to recompute under the policy `batch`, whose averages would move twice.
+                keys; a network of another form, with shared or pruned layers, or with batch norms without γ and β or
+                running statistics, naming the layer; or stages to recompute under the policy `batch`, whose averages
+                would move twice.
         """
         super().__init__()
         if unknown := {*stages, *recompute} - {1, 2, 3, 4}:
@@ -116,11 +118,13 @@ class ModulatedResNet(nn.Module):
                 raise ValueError(f"unknown {value!r}; there are {', '.join(get_args(known))}")
         if isinstance(name, nn.Module) and weights is not None:
             raise ValueError("a network has its own weights; `weights` must be None")
-        resnet = copy.deepcopy(name) if isinstance(name, nn.Module) else build_resnet(name, weights)
+        resnet = name if isinstance(name, nn.Module) else build_resnet(name, weights)
         parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [part for part in parts if not hasattr(resnet, part)]:
             raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; it must have the form of a ResNet")
         check_form(part for part in resnet.named_children() if part[0] not in HEAD)
+        check_layers(resnet)
+        resnet = copy.deepcopy(resnet) if resnet is name else resnet
         self.recompute = frozenset(recompute)
         self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in parts[:3]})
         for layer in parts[3:]:
@@ -187,8 +191,12 @@ class ModulatedResNet(nn.Module):
         Without a modulation (under `population`, with batch norms) this is the pretrained network. With `places`,
         int64 [B], sample i belongs to image places[i] of [I, 3, S, S]; stages that nothing conditions are then
         computed once an image.
+
+        Raises:
+            ValueError: the modulation has another shape, or is given with the map of a conditioned stage, which was
+                computed without it.
         """
-        map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
+        map_, begin = self._start(images, modulation)
         if places is not None:
             shared = self.unconditioned_stage()
             if shared is not None and begin <= shared:
@@ -202,14 +210,22 @@ class ModulatedResNet(nn.Module):
 
     def stage_maps(self, images: Tensor | StageMap, modulation: Modulation | None = None) -> tuple[Tensor, ...]:
         """As `forward`, but return the maps after stages 1 to 4, [B, C, S/4, S/4] to [B, C, S/32, S/32]; for a
-        given map, only those of the later stages.
+        given map, only those of the later stages. Raises ValueError as `forward`.
         """
-        map_, begin = (images.map, images.stage + 1) if isinstance(images, StageMap) else (images, 0)
+        map_, begin = self._start(images, modulation)
         deltas, maps = self._deltas(modulation, len(map_)), []
         for stage in range(begin, 5):
             map_ = self._run(map_, range(stage, stage + 1), deltas)
             maps.append(map_)
         return tuple(maps[-4:])  # without the stem's
+
+    def _start(self, images: Tensor | StageMap, modulation: Modulation | None) -> tuple[Tensor, int]:
+        """Return what the network begins with, and its first stage (0 is the stem)."""
+        if not isinstance(images, StageMap):
+            return images, 0
+        if not is_empty(modulation) and any(layer.stage <= images.stage for layer in self.layers):
+            raise ValueError(f"the map after stage {images.stage} was computed without the modulation of its norms")
+        return images.map, images.stage + 1
 
     def _run(self, map_: Tensor, stages: range, deltas: Deltas) -> Tensor:
         """Images, or the map before the first of the stages (0 is the stem) → the map after the last one."""
@@ -258,7 +274,7 @@ class ModulatedResNet(nn.Module):
         Where all norms use running statistics, scale and shift are computed here for all of them at once, which saves
         two fifths of the operations that a training step launches on a GPU.
         """
-        if modulation is None or (modulation.gamma is None and modulation.beta is None):
+        if is_empty(modulation):
             return {}
         widths = [layer.channels for layer in self.layers]
         rows, one_row = (samples, sum(widths)), (1, sum(widths))
@@ -307,7 +323,8 @@ class ModulatedResNet(nn.Module):
     def estimating_statistics(self) -> Iterator[None]:
         """Normalise with the statistics of each batch inside the `with` block; at its end set the running statistics to
         those of all values of all batches (AdaBN, Li et al. 2016). An exception leaves them unchanged. Inside the block
-        the mode must stay, and stages that are recomputed in a backward pass would be counted twice.
+        the mode must stay, and stages that are recomputed in a backward pass would be counted twice. Each process
+        has the statistics of its own batches, but under the policy `batch`.
 
         Raises:
             ValueError: no batch went through in this mode.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from vqa.cbn import ConditionalBatchNorm2d, DeltaMLP, Modulation, ModulationPredictor
 from vqa.norms import ModulatedBatchNorm2d, ModulatedGroupNorm
@@ -168,3 +169,20 @@ def test_a_predictors_state_comes_back():
         other.load_state_dict(one.state_dict() | {"gamma.layer9.0.bias": torch.zeros(2)})
     with pytest.raises(RuntimeError, match="size mismatch for gamma.layer1_0_bn1.0.bias"):
         other.load_state_dict(one.state_dict() | {"gamma.layer1_0_bn1.0.bias": torch.zeros(2)})
+
+
+def test_a_predictor_takes_the_names_of_its_parameters_too():
+    one, other = predictor_of_norms(), predictor_of_norms()
+    other.load_state_dict(dict(one.named_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gamma\.weight"):
+        other.load_state_dict(one.state_dict() | {"gamma.weight": torch.zeros(14, 5)})
+
+
+def test_the_state_of_a_pruned_predictor_comes_back():
+    one, other = predictor_of_norms(), predictor_of_norms()
+    for predictor in (one, other):
+        prune.random_unstructured(predictor.gamma, "weight", 0.5)
+    other.load_state_dict(one.state_dict())
+    condition = torch.randn(3, 6)
+    assert torch.equal(one(condition).gamma, other(condition).gamma)

@@ -139,6 +139,22 @@ def test_a_group_norm_without_deltas_is_pytorchs(kind):
     torch.testing.assert_close(ours(x, Modulation(zero, zero)), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_running_statistics_are_kept_and_used_as_by_pytorchs(training):
+    norm, plain = ConditionalBatchNorm2d(C, 4, 5), nn.BatchNorm2d(C)
+    for module in (norm, plain):
+        module.train(training).track_running_stats = False
+    x = 3 + torch.randn(4, C, 5, 5)
+
+    forward, deltas = ModulatedBatchNorm2d.forward, Modulation(torch.zeros(4, C), None)
+    torch.testing.assert_close(forward(norm, x, deltas), plain(x))
+    for one, other in zip(norm.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+    for module in (norm, plain):
+        torch.func.replace_all_batch_norm_modules_(module)  # without buffers: always the batch's statistics
+    torch.testing.assert_close(forward(norm, x, deltas), plain(x))
+
+
 def test_statistics_of_one_value_are_refused():
     with pytest.raises(ValueError, match="more than one value"):
         ConditionalInstanceNorm2d(C, 4, 5)(torch.randn(2, C, 1, 1), torch.randn(2, 4))
@@ -178,7 +194,7 @@ def one_rank(rank, folder, sizes):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [[3, 3], [4, 2]])
+@pytest.mark.parametrize("sizes", [[3, 3], [4, 2], [6, 0]])
 def test_synchronised_statistics_are_those_of_the_whole_batch(sizes, tmp_path):
     """What `nn.SyncBatchNorm` does on GPUs: `nn.BatchNorm2d` on all processes' values together."""
     start_two(one_rank, tmp_path, sizes)

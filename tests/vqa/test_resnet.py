@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from tests.resnets import pair, pretrained, random_modulation, stage4_map
@@ -211,6 +212,29 @@ def test_a_norm_that_cannot_be_modulated_is_named(option, says):
     network.layer2[0].bn1 = nn.BatchNorm2d(128, **{option: False})
     with pytest.raises(ValueError, match=rf"^layer2\.0\.bn1: a modulated .*{says}"):
         ModulatedResNet(network)
+
+
+def test_a_layer_at_two_places_and_a_pruned_one_are_refused_by_name():
+    network = build_resnet("resnet18")
+    network.layer1[1] = network.layer1[0]
+    with pytest.raises(ValueError, match=r"^layer1\.1\.conv1 is the same layer as layer1\.0\.conv1"):
+        ModulatedResNet(network)
+    network = build_resnet("resnet10")
+    prune.l1_unstructured(network.layer1[0].conv1, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^layer1\.0\.conv1: its weight must be a parameter"):
+        ModulatedResNet(network)
+
+
+def test_a_modulation_is_refused_with_the_map_of_a_conditioned_stage():
+    net, images = ModulatedResNet("resnet10", stages=(3, 4)), torch.randn(2, 3, 32, 32)
+    modulation = random_modulation(net, 2)
+    expected = net(images, modulation)
+    torch.testing.assert_close(net(net.prefix(images, 2), modulation), expected)
+    map_ = net.prefix(images, 3)
+    for forward in (net, net.stage_maps):
+        with pytest.raises(ValueError, match="the map after stage 3 was computed without the modulation"):
+            forward(map_, modulation)
+    torch.testing.assert_close(net(map_), net(images))
 
 
 def test_unknown_networks_are_refused():

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from vqa.cbn import (
     CategoricalConditionalBatchNorm2d,
@@ -203,6 +204,29 @@ def test_in_a_network_of_a_coarser_type_a_norm_is_as_exact_as_torchs(kind):
     exact = copy.deepcopy(plain).float()(x.float())
     ours, theirs = ((y.float() - exact).abs().mean() for y in (layer(x, Modulation(x.new_zeros(8, C), None)), plain(x)))
     assert ours < 1.2 * theirs
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_statistics_of_large_values_in_half_precision(kind):
+    sizes, given = LAYERS[kind]
+    layer = kind(C, *sizes) if kind is not ConditionalGroupNorm else kind(sizes[0], C, *sizes[1:])
+    x = (1000 * torch.randn(2, C, 14, 14)).half()  # their variance is beyond half precision
+    expected = layer(x.float(), given)
+    layer = layer.half()
+    found = layer(x, given.half() if given.is_floating_point() else given)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_no_batch_norm_or_pruned_cannot_be_taken_over(kind):
+    sizes = LAYERS[kind][0]
+    for norm in (nn.InstanceNorm2d(C, affine=True, track_running_stats=True), nn.LayerNorm(C)):
+        with pytest.raises(ValueError, match=f"from a batch norm, not from {type(norm).__name__}"):
+            kind.from_batch_norm(norm, *sizes)
+    pruned = nn.BatchNorm2d(C)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    with pytest.raises(ValueError, match="γ and β must be parameters"):
+        kind.from_batch_norm(pruned, *sizes)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")  # shapes are checked, jit is old

@@ -128,11 +128,11 @@ class ModernForVisualQuestionAnswering(PreTrainedModel):
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: a question holds no word or is padded on the left.
+            ValueError: a question holds no word, is padded on the left, or has a masked word between others.
         """
         mask = input_ids.ne(self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
-        if not (mask.shape[1] and mask[:, 0].all()):
-            raise ValueError("each question must hold a word and be padded on the right")
+        if not (mask.shape[1] and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+            raise ValueError("each question must hold a word and be padded on the right, without a masked word between")
         output = self.model(pixel_values, input_ids, mask.sum(1), modulate=modulate)
         gamma, beta = output.modulation or (None, None)
         named = ModernOutput(output.logits, output.attention, gamma, beta)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqa.kernels.modulate import Fused, is_batched, under_torch_func
+from vqa.kernels.modulate import Fused, is_batched, under_transform
 
 
 class Convolution(nn.Conv2d):
@@ -34,7 +34,7 @@ class Convolution(nn.Conv2d):
         if self.weight.requires_grad:
             self._ordered = None  # the steps of a fused optimiser are not counted in `_version`
         as_in_a_resnet = self.bias is None and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not self.fused or self.weight.requires_grad or not as_in_a_resnet or under_torch_func():
+        if not self.fused or self.weight.requires_grad or not as_in_a_resnet or under_transform():
             return super().forward(x)
         geometry = _Geometry(self.stride, self.padding, self.dilation, self.groups)
         ordered = None
@@ -141,6 +141,7 @@ def _can_order(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # it reorders frozen weights itself
+        and not torch._C._len_torch_dispatch_stack()  # modes such as `FlopCounterMode` do not know the operators
         and not weight.is_inference()  # inference tensors do not count their changes
         and torch.backends.mkldnn.enabled
         and _has_operators()

@@ -43,8 +43,8 @@ def modulate(
         raise ValueError(f"a map [B, C, H, W] takes a scale and a shift [B, C]; got {', '.join(map(str, shapes))}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual must be {list(x.shape)}, got {list(residual.shape)}")
-    # a compiler fuses by itself; torch.func differentiates torch's own operations
-    if not fused or not x.numel() or torch.compiler.is_compiling() or under_torch_func():
+    # a compiler fuses by itself; forward-mode differentiation and torch.func need torch's own operations
+    if not fused or not x.numel() or torch.compiler.is_compiling() or under_transform():
         return by_torch.composed(x, scale, shift, residual, relu).to(x.dtype)
     layout = _layout(x)
     x, residual = (None if part is None else part.contiguous(memory_format=layout) for part in (x, residual))
@@ -52,15 +52,17 @@ def modulate(
     return _Modulate.apply(x, scale, shift, residual, relu, fused == "eager")
 
 
-def under_torch_func() -> bool:
-    """Return whether a transform of `torch.func` is active."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def under_transform() -> bool:
+    """Return whether a transform of `torch.func` or forward-mode differentiation (`dual_level`) is active."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def is_batched(gradient: Tensor) -> bool:
     """Return whether ∂y is vectorised (`is_grads_batched`, `torch.vmap`): such a tensor has no storage."""
     return not torch.compiler.is_compiling() and (
-        under_torch_func() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+        under_transform() or torch._C._functorch.is_legacy_batchedtensor(gradient)
     )
 
 
@@ -86,7 +88,10 @@ class _Modulate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved = x, scale, shift, _ = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second access
+        x, scale, shift, bits = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second access
+        if x is not None:  # hooks on saved tensors, as of `save_on_cpu`, return contiguous ones
+            x = x.to(gradient.dtype, memory_format=ctx.layout)
+        saved = x, scale, shift, bits
         if not (torch.is_grad_enabled() or is_batched(gradient)):
             gradient = gradient.contiguous(memory_format=ctx.layout)
             return *ctx.by.backward(gradient, *saved, ctx.relu, ctx.wants), None, None

@@ -58,6 +58,17 @@ def test_it_answers_as_the_model_does(hub, saved, images):
     assert output.beta.equal(expected.modulation.beta)
 
 
+def test_a_mask_with_a_gap_is_refused(hub, images):
+    inputs = hub[1](images=images[0], text="is there a red circle?")
+    with torch.inference_mode():
+        expected = hub[0](**inputs).logits
+        padded = {name: torch.nn.functional.pad(inputs[name], (0, 2)) for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(hub[0](inputs["pixel_values"], **padded).logits, expected)
+        inputs["attention_mask"][0, 3] = 0
+        with pytest.raises(ValueError, match="without a masked word between"):
+            hub[0](**inputs)
+
+
 def test_what_it_saves_is_equal_again(hub, images, saved, tmp_path):
     for part in hub:
         part.save_pretrained(tmp_path / "again")

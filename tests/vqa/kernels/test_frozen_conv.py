@@ -7,7 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.saved import saved_bytes
 from vqa.kernels import frozen_conv
@@ -63,6 +65,25 @@ def test_gradients_of_several_gradients_at_once_and_by_torch_func(geometry, layo
         (expected,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
         torch.testing.assert_close(together[place], expected)
         torch.testing.assert_close(mapped[place], expected)
+
+
+@pytest.mark.parametrize("layout", [NCHW, CL])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_differentiation_and_counts_of_operations(layout, requires_grad):
+    plain = nn.Conv2d(4, 6, 3, bias=False).requires_grad_(False)
+    ours = Convolution.from_conv(plain)
+    x = torch.randn(2, 4, 9, 9).contiguous(memory_format=layout).requires_grad_(requires_grad)
+    ours(x)  # a copy in oneDNN's order is kept
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, plain(tangent))
+    counts = []
+    for conv in (ours, plain):
+        with FlopCounterMode(display=False) as counted:
+            conv(x)
+        counts.append(counted.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.fixture

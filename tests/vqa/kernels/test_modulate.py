@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.saved import saved_bytes
@@ -65,6 +66,39 @@ def test_gradients_that_are_not_wanted_are_skipped(wanted, relu, layout, kind):
     expected = torch.autograd.grad(formula(*parts, relu).sin().sum(), asked)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 if kind == torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize("fused", [True, "eager"])
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+def test_what_is_saved_may_come_back_in_the_other_layout(layout, residual, relu, fused):
+    """As from hooks that move it to other memory, such as `save_on_cpu`."""
+    parts = inputs((2, 5, 6, 7), layout, residual, torch.float32)
+    asked = [part for part in parts if part is not None]
+
+    def turned(part):
+        return part.contiguous(memory_format=CL if layout == NCHW else NCHW) if part.ndim == 4 else part
+
+    found = []
+    for pack in (lambda part: part, turned):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
+            y = modulate(*parts, relu=relu, fused=fused)
+        found.append(torch.autograd.grad(y.sin().sum(), asked))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("layout", "residual", "relu"), CASES)
+def test_forward_mode_differentiation(layout, residual, relu):
+    parts = inputs((2, 5, 3, 4), layout, residual)
+    tangents = [None if part is None else torch.randn_like(part) for part in parts]
+    with forward_ad.dual_level():
+        pairs = zip(parts, tangents, strict=True)
+        dual = [None if part is None else forward_ad.make_dual(part, tangent) for part, tangent in pairs]
+        found = forward_ad.unpack_dual(modulate(*dual, relu=relu)).tangent
+    given, along = ([part for part in some if part is not None] for some in (parts, tangents))
+    _, expected = torch.func.jvp(
+        lambda *some: formula(*some[:3], some[3] if residual else None, relu), tuple(given), tuple(along)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("fused", [True, "eager"])

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import posixpath
 import zipfile
 import zlib
 from collections import defaultdict
@@ -56,6 +57,11 @@ class LabelledImages:
             for name in sorted(self._sizes)
             if "/" in name and name.lower().endswith(endings) and not f"/{name}".count("/.") and "__MACOSX" not in name
         }
+        parts = {tuple(name.split("/")[-3:-1]) for name in class_of}
+        if len(inside := sorted(part for part in parts if part[-1] in ("train", "val") and len(part) == 2)) > 2:
+            raise InputError(
+                f"{source}: images lie in {'/'.join(inside[0])}; put train and val outside, as train/CLASS"
+            )
         training, held_out = (
             [name for name in class_of if folder in name.split("/")[:-2]] for folder in ("train", "val")
         )
@@ -137,8 +143,11 @@ class LabelledImages:
 def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
     """The sizes of all files by name, and a function that reads one by its name."""
     if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path for path in _below(source) if path.is_file()}
-        return {name: path.stat().st_size for name, path in files.items()}, lambda name: read_bytes(files[name])
+        # also links whose target is missing: reading them fails and names them
+        below = (path for path in _below(source) if path.is_file() or not path.exists())
+        files = {path.relative_to(source).as_posix(): path for path in below}
+        sizes = {name: path.stat().st_size if path.exists() else 0 for name, path in files.items()}
+        return sizes, lambda name: read_bytes(files[name])
     if not source.is_file() or not zipfile.is_zipfile(source):
         raise InputError(f"{source}: {'neither a folder nor a zip file' if source.exists() else 'no such file'}")
     try:
@@ -148,11 +157,13 @@ def _files_in(source: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
 
     def read(name: str) -> bytes:
         try:
-            return archive.read(name)
+            return archive.read(entries[name])
         except Exception as error:  # damaged, encrypted, an unknown compression
             raise InputError(f"{source / name}: cannot be read from the zip file ({first_line(error):.100})") from None
 
-    return {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}, read
+    # some programs write ./CLASS/NAME or CLASS\\NAME
+    entries = {posixpath.normpath(e.filename.replace("\\", "/")): e for e in archive.infolist() if not e.is_dir()}
+    return {name: entry.file_size for name, entry in entries.items()}, read
 
 
 def _below(source: Path) -> Iterator[Path]:

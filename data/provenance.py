@@ -23,8 +23,7 @@ def provenance_of(
     """The provenance of an h5 file of these raw files; reads them for their hashes."""
     sources = {}
     for name, files in splits.items():
-        # without the folder, which may move
-        sources[name] = {"images": "/".join(Path(files.images).parts[-2:]), "files": []}
+        sources[name] = {"images": "/".join(Path(files.within or files.images).parts[-2:]), "files": []}
         for file in filter(None, (files.questions, files.annotations)):
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -91,5 +90,8 @@ def _check_images(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]
             raise InputError(
                 f"{path}: holds a split {name!r}; name it in data.splits, name another data.h5 or remove it"
             )
-        if source != wanted["sources"][name]:
+        now = wanted["sources"][name]
+        # earlier files name the folder of the data too, where the images lie directly in it
+        same_images = source["images"] == now["images"] or Path(source["images"]).name == now["images"]
+        if source["files"] != now["files"] or not same_images:
             raise InputError(f"{path}: split {name!r} was made from other files; name another data.h5 or remove it")

@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ import msgspec
 
 from vqa.io.errors import InputError
 from vqa.io.files import read_text
+from vqa.text.answers import normalise_answer, strip_answer
 from vqa.text.tokenizer import unusable
 
 MOST_ANSWERS = 100  # to one question: a question table is as wide as the greatest number
@@ -76,12 +78,14 @@ _File = TypeVar("_File", _QuestionFile, _AnnotationFile)
 class SplitFiles:
     """The raw files of a split; `images` is a pattern such as `train2014/COCO_train2014_{image_id:012d}.jpg`.
 
-    Where a dataset names its images, it may hold `{file_name}` instead.
+    Where a dataset names its images, it may hold `{file_name}` instead. `within` is the part of it below the folder of
+    the data, which may move; all of it, if empty.
     """
 
     questions: Path
     annotations: Path | None
     images: str
+    within: str = ""
 
     def image(self, image_id: int, file_name: str | None = None) -> Path:
         """Return the file of an image. Raises InputError if the pattern holds nothing that names the image."""
@@ -136,12 +140,28 @@ def remarks(questions: Sequence[Question]) -> Iterator[str]:
             "equal entries and scores a right answer to them less than this program does, down to 0 %. Number each "
             "question's answers, answer_id 1 to 10."
         )
+    if others := _other_spellings(questions):
+        yield (
+            f"{others} question(s) have one answer throughout, in another spelling than most of its kind (as 'Yes' for "
+            "'yes'): the official metric then compares the spelling, and a right answer to them scores 0 %. Spell "
+            "equal answers alike."
+        )
     if one_word := sum(_WITHOUT_BLANKS.search(question.text) is not None for question in questions):
         yield (
             f"{one_word} question(s) are in a script without blanks between words (Chinese, Japanese, Thai, Lao, Khmer "
             "or Burmese): all between two blanks or punctuation marks is one word. Put blanks between the words, here "
             "and in the questions you ask."
         )
+
+
+def _other_spellings(questions: Sequence[Question]) -> int:
+    """Count the questions whose answers all agree, in another than the most common spelling of their normal form."""
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        if len(agreed := {strip_answer(answer) for answer in question.answers}) == 1:
+            spelling = agreed.pop()
+            spellings[normalise_answer(spelling)][spelling] += 1
+    return sum(counts.total() - max(counts.values()) for counts in spellings.values())
 
 
 def _joined(question: Question, annotation: _Annotation, file: Path, shared: dict[str, str]) -> Question:

@@ -101,6 +101,7 @@ def split_files(settings: Settings) -> dict[str, SplitFiles]:
             folder / files.questions,
             folder / files.annotations if files.annotations else None,
             str(Path(plain) / files.images),
+            within=files.images,
         )
         for name, files in settings.data.splits.items()
     }

@@ -27,6 +27,7 @@ from vqa.io.progress import progress
 
 WORLD_VERSION = 2  # raise it when the same arguments give other files
 WORLD = "world.json"  # in its folder
+_BEGUN = f".{WORLD}.begun"  # there while it is written
 PHOTOS = "photos"  # a world beside these, of mosaics of the labelled images of a source
 GAMES = "games"  # and one of GuessWhat?! games about scenes, which are drawn twice as large as their crops
 # Each has SHAPES, sample_scene, single_object and ask; all randomness comes from the generator that they are given.
@@ -48,9 +49,10 @@ def write_world(
     """Write `SPLIT_questions.json`, `SPLIT_annotations.json` and `SPLIT/%012d.png` (by image id) for each split;
     of GAMES `guesswhat.SPLIT.jsonl.gz` (where `val` is called `valid`) instead of the first two.
 
-    `world.json` is written last and holds the arguments; a folder that has it already is left as it is. The files do
-    not depend on `processes`, scenes and questions depend neither on `size` nor on `look`. A look that is not plain and
-    the checksum of a source are named in the files of questions, so that an h5 file of other images is refused.
+    `world.json` is written last and holds the arguments; a folder that has it already is left as it is, and so are
+    files that are not of scenes. The files do not depend on `processes`, scenes and questions depend neither on `size`
+    nor on `look`. A look that is not plain and the checksum of a source are named in the files of questions, so that an
+    h5 file of other images is refused.
 
     Args:
         folder: where to write.
@@ -65,8 +67,9 @@ def write_world(
             training images, those of the others of its held-out ones.
 
     Raises:
-        InputError: the folder holds another world, `questions_per_image` is out of range, PHOTOS have no source or
-            another look than plain, another world has a source, or an image of the source cannot be read.
+        InputError: the folder holds another world or files of the same names, `questions_per_image` is out of range,
+            PHOTOS have no source or another look than plain, another world has a source, or an image of the source
+            cannot be read.
     """
     if not 1 <= questions_per_image <= MAX_QUESTIONS:
         raise InputError(f"scenes.questions_per_image: must be 1 to {MAX_QUESTIONS}, not {questions_per_image}")
@@ -107,7 +110,22 @@ def _is_written(folder: Path, made: Mapping[str, Any]) -> bool:
     return True
 
 
+def _check_free(folder: Path, made: Mapping[str, Any]) -> None:
+    """Raise InputError if a file would be replaced that is not of scenes whose writing was interrupted."""
+    for split in made["images"]:
+        files = [_games_file(folder, split)] if made["world"] == GAMES else _question_files(folder, split)
+        for taken in filter(Path.exists, (*files, *(folder / split).glob("*"))):
+            raise InputError(
+                f"{taken}: would be replaced by drawn scenes; `scenes=null` uses the files that are there, another "
+                "data.folder leaves them"
+            )
+
+
 def _write(folder: Path, made: Mapping[str, Any], source: str | None, processes: int) -> None:
+    begun = folder / _BEGUN
+    if not begun.exists():
+        _check_free(folder, made)
+        begun.touch()
     first_id, drawn = 1, {key: made[key] for key in ("look", "source") if made.get(key, "plain") != "plain"}
     for split, count in sorted(made["images"].items()):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -122,6 +140,7 @@ def _write(folder: Path, made: Mapping[str, Any], source: str | None, processes:
             _write_asked(folder, split, first_id, asked, drawn)
         first_id += count
     write_json(folder / WORLD, made)
+    begun.unlink()
 
 
 def in_order(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[Any]:
@@ -181,8 +200,15 @@ def _write_asked(
         "data_subtype": split,
         "license": {"url": "", "name": ""},
     }
-    files = folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
-    write_questions(files, questions, header)
+    write_questions(_question_files(folder, split), questions, header)
+
+
+def _question_files(folder: Path, split: str) -> tuple[Path, Path]:
+    return folder / f"{split}_questions.json", folder / f"{split}_annotations.json"
+
+
+def _games_file(folder: Path, split: str) -> Path:
+    return folder / f"guesswhat.{'valid' if split == 'val' else split}.jsonl.gz"
 
 
 def write_questions(files: tuple[Path, Path], questions: Iterable[Question], header: Mapping[str, Any]) -> None:
@@ -212,8 +238,7 @@ def write_questions(files: tuple[Path, Path], questions: Iterable[Question], hea
 def _write_games(folder: Path, split: str, games_played: Iterable[dict[str, Any]]) -> None:
     """Write the official file of a split, a game a line."""
     text = "".join(f"{json.dumps(game)}\n" for game in games_played)
-    name = "valid" if split == "val" else split
-    with written_whole(folder / f"guesswhat.{name}.jsonl.gz") as aside:
+    with written_whole(_games_file(folder, split)) as aside:
         aside.write_bytes(gzip.compress(text.encode(), mtime=0))  # without the time: the same games, the same file
 
 

@@ -83,6 +83,12 @@ class Task(ABC):
             without = "train.validate_on=null trains without validation"
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
+            sources = store.provenance["sources"]
+            if any(sources[split]["files"] == sources[name]["files"] for name in splits):
+                raise InputError(f"train.validate_on: split {split!r} has the questions that are trained on; {without}")
+            if split in settings_of(store.provenance)["vocabulary_from"]:
+                why = f"data.vocabulary_from: words and answers are taken from {split!r}, which is validated on"
+                raise InputError(f"{why}; {without}")
             self.validation = self.table(store, settings, split)
             if not self.validation.given.size:
                 raise InputError(f"train.validate_on: split {split!r} has no annotations; {without}")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data.labelled_images import LabelledImages
 from tests.photographs import COLOURS
@@ -41,6 +42,34 @@ def test_a_folder_that_cannot_be_listed_is_not_an_absent_class(refused, photos, 
     monkeypatch.setattr(os, "scandir", scandir)
     line = refused("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--device", "cpu")
     assert line == f"error: {photos}/red: permission denied"
+
+
+def test_a_link_to_nothing_is_a_bad_image(refused, photos, tmp_path):
+    for file in (photos / "red").iterdir():
+        file.unlink()
+        file.symlink_to(tmp_path / "unmounted" / file.name)
+    line = refused("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--device", "cpu")
+    assert line.startswith(f"error: {photos}/red/")
+    assert "no such file or directory; 19 more cannot be read" in line
+
+
+def test_folders_train_and_val_inside_the_classes_are_refused(refused, photos, tmp_path):
+    for folder in [path for path in photos.iterdir() if path.is_dir()]:
+        for number, part in enumerate(("train", "val")):
+            (folder / part).mkdir()
+            (folder / f"0{number}.png").rename(folder / part / "0.png")
+    line = refused("pretrain", "--images", photos, "--out", tmp_path / "b.safetensors", "--device", "cpu")
+    assert line == f"error: {photos}: images lie in blue/train; put train and val outside, as train/CLASS"
+
+
+@pytest.mark.parametrize("renamed", [lambda name: f"./{name}", lambda name: name.replace("/", "\\")])
+def test_other_programs_names_in_zip_files(photos, tmp_path, renamed):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in photos.rglob("*.*"):
+            archive.writestr(renamed(path.relative_to(photos).as_posix()), path.read_bytes())
+    folder, archive = LabelledImages(photos), LabelledImages(tmp_path / "photos.zip")
+    assert (folder.names, folder.digest) == (archive.names, archive.digest)
+    assert np.array_equal(*(one.decode(one.names[0], 32) for one in (folder, archive)))
 
 
 def test_waiting_images_cost_no_memory_each(photos, monkeypatch):

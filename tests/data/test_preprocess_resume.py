@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -93,6 +94,17 @@ def test_the_folder_of_the_sources_may_move(raw, tmp_path):
         name: SplitFiles(f.questions, f.annotations, f"{tmp_path}/./{Path(f.images).name}") for name, f in raw.items()
     }
     make(same, tmp_path / "data.h5")
+
+
+def test_images_directly_in_the_folder_of_the_data_may_move_too(raw, tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    make(raw, path)  # as earlier versions recorded it: with the folder's name
+    names = {name: Path(files.images).name for name, files in raw.items()}
+    for folder in (".", "photos", "/data/pictures"):
+        make({k: replace(files, images=f"{folder}/{names[k]}", within=names[k]) for k, files in raw.items()}, path)
+    assert capsys.readouterr().out.count("complete, nothing to do") == 2
+    with pytest.raises(InputError, match="other files"):
+        make({k: replace(files, within=f"blurred/{names[k]}") for k, files in raw.items()}, path)
 
 
 @pytest.mark.parametrize("skip", [False, True])

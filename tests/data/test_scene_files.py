@@ -129,10 +129,25 @@ def test_a_world_that_does_not_say_its_name_is_refused(tmp_path):
 def test_a_world_that_was_not_finished_is_made_again(tmp_path):
     write_world(tmp_path, seed=3, images={"val": 5}, processes=1)
     whole = contents(tmp_path)
-    (tmp_path / "world.json").unlink()
+    (tmp_path / "world.json").rename(tmp_path / ".world.json.begun")
     (tmp_path / "val_questions.json").write_text("{")
     write_world(tmp_path, seed=3, images={"val": 5}, processes=1)
     assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize(("world", "file"), [("small", "val_annotations.json"), ("games", "guesswhat.valid.jsonl.gz")])
+def test_files_that_are_not_of_scenes_are_left_alone(tmp_path, world, file):
+    made = {"seed": 3, "images": {"val": 2}, "processes": 1, "world": world}
+    for name in (file, "val/000000000002.png"):
+        own = tmp_path / "own" / name
+        own.parent.mkdir(parents=True)
+        own.write_text("mine")
+        with pytest.raises(InputError, match=f"{name}: would be replaced by drawn scenes; `scenes=null`"):
+            write_world(tmp_path / "own", **made)
+        assert [path for path in (tmp_path / "own").rglob("*") if path.is_file() and path.suffix != ".lock"] == [own]
+        own.unlink()
+        write_world(tmp_path / "own", **made)  # an empty folder is in nobody's way
+        shutil.rmtree(tmp_path / "own")
 
 
 def test_a_world_that_two_processes_need_is_written_once(tmp_path, monkeypatch):
@@ -201,4 +216,4 @@ def test_an_image_that_cannot_be_written_is_named(tmp_path, monkeypatch, world):
     monkeypatch.setattr("PIL.Image.Image.save", failing(errno.ENOSPC))
     with pytest.raises(InputError, match=r"train/0+1.png: cannot be written \(no space left on device\); free some"):
         write_world(tmp_path, seed=1, images={"train": 2}, world=world, processes=1)
-    assert not list(tmp_path.glob("*.json*"))
+    assert not list(tmp_path.glob("[!.]*.json*"))

@@ -80,6 +80,16 @@ def test_answers_that_the_official_tool_cannot_tell_apart_are_said(raw, edit, wa
     assert all(remark.startswith("1 question(s)") for remark in said)
 
 
+def test_answers_that_agree_in_another_spelling_are_said():
+    given = ["yes", "yes", "Yes", "yes.", "no"]
+    questions = [Question(number, 1, "is it?", answers=(one,) * 10) for number, one in enumerate(given)]
+    questions.append(Question(9, 1, "is it?", answers=("YES", *["yes"] * 9)))  # the normal form counts
+    (said,) = remarks(questions)
+    assert said.startswith("2 question(s) have one answer throughout, in another spelling")
+    assert [question_accuracy("yes", question.answers) for question in questions] == [1, 1, 0, 0, 0, 1]
+    assert list(remarks(questions[:2])) == []
+
+
 @pytest.mark.parametrize("text", ["这是什么颜色？", "これは何色", "นี่สีอะไร", "ນີ້ສີຫຍັງ", "នេះពណ៌អ្វី", "ဒါဘာအရောင်လဲ"])
 def test_scripts_without_blanks_are_said(text):
     (said,) = remarks([Question(1, 1, text), Question(2, 1, "what colour is it? 色"), Question(3, 1, "आज मौसम कैसा है")])

@@ -115,6 +115,11 @@ def test_yaml_1_1_changes_no_value(base, tmp_path, text):
     assert load_settings(tmp_path / "saved.yaml") == named
 
 
+def test_a_word_keeps_what_yaml_would_read_as_a_comment(base):
+    assert load_settings(base, ["data.folder=photos #2"]).data.folder == "photos #2"
+    assert load_settings(base, ["data.folder='photos #2' # of two"]).data.folder == "photos #2"
+
+
 def test_files_override_their_base_and_words_override_files(tmp_path, base):
     (tmp_path / "child.yaml").write_text("base: mine.yaml\ntrain: {epochs: 7}\ncbn: {stages: [4]}\n")
     settings = load_settings(tmp_path / "child.yaml", ["train.batch_size=8", "cbn.stages=[3, 4]"])
@@ -177,6 +182,7 @@ def test_saved_settings_are_the_same_settings(base, tmp_path, word):
             "data.splits={train: {questions: q, images: i}, val: {questions: q, images: j}}",
             "data.splits: 'val' has the questions of 'train'; train.validate_on has it",
         ),
+        ("train.epochs=2 # short", "train.epochs: .*integer"),
         ("train.warm_up=0.1", "train.warm_up: only schedules cosine and steps use it; for constant it must be 0"),
         ("train.schedule=steps", r"train.decay_at: schedule steps needs shares of the training, as \[0.6, 0.8\]"),
         ("train.decay_at=[0.5]", r"train.decay_at: schedule constant must have \[\]"),

@@ -66,6 +66,10 @@ _OTHER_NAMES = {  # what other programs call these settings, where no similar sp
 _MISREAD = re.compile(r"[-+]?0[0-7_]+$|[-+\d].*:|\d{4}-")
 
 
+# A word of the command line that YAML would cut: ` #` begins a comment there.
+_LIKE_A_COMMENT = re.compile(r"[^'\"\[{].*\s#")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, `010`, `1:30` and `2024-01-01` are texts, and a duplicate key is an error; tags
     construct only YAML's own types.
@@ -126,7 +130,7 @@ def _validated(merged: Mapping[str, Any], file: Path, overrides: Iterable[str], 
         if not equals or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
             raise InputError(f"{where}: {override!r} is not a setting; write key.sub=value")
         try:
-            value = _parse(text, f"{where}: {key}")
+            value = text if _LIKE_A_COMMENT.match(text) else _parse(text, f"{where}: {key}")
         except InputError as error:
             opened = text.count("[") > text.count("]") or text.count("{") > text.count("}")
             raise InputError(f"{error}{_BLANKS if opened else ''}") from None

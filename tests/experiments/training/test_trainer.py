@@ -309,6 +309,27 @@ def test_what_is_missing_is_said_before_the_first_step(tiny, tmp_path, words, me
         train(load_settings(tiny, ["name=bad", *words]), runs=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("copied", "words", "says"),
+    [
+        (True, [], "train.validate_on: split 'val' has the questions that are trained on; train.validate_on=null"),
+        (False, ["data.vocabulary_from=[train,val]"], "words and answers are taken from 'val', which is validated on"),
+    ],
+)
+def test_a_split_that_the_training_has_seen_is_not_validated_on(tiny, tmp_path, copied, words, says):
+    world = shutil.copytree(tiny.parent / "world", tmp_path / "world")
+    if copied:
+        shutil.copytree(world / "train", world / "val", dirs_exist_ok=True)
+        for file in ("questions", "annotations"):
+            shutil.copy(world / f"train_{file}.json", world / f"val_{file}.json")
+    there = [f"data.folder={world}", f"data.h5={tmp_path}/seen.h5", "scenes=null"]
+    settings = load_settings(tiny, ["name=bad", *there, *words])
+    preprocess(**preprocessing_of(settings))
+    with pytest.raises(InputError, match=says):
+        train(settings, runs=tmp_path)
+    train(load_settings(tiny, ["name=good", *there, *words, "train.validate_on=null"]), runs=tmp_path)
+
+
 def test_glove_vectors_are_used_and_stored_with_the_model(tiny, tmp_path):
     glove = tmp_path / "glove.txt"
     glove.write_text("circle 1 2 3\nred 4 5 6\n")

@@ -1,5 +1,7 @@
 """The official accuracy of a trained model on a split, and the file for the challenge server."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -53,7 +55,7 @@ def evaluate(
         overrides: `key=value` words over the model's settings: where the data are, and the device.
         allow_trained: score a split that was trained on; the metrics are marked so.
         per_question: also write `accuracies_SPLIT.npz`: `ids` and `accuracies` (0 to 1), in order of the official ids;
-            the metrics then name the `epoch` whose model was scored.
+            the metrics then name the `epoch` whose model was scored, and a digest of what was `asked`.
 
     Returns:
         The scores; None for a split without annotations, of which only the results are written.
@@ -108,11 +110,18 @@ def _write_scores(
     trained_on = training.get("trained_on", [])
     metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
     if per_question:
-        metrics["epoch"] = training.get("epoch")
+        metrics |= {"epoch": training.get("epoch"), "asked": _digest_of(table)}
     if split in trained_on:
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)
     return scores
+
+
+def _digest_of(table: QuestionTable) -> str:
+    """The first 12 digits of a SHA-256 of the questions and the answers given to them, in order of the ids."""
+    rows = np.argsort(table.ids).tolist()
+    asked = [(int(table.ids[row]), table.texts[row], table.answers(row)) for row in rows]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 
 def find_settings(run: Path, overrides: Sequence[str]) -> tuple[Path, Settings]:

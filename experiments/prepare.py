@@ -61,6 +61,14 @@ def prepare_scenes(settings: Settings) -> None:
             prepare_backbone(settings)
 
 
+def prepare_data(settings: Settings) -> None:
+    """Draws the scenes of a recipe, if it has any, and makes its h5 file. Raises InputError as `prepare`."""
+    if settings.scenes is not None:
+        prepare_world(settings)
+    if settings.data.splits:
+        preprocess(**preprocessing_of(settings))
+
+
 def prepare(settings: Settings) -> None:
     """Makes everything that the training of a recipe reads, if it can be made.
 
@@ -68,8 +76,7 @@ def prepare(settings: Settings) -> None:
         InputError: raw files are missing, or something of other settings is in the way.
     """
     prepare_scenes(settings)
-    if settings.data.splits:
-        preprocess(**preprocessing_of(settings))
+    prepare_data(settings)
 
 
 def preprocessing_of(settings: Settings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from experiments import ROOT
 from experiments.evaluate import evaluate
-from experiments.prepare import prepare
+from experiments.prepare import prepare, prepare_data
 from experiments.recalibrate import recalibrate
 from experiments.suite import Run, Suite, Test
 from experiments.training.run_directory import RunDirectory
@@ -95,7 +95,8 @@ def job_named(suite: Suite, name: str, seed: int) -> Job:
 def command_of(suite: Suite, job: Job) -> list[str]:
     """The command that runs one job alone."""
     only = ["--only", job.run.name, "--seed", str(job.seed)]
-    return [sys.executable, str(MAIN), "experiment", str(suite.file), *only, *suite.words]
+    file = os.path.join(".", suite.file) if str(suite.file).startswith("-") else str(suite.file)  # noqa: PTH118
+    return [sys.executable, str(MAIN), "experiment", file, *only, *suite.words]
 
 
 def run_job(job: Job, suite: Suite, runs: Path) -> None:
@@ -114,7 +115,7 @@ def run_job(job: Job, suite: Suite, runs: Path) -> None:
         for test in suite.tests:
             if test.words:
                 words = (*suite.seeds[job.seed], *job.run.words, *suite.words, *test.words)
-                prepare(load_settings(suite.recipe, words, where=str(suite.file)))
+                prepare_data(load_settings(suite.recipe, words, where=str(suite.file)))
     with held(folder / ".lock", folder, wait=True):
         run = RunDirectory(folder)
         if (run.model / WEIGHTS).exists():

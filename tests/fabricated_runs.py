@@ -44,6 +44,8 @@ def finish(
     number="number",
     seconds=100.0,
     backbone=None,
+    data=None,
+    asked=None,
 ):
     """Writes what training and testing leave behind; question n has the id `first` + n, and every other is a number."""
     row = next(row for row in suite.rows if row.name == row_name)
@@ -59,7 +61,8 @@ def finish(
         "device": "cpu",
         "cpu": "EPYC",
     }
-    environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002, "backbone": backbone}
+    environment |= {"processes": 1, "cpus": 2, "threads": 2, "trained_parameters": 1058002}
+    environment |= {"backbone": backbone, "data": data}
     (folder / "environment.json").write_text(json.dumps(environment))
     row.run.settings[seed].save(folder / "config.yaml")
     values = np.array(accuracies, float)
@@ -67,7 +70,7 @@ def finish(
     by_kind = {kind: 100 * values[n :: len(kinds)].mean() for n, kind in enumerate(kinds[: len(values)])}
     types = {number: 100 * values[::2].mean(), "yes/no": 100 * values[1::2].mean()}
     scores = {"overall": 100 * values.mean(), "per_answer_type": types, "per_question_type": by_kind}
-    (tested / "metrics_val.json").write_text(json.dumps({"questions": len(values)} | scores))
+    (tested / "metrics_val.json").write_text(json.dumps({"questions": len(values), "asked": asked} | scores))
 
 
 def report(suite, runs):

@@ -1,13 +1,23 @@
 """Write the report of a suite: two CSV files and, from their lines, a page, a figure and a table for the terminal."""
 
 import csv
+import io
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ROOT
-from experiments.report.results import THEN, Line, collect, contrast_lines, keep_evidence, row_lines, run_lines
+from experiments.report.results import (
+    THEN,
+    Line,
+    collect,
+    contrast_lines,
+    keep_evidence,
+    on_other_data,
+    row_lines,
+    run_lines,
+)
 from experiments.report.tables import (
     aligned,
     claims,
@@ -68,8 +78,10 @@ def write_report(suite: Suite, runs: Path, out: Path) -> str:
     else:
         contrasted.unlink(missing_ok=True)
     tables = contrast_tables(contrasts)
-    write_text(page, _page(suite, lines, seeds, tables))
-    parts = [suite.title, terminal_table(lines), *map(aligned, tables), "\n".join(claims(lines)), str(page)]
+    facts = [*_facts(seeds), *on_other_data(suite, results)] if seeds else []
+    write_text(page, _page(suite, lines, seeds, tables, facts))
+    warnings = "\n".join(fact.strip("*") for fact in facts if fact.startswith("**"))
+    parts = [suite.title, terminal_table(lines), *map(aligned, tables), "\n".join(claims(lines)), warnings, str(page)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -77,17 +89,21 @@ def publish(suite: Suite, runs: Path) -> str:
     """Report into `experiments/results`, with the evidence as a zip file; returns what `write_report` does.
 
     Raises:
-        InputError: the suite is changed by words, or results that are published are not among those in `runs`.
+        InputError: the suite is changed by words, or a result that is published is not in `runs`, or another one.
     """
     if suite.words:
         raise InputError("--publish: a suite is published unchanged; give no KEY=VALUE")
     table, evidence = (RESULTS / f"{suite.name}_runs.{kind}" for kind in ("csv", "zip"))
-    found = {(line["folder"], line["test"]) for line in run_lines(suite, collect(suite, runs))}
-    published = csv.DictReader(read_text(table).splitlines()) if table.exists() else ()
-    if lost := [line for line in published if (line["folder"], line["test"]) not in found]:
+    found = {(line["folder"], line["test"]): line["overall"] for line in run_lines(suite, collect(suite, runs))}
+    published = csv.DictReader(io.StringIO(read_text(table), newline="")) if table.exists() else ()
+    for line in published:
+        place, overall = (line.get("folder"), line.get("test")), line.get("overall")
+        if place in found and overall == str(found[place]):
+            continue
+        has = f"another result ({found[place]} %, not {overall} %)" if place in found else "no result"
         raise InputError(
-            f"--publish: {runs} lacks {len(lost)} of the published results ({lost[0]['row']}, seed {lost[0]['seed']}): "
-            f"unzip -n {evidence} -d {runs}, or remove {table} to publish without them"
+            f"--publish: {runs} has {has} of {line.get('row')}, seed {line.get('seed')}, which is published: unzip -n "
+            f"{evidence} -d {runs} where no other runs are, or remove {table} to publish without it"
         )
     if missing := missing_jobs(suite, runs):
         print(f"{len(missing)} runs are not finished; they are published without them")
@@ -95,7 +111,13 @@ def publish(suite: Suite, runs: Path) -> str:
     return write_report(suite, runs, RESULTS)
 
 
-def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contrasts: Sequence[list[list[str]]]) -> str:
+def _page(
+    suite: Suite,
+    lines: Sequence[Line],
+    trainings: Sequence[Line],
+    contrasts: Sequence[list[list[str]]],
+    facts: Sequence[str],
+) -> str:
     command = shlex.join(["python", "main.py", "experiment", _below_root(suite.file), *suite.words])
     about = f"The runs change settings of `{_below_root(suite.recipe)}`; `{suite.report_name}.csv` names them."
     if suite.paper:
@@ -112,7 +134,7 @@ def _page(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line], contra
     if ordered := claims(lines):
         parts += ["## The claimed order\n", "".join(f"- {claim}\n" for claim in ordered)]
     if trainings:
-        parts += ["## Where these numbers are from\n", "".join(f"- {fact}\n" for fact in _facts(trainings))]
+        parts += ["## Where these numbers are from\n", "".join(f"- {fact}\n" for fact in facts)]
     return "\n".join(parts)
 
 

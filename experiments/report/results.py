@@ -3,6 +3,7 @@
 import math
 import shlex
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,11 +18,18 @@ from experiments.report.statistics import Answered, Difference, compare, mean_an
 from experiments.runner import Job, jobs_of
 from experiments.suite import Row, Suite, Test
 from vqa.io.errors import InputError
-from vqa.io.files import read_bytes, written_whole
+from vqa.io.files import as_cell, read_bytes, written_whole
 
 KIND = "type: "  # how the columns of question types begin
 THEN = ", then "  # between values of a run that was resumed with another one
 OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl")
+_OF_DATA = {  # settings that say what a training learns from
+    "data": True,
+    "scenes": True,
+    "guesswhat": True,
+    "train": {"splits", "validate_on"},
+    "question": {"encoder", "text_encoder"},
+}
 Line = dict[str, Any]  # of a CSV file, by column; None where there is no value
 
 
@@ -33,6 +41,7 @@ class _Metrics(msgspec.Struct):
     per_answer_type: dict[str, float]
     per_question_type: dict[str, float]
     epoch: int | None = None
+    asked: str | None = None
 
 
 class _Epoch(msgspec.Struct):
@@ -57,6 +66,7 @@ class _Environment(msgspec.Struct):
     torch: str | None = None
     python: str | None = None
     backbone: str | None = None
+    data: str | None = None
     resumed: list["_Environment"] = []
 
 
@@ -67,6 +77,8 @@ class Result:
     scores: dict[str, float]  # percent, by column
     facts: Line  # how it was made
     answered: Answered
+    asked: str | None  # digest of the questions and their answers, and of what it was trained on; older runs lack them
+    data: str | None
 
 
 Results = dict[str, dict[int, Result]]  # of each row, by its name: the seeds that are finished
@@ -88,9 +100,8 @@ def collect(suite: Suite, runs: Path) -> Results:
 def _read(test: Test, job: Job, runs: Path) -> Result | None:
     folder = job.folder(runs)
     scored, answered_in = (test.folder(folder) / name for name in test.files)
-    if not scored.exists():
+    if not job.is_tested(runs, test):
         return None
-    job.check_settings(runs)
     metrics, environment = _decoded(scored, _Metrics), _decoded(folder / "environment.json", _Environment)
     epochs = _decoded(folder / "metrics.jsonl", _Epoch, lines=True)
     if not epochs:
@@ -117,7 +128,7 @@ def _read(test: Test, job: Job, runs: Path) -> Result | None:
     }
     kinds = {KIND + kind: score for kind, score in metrics.per_question_type.items()}
     scores = metrics.per_answer_type | {"overall": metrics.overall, "error": 100 - metrics.overall} | kinds
-    return Result(scores, facts, answered)
+    return Result(scores, facts, answered, metrics.asked, environment.data)
 
 
 def _made(environment: _Environment) -> Line:
@@ -127,7 +138,7 @@ def _made(environment: _Environment) -> Line:
         cpu = made.pop("cpu")
         if made["device"] == "cpu" and cpu is not None:
             made["device"] = cpu  # of the machine, as the name of a GPU
-    del first["resumed"]
+    del first["resumed"], first["data"]
     for key in first.keys() - {"backbone"}:  # a checkpoint holds the backbone
         values = dict.fromkeys(made[key] for made in (first, *others) if made[key] is not None)
         if len(values) > 1:
@@ -202,18 +213,20 @@ def contrast_lines(suite: Suite, results: Results) -> list[Line]:
     lines = []
     for row, controls in suite.contrasts.items():
         for control, column in product(controls, ["overall", *_kinds(results)]):
+            kind = column.removeprefix(KIND)
+            questions = column if kind == "overall" else as_cell(kind)
             differences = _differences(results[row], results[control], column)
             low, high = seed_interval(differences) or (None, None)
             mean = float(np.mean(differences)) if differences else None
             found = {"difference": mean, "seeds_low": low, "seeds_high": high, "seeds": len(differences)}
-            lines.append(_rounded({"row": row, "less": control, "questions": column.removeprefix(KIND)} | found))
+            lines.append(_rounded({"row": row, "less": control, "questions": questions} | found))
     return lines
 
 
 def _differences(ours: Mapping[int, Result], theirs: Mapping[int, Result], column: str) -> list[float]:
     """The differences in a column of the seeds with which two rows were asked the same questions."""
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    same = [pair for pair in pairs if np.array_equal(*(result.answered.ids for result in pair))]
+    same = [pair for pair in pairs if _alike(*pair) and np.array_equal(*(result.answered.ids for result in pair))]
     return [
         our.scores[column] - their.scores[column] for our, their in same if column in our.scores.keys() & their.scores
     ]
@@ -258,10 +271,27 @@ def _claim(found: Difference | None) -> Line:
 
 
 def _compared(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> Difference | None:
-    """Two rows question by question; None where one was not run, or they have no question in common."""
-    if not ours or not theirs:
+    """Two rows question by question; None where one was not run, or they were asked different questions."""
+    if not ours or not theirs or not all(_alike(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()):
         return None
     return compare(*({seed: result.answered for seed, result in row.items()} for row in (ours, theirs)))
+
+
+def _alike(one: Result, other: Result) -> bool:
+    """Whether two results are of the same questions, as far as they recorded it: equal ids may be of others."""
+    return None in (one.asked, other.asked) or one.asked == other.asked
+
+
+def on_other_data(suite: Suite, results: Results) -> list[str]:
+    """A warning, if trainings with the same settings of the data had different data."""
+    trained: dict[str, set[str]] = defaultdict(set)
+    for row in suite.rows:
+        for seed, result in results[row.name].items():
+            if result.data is not None:
+                trained[row.run.settings[seed].model_dump_json(include=_OF_DATA)].add(result.data)
+    if all(len(found) == 1 for found in trained.values()):
+        return []
+    return ["**other data under the same names: a difference between rows may be one between their training data**"]
 
 
 def _paper(suite: Suite, numbers: Mapping[str, float]) -> Line:

@@ -84,7 +84,8 @@ class Task(ABC):
             if split not in store.splits:
                 raise InputError(f"{store.path}: no split {split!r}; it holds {', '.join(store.splits)}; {without}")
             sources = store.provenance["sources"]
-            if any(sources[split]["files"] == sources[name]["files"] for name in splits):
+            asked_in = {name: source["files"][0]["sha256"] for name, source in sources.items()}  # whatever its name
+            if asked_in[split] in [asked_in[name] for name in splits]:
                 raise InputError(f"train.validate_on: split {split!r} has the questions that are trained on; {without}")
             if split in settings_of(store.provenance)["vocabulary_from"]:
                 why = f"data.vocabulary_from: words and answers are taken from {split!r}, which is validated on"

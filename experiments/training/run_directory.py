@@ -84,8 +84,11 @@ class RunDirectory:
         world_size: int,
         trained_parameters: int,
         init_from: Sequence[Path] = (),
+        data: str | None = None,
     ) -> None:
-        """Writes config.yaml and environment.json; `init_from` are the files of weights that it starts from."""
+        """Writes config.yaml and environment.json; `init_from` are the files of weights that it starts from, `data` is
+        the identity of what it learns from.
+        """
         settings.save(self.path / "config.yaml")
         file = self.path / "environment.json"
         environment = {
@@ -94,6 +97,7 @@ class RunDirectory:
             "seed": settings.seed,
             "backbone": _digest_of([Path(settings.backbone.weights)]),
             "init_from": _digest_of(init_from),
+            "data": data,
             "trained_parameters": trained_parameters,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }

@@ -126,7 +126,7 @@ def prepare(
     check_shared_memory(trainer.training, sampler, settings.workers)
     if processes.is_main:
         weights = weight_files(warm.folder) if warm is not None else []
-        run.start(settings, device, size, trainer.trained_count, weights)
+        run.start(settings, device, size, trainer.trained_count, weights, task.identity[:12])
         task.save_companions(run.model)
     return trainer
 

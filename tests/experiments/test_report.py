@@ -132,6 +132,37 @@ def test_rows_that_were_asked_other_questions(suite, tmp_path):
     assert "over the 3 questions that both rows were asked" in " ".join(page.split())
 
 
+def test_equal_ids_of_other_questions_are_not_compared(suite, tmp_path):
+    for seed in (1, 2, 3):
+        finish(suite, tmp_path, "none", seed, NEVER_RIGHT, asked="a0", data="d0")
+        finish(suite, tmp_path, "last", seed, ALWAYS_RIGHT, asked="b1", data="d0")
+        finish(suite, tmp_path, "all", seed, OFTEN_RIGHT, asked="a0" if seed != 2 else None, data="d0")
+    told, page = report(suite, tmp_path)
+    lines = lines_by_row(tmp_path / "out/stages.csv")
+    assert lines["last"]["difference"] == lines["last"]["order_difference"] == ""
+    assert float(lines["all"]["difference"]) == pytest.approx(86.25)  # an older run did not record what was asked
+    with (tmp_path / "out/stages_contrasts.csv").open() as file:
+        contrasts = {(line["less"], line["questions"]): line["seeds"] for line in csv.DictReader(file)}
+    assert (contrasts["last", "overall"], contrasts["none", "overall"]) == ("1", "3")
+    assert "other data" not in told + page
+    finish(suite, tmp_path, "none", 3, NEVER_RIGHT, asked="a0", data="d1")
+    told, page = report(suite, tmp_path)
+    assert "- **other data under the same names: a difference between rows may be" in page
+    assert "\nother data under the same names: a difference" in told
+
+
+def test_question_types_in_the_contrasts(suite, tmp_path):
+    """One is called as the column of all questions, one as a formula of a spreadsheet."""
+    for seed in (1, 2, 3):
+        for row, right in (("none", NEVER_RIGHT), ("last", OFTEN_RIGHT), ("all", ALWAYS_RIGHT)):
+            finish(suite, tmp_path, row, seed, right, kinds=("overall", "=1+1"))
+    told, _ = report(suite, tmp_path)
+    with (tmp_path / "out/stages_contrasts.csv").open() as file:
+        found = {line["questions"]: line["difference"] for line in csv.DictReader(file) if line["less"] == "last"}
+    assert found == {"overall": "13.75", "type: overall": "10.0", "'=1+1": "17.5"}
+    assert [line.split()[0] for line in told.splitlines() if "+13.75 [" in line] == ["overall"]
+
+
 def test_a_run_in_several_tests(tmp_path):
     tests = 'tests: {"": {}, recalibrated: {recalibrate: train}}\n'.replace("{", "{{").replace("}", "}}")
     suite = suite_of(tmp_path, SUITE.replace("order: [none, last, all]\n", tests))
@@ -164,13 +195,14 @@ def test_many_question_types_are_skipped(suite, tmp_path):
         assert shown == [count == 12] * 2
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_run_is_named(suite, tmp_path, damage):
+def test_a_damaged_run_is_named_and_one_that_was_evaluated_by_hand_not_finished(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT)
     file = tmp_path / suite.runs[0].settings[1].name / "accuracies_val.npz"
-    file.write_bytes(file.read_bytes()[:50]) if damage == "cut" else file.unlink()
+    file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match=r"accuracies_val.npz: missing or damaged"):
         collect(suite, tmp_path)
+    file.unlink()
+    assert not any(collect(suite, tmp_path).values())
 
 
 @pytest.mark.parametrize("other", [{"questions": 7}, {"overall": 1.0}])

@@ -76,8 +76,9 @@ def test_several_backbones_are_reported(suite, tmp_path):
     assert "- 1 training recorded no backbone\n" in page
     assert "several backbones" not in page
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
-    _, page = report(suite, tmp_path)
+    told, page = report(suite, tmp_path)
     assert "**several backbones of a seed: a difference between rows may be" in page
+    assert "\nseveral backbones of a seed: a difference between rows may be" in told
     assert "neither covers another pretraining" in page
 
 
@@ -237,8 +238,15 @@ def test_published_results_are_not_replaced_by_fewer(done, refused, suite, here,
     finish(suite, here / "runs", "none", 2, OFTEN_RIGHT)
     finish(suite, here / "runs", "none", 3, OFTEN_RIGHT)
     told = refused("experiment", suite.file, "--publish")
-    assert f"runs lacks 1 of the published results (none, seed 1): unzip -n {results}/stages_runs.zip -d runs" in told
+    assert "runs has no result of none, seed 1, which is published: unzip" in told
+    assert f"unzip -n {results}/stages_runs.zip -d runs where no other runs are, or remove" in told
+    finish(suite, here / "runs", "none", 1, ALWAYS_RIGHT)  # of another training in the same run directory
+    told = refused("experiment", suite.file, "--publish")
+    assert "runs has another result (100.0 %, not 86.25 %) of none, seed 1, which is published" in told
+    shutil.rmtree(next((here / "runs").rglob("seed_1")))
     assert {file: file.read_bytes() for file in results.iterdir()} == kept
     shutil.unpack_archive(results / "stages_runs.zip", here / "runs")
     done("experiment", suite.file, "--publish")
     assert "- seeds 1, 2, 3\n" in (results / "stages.md").read_text()
+    (results / "stages_runs.csv").write_text("row;seed\nnone;1\n")  # as another program saved it
+    assert "runs has no result of None, seed None" in refused("experiment", suite.file, "--publish")

@@ -87,6 +87,21 @@ def test_a_seed_is_prepared_trained_and_tested_with_what_it_changes(suite, tmp_p
         assert sum(name.endswith("accuracies_val.npz") for name in archive.namelist()) == 2
 
 
+def test_a_test_on_scenes_of_another_seed_pretrains_nothing(suite, tmp_path, done):
+    other = "scenes.seed=7 data.folder=seven data.h5=seven.h5"
+    own = TWO_BACKBONES.replace("backbone.seed=5 ", "")
+    suite.file.write_text(f"{own}tests: {{'': {{}}, other: {{settings: \"{other}\"}}}}\n")
+    done("experiment", "two.yaml", "--only", "none", "--seed", 2, *TINY)
+    assert len([file for file in tmp_path.rglob("*.safetensors") if file.parent.name != "model"]) == 1
+    asked = {json.loads(file.read_text())["asked"] for file in (tmp_path / "runs").rglob("metrics_val.json")}
+    assert len(asked) == 2
+
+
+def test_the_file_of_a_suite_may_begin_with_a_dash(suite, done):
+    suite.file.rename("-two.yaml")
+    assert " experiment ./-two.yaml --only " in done("experiment", "./-two.yaml", "--list", *TINY).out
+
+
 def test_a_training_that_is_gone_leaves_no_results_beside_the_new_one(suite, tmp_path):
     runs, job = tmp_path / "runs", jobs_of(suite)[0]
     run_job(job, suite, runs)

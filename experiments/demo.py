@@ -34,13 +34,13 @@ from vqa.io.files import read_json, write_json
 from vqa.io.images import read_image
 from vqa.metrics import Scores
 from vqa.saved_model import load_model
-from vqa.settings.schema import Settings
+from vqa.settings.schema import CONDITIONS, Settings
 
 MODELS = ("baseline", "modern")
 NAMES = {  # name in summary.json: name on the page, what it is
     "blind": ("blind", "the most common answer to the question, without the image"),
     "baseline": ("baseline", "frozen ResNet"),
-    "modern": ("MODERN", "the same ResNet with CBN in all stages"),
+    "modern": ("MODERN", "the same ResNet with CBN"),
 }
 EXAMPLES = 12
 EXAMPLE = "example.png"  # the image of the inspected question
@@ -58,6 +58,8 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
     """
     if settings.scenes is None or settings.task != "vqa":
         raise InputError("scenes: the demo needs a VQA recipe with scenes; use config/demo.yaml or a file over it")
+    if not settings.cbn.stages:
+        raise InputError("cbn.stages: the demo compares MODERN with the baseline, which has []; name a stage or more")
     if settings.train.validate_on is None:
         raise InputError("train.validate_on: the demo shows the accuracy after each epoch; it must be a split")
     started = time.monotonic()
@@ -201,6 +203,8 @@ def _described(settings: Settings, training: QuestionTable, table: QuestionTable
         "validation questions": len(table),
         "image size": settings.data.image_size,
         "backbone": settings.backbone.name,
+        "conditioned stages": ", ".join(map(str, settings.cbn.stages)),
+        "condition": CONDITIONS[settings.cbn.condition],
         "epochs": settings.train.epochs,
         "batch": settings.train.batch_size,
     }

@@ -39,7 +39,7 @@ from vqa.settings.schema import FileName, Role, Settings, SplitName, different_k
 COLUMNS = {"vqa": ("overall", "yes/no", "number", "other"), "guesswhat": ("overall", "error", "yes", "no", "n/a")}
 
 # Names appear in tables, in CSV files (where spreadsheets take what begins with = + - @ for formulas) and in commands.
-_NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f]*"
+_NAME = r"[^=+\-@\s\x00-\x1f][^\x00-\x1f\x7f\x85\u2028\u2029]*"
 _Name = Annotated[str, Field(max_length=100, pattern=f"^{_NAME}$")]
 _TestName = Annotated[str, Field(max_length=100, pattern=f"^({_NAME})?$")]
 _Words = Annotated[str, AfterValidator(lambda text: tuple(shlex.split(text)))]
@@ -176,6 +176,8 @@ def load_suite(file: Path, words: tuple[str, ...] = ()) -> Suite:
     Raises:
         InputError: the file is missing or malformed, or a run's settings are wrong.
     """
+    if file.stem.endswith(("_runs", "_contrasts")):
+        raise InputError(f"{file}: a suite's name must not end like the files of its results, {file.stem}.csv")
     content = read_yaml(file)
     if "base" in content and "runs" not in content:
         raise InputError(f"{file}: a recipe, not a suite; `train --config {file}` trains it")

@@ -77,6 +77,12 @@ def test_the_demo_needs_a_split_to_validate_on(settings, tmp_path):
     assert not list(tmp_path.iterdir())  # refused before anything is made
 
 
+def test_the_demo_needs_a_stage_that_is_conditioned(settings, tmp_path):
+    without = settings.model_copy(update={"cbn": settings.cbn.model_copy(update={"stages": []})})
+    with pytest.raises(InputError, match=r"cbn.stages: the demo compares MODERN with the baseline, which has \[\]"):
+        run_demo(without, tmp_path)
+
+
 def test_a_demo_of_other_settings_leaves_a_finished_one_as_it_is(settings, tmp_path):
     run_demo(settings, runs=tmp_path)
     (tmp_path / "demo" / "modern" / "recalibrated").mkdir()

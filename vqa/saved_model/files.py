@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqa.build import build_model
 from vqa.io.errors import InputError, first_line
-from vqa.io.files import read_json, write_json, written_whole
+from vqa.io.files import naming_write_errors, read_json, write_json, written_whole
 from vqa.io.weight_files import as_safetensors, read_safetensors
 from vqa.model import ConditionedModel
 from vqa.preprocessing import Preprocessing
@@ -51,7 +51,8 @@ def save_companions(
     categories: Sequence[str] = (),
 ) -> None:
     """Write everything but the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / "config.yaml")
     save_tokenizer(tokenizer, folder)
     write_json(folder / "answers.json", answers)

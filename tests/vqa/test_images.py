@@ -1,5 +1,6 @@
 """Images: decoded, resized, normalised."""
 
+import io
 import json
 import struct
 import threading
@@ -206,6 +207,33 @@ def test_sixteen_bits_a_channel(tmp_path, colour):
     (tmp_path / "a.png").write_bytes(png(32, 32, 16, colour, b"".join(b"\0" + row.tobytes() for row in ramp)))
     pixels = decode_image(tmp_path / "a.png", 32).astype(int)
     assert np.abs(pixels - ramp[..., :1].astype(int) // 256).max() <= 1
+
+
+def tiff(values, bits, photometric):
+    """A grey TIFF of one strip, uncompressed; of 12 bits each two pixels are three bytes."""
+    data = values.astype("<u2").tobytes()
+    if bits == 12:
+        one, other = values.reshape(-1, 2).T
+        data = np.stack([one >> 4, (one & 15) << 4 | other >> 8, other & 255], 1).astype(np.uint8).tobytes()
+    height, width = values.shape
+    size = {256: width, 257: height, 278: height, 279: len(data)}
+    tags = size | {258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 1), (16, 0), (12, 1)])
+def test_the_bits_and_the_white_of_a_tiff(bits, photometric):
+    brightness = np.linspace(0, 255, 32 * 32).reshape(32, 32)
+    values = (brightness / 255 * (2**bits - 1)).astype(np.uint16)
+    file = tiff(2**bits - 1 - values if photometric == 0 else values, bits, photometric)
+    for source in (file, Image.open(io.BytesIO(file))):
+        assert np.abs(np.asarray(read_image(source), float) - brightness[..., None]).max() < 1.5
+
+
+def test_a_dark_image_of_sixteen_bits_is_dark():
+    file = b"P5 32 32 65535\n" + np.full(32 * 32, 200, ">u2").tobytes()
+    assert not np.asarray(read_image(file)).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 2), (2, 30_000), (3, 1)])

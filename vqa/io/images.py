@@ -19,6 +19,7 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 89_478_485  # where Pillow only begins to warn: 256 MiB as RGB
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
 _MOST_BYTES = 2**24  # read of one block beside the pixels
 # Where Pillow looks for the orientation: keyword of a text block → name in `Image.info`.
 _ORIENTING = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif", b"XML:com.adobe.xmp": "xmp"}
@@ -41,7 +42,7 @@ def read_image(source: ImageSource) -> Image.Image:
     name = source if isinstance(source, str | Path) else "image"
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source.copy())
+            return _upright_rgb(_of_eight_bits(source).copy())  # a copy has no tags of a TIFF
         if isinstance(source, np.ndarray):
             return _of_array(source)
         if not isinstance(source, str | bytes | os.PathLike):
@@ -140,8 +141,6 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """RGB, turned by the EXIF orientation as viewers do; a damaged EXIF block is ignored."""
-    if not all(image.size):
-        raise ValueError("it has no pixels")  # resized, it would be black
     image = _of_eight_bits(image)
     image = image if image.mode == "RGB" else image.convert("RGB")
     with suppress(Exception):
@@ -151,14 +150,23 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:
-    """Reduce grey images of more bits to 8; Pillow's `convert` would clip them to white."""
+    """Reduce grey images of more bits to 8; Pillow's `convert` would clip them to white. Others are returned unchanged.
+
+    Raises:
+        ValueError: it has no pixels, or no defined white level.
+    """
+    if not all(image.size):
+        raise ValueError("it has no pixels")  # resized, it would be black
     if not image.mode.startswith(("I", "F")):
         image.load()
         return image
-    pixels = np.asarray(image)
-    of_bytes = image.mode == "I" and pixels.max() < 2**8  # in 32 bits: white may be 255 or 65 535
+    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # of a TIFF
+    # in 32 bits white may be 255 or 65 535; Pillow stretches the 16 bits of a PGM to 65 535
+    of_bytes = image.mode == "I" and image.format != "PPM" and pixels.max() < 2**8
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16 or of_bytes:
         raise ValueError("32 bits per pixel, with no defined white level; save it with 8 or 16")
-    made = Image.fromarray((pixels // 256).astype(np.uint8))
+    bits = min(tags.get(_BITS, (16,))[0], 16)
+    upper = (pixels >> (bits - 8)).astype(np.uint8)
+    made = Image.fromarray(~upper if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else upper)
     made.info = image.info  # the orientation is in it
     return made

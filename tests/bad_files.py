@@ -98,7 +98,7 @@ SUITES = {
     "title_list": SUITE.replace("title: t", "title: [t]"),
     "formula": SUITE.replace("baseline: a", "baseline: '=1'").replace("{{a:", "{{'=1':"),
     "line": SUITE.replace("baseline: a", 'baseline: "a\\nb"').replace("{{a:", '{{"a\\nb":'),
-    "no_runs": SUITE.replace("{{a: {{}}}}", "{{}}"),
+    "runless": SUITE.replace("{{a: {{}}}}", "{{}}"),
     "many": SUITE + laughs(),
     "upwards": SUITE.replace("demo.yaml", "absent/../../absent.yaml"),
     "renamed": SUITE.replace("{{a: {{}}}}", "{{a: {{settings: name=../../x}}}}"),

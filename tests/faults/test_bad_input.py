@@ -55,6 +55,7 @@ CASES = [
         }.items()
     ],
     (f"experiment {ROOT}/config/demo.yaml", "demo.yaml: a recipe, not a suite; `train --config"),
+    ("experiment my_runs.yaml", "my_runs.yaml: a suite's name must not end like the files of its results, my_runs.csv"),
     ("demo --config {recipe:laughs}", "laughs.yaml: "),
     ("demo name=../../elsewhere", "command line: name: "),
     ("demo scenes.images={../x:1}", "command line: scenes.images.../x"),
@@ -126,7 +127,7 @@ CASES = [
             "title_list": "title_list.yaml: title: ",
             "formula": "formula.yaml: runs.=1",
             "line": "line.yaml: runs.a\\nb",
-            "no_runs": "no_runs.yaml: runs: ",
+            "runless": "runless.yaml: runs: ",
             "many": "many.yaml: line",
             "upwards": "absent.yaml: no such file",
             "renamed": "renamed.yaml: a: name=../../x: a suite gives each run its seed and its name",

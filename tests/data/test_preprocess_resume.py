@@ -100,7 +100,7 @@ def test_images_directly_in_the_folder_of_the_data_may_move_too(raw, tmp_path, c
     path = tmp_path / "data.h5"
     make(raw, path)  # as earlier versions recorded it: with the folder's name
     names = {name: Path(files.images).name for name, files in raw.items()}
-    for folder in (".", "photos", "/data/pictures"):
+    for folder in (".", "photos", "/data/images"):
         make({k: replace(files, images=f"{folder}/{names[k]}", within=names[k]) for k, files in raw.items()}, path)
     assert capsys.readouterr().out.count("complete, nothing to do") == 2
     with pytest.raises(InputError, match="other files"):

@@ -18,6 +18,7 @@ from vqa.io.processes import Interrupted, listen, unmasked
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO)  # why standard output may fail
+TRAINING = ("demo", "train", "experiment")
 RESUMABLE = ("demo", "preprocess", "pretrain", "train", "experiment")  # started again, they keep finished work
 
 
@@ -232,7 +233,7 @@ def main() -> int:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    options: dict[str, Any] = {}
+    command, options = "", dict[str, Any]()
     try:
         listen()
         options = vars(build_parser(COMMANDS).parse_args())
@@ -257,8 +258,8 @@ def main() -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        less = "training needs less with a smaller `train.batch_size`, `train.accumulate` or `speed.recompute`"
-        why = f"memory ran out; {less}; {_how_to_resume()}"
+        less = "training needs less with a smaller `train.batch_size`, `train.accumulate` or `speed.recompute`; "
+        why = f"memory ran out; {less if command in TRAINING else ''}{_how_to_resume()}"
     except KeyboardInterrupt as interrupted:
         _say_last(f"interrupted; {_how_to_resume()}")
         return interrupted.exit_code if isinstance(interrupted, Interrupted) else 130

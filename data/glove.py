@@ -21,7 +21,8 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
     """Read the vectors of a vocabulary's words; a word without one gets zeros.
 
     Args:
-        file: lines of a word and `size` numbers, a zip file of one such file, or `FILE.zip/NAME` for one of several.
+        file: lines of a word and `size` numbers, after word2vec's header or without one; a zip file of one such file,
+            or `FILE.zip/NAME` for one of several.
         vocabulary: id of each word.
         size: length of the vectors E.
 
@@ -39,6 +40,8 @@ def read_glove(file: Path, vocabulary: Mapping[str, int], size: int) -> tuple[np
         for number, line in enumerate(progress(lines, None, file.name), 1):
             # from the right, because the 840B file holds words with blanks
             word, *numbers = line.removeprefix(BOM_UTF8 if number == 1 else b"").rstrip().rsplit(b" ", size)
+            if number == 1 and len(numbers) == 1 < size:  # word2vec's header: how many words, how many numbers
+                continue
             more = word.split(b" ")[1:]
             if number == 1 and len(_vector(more)):
                 raise InputError(f"{file}: its vectors have {size + len(more)} numbers, question.glove_size is {size}")

@@ -188,6 +188,9 @@ def test_memory_that_runs_out_is_one_line(refused, monkeypatch, error):
     line = refused("train", "--config", "any.yaml")
     assert line.startswith("error: memory ran out; training needs less with a smaller `train.batch_size`")
     assert line.endswith("; to resume: train --config any.yaml --resume")
+    monkeypatch.setitem(main.COMMANDS, "ask", run)
+    asked = ("ask", "--run", "any", "--image", "any.png", "--question", "any")
+    assert refused(*asked).startswith("error: memory ran out; to begin again: ask")
 
 
 def test_another_runtime_error_is_not_taken_for_it(command, monkeypatch):

@@ -18,6 +18,7 @@ from experiments.features.neighbours import FOLDS, labellings, main_answers, nei
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
 from experiments.report.tables import aligned, write_lines
 from vqa.io.files import as_cell, write_csv, write_json
+from vqa.io.locks import held
 from vqa.io.progress import progress
 
 _POINTS = ("network", "stage", "question_id", "x", "y", "answer_type", "question_type", "answer")
@@ -43,41 +44,42 @@ def compare_features(
 
     Raises:
         InputError: a run, the split or its data are missing; runs have different questions or ResNets; the split has
-            too few pairs or no annotations.
+            too few pairs or no annotations; or another process writes to `out`.
     """
     runs = select_pairs(open_runs(folders, split, overrides), split, pairs, seed)
     networks = networks_of(runs)
-    features = {
-        (network.name, stage): of_stage
-        for network in networks
-        for stage, of_stage in zip(STAGES, stage_features(network), strict=True)
-    }
-    table = runs[0].data.table
-    classes = labellings(table)
-    comparison = {
-        "split": split,
-        "pairs": len(table),
-        "seed": seed,
-        "folds": FOLDS,
-        "networks": [
-            {"name": network.name, "run": network.run.name, "modulated": network.modulate} for network in networks
-        ],
-        "accuracies": [
-            {"labelling": labelling, "network": name, "stage": stage, **found}
-            for labelling, labels in classes.items()
-            for (name, stage), of_stage in features.items()
-            if (found := neighbour_accuracy(of_stage, labels, table.images, seed))
-        ],
-    }
-    of_stages = progress(features.items(), len(features), "t-SNE")
-    points = {place: project(of_stage, seed) for place, of_stage in of_stages}
-    write_json(out / "neighbours.json", comparison)
-    write_lines(out / "neighbours.csv", comparison["accuracies"])
-    write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
-    for labelling, labels in classes.items():
-        if len(set(labels)) > 1:
-            _draw(out / f"{labelling.replace(' ', '_')}.png", labelling, labels, points, comparison)
-    return comparison
+    with held(out / ".features.lock", out):  # also ends at once if nothing can be written there
+        features = {
+            (network.name, stage): of_stage
+            for network in networks
+            for stage, of_stage in zip(STAGES, stage_features(network), strict=True)
+        }
+        table = runs[0].data.table
+        classes = labellings(table)
+        comparison = {
+            "split": split,
+            "pairs": len(table),
+            "seed": seed,
+            "folds": FOLDS,
+            "networks": [
+                {"name": network.name, "run": network.run.name, "modulated": network.modulate} for network in networks
+            ],
+            "accuracies": [
+                {"labelling": labelling, "network": name, "stage": stage, **found}
+                for labelling, labels in classes.items()
+                for (name, stage), of_stage in features.items()
+                if (found := neighbour_accuracy(of_stage, labels, table.images, seed))
+            ],
+        }
+        of_stages = progress(features.items(), len(features), "t-SNE")
+        points = {place: project(of_stage, seed) for place, of_stage in of_stages}
+        write_json(out / "neighbours.json", comparison)
+        write_lines(out / "neighbours.csv", comparison["accuracies"])
+        write_csv(out / "points.csv", _POINTS, _point_rows(points, table))
+        for labelling, labels in classes.items():
+            if len(set(labels)) > 1:
+                _draw(out / f"{labelling.replace(' ', '_')}.png", labelling, labels, points, comparison)
+        return comparison
 
 
 def table_of(comparison: Mapping[str, Any]) -> str:

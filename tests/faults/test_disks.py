@@ -202,6 +202,13 @@ def test_a_read_only_disk_is_named(mounted, tiny, trained, refused, monkeypatch)
         assert "cannot be written (read-only file system)" in refused(*words)
 
 
+def test_features_are_not_computed_where_they_cannot_be_written(mounted, trained, refused, monkeypatch):
+    subprocess.run(["mount", "-o", "remount,ro", mounted.folder], check=True)
+    monkeypatch.setattr("experiments.features.compare.stage_features", lambda _: pytest.fail("computed"))
+    said = refused("features", "--run", trained, "--pairs", "20", "--out", mounted.folder / "new")
+    assert "cannot be written (read-only file system)" in said
+
+
 def test_stored_maps_on_a_read_only_disk_are_read_and_where_there_are_none_training_continues(
     mounted, tiny, here, done, command
 ):

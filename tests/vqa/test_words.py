@@ -176,7 +176,8 @@ def test_glove_rows_of_known_words_only(tmp_path):
     with zipfile.ZipFile(tmp_path / "glove.zip", "w") as archive:
         archive.writestr("glove.txt", text)
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + b"cat 4 5 6\r\n. . . 7 8 9\r\n")
-    for name in ("glove.txt", "glove.zip", "windows.txt"):
+    (tmp_path / "word2vec.txt").write_text(f"4 3\n{text}")
+    for name in ("glove.txt", "glove.zip", "windows.txt", "word2vec.txt"):
         vectors, found = read_glove(tmp_path / name, {"<pad>": 0, "cat": 1, ". . .": 2}, 3)
         assert found == 2
         assert vectors.tolist() == [[0, 0, 0], [4, 5, 6], [7, 8, 9]]

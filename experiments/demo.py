@@ -99,7 +99,7 @@ def run_demo(settings: Settings, runs: Path = Path("runs")) -> dict[str, Any]:
         "commands": [
             ask_command,
             f"python main.py eval --run {out / 'baseline'}",
-            "python main.py preprocess --config config/daquar.yaml",
+            shlex.join(["python", "main.py", "features", *(f"--run={out / model}" for model in MODELS)]),
         ],
     }
     write_demo(out / "report.html", summary | content, inspection, read_image(example))

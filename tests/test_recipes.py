@@ -50,6 +50,16 @@ SMALL_WORLD = [
 ]
 
 
+
+def test_the_test_splits_of_vqa_v1_are_there_once_their_sign_is_removed(tmp_path):
+    recipe = (ROOT / "config/vqa_v1/modern.yaml").read_text().replace("../base.yaml", "base.yaml")
+    head, end = recipe.split("answers them:\n")
+    (tmp_path / "modern.yaml").write_text(head + "answers them\n" + end.replace("#    ", "    ", 6))
+    splits = load_settings(tmp_path / "modern.yaml").data.splits
+    assert list(splits) == ["train", "val", "test-dev", "test"]
+    assert splits["test-dev"].annotations is None
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder as a fresh checkout, beside a folder `shared`, with tiny raw files where the recipes look for them."""

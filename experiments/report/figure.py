@@ -44,7 +44,8 @@ def draw(title: str, lines: Sequence[Line], baseline: str) -> Figure:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.04)
-    axes.set_xlabel("accuracy, %  (a dot: one seed, a bar: their mean)", color=SOFT)
+    dashed = f", dashed: the mean of {baseline}" if baseline in rows else ""
+    axes.set_xlabel(f"accuracy, %  (dot: one seed, bar and number: mean{dashed})", color=SOFT)
     figure.suptitle(title, x=0.015, ha="left", color=INK, fontsize=11, fontweight="bold", wrap=True)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -39,9 +39,10 @@ Overall and by answer type: mean ± sample standard deviation over seeds.
 Difference, in points: of the means over seeds, ± the standard deviation of the differences seed by seed.
 Over questions: its 95 % interval by a paired bootstrap over the {questions} that both rows were asked, for these
 trainings. Over seeds, for these questions: the 95 % interval of the mean of the differences seed by seed (Student's t),
-from three seeds on. Only it covers the variation between seeds, {pretrainings}.
+from three seeds on.
+Only the second interval covers the variation between seeds, {pretrainings}.
 {scored}
-Training: the time of all training steps, without validation.
+Training: the time of all training steps, without validation.{machines}
 Memory: the peak of the training process (on a GPU: of its allocations there).
 """
 _CONTRASTS = """\
@@ -147,7 +148,7 @@ def _legend(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> s
         scored += ", or at its last where it has no validation"
     scored += f"; the accuracies are of `{suite.split}`."
     if validated == {suite.split}:
-        scored = "Each run is scored at its best epoch on these same questions."
+        scored = "The best epoch of each run was chosen on these same questions, which favours every row."
     seeds = {line["row"]: set(line["seeds"].split()) for line in lines if line["seeds"]}
     others = [seeds[line["row"]] for line in lines if line["difference"] is not None]
     if any(own != seeds[suite.baseline] for own in others):
@@ -155,7 +156,9 @@ def _legend(suite: Suite, lines: Sequence[Line], trainings: Sequence[Line]) -> s
         disjoint = any(own.isdisjoint(seeds[suite.baseline]) for own in others)
         scored += ", or by all of theirs where they have none in common." if disjoint else "."
     questions = f"{compared} questions" if compared else "questions"
-    return _LEGEND.format(questions=questions, pretrainings=_pretrainings(trainings), scored=scored)
+    several = len({_machine(line) for line in trainings}) > 1
+    machines = " **Do not compare it: several machines, see below.**" if several else ""
+    return _LEGEND.format(questions=questions, pretrainings=_pretrainings(trainings), scored=scored, machines=machines)
 
 
 def _pretrainings(trainings: Sequence[Line]) -> str:
@@ -184,7 +187,8 @@ def _facts(lines: Sequence[Line]) -> list[str]:
         of_seeds = f" (seed {', '.join(map(str, seeds[digest]))})" if len(backbones) > 1 else ""
         facts.append(f"{_trainings(count)} on the backbone {digest}{of_seeds}")
     if unrecorded := len(trainings) - backbones.total():
-        facts.append(f"{_trainings(unrecorded)} recorded no backbone")
+        strong = "**" if backbones else ""  # it may be another one
+        facts.append(f"{strong}{_trainings(unrecorded)} recorded no backbone{strong}")
     if len(backbones) > 1 and (unrecorded or sum(map(len, seeds.values())) > len(set().union(*seeds.values()))):
         facts.append("**several backbones of a seed: a difference between rows may be one between their backbones**")
     return [*facts, f"seeds {', '.join(map(str, sorted({line['seed'] for line in trainings})))}"]

@@ -71,9 +71,10 @@ def test_the_page(suite, tmp_path):
 def test_several_backbones_are_reported(suite, tmp_path):
     finish(suite, tmp_path, "none", 1, NEVER_RIGHT, backbone="4e467da68ac9")
     finish(suite, tmp_path, "none", 2, NEVER_RIGHT)  # made before it was written down
-    _, page = report(suite, tmp_path)
+    told, page = report(suite, tmp_path)
     assert "- 1 training on the backbone 4e467da68ac9\n" in page
-    assert "- 1 training recorded no backbone\n" in page
+    assert "- **1 training recorded no backbone**\n" in page
+    assert "\n1 training recorded no backbone\n" in told
     assert "several backbones" not in page
     finish(suite, tmp_path, "all", 1, OFTEN_RIGHT, backbone="3422989552e2")
     told, page = report(suite, tmp_path)
@@ -106,7 +107,7 @@ def test_seeds_with_backbones_of_their_own(tmp_path, backbones, covers):
         finish(suite, tmp_path, "all", seed, OFTEN_RIGHT, backbone=backbone)
     finish(suite, tmp_path, "last", 1, OFTEN_RIGHT, backbone="a")
     _, page = report(suite, tmp_path)
-    assert f"Only it covers the variation between seeds, {covers}" in page
+    assert f"Only the second interval covers the variation between seeds, {covers}" in page
     assert "seed: 2: `backbone.seed=2 backbone.weights=b2.safetensors`; 3: `backbone.seed=3 backbone.weights=b3" in page
     assert ("several backbones of a seed" in page) is (None in backbones)
     if backbones == ("a", "b", "b"):
@@ -152,6 +153,7 @@ def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_re
     _, page = report(suite, tmp_path)
     assert "- 1 training on EPYC, then NVIDIA H200 (2 CPU cores, 2, then 1 threads), torch 2.15.0" in page
     assert "- **several machines: times and memory" in page
+    assert "Training: the time of all training steps, without validation. **Do not compare it: several machines" in page
     assert "- 2 trainings on the backbone 4e467da68ac9\n" in page
     committed = "commit 0123456789 with changes that are not committed"
     assert f"- 1 training with the code of {committed}\n" in page
@@ -163,7 +165,7 @@ def test_a_run_that_was_resumed_elsewhere_names_both_and_several_machines_are_re
     [
         (("none", "last", "all"), "Each run is scored at its last epoch; the accuracies are of `val`."),
         (("all",), "at its best epoch on split `val`, or at its last where it has no validation; the accuracies are"),
-        ((), "Each run is scored at its best epoch on these same questions."),
+        ((), "The best epoch of each run was chosen on these same questions, which favours every row."),
     ],
 )
 def test_the_page_says_which_epoch_is_scored(suite, tmp_path, words, said):

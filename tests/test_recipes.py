@@ -50,7 +50,6 @@ SMALL_WORLD = [
 ]
 
 
-
 def test_the_test_splits_of_vqa_v1_are_there_once_their_sign_is_removed(tmp_path):
     recipe = (ROOT / "config/vqa_v1/modern.yaml").read_text().replace("../base.yaml", "base.yaml")
     head, end = recipe.split("answers them:\n")
@@ -68,7 +67,10 @@ def project(tmp_path, monkeypatch):
     for name in ("config", "experiments"):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
-    for recipe in RECIPES:
+    shown = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.DOTALL)
+    own = Path("own.yaml")
+    own.write_text(next(block for block in shown if "name: own\n" in block))
+    for recipe in [*RECIPES, own]:
         settings = load_settings(recipe)
         if settings.task == "guesswhat":
             if settings.scenes is None and not Path(settings.data.folder).exists():
@@ -123,7 +125,7 @@ def commands_of(page):
 
 
 @pytest.mark.usefixtures("project")
-def test_every_command_of_the_pages(done):
+def test_every_command_of_the_pages(done, monkeypatch):
     pages = [page for page in PAGES if page != "docs/vqa_v2.md"]
     lines = [("python", "main.py", "demo"), *(tuple(words) for page in pages for words in commands_of(page))]
     for words in dict.fromkeys(lines):
@@ -133,17 +135,23 @@ def test_every_command_of_the_pages(done):
         if words[:2] == ("unzip", "-n"):
             shutil.unpack_archive(words[2], words[4])
             continue
+        if words[0] in ("mkdir", "cd"):
+            (Path.mkdir if words[0] == "mkdir" else monkeypatch.chdir)(Path(words[1]))
+            continue
         if words[:3] == ("python", "-m", "tests.kill.harness"):
             assert words[3] in CASES  # test_kill.py runs them
             continue
-        assert words[:2] == ("python", "main.py")
+        if words[:3] == ("python", "-m", "data.daquar"):
+            shutil.copytree("../shared/daquar", words[4])  # data/test_daquar.py runs it
+            continue
+        assert words[:2] in (("python", "main.py"), ("python", "../main.py"))
         name, *options = words[2:]
         if name in RUN_ELSEWHERE:
             asked = build_parser(main.COMMANDS).parse_args([name, *options])
             assert set(getattr(asked, "parts", [])) <= set(PARTS)
             continue
         small = ON_TINY_DATA.get(name, [])
-        if "config/guesswhat/games.yaml" in options:  # its scenes are drawn by `preprocess`
+        if {"config/guesswhat/games.yaml", "name=batch"} & {*options}:  # of a recipe with scenes
             small = [*SMALL_MODEL, *SMALL_WORLD]
         if "--probe" in options:  # the backbone is there
             small = []
@@ -171,21 +179,15 @@ def test_files_named_on_a_page_exist(page):
 def test_code_of_the_readme_and_of_the_page_on_inspection_runs(trained, image, here):
     shutil.copytree(trained, here / "runs" / "demo" / "modern")
     shutil.copy(image, here / "runs" / "demo" / "example.png")
-    images, gamma, beta = torch.randn(1, 3, 32, 32), *torch.zeros(2, 1, 22_656)
-    names = {
-        "x": torch.randn(2, 64, 4, 4),
-        "condition": torch.randn(2, 256),
-        "images": images,
-        "gamma": gamma,
-        "beta": beta,
-    }
+    names = {}
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/inspect.md"))
     for block in re.findall(r"```python\n(.*?)```", pages, re.DOTALL):
-        exec(block.replace('"IMAGENET1K_V1"', "None"), names)
-    assert names["y"].shape == (2, 64, 4, 4)
+        exec(block.replace('"IMAGENET1K_V1"', "None").replace("224, 224", "32, 32"), names)
+    assert names["y"].shape == (2, 64, 7, 7)
     assert len(names["net"].layers) == 48
     assert 0 < names["common"] < 1
-    torch.testing.assert_close(names["net"](images), names["net"](images, Modulation(gamma, beta)))
+    images, zero = names["images"], Modulation(names["gamma"], names["beta"])
+    torch.testing.assert_close(names["net"](images), names["net"](images, zero))
 
 
 def test_code_of_the_page_on_the_layer_runs():

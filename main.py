@@ -49,10 +49,10 @@ def pretrain(images: Path, file: Path, backbone: str, device: str, only_probe: b
     from experiments.pretrain import pretrain_on_images
 
     if only_probe:
-        from experiments.features.probe import probe, table_of
+        from experiments.features.probe import probe, probe_table
         from vqa.devices import choose_device
 
-        print(table_of(probe(file, images, choose_device(device))))
+        print(probe_table(probe(file, images, choose_device(device))))
         return
     made = pretrain_on_images(file, backbone, images, device=device, **options)
     right = f"{made['held_out_accuracy']:.1f} % by class ({len(made['classes'])} classes)"
@@ -77,7 +77,7 @@ def train(config: Path, settings: list[str], resume: bool, init_from: Path | Non
 def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow_trained: bool) -> None:
     """Scores a trained model by the official accuracy; writes metrics_SPLIT.json and results_SPLIT.json."""
     from experiments.evaluate import evaluate as score
-    from experiments.evaluate import table_of
+    from experiments.evaluate import scores_table
     from experiments.process_group import this_process
 
     scores = score(run, split, out, settings, allow_trained=allow_trained)
@@ -86,7 +86,7 @@ def evaluate(run: Path, split: str, out: Path | None, settings: list[str], allow
     if scores is None:
         print(f"split {split!r} has no annotations: results_{split}.json written, nothing to score")
     else:
-        print(f"{split}: {scores['questions']} questions\n{table_of(scores)}")
+        print(f"{split}: {scores['questions']} questions\n{scores_table(scores)}")
 
 
 def ask(run: Path, image: Path, question: str, top: int, as_json: bool, **of_object: Any) -> None:
@@ -116,11 +116,11 @@ def inspect(run: Path, image: Path, question: str, versus: str | None, out: Path
 
 def features(run: list[Path], split: str, out: Path | None, settings: list[str], pairs: int, seed: int) -> None:
     """t-SNE figures and nearest-neighbour accuracy of the features after each stage."""
-    from experiments.features.compare import compare_features, table_of
+    from experiments.features.compare import accuracy_table, compare_features
 
     out = out or run[0] / "features"
     comparison = compare_features(run, split, out, settings, pairs=pairs, seed=seed)
-    print(table_of(comparison))
+    print(accuracy_table(comparison))
     if comparison["pairs"] < pairs:
         print(f"split {split!r} has only {comparison['pairs']} pairs")
     print(out)

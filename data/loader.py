@@ -17,7 +17,7 @@ from torch.utils.data._utils import signal_handling
 
 from data.batches import Batch, Planned, QuestionDataset
 from vqa.io.errors import InputError
-from vqa.io.files import shown
+from vqa.io.files import size_text
 from vqa.io.processes import SHARED_MEMORY, StopRequest, WorkerContext, calling, naming_worker_limits, require_files
 
 _AHEAD = 2  # batches that a worker prepares in advance
@@ -49,8 +49,8 @@ def check_shared_memory(dataset: QuestionDataset, sampler: Iterable[list[int]], 
     needed, free = sum(map(dataset.image_bytes, batches)), shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise InputError(
-            f"{SHARED_MEMORY}: batches of {workers} workers need {shown(needed)}, but it has {shown(free)} left; "
-            f"enlarge it (docker: --shm-size={math.ceil(needed / 2**29)}g), or set fewer `workers` (0 needs none)"
+            f"{SHARED_MEMORY}: batches of {workers} workers need {size_text(needed)}, but it has {size_text(free)} "
+            f"left; enlarge it (docker: --shm-size={math.ceil(needed / 2**29)}g), or set fewer `workers` (0 needs none)"
         )
 
 

@@ -29,7 +29,7 @@ from data.question_table import NO_ANSWER
 from data.sources import Crop, NeededImage, Source, decode, defect_of, number_images
 from data.vqa_files import Question, SplitFiles
 from vqa.io.errors import InputError
-from vqa.io.files import check_room, shown
+from vqa.io.files import check_room, size_text
 from vqa.io.locks import held, lock_beside
 from vqa.io.progress import progress
 from vqa.text.tokenizer import PAD, UNKNOWN, train_tokenizer
@@ -148,7 +148,7 @@ def _begin(
     pixels = 3 * settings["image_size"] ** 2 * len(images)
     words = sum(46 + len(image.file) for image in images)
     words += sum(_BYTES_A_QUESTION + len(question.text) for asked in questions.values() for question in asked)
-    print(f"{partial}: needs {shown(pixels + words)}, {shown(pixels)} of them for {len(images)} images")
+    print(f"{partial}: needs {size_text(pixels + words)}, {size_text(pixels)} of them for {len(images)} images")
     check_room(partial, pixels + words, _OTHER_DISK)
     h5_file.begin(
         partial,

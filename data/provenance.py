@@ -90,8 +90,5 @@ def _check_images(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]
             raise InputError(
                 f"{path}: holds a split {name!r}; name it in data.splits, name another data.h5 or remove it"
             )
-        now = wanted["sources"][name]
-        # earlier files name the folder of the data too, where the images lie directly in it
-        same_images = source["images"] == now["images"] or Path(source["images"]).name == now["images"]
-        if source["files"] != now["files"] or not same_images:
+        if source != wanted["sources"][name]:
             raise InputError(f"{path}: split {name!r} was made from other files; name another data.h5 or remove it")

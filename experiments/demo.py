@@ -24,7 +24,7 @@ from data.question_table import QuestionTable
 from data.vqa_files import read_questions
 from experiments.evaluate import evaluate
 from experiments.prepare import prepare_backbone, prepare_world, preprocessing_of, split_files
-from experiments.report.tables import aligned
+from experiments.tables import aligned
 from experiments.tasks.vqa import VQATask, score
 from experiments.training.train import train
 from vqa.inspect.html import inline_image, inspection_view, signed, write_page

@@ -15,7 +15,8 @@ from data.h5_file import H5Images, Store
 from data.question_table import QuestionTable
 from data.sources import number_images
 from experiments.prepare import source_of, split_files
-from experiments.process_group import this_process, together
+from experiments.process_group import joined_group, this_process
+from experiments.tables import aligned
 from experiments.tasks import TASKS
 from experiments.training.loop import predict_classes
 from vqa.io.errors import InputError, printable
@@ -70,7 +71,7 @@ def evaluate(
         raise InputError(f"{out}: holds another model, with results of its own; --out must name another directory")
     processes = this_process()
     device = processes.device(settings.device)
-    with together(processes, device), ExitStack() as stack:
+    with joined_group(processes, device), ExitStack() as stack:
 
         def prepare() -> tuple[SavedModel, QuestionDataset]:
             saved = load_model(folder, device)
@@ -212,13 +213,11 @@ def _warn_about_other_data(out: Path, split: str, own: DataSettings, used: DataS
         print(f"{file}: replaced by that of other data than the run's own; another --out keeps both")
 
 
-def table_of(scores: Scores) -> str:
+def scores_table(scores: Scores) -> str:
     """The scores as a small table for a terminal; question types only where they are few."""
     rows = [("overall", scores["overall"]), *scores["per_answer_type"].items()]
     if "error" in scores:
         rows.insert(1, ("error", scores["error"]))
     if len(scores["per_question_type"]) <= MOST_TYPES_SHOWN:
         rows += [(f"  {kind}", value) for kind, value in scores["per_question_type"].items()]
-    rows = [(printable(name), value) for name, value in rows]  # the types are texts of the data
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value:6.2f} %" for name, value in rows)
+    return aligned([[printable(name), f"{value:6.2f} %"] for name, value in rows])  # the types are texts of the data

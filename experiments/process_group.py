@@ -89,7 +89,7 @@ def this_process() -> Processes:
 
 
 @contextmanager
-def together(processes: Processes, device: torch.device) -> Iterator[None]:
+def joined_group(processes: Processes, device: torch.device) -> Iterator[None]:
     """Joins the process group for the block, if there are several processes; raises InputError if a launcher set only a
     part of what torchrun sets.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.evaluate import table_of
+from experiments.evaluate import scores_table
 from vqa.cbn import Modulation
 from vqa.inspect.inspection import describe_channels, inspect
 from vqa.io.progress import progress
@@ -98,7 +98,10 @@ def test_scores_of_other_data_do_not_silently_replace_a_runs_own(done, finished,
 
 def test_types_of_the_data_are_safe_on_a_terminal():
     scores = {"overall": 1.0, "per_answer_type": {"a\nb": 2.0}, "per_question_type": {"\x1b[31mred": 3.0}}
-    assert table_of(scores).splitlines()[1:] == [f"{'a' + chr(92) + 'nb':<13}    2.00 %", "  \\x1b[31mred    3.00 %"]
+    assert scores_table(scores).splitlines()[1:] == [
+        f"{'a' + chr(92) + 'nb':<13}    2.00 %",
+        "  \\x1b[31mred    3.00 %",
+    ]
 
 
 def test_another_datasets_words_are_read_with_the_models_own(done, tiny, trained, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from experiments.export import export
 from tests.conftest import ROOT
 
-NEEDS = "jinja2 numpy pillow pydantic pyyaml safetensors tokenizers torch torchvision tqdm transformers"
+NEEDS = "huggingface-hub jinja2 numpy pillow pydantic pyyaml safetensors tokenizers torch torchvision tqdm transformers"
 TRAINING_NEEDS = ("h5py", "matplotlib", "msgspec", "psutil", "scipy", "sklearn", "tensorboard", "threadpoolctl")
 USE = """
 import sys

@@ -36,6 +36,7 @@ class SpatialAttention(nn.Module):
     """ξ = MLP([F_hw ; e_q]) with one hidden layer, shared by all positions (section 4 of the paper)."""
 
     def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 1) -> None:
+        """`channels` C, `question_size` D, hidden `units`, `glimpses` G."""
         super().__init__()
         # The first layer over the concatenation is the sum of its two blocks; the question's is computed once.
         self.feature = nn.Conv2d(channels, units, 1)
@@ -51,6 +52,7 @@ class MLBAttention(nn.Module):
     """ξ^g = P_g^T( tanh(U'^T e_q) ∘ tanh(V'^T F_hw) ), U' and V' are shared by the G glimpses."""
 
     def __init__(self, channels: int, question_size: int, units: int, glimpses: int = 2) -> None:
+        """As `SpatialAttention`."""
         super().__init__()
         self.feature = nn.Conv2d(channels, units, 1)
         self.question = nn.Linear(question_size, units)

@@ -26,6 +26,29 @@ FORM = (  # the layers of a ResNet of torchvision's form, by name; timm's blocks
 HEAD = ("avgpool", "global_pool", "fc")  # of torchvision and timm; the network ends before it
 
 
+STEM = ("conv1", "bn1", "maxpool")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+def check_network(network: nn.Module) -> None:
+    """Raise ValueError if a network has not the form of torchvision's ResNets, or shared or pruned layers."""
+    if missing := [part for part in (*STEM, *STAGES) if not hasattr(network, part)]:
+        raise ValueError(f"{type(network).__name__} has no {missing[0]}; it must have the form of a ResNet")
+    check_form(part for part in network.named_children() if part[0] not in HEAD)
+    check_layers(network)
+
+
+def with_modulated_blocks(network: nn.Module) -> nn.ModuleDict:
+    """Return the stem and the stages of a network, with the same layers and names, whose blocks take deltas. Raises
+    ValueError as `ModulatedBlock`.
+    """
+    made = nn.ModuleDict({part: network.get_submodule(part) for part in STEM})
+    for stage in STAGES:
+        blocks = network.get_submodule(stage).named_children()
+        made[stage] = nn.ModuleList(ModulatedBlock(f"{stage}.{place}", block) for place, block in blocks)
+    return made
+
+
 def check_form(layers: Iterable[tuple[str, nn.Module]], within: str = "") -> None:
     """Raise ValueError if a layer is not of the kind that `FORM` has for its name."""
     for name, layer in layers:

@@ -56,7 +56,11 @@ class _Conditioned(nn.Module):
         return Modulation(*(None if part is None else part(condition) for part in (self.delta_gamma, self.delta_beta)))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, C, H, W], condition [B, D] → [B, C, H, W]."""
+        """x [B, C, H, W], condition [B, D] → [B, C, H, W].
+
+        Raises:
+            ValueError: x is not [B, C, H, W], the condition not [B, D], or there are too few values for statistics.
+        """
         return super().forward(x, self.deltas(condition))
 
 
@@ -85,7 +89,7 @@ class ConditionalBatchNorm2d(_Conditioned, ModulatedBatchNorm2d):
         momentum: float | None = 0.1,
         **made: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        """`gamma` and `beta` say what is predicted, ValueError if neither; `made` may hold `device` and `dtype`."""
         super().__init__(num_features, eps, momentum, **made)
         self._condition_on(condition_size, hidden_size, gamma, beta)
 
@@ -96,7 +100,7 @@ class ConditionalBatchNorm1d(ConditionalBatchNorm2d):
     dimensions = (2, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x with one of `dimensions`, condition [B, D] → as x."""
+        """x with one of `dimensions`, condition [B, D] → as x. Raises ValueError for other shapes."""
         if x.ndim not in self.dimensions or x.shape[1] != self.num_features:
             dimensions = " or ".join(map(str, self.dimensions))
             raise ValueError(f"x must have {dimensions} dimensions and C = {self.num_features}, got {list(x.shape)}")
@@ -124,7 +128,7 @@ class ConditionalGroupNorm(_Conditioned, ModulatedGroupNorm):
         eps: float = 1e-5,
         **made: Any,
     ) -> None:
-        """`gamma` and `beta` say what is predicted; `made` may hold `device` and `dtype`."""
+        """`gamma` and `beta` say what is predicted, ValueError if neither; `made` may hold `device` and `dtype`."""
         super().__init__(num_groups, num_features, eps, **made)
         self._condition_on(condition_size, hidden_size, gamma, beta)
 
@@ -181,7 +185,9 @@ class CategoricalConditionalBatchNorm2d(ModulatedBatchNorm2d):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d, num_classes: int) -> Self:
-        """Return the same norm, sharing its buffers, with a copy of its γ and β for every class."""
+        """Return the same norm, sharing its buffers, with a copy of its γ and β for every class. Raises ValueError as
+        `ModulatedBatchNorm2d.from_batch_norm`.
+        """
         modulated = super().from_batch_norm(norm, num_classes)
         for name in ("weight", "bias"):
             setattr(modulated, name, _for_each_class(getattr(norm, name), num_classes))

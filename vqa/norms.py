@@ -155,7 +155,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and biased variance [C] that normalise a map [B, C, H, W]; in training mode, move the running
-        statistics.
+        statistics. Raises ValueError in training mode if there is only one value per channel.
         """
         if not self.training and self.running_mean is not None:
             return self.running_mean, self.running_var
@@ -165,7 +165,7 @@ class ModulatedBatchNorm2d(nn.BatchNorm2d):
         if count < 2 and not (together and dist.get_world_size() > 1):
             raise ValueError("batch statistics need more than one value per channel")
         if together:
-            if not count:  # zeros, which the sums below leave out, where mean and variance are NaN
+            if not count:  # zeros, which the sums below skip; mean and variance of nothing are NaN
                 mean = var = exact.sum((0, 2, 3))
             mean, var, count = _over_processes(mean, var, count)
         self._move_running_statistics(mean.detach(), var.detach(), count)
@@ -252,7 +252,10 @@ class ModulatedAdaptiveNorm2d(ModulatedBatchNorm2d):
         return self.b * self.weight + self.a * deviation, self.b * self.bias + self.a * self.running_mean
 
 
-_convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
+_convert = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
+_convert_sync_batchnorm = getattr(
+    _convert, "of_torch", _convert
+)  # where this module is loaded again, it is ours already
 
 
 def _keep_modulated_norms(
@@ -269,6 +272,7 @@ def _keep_modulated_norms(
     return module
 
 
+_keep_modulated_norms.of_torch = _convert_sync_batchnorm
 # torch replaces every subclass of BatchNorm2d and has no hook for it; trainers such as Lightning call it by this name.
 nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_keep_modulated_norms)
 

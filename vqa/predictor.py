@@ -36,6 +36,7 @@ class Predictor(nn.Module):
     """Δγ and Δβ of all conditioned norms of a network from one condition, each by a module or not at all."""
 
     def __init__(self, make: Callable[[], nn.Module], gamma: bool, beta: bool) -> None:
+        """`make` makes the module for each of the two that are predicted. Raises ValueError if neither is."""
         if not (gamma or beta):
             raise ValueError("a modulation predicts γ, β or both")
         super().__init__()
@@ -75,7 +76,7 @@ class CategoricalPredictor(Predictor):
     """
 
     def __init__(self, num_classes: int, channels: Sequence[int], *, gamma: bool, beta: bool) -> None:
-        """As `ModulationPredictor`."""
+        """As `ModulationPredictor`; `channels` are those of each norm, in order of depth."""
         zeros = torch.zeros(num_classes, sum(channels))
         super().__init__(lambda: nn.Embedding.from_pretrained(zeros.clone(), freeze=False), gamma, beta)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqa.backbone import build_resnet
-from vqa.blocks import HEAD, Deltas, ModulatedBlock, check_form, check_layers
+from vqa.blocks import STAGES, Deltas, check_network, with_modulated_blocks
 from vqa.kernels.frozen_conv import Convolution
 from vqa.kernels.modulate import Fused
 from vqa.norms import (
@@ -57,10 +57,14 @@ def stage_of(name: str) -> int:
     return int(match[1]) if (match := re.match(r"layer(\d)\.", name)) else 0
 
 
-def _modulated(norm: nn.BatchNorm2d, normaliser: Normaliser) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
-    if normaliser in ("batch", "adaptive"):
-        return (ModulatedBatchNorm2d if normaliser == "batch" else ModulatedAdaptiveNorm2d).from_batch_norm(norm)
-    return ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
+def _modulated(place: str, norm: nn.BatchNorm2d, normaliser: Normaliser) -> ModulatedBatchNorm2d | ModulatedGroupNorm:
+    """The norm at a place as one that takes deltas. Raises ValueError, naming the place, if it cannot be."""
+    try:
+        if normaliser in ("batch", "adaptive"):
+            return (ModulatedBatchNorm2d if normaliser == "batch" else ModulatedAdaptiveNorm2d).from_batch_norm(norm)
+        return ModulatedGroupNorm.from_batch_norm(norm, groups_of(normaliser, norm.num_features))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 class ModulatedResNet(nn.Module):
@@ -113,39 +117,31 @@ class ModulatedResNet(nn.Module):
         super().__init__()
         if unknown := {*stages, *recompute} - {1, 2, 3, 4}:
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
-        for value, known in ((statistics, Statistics), (normaliser, Normaliser)):
-            if value not in get_args(known):
-                raise ValueError(f"unknown {value!r}; there are {', '.join(get_args(known))}")
+        if normaliser not in get_args(Normaliser):
+            raise ValueError(f"unknown {normaliser!r}; there are {', '.join(get_args(Normaliser))}")
         if isinstance(name, nn.Module) and weights is not None:
             raise ValueError("a network has its own weights; `weights` must be None")
         resnet = name if isinstance(name, nn.Module) else build_resnet(name, weights)
-        parts = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-        if missing := [part for part in parts if not hasattr(resnet, part)]:
-            raise ValueError(f"{type(resnet).__name__} has no {missing[0]}; it must have the form of a ResNet")
-        check_form(part for part in resnet.named_children() if part[0] not in HEAD)
-        check_layers(resnet)
+        check_network(resnet)
         resnet = copy.deepcopy(resnet) if resnet is name else resnet
         self.recompute = frozenset(recompute)
-        self.network = nn.ModuleDict({part: resnet.get_submodule(part) for part in parts[:3]})
-        for layer in parts[3:]:
-            blocks = resnet.get_submodule(layer).named_children()
-            self.network[layer] = nn.ModuleList(ModulatedBlock(f"{layer}.{place}", block) for place, block in blocks)
-        ends = (self.network[layer][-1] for layer in parts[3:])
+        self.network = with_modulated_blocks(resnet)
+        ends = (self.network[stage][-1] for stage in STAGES)
         self.stage_channels: list[int] = [end.get_submodule(end.last_norm).num_features for end in ends]
         self.channels = self.stage_channels[-1]
+
+        def is_conditioned(place: str) -> bool:
+            stage = stage_of(place)
+            return stem if stage == 0 else stage in stages and (shortcuts or "downsample" not in place)
+
         self.layers: list[ConditionedNorm] = []
         for place, module in list(resnet.named_modules()):
             if isinstance(module, nn.Conv2d):
                 made = Convolution.from_conv(module)
             elif isinstance(module, nn.BatchNorm2d):
-                stage, channels = stage_of(place), module.num_features
-                conditioned = stem if stage == 0 else stage in stages and (shortcuts or "downsample" not in place)
-                if conditioned:
-                    self.layers.append(ConditionedNorm(place, stage, channels))
-                try:
-                    made = _modulated(module, normaliser if conditioned else "batch")
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from None
+                made = _modulated(place, module, normaliser if is_conditioned(place) else "batch")
+                if is_conditioned(place):
+                    self.layers.append(ConditionedNorm(place, stage_of(place), module.num_features))
             else:
                 continue
             made.fused = fused
@@ -160,8 +156,10 @@ class ModulatedResNet(nn.Module):
         present running statistics.
 
         Raises:
-            ValueError: stages are recomputed, and the policy is `batch`, whose averages would move twice.
+            ValueError: unknown policy; or stages are recomputed, and it is `batch`, whose averages would move twice.
         """
+        if policy not in get_args(Statistics):
+            raise ValueError(f"unknown {policy!r}; there are {', '.join(get_args(Statistics))}")
         if self.recompute and policy == "batch":
             raise ValueError("stages cannot be recomputed under the policy batch: its averages would move twice")
         if policy == self.statistics:

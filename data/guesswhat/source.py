@@ -86,13 +86,14 @@ class GuessWhatSource(Source):
                     raise InputError(f"{place}: question id {asked.id} occurs twice in the file")
                 seen.add(asked.id)
                 first = _WORD.search(asked.q.lower())
-                word, answer = first.group() if first else "", ANSWERS[ANSWERS.index(asked.a.lower())]
+                kept = (first.group() if first else "", asked.a.lower())
+                word, answer = (words.setdefault(text, text) for text in kept)
                 questions.append(
                     _GameQuestion(
                         question_id=asked.id,
                         image_id=game.picture_id,
                         text=asked.q,
-                        question_type=words.setdefault(word, word),
+                        question_type=word,
                         answer_type=answer,
                         answers=(answer,),
                         target=target,

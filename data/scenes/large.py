@@ -55,15 +55,15 @@ def single_object(rng: np.random.Generator, shape: str) -> SceneObject:
     return _object(rng, shape, rng.choice(tuple(COLOURS)).item(), size, radius, _anywhere(rng, radius))
 
 
-def place(rng: np.random.Generator, radii: Sequence[float], tries: int = _TRIES) -> list[tuple[float, float]]:
+def place(rng: np.random.Generator, radii: Sequence[float]) -> list[tuple[float, float]]:
     """Sample the centres (x, y) of up to nine objects that touch neither each other nor the image's border.
 
-    The largest object is placed first, each at the first of `tries` random places that is free; if none is, all objects
+    The largest object is placed first, each at the first of _TRIES random places that is free; if none is, all objects
     go into the cells of a 3 x 3 grid, which are large enough for any of them.
     """
     centres: dict[int, tuple[float, float]] = {}
     for index in sorted(range(len(radii)), key=lambda index: -radii[index]):
-        places = (_anywhere(rng, radii[index]) for _ in range(tries))
+        places = (_anywhere(rng, radii[index]) for _ in range(_TRIES))
         free = (place for place in places if all(apart(place, radii[index], centres[k], radii[k]) for k in centres))
         found = next(free, None)
         if found is None:

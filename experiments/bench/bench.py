@@ -15,8 +15,8 @@ from experiments.bench.loading import cache_rows, loading_rows, sharing_rows, wa
 from experiments.bench.scale import scale_rows
 from experiments.bench.setup import Measurement, Setup
 from experiments.bench.step import memory_rows, step_rows
-from experiments.report.tables import aligned, write_lines
-from experiments.training.run_directory import surroundings
+from experiments.machine import surroundings
+from experiments.tables import aligned, write_lines
 from vqa.devices import choose_device
 from vqa.io.errors import InputError
 
@@ -63,13 +63,13 @@ def bench(
             turns = min(repeats, most)
             with redirect_stdout(io.StringIO()):  # of training and preprocessing
                 results[part] = list(measured(Setup(chosen, tiny, Path(folder) / part, turns, images)))
-            print(f"\n{part}\n{table_of(results[part])}", flush=True)
+            print(f"\n{part}\n{rows_table(results[part])}", flush=True)
             if out is not None:
                 write_lines(out / f"bench_{part}.csv", [row | columns | {"repeats": turns} for row in results[part]])
     return {"machine": machine, "repeats": repeats, "parts": results}
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> str:
+def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     """Align rows as text; rows with other columns get their own headings."""
     kinds: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:

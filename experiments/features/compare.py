@@ -16,7 +16,7 @@ from data.question_table import QuestionTable
 from experiments.features.figure import write_scatter
 from experiments.features.neighbours import FOLDS, labellings, main_answers, neighbour_accuracy, project
 from experiments.features.networks import STAGES, networks_of, open_runs, select_pairs, stage_features
-from experiments.report.tables import aligned, write_lines
+from experiments.tables import aligned, write_lines
 from vqa.io.files import as_cell, write_csv, write_json
 from vqa.io.locks import held
 from vqa.io.progress import progress
@@ -82,7 +82,7 @@ def compare_features(
         return comparison
 
 
-def table_of(comparison: Mapping[str, Any]) -> str:
+def accuracy_table(comparison: Mapping[str, Any]) -> str:
     """The accuracies as a table for a terminal."""
     rows = [["", *(f"stage {stage}" for stage in STAGES)]]
     heading = itemgetter("labelling", "classes", "chance")

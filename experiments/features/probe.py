@@ -25,9 +25,9 @@ from sklearn.preprocessing import StandardScaler
 
 from data.labelled_images import LabelledImages
 from data.scenes.photos import PLAIN, TINTS, changed
+from experiments.machine import surroundings
 from experiments.pretrain import header_of, identity_of
-from experiments.report.tables import aligned
-from experiments.training.run_directory import surroundings
+from experiments.tables import aligned
 from vqa.io.errors import InputError
 from vqa.io.files import write_json
 from vqa.io.progress import progress
@@ -127,7 +127,7 @@ def _labelled(
     return labelled | {"mirrored": either(_features(resnet, pixels), mirrored)}
 
 
-def table_of(found: Sequence[dict[str, Any]]) -> str:
+def probe_table(found: Sequence[dict[str, Any]]) -> str:
     """The results as text: one line per stage, one column per target, and a line of chance."""
     targets = list(dict.fromkeys(row["target"] for row in found))
     value = {(row["stage"], row["target"]): row["accuracy"] for row in found}

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import ROOT
-from experiments.bench.bench import table_of
+from experiments.bench.bench import rows_table
 from experiments.bench.setup import Measurement, Setup
 from experiments.gpu import fast, right
+from experiments.machine import surroundings
 from experiments.report.results import keep_evidence
 from experiments.suite import load_suite
-from experiments.training.run_directory import surroundings
 from vqa.devices import choose_device
 from vqa.io.errors import InputError
 from vqa.io.files import read_json, write_json, written_whole
@@ -195,7 +195,7 @@ def _write_rows(file: Path, rows: Measurement, device: str, tiny: bool) -> None:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    rows = "\n" + table_of(result["rows"]) if result["rows"] else ""
+    rows = "\n" + rows_table(result["rows"]) if result["rows"] else ""
     why = f": {result['error'].strip().splitlines()[-1]}" if "error" in result else ""
     return f"\n{result['step']}: {result['state']}{why}  ({result.get('seconds', 0):.0f} s){rows}"
 

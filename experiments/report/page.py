@@ -19,17 +19,16 @@ from experiments.report.results import (
     run_lines,
 )
 from experiments.report.tables import (
-    aligned,
     claims,
     contrast_tables,
     markdown,
     markdown_kinds,
     markdown_table,
     terminal_table,
-    write_lines,
 )
 from experiments.runner import missing_jobs
 from experiments.suite import Suite
+from experiments.tables import aligned, write_lines
 from vqa.io.errors import InputError
 from vqa.io.files import read_text, write_text
 

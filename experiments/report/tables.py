@@ -1,24 +1,16 @@
-"""Write CSV files; format the lines of a suite's CSV file as tables for Markdown and for the terminal."""
+"""Format the lines of a suite's CSV file as tables for Markdown and for the terminal."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
 
 from experiments.report.results import KIND, Line
+from experiments.tables import aligned
 from vqa.io.errors import printable
-from vqa.io.files import write_csv
 
 NOT_RUN, TOO_FEW = "not run", "too few seeds"
 WHOLE = ("overall", "error")  # columns of all questions
 _Column = tuple[str, Callable[[Line], str]]  # a heading, and the cell of a line
-
-
-def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write lines as CSV; their keys are the columns."""
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    write_csv(file, columns, ([line.get(column) for column in columns] for line in lines), end="\n")
 
 
 def markdown_table(lines: Sequence[Line]) -> str:
@@ -83,13 +75,6 @@ def contrast_tables(lines: Sequence[Line]) -> list[list[list[str]]]:
 def _contrast(line: Line) -> str:
     spread = f"({TOO_FEW}: {line['seeds']})" if line["seeds_low"] is None else _interval(line, "seeds")
     return f"{signed(line['difference'])} {spread}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def claims(lines: Sequence[Line]) -> list[str]:

@@ -22,7 +22,7 @@ class Progress:
 
     epoch: int = 1  # being trained, from 1
     step: int = 0  # steps done in this epoch
-    left_out: int = 0  # of them, skipped because something was not finite
+    skipped: int = 0  # of them, because something was not finite
     loss_sum: float = 0.0  # of the others, in this process
     seconds: float = 0.0  # they took
     best_overall: float | None = None  # percent, on the validation split
@@ -42,7 +42,7 @@ class Progress:
         if best:
             self.best_overall, self.best_epoch = overall, self.epoch
         self.history.append(line)
-        self.epoch, self.step, self.left_out, self.loss_sum, self.seconds = self.epoch + 1, 0, 0, 0.0, 0.0
+        self.epoch, self.step, self.skipped, self.loss_sum, self.seconds = self.epoch + 1, 0, 0, 0.0, 0.0
         return best
 
 
@@ -106,7 +106,9 @@ class TrainingState:
         save_checkpoint(file, saved)
 
     def restore(self, saved: dict[str, Any], rank: int) -> None:
-        """Restores what `save` wrote and `load_checkpoint` read, with `progress` as Progress."""
+        """Restores what `save` wrote and `load_checkpoint` read, with `progress` as Progress. Raises KeyError,
+        RuntimeError or ValueError where a part is missing or does not fit; see `read_as_checkpoint`.
+        """
         mine = saved["processes"][rank]
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
@@ -117,8 +119,8 @@ class TrainingState:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.schedule.load_state_dict(saved["schedule"])
         self.progress = progress = replace(saved["progress"], loss_sum=mine["loss_sum"])
-        taken = sum(line["steps"] - line.get("steps_left_out", 0) for line in progress.history)
-        if (counted := self.schedule.last_epoch) != taken + progress.step - progress.left_out:
+        taken = sum(line["steps"] - line["steps_left_out"] for line in progress.history)
+        if (counted := self.schedule.last_epoch) != taken + progress.step - progress.skipped:
             raise ValueError(f"its schedule counts {counted} steps, its epochs others")
         torch.set_rng_state(mine["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in mine["random"]:  # not where the run was on a CPU before

@@ -39,7 +39,7 @@ from vqa.resnet import ModulatedResNet, StageMap
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class NetworkInput:
     """Images, or the feature maps in their place, and how a batch of them becomes the network's input."""
 
     images: Images  # row → uint8 [S, S, 3], or a map float16 [H, W, C]
@@ -55,7 +55,7 @@ class ImageSource:
         return prepared if self.stage is None else StageMap(self.stage, prepared)
 
 
-def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> ImageSource:
+def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> NetworkInput:
     """The maps of the last fixed stage, from a file beside the h5 file that the main process makes if it is missing; or
     the images, if they are augmented or not used, if no stage is fixed, or if the file would be larger than
     `data.cache_gib` or cannot be written. Raises InputError as `cached_maps`.
@@ -63,7 +63,7 @@ def choose_images(task: Task, resnet: ModulatedResNet, processes: Processes) -> 
     store, settings = task.store, task.settings
     known = np.where(store.usable, store.checksums, 0)  # stand-ins may be repaired meanwhile
     images = H5Images(store.path, known) if settings.views else NoImages()
-    pixels = ImageSource(images, task.preprocessing, settings.speed.channels_last)
+    pixels = NetworkInput(images, task.preprocessing, settings.speed.channels_last)
     if not settings.views:
         return pixels
     if (kind := settings.train.augment) != "none":

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from data.batches import EpochSampler
 from data.loader import check_shared_memory
 from experiments.prepare import check_world
-from experiments.process_group import Processes, this_process, together
+from experiments.process_group import Processes, joined_group, this_process
 from experiments.tasks import TASKS, Task
 from experiments.training.checkpoint import Progress, TrainingState, load_checkpoint, read_as_checkpoint
 from experiments.training.optimiser import build_optimiser, build_schedule
@@ -45,7 +45,7 @@ def train(
     """
     run = RunDirectory(runs / settings.name)
     processes = this_process()
-    with together(processes, processes.device(settings.device)), ExitStack() as stack:
+    with joined_group(processes, processes.device(settings.device)), ExitStack() as stack:
 
         def look() -> bool:
             if processes.is_main:

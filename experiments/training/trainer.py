@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from data.batches import Batch, Planned, batches_by_image
 from data.loader import make_loader, readable
+from experiments.machine import peak_memory_mib
 from experiments.process_group import Processes, averaging_gradients
 from experiments.tasks import Task
 from experiments.training.checkpoint import TrainingState
 from experiments.training.loop import answer_logits, predict_classes, train_steps
 from experiments.training.nonfinite import NotFiniteError, listed
 from experiments.training.optimiser import trained_parameters
-from experiments.training.run_directory import RunDirectory, peak_memory_mib
-from experiments.training.stage_cache import ImageSource
+from experiments.training.run_directory import RunDirectory
+from experiments.training.stage_cache import NetworkInput
 from vqa.io.errors import InputError, NotWrittenError, printable
 from vqa.io.processes import Interrupted, StopRequest
 from vqa.io.progress import progress as shown
@@ -31,7 +32,7 @@ class Trainer:
     """Trains one process's part of a run, from `state` on."""
 
     def __init__(
-        self, task: Task, run: RunDirectory, processes: Processes, state: TrainingState, images: ImageSource
+        self, task: Task, run: RunDirectory, processes: Processes, state: TrainingState, images: NetworkInput
     ) -> None:
         self.task, self.run, self.processes, self.state, self.images = task, run, processes, state, images
         self.settings = task.settings
@@ -98,14 +99,14 @@ class Trainer:
 
     def _end_epoch(self, batches: Iterator[Batch]) -> None:
         """Validates, reports, keeps the best model, saves a checkpoint and moves to the next epoch."""
-        progress, taken = self.progress, self.progress.step - self.progress.left_out
+        progress, taken = self.progress, self.progress.step - self.progress.skipped
         if not taken:
             raise InputError(f"{self.run.path}: no step of epoch {progress.epoch} was finite; lower the learning rate")
         losses = self.processes.gather(progress.loss_sum)
         line: dict[str, Any] = {
             "epoch": progress.epoch,
             "steps": progress.step,
-            "steps_left_out": progress.left_out,
+            "steps_left_out": progress.skipped,
             "train_loss": sum(losses) / len(losses) / taken,
             "val_overall": None,
             "learning_rate": self.state.schedule.get_last_lr()[0],
@@ -186,10 +187,10 @@ class Trainer:
 
     def _skip(self, error: NotFiniteError) -> None:
         """Counts a step that is skipped. Raises the error if the settings allow no more of them."""
-        if self.progress.left_out == self.settings.train.skip_not_finite:
+        if self.progress.skipped == self.settings.train.skip_not_finite:
             raise error
         self.processes.say(f"{self._at_step(error)}; this step is skipped")
-        self.progress.left_out += 1
+        self.progress.skipped += 1
 
     def _at_step(self, error: NotFiniteError) -> str:
         where = f"{self.run.path}: epoch {self.progress.epoch}, step {self.progress.step + 1}"

@@ -173,9 +173,10 @@ def test_no_shape_reaches_farther_than_is_reckoned(shape, tilt):
     assert not coloured[:, round(224 * (0.3 + gap / 2))].any()
 
 
-def test_placing_ends_where_darts_find_no_room():
+def test_placing_ends_where_darts_find_no_room(monkeypatch):
+    monkeypatch.setattr("data.scenes.large._TRIES", 1)
     radii = [max(SIZES["large"])] * 9
-    centres = place(np.random.default_rng(0), radii, tries=1)
+    centres = place(np.random.default_rng(0), radii)
     assert len(set(centres)) == 9
     assert all(apart(one, radii[0], other, radii[0]) for one, other in combinations(centres, 2))
     assert all(0.15 < value < 0.85 for centre in centres for value in centre)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.bench.bench import PARTS, bench, table_of
+from experiments.bench.bench import PARTS, bench, rows_table
 from experiments.bench.loading import time_training
 from tests.processes import fork_workers, forking
 from vqa.settings.recipes import load_settings
@@ -84,4 +84,4 @@ def test_the_command(done, refused, tmp_path):
 
 
 def test_kinds_of_rows_have_heads_of_their_own():
-    assert table_of([{"a": 1, "b": 22}, {"a": 333, "b": None}, {"c": 1}]) == "a     b\n1    22\n333\nc\n1"
+    assert rows_table([{"a": 1, "b": 22}, {"a": 333, "b": None}, {"c": 1}]) == "a     b\n1    22\n333\nc\n1"

@@ -20,7 +20,7 @@ from experiments.gpu import check as gpu_check
 from experiments.gpu import fast, right
 from experiments.gpu.check import Step
 from experiments.gpu.right import check_error, relative_error
-from experiments.training.run_directory import surroundings
+from experiments.machine import surroundings
 from tests.processes import fork_children, wait_until
 from vqa.io.processes import Interrupted
 

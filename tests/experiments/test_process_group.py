@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from experiments import process_group
-from experiments.process_group import Processes, this_process, together
+from experiments.process_group import Processes, joined_group, this_process
 from experiments.tasks.vqa import VQATask
 from experiments.training.run_directory import RunDirectory
 from experiments.training.train import prepare, train
@@ -59,7 +59,7 @@ def _wait_for_the_main_one(rank, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["LOCAL_RANK"] = str(rank)
     processes = this_process()
-    with together(processes, torch.device("cpu")):
+    with joined_group(processes, torch.device("cpu")):
         set_timeout(timedelta(seconds=0.5), dist.group.WORLD)
         assert processes.on_main(lambda: time.sleep(1.5) or "made") == "made"
 
@@ -98,14 +98,14 @@ def group(monkeypatch):
 
 
 def test_objects_are_exchanged_on_the_host_and_tensors_on_the_gpu(group):
-    with together(Processes(0, 0, 2), torch.device("cuda", 0)):
+    with joined_group(Processes(0, 0, 2), torch.device("cuda", 0)):
         assert group == ["nccl", "gloo"]
     assert group[2:] == ["destroyed"]
 
 
 @pytest.mark.parametrize(("device", "after"), [("cuda", []), ("cpu", ["destroyed"])])
 def test_a_process_that_failed_does_not_wait_for_the_others_on_a_gpu(group, device, after):
-    with pytest.raises(torch.OutOfMemoryError), together(Processes(0, 0, 2), torch.device(device)):
+    with pytest.raises(torch.OutOfMemoryError), joined_group(Processes(0, 0, 2), torch.device(device)):
         raise torch.OutOfMemoryError
     assert group[2:] == after
 

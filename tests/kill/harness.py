@@ -23,7 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
 
-from experiments.report.tables import write_lines
+from experiments.tables import write_lines
 from tests.kill.cases import CASES, Case, content_of, saved_work
 from tests.processes import MainProcess
 

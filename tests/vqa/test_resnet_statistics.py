@@ -130,3 +130,10 @@ def test_update_bn_is_refused_where_no_batch_would_move_the_statistics():
     update_bn(batches, net)
     means = [net.network.conv1(batch).mean((0, 2, 3)) for batch in batches]
     torch.testing.assert_close(net.norm("bn1").running_mean, torch.stack(means).mean(0))
+
+
+def test_an_unknown_policy_changes_nothing():
+    net = ModulatedResNet("resnet10")
+    with pytest.raises(ValueError, match="unknown 'reestimated'; there are population, batch"):
+        net.set_statistics("reestimated")
+    assert net.statistics == "population"

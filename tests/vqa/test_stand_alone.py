@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from tests.conftest import ROOT
 from vqa.cbn import (
     CategoricalConditionalBatchNorm2d,
     ConditionalBatchNorm1d,
@@ -106,6 +109,13 @@ def test_conversion_to_synchronised_norms_keeps_the_conditioning(kind):
     assert kind.from_batch_norm(converted.first[1], *sizes).synchronised
     with pytest.raises(ValueError, match="over all processes, not over a process group"):
         nn.SyncBatchNorm.convert_sync_batchnorm(Net(kind(C, *sizes)), process_group=object())
+
+
+def test_the_module_can_be_loaded_again():
+    code = "import importlib, torch, vqa.norms; importlib.reload(vqa.norms); importlib.reload(vqa.norms)\n"
+    code += "norm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm2d(3))\n"
+    code += "assert type(norm) is torch.nn.SyncBatchNorm"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("shape", [(2, C, 4, 4, 4), (2, C, 4), (2, C), (2, 1, 4, 4), (C, 4, 4)])

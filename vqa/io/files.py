@@ -180,10 +180,10 @@ def check_room(file: Path, size: int, otherwise: str) -> None:
     missing = max(0, size - (file.stat().st_blocks * 512 if file.exists() else 0))
     free = shutil.disk_usage(next(folder for folder in file.absolute().parents if folder.exists())).free
     if missing > free:
-        has = f"needs {shown(missing)} more, but its disk has {shown(free)} left"
+        has = f"needs {size_text(missing)} more, but its disk has {size_text(free)} left"
         raise NotWrittenError(f"{file}: {has}; make room or {otherwise}")
 
 
-def shown(size: int) -> str:
+def size_text(size: int) -> str:
     """Format a number of bytes as MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -135,7 +135,7 @@ class SavedModel:
 
     def top_answers(self, output: Output, top: int = 5) -> list[dict[str, Any]]:
         """The most probable answers of an output for one question; of a model trained with `bce` the probabilities are
-        the expected accuracies, which do not sum to 1.
+        the expected accuracies, which do not sum to 1. Raises InputError if `top` is below 1.
         """
         if top < 1:
             raise InputError(f"top: must be at least 1, not {top}")

@@ -199,7 +199,11 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_weights(model: ConditionedModel, folder: Path) -> dict[str, Any]:
-    """Load the weights of a folder into a model on the meta device; returns how it was trained."""
+    """Load the weights of a folder into a model on the meta device; returns how it was trained, entries of `Training`.
+
+    Raises:
+        InputError: a file is missing or damaged, or a weight is missing, unknown or of another shape.
+    """
     (weights, metadata), file = read_weights(folder), folder / WEIGHTS
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):

@@ -39,7 +39,7 @@ def read_pretrained(name: str) -> tuple[Tokenizer, dict[str, Any]]:
         pad = theirs.pad_token or theirs.eos_token or theirs.unk_token
         tokenizer.enable_padding(pad_id=theirs.convert_tokens_to_ids(pad), pad_token=pad)
         tokenizer.enable_truncation(min(LONGEST, theirs.model_max_length))
-    del configuration["_name_or_path"]
+    configuration.pop("_name_or_path", None)
     check_tokenizer(tokenizer, configuration, f"question.text_encoder: {name}")
     return tokenizer, configuration
 

@@ -16,7 +16,7 @@ from data.batches import Batch, NoImages
 from experiments.tasks.vqa import answer_loss
 from experiments.training.loop import answer_logits
 from experiments.training.optimiser import build_optimiser
-from experiments.training.stage_cache import ImageSource
+from experiments.training.stage_cache import NetworkInput
 from tests.conftest import ROOT
 from vqa.build import build_model
 from vqa.preprocessing import Preprocessing
@@ -66,7 +66,7 @@ def batch(views=(), images=3, stage=None):
 
 def step(model, settings, made, stage=None):
     """A step as the trainer takes it; every trained parameter has its gradient there."""
-    source = ImageSource(NoImages(), Preprocessing(64), settings.speed.channels_last, stage)
+    source = NetworkInput(NoImages(), Preprocessing(64), settings.speed.channels_last, stage)
     logits = answer_logits(model, made, source.prepare, settings.precision)
     if settings.task == "vqa":
         loss = answer_loss(logits, made.labels, settings.train.loss)

@@ -91,7 +91,7 @@ def test_a_signal_in_a_step_that_is_skipped_ends_the_run_after_it(tiny, tmp_path
     with pytest.raises(Interrupted):
         train(load_settings(tiny, words), runs=tmp_path)
     progress = load_checkpoint(tmp_path / "wild/checkpoints/last.pt")["progress"]
-    assert (progress["epoch"], progress["step"], progress["left_out"]) == (1, 2, 1)
+    assert (progress["epoch"], progress["step"], progress["skipped"]) == (1, 2, 1)
     monkeypatch.setattr(Trainer, "_skip", skip)
     for epochs in (1, 2):  # in the epoch with the skipped steps, and after it
         run = train(load_settings(tiny, [*words, f"train.epochs={epochs}"]), resume=True, runs=tmp_path).path

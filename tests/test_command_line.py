@@ -2,10 +2,10 @@
 
 import argparse
 import re
-import tomllib
 
 import pytest
 import torch
+import yaml
 
 import main
 from experiments.command_line import build_parser
@@ -92,10 +92,10 @@ def test_an_empty_path_is_not_the_current_folder(refused, words):
     assert f"{words.split()[-1]}: the path is empty" in refused(*words.split(), "")
 
 
-def test_the_version_is_the_packages(command):
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+def test_the_version_is_that_of_the_citation(command):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
     ended = command("--version")
-    assert (ended.code, ended.out) == (0, f"modern-vqa {version}\n")
+    assert (ended.code, ended.out) == (0, f"modern-vqa {cited}\n")
 
 
 def test_help_and_the_library_import_nothing_heavy():

@@ -41,56 +41,80 @@ def build_model(
     """
     if settings.backbone.train != "none" and not settings.views:
         raise InputError("backbone.train: a model that is given no image does not use its ResNet; it must be none")
-    weights = settings.backbone.weights if pretrained and settings.backbone.weights != "none" else None
-    cbn, asked, answer = settings.cbn, settings.question, settings.answer
+    resnet = _build_resnet(settings, pretrained)
+    predictor = _build_predictor(settings, resnet.layers)
+    question = _build_question(settings, vocabulary_size, text_encoder) if "question" in settings.inputs else None
+    if settings.guesswhat is not None:
+        model = _build_oracle(settings, question, resnet, predictor, answers, categories)
+    else:
+        model = _build_vqa(settings, question, resnet, predictor, answers)
+    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
+    for parameter in resnet.trainable(settings.backbone.train):
+        parameter.requires_grad_(True)
+    return model
+
+
+def _build_resnet(settings: Settings, pretrained: bool) -> ModulatedResNet:
+    backbone, cbn = settings.backbone, settings.cbn
     try:
-        resnet = ModulatedResNet(
-            settings.backbone.name,
-            weights,
+        return ModulatedResNet(
+            backbone.name,
+            backbone.weights if pretrained and backbone.weights != "none" else None,
             cbn.stages,
             stem=cbn.stem,
             shortcuts=cbn.shortcuts,
-            statistics="batch" if settings.backbone.statistics == "batch" else "population",
+            statistics="batch" if backbone.statistics == "batch" else "population",
             normaliser=cbn.normaliser,
             fused=settings.speed.fused,
             recompute=settings.speed.recompute,
         )
     except ValueError as error:
         raise InputError(f"backbone: {error}") from None
-    predictor = _build_predictor(settings, resnet.layers)
-    question = _build_question(settings, vocabulary_size, text_encoder) if "question" in settings.inputs else None
-    if settings.guesswhat is not None:
-        model = OracleModel(
-            question,
-            resnet,
-            predictor,
-            condition=cbn.condition,
-            question_size=asked.hidden_size,
-            inputs=settings.inputs,
-            categories=categories,
-            category_size=settings.guesswhat.category_size,
-            hidden_size=answer.hidden_size,
-            answers=answers,
-            dropout=answer.dropout,
-        )
-    else:
-        attention = settings.attention
-        sizes = (asked.hidden_size, resnet.channels * attention.glimpses, answer.fusion_size, answer.hidden_size)
-        model = VQAModel(
-            question,
-            resnet,
-            predictor,
-            ATTENTIONS[attention.kind](resnet.channels, asked.hidden_size, attention.units, attention.glimpses),
-            Fusion(*sizes, answers, dropout=answer.dropout),
-            condition=cbn.condition,
-            normalise=attention.normalise,
-            scale=attention.scale,
-            sees_image="image" in settings.inputs,
-        )
-    model.to(memory_format=torch.channels_last if settings.speed.channels_last else torch.contiguous_format)
-    for parameter in resnet.trainable(settings.backbone.train):
-        parameter.requires_grad_(True)
-    return model
+
+
+def _build_vqa(
+    settings: Settings,
+    question: QuestionEncoder | TextEncoder | None,
+    resnet: ModulatedResNet,
+    predictor: Predictor | None,
+    answers: int,
+) -> VQAModel:
+    attention, answer, size = settings.attention, settings.answer, settings.question.hidden_size
+    sizes = (size, resnet.channels * attention.glimpses, answer.fusion_size, answer.hidden_size, answers)
+    return VQAModel(
+        question,
+        resnet,
+        predictor,
+        ATTENTIONS[attention.kind](resnet.channels, size, attention.units, attention.glimpses),
+        Fusion(*sizes, dropout=answer.dropout),
+        condition=settings.cbn.condition,
+        normalise=attention.normalise,
+        scale=attention.scale,
+        sees_image="image" in settings.inputs,
+    )
+
+
+def _build_oracle(
+    settings: Settings,
+    question: QuestionEncoder | TextEncoder | None,
+    resnet: ModulatedResNet,
+    predictor: Predictor | None,
+    answers: int,
+    categories: int,
+) -> OracleModel:
+    return OracleModel(
+        question,
+        resnet,
+        predictor,
+        condition=settings.cbn.condition,
+        question_size=settings.question.hidden_size,
+        inputs=settings.inputs,
+        categories=categories,
+        category_size=settings.guesswhat.category_size,
+        hidden_size=settings.answer.hidden_size,
+        answers=answers,
+        dropout=settings.answer.dropout,
+    )
 
 
 def _build_question(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from concurrent.futures import BrokenExecutor
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -233,6 +234,7 @@ def main() -> int:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     command, options = "", dict[str, Any]()
     try:
         listen()

@@ -170,7 +170,7 @@ def _joined(question: Question, annotation: _Annotation, file: Path, shared: dic
             f"{file}: annotation of question {question.question_id}: image_id {annotation.image_id}, but the question "
             f"has {question.image_id}"
         )
-    ids = {given.answer_id for given in annotation.answers if type(given.answer_id) is int}
+    ids = {given.answer_id for given in annotation.answers if type(given.answer_id) in (int, str)}
     return msgspec.structs.replace(
         question,
         question_type=shared.setdefault(annotation.question_type, annotation.question_type),

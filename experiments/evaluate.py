@@ -153,7 +153,9 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
         table, asked, own = TASKS[settings.task].table(store, settings, split), settings.data, saved.settings.data
-        if asked.h5 == own.h5 and (asked.folder, asked.splits.get(split)) != (own.folder, own.splits.get(split)):
+        same_folder = Path(asked.folder).resolve() == Path(own.folder).resolve()
+        same_files = same_folder and asked.splits.get(split) == own.splits.get(split)
+        if h5.resolve() == Path(own.h5).resolve() and not same_files:
             raise InputError(
                 f"{h5}: is there and holds split {split!r}, so that nothing is read from {asked.folder}; name another "
                 "data.h5 too (one that is absent, to read the raw files)"

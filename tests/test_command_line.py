@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,11 @@ def test_numbers_that_would_fill_the_memory_are_refused(refused, words):
 )
 def test_an_empty_path_is_not_the_current_folder(refused, words):
     assert f"{words.split()[-1]}: the path is empty" in refused(*words.split(), "")
+
+
+def test_a_warning_is_one_line(command):
+    command("--version")
+    assert warnings.formatwarning(UserWarning("no\nkernel"), UserWarning, "file.py", 3) == "warning: no\\nkernel\n"
 
 
 def test_the_version_is_that_of_the_citation(command):

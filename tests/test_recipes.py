@@ -142,7 +142,7 @@ def test_every_command_of_the_pages(done, monkeypatch):
             assert words[3] in CASES  # test_kill.py runs them
             continue
         if words[:3] == ("python", "-m", "data.daquar"):
-            shutil.copytree("../shared/daquar", words[4])  # data/test_daquar.py runs it
+            shutil.copytree("../shared/daquar", words[4])  # data/test_daquar_files.py runs it
             continue
         assert words[:2] in (("python", "main.py"), ("python", "../main.py"))
         name, *options = words[2:]

@@ -52,10 +52,14 @@ def _published_weights(name: str, weights: str) -> Path:
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
-        raise ValueError(f"{name} has no published weights and {weights!r} is not a file; use a file or none") from None
+        raise ValueError(
+            f"{name} has no published weights and {weights!r} is not a file; use a file, or none (in Python: None)"
+        ) from None
     if weights not in known.__members__:
         names = ", ".join(known.__members__)
-        raise ValueError(f"{weights!r} is neither a file nor one of the weights of {name}: {names}; or use none")
+        raise ValueError(
+            f"{weights!r} is neither a file nor one of the weights of {name}: {names}; or use none (in Python: None)"
+        )
     url = known[weights].url
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.exists():

@@ -32,9 +32,9 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
     if not known:
         raise InputError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {name} is not available ({torch.cuda.device_count()} GPUs found); try device=cpu")
+        raise InputError(f"device: {name} is not available ({torch.cuda.device_count()} GPUs found); use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device: mps is not available; try device=cpu")
+        raise InputError("device: mps is not available; use cpu")
     return device
 
 

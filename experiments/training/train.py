@@ -65,6 +65,9 @@ def train(
             why = ", stopped early by train.patience (raise it to continue)" if early else ""
             processes.say(f"{run.path}: finished{why}, nothing to do")
         else:
+            if lacking := [split for split in settings.data.splits if split not in task.store.splits]:
+                without = f"holds no split {', '.join(lacking)}, which data.splits names"
+                processes.say(f"{task.store.path}: {without}: trained without; `preprocess` adds it, if you need it")
             prepare(task, run, processes, saved, init_from).run_epochs()
     return run
 

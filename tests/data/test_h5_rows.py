@@ -1,16 +1,34 @@
 """Rows of an array in an h5 file: where they are written."""
 
 import os
+import tracemalloc
+import zlib
 
 import h5py
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.h5_rows import LAYOUT, reserve_rows, set_rows
+from data.h5_rows import LAYOUT, H5Rows, reserve_rows, set_rows
 from tests.conftest import fuzzed
 
 PWRITE = os.pwrite
+
+
+def test_a_reader_keeps_no_row(tmp_path):
+    size = 100_000
+    with h5py.File(tmp_path / "file.h5", "w", libver=LAYOUT) as file:
+        reserve_rows(file, "array", (50, size), np.uint8)
+        checksum = zlib.crc32(bytes(size))
+        set_rows(file, "crc32", range(50), [checksum] * 50)
+    rows = H5Rows(tmp_path / "file.h5", "array")
+    assert not rows[0].any()
+    tracemalloc.start()
+    for row in range(50):
+        assert rows[row].shape == (size,)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2 * size
 
 
 @fuzzed(max_examples=60)

@@ -57,10 +57,11 @@ def test_wrong_question_files_are_named(raw, edit, message):
     [
         (lambda entry: entry.pop("answer_id"), True),
         (lambda entry: entry.update(answer_id=1), True),
+        (lambda entry: entry.update(answer_id=str(entry["answer_id"])), False),
         (lambda entry: entry.update(answer_id=[1]), True),
         (lambda entry: entry.update(answer_id=entry["answer_id"] + 1), False),
     ],
-    ids=["missing", "repeated", "a list", "one to ten"],
+    ids=["missing", "repeated", "texts", "a list", "one to ten"],
 )
 def test_answers_that_the_official_tool_cannot_tell_apart_are_said(raw, edit, warned):
     def of_the_first(content):

@@ -148,6 +148,9 @@ def test_saved_settings_are_the_same_settings(base, tmp_path, word):
     [
         ("train.epoch=2", "unknown key train.epoch; did you mean train.epochs?"),
         ("epochs=2", "unknown key epochs; did you mean train.epochs?"),
+        ("TRAIN.Epochs=2", "did you mean train?"),
+        ("SEED=2", "unknown key SEED; did you mean seed?"),
+        ("data.root=raw", "unknown key data.root; did you mean data.folder?"),
         ("train.lr=1e-3", "unknown key train.lr; did you mean train.learning_rate?"),
         ("bs=8", "unknown key bs; did you mean train.batch_size?"),
         ("train.batch=8", "unknown key train.batch; did you mean train.batch_size?"),

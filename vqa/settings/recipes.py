@@ -56,6 +56,7 @@ _OTHER_NAMES = {  # what other programs call these settings, where no similar sp
     "train.checkpoint_every": "save_every save_steps",
     "backbone.name": "arch network",
     "backbone.weights": "pretrained",
+    "data.folder": "root dir data_root data_dir",
     "data.image_size": "imgsz resolution",
     "precision": "amp fp16 bf16 dtype mixed_precision",
     "device": "gpu gpus cuda",
@@ -242,7 +243,8 @@ def _explain(error: ValidationError, file: Path, overridden: Iterable[str], word
 
 
 def _suggestion(key: str) -> str:
-    last = key.rpartition(".")[2].lower().replace("-", "_")
+    key = key.lower().replace("-", "_")
+    last = key.rpartition(".")[2]
     named = (ours for ours, others in _OTHER_NAMES.items() if last in others.split())
     candidates = {known.rpartition(".")[2]: known for known in ROLES} | {known: known for known in ROLES}
     similar = (candidates[close] for close in difflib.get_close_matches(key, candidates, 1))

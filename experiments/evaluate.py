@@ -75,7 +75,7 @@ def evaluate(
 
         def prepare() -> tuple[SavedModel, QuestionDataset]:
             saved = load_model(folder, device)
-            if split in saved.training.get("trained_on", []) and not allow_trained:
+            if _was_trained_on(saved, settings, split) and not allow_trained:
                 raise InputError(
                     f"{run}: was trained on split {split!r}; --allow-trained scores it anyway and marks the metrics"
                 )
@@ -90,11 +90,25 @@ def evaluate(
         prepare_images, what = saved.preprocessing.normalise, f"{folder}: answering"
         classes = predict_classes(saved.model, data, settings, processes, prepare_images=prepare_images, what=what)
         answers = [saved.answers[class_] for class_ in classes]
-        return processes.on_main(lambda: _write_scores(out, split, saved, data.table, answers, per_question))
+        seen = _was_trained_on(saved, settings, split)
+        return processes.on_main(lambda: _write_scores(out, split, saved, data.table, answers, per_question, seen))
+
+
+def _was_trained_on(saved: SavedModel, settings: Settings, split: str) -> bool:
+    """Whether a model was trained on a split, also under another name of the same file of questions."""
+    trained, splits = saved.training.get("trained_on", []), settings.data.splits
+    files = {files.questions for name, files in saved.settings.data.splits.items() if name in trained}
+    return split in trained or (split in splits and splits[split].questions in files)
 
 
 def _write_scores(
-    out: Path, split: str, saved: SavedModel, table: QuestionTable, answers: Sequence[str], per_question: bool
+    out: Path,
+    split: str,
+    saved: SavedModel,
+    table: QuestionTable,
+    answers: Sequence[str],
+    per_question: bool,
+    seen: bool,
 ) -> Scores | None:
     """Writes the files of `evaluate`, the metrics last: once they exist, so does the rest."""
     results = [{"question_id": id_, "answer": text} for id_, text in zip(table.ids.tolist(), answers, strict=True)]
@@ -108,11 +122,10 @@ def _write_scores(
         with written_whole(out / f"accuracies_{split}.npz") as aside, aside.open("wb") as file:
             np.savez_compressed(file, ids=table.ids[order], accuracies=np.asarray(of_questions)[order])
     scores = task.summary(of_questions, table, saved.categories)
-    trained_on = training.get("trained_on", [])
-    metrics: dict[str, Any] = {"split": split, "trained_on": trained_on, **scores}
+    metrics: dict[str, Any] = {"split": split, "trained_on": training.get("trained_on", []), **scores}
     if per_question:
         metrics |= {"epoch": training.get("epoch"), "asked": _digest_of(table)}
-    if split in trained_on:
+    if seen:
         metrics["seen_in_training"] = True
     write_json(out / f"metrics_{split}.json", metrics)
     return scores

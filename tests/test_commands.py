@@ -136,6 +136,11 @@ def test_a_split_that_was_trained_on_is_refused_unless_asked_for(done, refused, 
     assert not list(tmp_path.iterdir())
     done("eval", "--run", trained, "--split", "train", "--out", tmp_path, "--allow-trained")
     assert json.loads((tmp_path / "metrics_train.json").read_text())["seen_in_training"] is True
+    files = "questions: train_questions.json, annotations: train_annotations.json, images: 'train/{image_id:012d}.png'"
+    renamed = ["eval", "--run", trained, "--split", "again", "--out", tmp_path, f"data.splits.again={{{files}}}"]
+    assert "was trained on split 'again'" in refused(*renamed)
+    done(*renamed, "--allow-trained")
+    assert json.loads((tmp_path / "metrics_again.json").read_text())["seen_in_training"] is True
 
 
 @pytest.mark.parametrize("words", [["data.h5=absent.h5"], []], ids=["absent", "without the split"])

@@ -234,7 +234,6 @@ def main() -> int:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     command, options = "", dict[str, Any]()
     try:
         listen()
@@ -289,4 +288,5 @@ def _how_to_resume() -> str:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"  # one line
     sys.exit(main())

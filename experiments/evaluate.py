@@ -166,9 +166,7 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     store = Store(h5) if h5.exists() else None
     if store is not None and (split in store.splits or split not in settings.data.splits):
         table, asked, own = TASKS[settings.task].table(store, settings, split), settings.data, saved.settings.data
-        same_folder = Path(asked.folder).resolve() == Path(own.folder).resolve()
-        same_files = same_folder and asked.splits.get(split) == own.splits.get(split)
-        if h5.resolve() == Path(own.h5).resolve() and not same_files:
+        if _same_place(asked.h5, own.h5) and not _same_files(asked, own, split):
             raise InputError(
                 f"{h5}: is there and holds split {split!r}, so that nothing is read from {asked.folder}; name another "
                 "data.h5 too (one that is absent, to read the raw files)"
@@ -201,6 +199,16 @@ def split_data(saved: SavedModel, settings: Settings, split: str) -> QuestionDat
     return QuestionDataset(table, FileImages(list(rows), size))
 
 
+def _same_files(one: DataSettings, other: DataSettings, split: str) -> bool:
+    """Whether two settings name the same raw files of a split."""
+    return _same_place(one.folder, other.folder) and one.splits.get(split) == other.splits.get(split)
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two paths lead to the same place, however they are written."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def _warn_about_unknown_words(saved: SavedModel, table: QuestionTable, split: str) -> None:
     """Warns of questions without a known word, and of questions without an answer in the vocabulary."""
     of_words = ~np.isin(table.tokens, special_ids(saved.tokenizer))
@@ -220,11 +228,11 @@ def _warn_about_other_data(out: Path, split: str, own: DataSettings, used: DataS
     file = out / f"metrics_{split}.json"
     if split not in own.splits or not file.exists() or not (out / "config.yaml").exists():
         return
-    of_own, of_used = ((data.h5, data.folder, data.splits.get(split)) for data in (own, used))
+    same = _same_place(used.h5, own.h5) and _same_files(used, own, split)
     before: Any = None
     with suppress(InputError):  # damaged: it is replaced
         before = read_json(file)
-    if of_used != of_own or not isinstance(before, dict) or before.get("questions") != questions:
+    if not same or not isinstance(before, dict) or before.get("questions") != questions:
         print(f"{file}: replaced by that of other data than the run's own; another --out keeps both")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import runpy
 import warnings
 
 import pytest
@@ -93,8 +94,11 @@ def test_an_empty_path_is_not_the_current_folder(refused, words):
     assert f"{words.split()[-1]}: the path is empty" in refused(*words.split(), "")
 
 
-def test_a_warning_is_one_line(command):
-    command("--version")
+def test_a_warning_is_one_line(monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)  # set back afterwards
+    monkeypatch.setattr("sys.argv", ["main.py", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
     assert warnings.formatwarning(UserWarning("no\nkernel"), UserWarning, "file.py", 3) == "warning: no\\nkernel\n"
 
 

@@ -96,10 +96,12 @@ def test_the_results_of_another_model_are_not_overwritten(refused, done, trained
     done("eval", "--run", finished / "model", "--out", finished)  # its own
 
 
-def test_scores_of_other_data_do_not_silently_replace_a_runs_own(done, finished, tmp_path):
+def test_scores_of_other_data_do_not_silently_replace_a_runs_own(done, tiny, finished, tmp_path):
+    folder = Path(load_settings(tiny).data.folder)
     absent, said = "data.h5=absent.h5", f"{finished}/metrics_val.json: replaced by that of other data"
     assert said not in done("eval", "--run", finished, absent).out  # the first
     assert said not in done("eval", "--run", finished).out
+    assert said not in done("eval", "--run", finished, f"data.folder={folder}/../{folder.name}").out
     assert said in done("eval", "--run", finished, absent).out
     for _ in range(2):
         assert said not in done("eval", "--run", finished, "--out", tmp_path / "elsewhere", absent).out

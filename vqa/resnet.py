@@ -119,6 +119,8 @@ class ModulatedResNet(nn.Module):
             raise ValueError(f"stages are 1, 2, 3 and 4, got {', '.join(map(str, sorted(unknown)))}")
         if normaliser not in get_args(Normaliser):
             raise ValueError(f"unknown {normaliser!r}; there are {', '.join(get_args(Normaliser))}")
+        if fused not in (True, False, "eager"):
+            raise ValueError(f"fused must be True, False or 'eager', not {fused!r}")
         if isinstance(name, nn.Module) and weights is not None:
             raise ValueError("a network has its own weights; `weights` must be None")
         resnet = name if isinstance(name, nn.Module) else build_resnet(name, weights)

@@ -137,3 +137,8 @@ def test_an_unknown_policy_changes_nothing():
     with pytest.raises(ValueError, match="unknown 'reestimated'; there are population, batch"):
         net.set_statistics("reestimated")
     assert net.statistics == "population"
+
+
+def test_an_unknown_way_of_computing_is_refused():
+    with pytest.raises(ValueError, match="fused must be True, False or 'eager', not 'no'"):
+        ModulatedResNet("resnet10", fused="no")

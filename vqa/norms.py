@@ -252,10 +252,8 @@ class ModulatedAdaptiveNorm2d(ModulatedBatchNorm2d):
         return self.b * self.weight + self.a * deviation, self.b * self.bias + self.a * self.running_mean
 
 
-_convert = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
-_convert_sync_batchnorm = getattr(
-    _convert, "of_torch", _convert
-)  # where this module is loaded again, it is ours already
+_present = nn.SyncBatchNorm.convert_sync_batchnorm.__func__
+_convert_sync_batchnorm = getattr(_present, "of_torch", _present)  # the present one is ours if this is loaded again
 
 
 def _keep_modulated_norms(
